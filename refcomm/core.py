@@ -205,4 +205,4 @@ def progress_bar(
     else:
         from tqdm import tqdm
         kwargs.setdefault("mininterval", .2 if sys.stderr.isatty() else 5)
-    return tqdm(total=total, desc=desc, disable=mode == "off", **kwargs)
+    return tqdm(total=total, desc=desc, disable=mode == "off", miniters=0, **kwargs)

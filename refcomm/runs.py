@@ -226,11 +226,11 @@ def local_executor(jobs:int)->concurrent.futures.Executor:
 
 EXECUTORS = {"local": local_executor}
 
-def make_stacks(specs)->list: # lists of Specs
+def make_stacks(specs, device="auto")->list: # lists of Specs
     "Group Specs that can be trained together, in order of first appearance."
     groups = {}
     for s in dict.fromkeys(specs):
-        key = getattr(importlib.import_module(type(s).__module__), "stack_key", lambda s: s)(s)
+        key = getattr(importlib.import_module(type(s).__module__), "stack_key", lambda s, device: s)(s, pick_device(device))
         groups.setdefault((type(s), key), []).append(s)
     return list(groups.values())
 
@@ -247,7 +247,7 @@ def execute(
     specs, store = list(specs), store or Store()
     check_at_least("jobs", jobs, 1)
     missing = {s for s in dict.fromkeys(specs) if store.get(s) is None}
-    stacks = [[s for s in stack if s in missing] for stack in make_stacks(specs)]
+    stacks = [[s for s in stack if s in missing] for stack in make_stacks(specs, device)]
     stacks = [s for s in stacks if s]
     if stacks:
         with progress_bar(sum(map(len, stacks)), desc, unit="run", bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} {unit}s [{elapsed}<{remaining}{postfix}]") as bar:

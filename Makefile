@@ -1,0 +1,36 @@
+# `make reproduce` and `make test` work on a bare machine with Python >= 3.11; both reuse what they have installed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(shell command -v uv 2>/dev/null)
+
+.PHONY: reproduce test prepare lessons clean
+
+reproduce: $(VENV)/.notebooks
+	$(BIN)/refcomm reproduce
+
+test: $(VENV)/.dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/check
+
+# what a commit needs: modules and README from notebooks, notebooks without noise
+prepare: $(VENV)/.dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/prepare
+
+# execute the library notebooks in place, so that their small outputs are fresh
+lessons: $(VENV)/.dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" MPLBACKEND= REFCOMM_PROGRESS=text $(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/[0-9]*.ipynb
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+ifneq ($(UV),)
+	uv pip install --quiet --python $(BIN)/python -e ".[$*]"
+else
+	$(BIN)/python -m pip install --quiet -e ".[$*]"
+endif
+	touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"refcomm needs Python >= 3.11, {sys.executable} is {sys.version.split()[0]}: use make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
