@@ -8,13 +8,13 @@ __all__ = ['NAME', 'EXECUTORS', 'Context', 'RunResult', 'spec_fields', 'run_key'
            'write_plan', 'read_plan', 'export_runs', 'import_runs']
 
 # %% ../nbs/80_runs.ipynb #a3a72df8
-import concurrent.futures, dataclasses, datetime, hashlib, importlib, io, json, multiprocessing, os, platform, re, resource, shutil, subprocess, sys, tarfile, time, uuid, warnings
+import concurrent.futures, contextlib, dataclasses, datetime, hashlib, importlib, io, json, multiprocessing, os, platform, re, resource, shutil, subprocess, sys, tarfile, time, uuid, warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .core import ConfigError, RecordError, StoreError, check_at_least, check_choice, disk_errors, fsync_dir, home, pick_device, progress_bar, write_atomic
+from .core import ConfigError, RecordError, check_at_least, check_choice, disk_errors, fsync_dir, home, pick_device, progress_bar, write_atomic
 
 # %% ../nbs/80_runs.ipynb #9f20eda8
 class Context(NamedTuple):
@@ -22,6 +22,7 @@ class Context(NamedTuple):
     device:str = "auto"
     checkpoint:Path|None = None # where to keep the state of unfinished training
     report:object = None # called with (share done, text)
+    checkpoint_seconds:float = 60. # between checkpoints
 
 class RunResult(NamedTuple):
     "What a run returns."
@@ -182,30 +183,26 @@ def run_stack(
     root, # the store's folder
     device:str="auto",
     report=None, # called with (share done, text); a path makes it write there
+    checkpoint_seconds:float=60., # between checkpoints of unfinished training
 )->list: # keys
     "Make the runs of a stack that the store does not hold yet. This is what executors submit."
     from filelock import FileLock
     store, module = Store(root), importlib.import_module(type(specs[0]).__module__)
     say = report if callable(report) else _reporter(report) if report else lambda done, text: None
-    (store.root/"locks").mkdir(parents=True, exist_ok=True)
-    ordered = sorted(specs, key=run_key)
-    locks = [FileLock(store.root/"locks"/f"{run_key(s)}.lock") for s in ordered]
-    try:
-        for lock in locks: lock.acquire()
+    with disk_errors(store.root), contextlib.ExitStack() as held:
+        (store.root/"locks").mkdir(parents=True, exist_ok=True)
+        for key in sorted(map(run_key, specs)): # always in this order, so that two drivers cannot wait for each other
+            held.enter_context(FileLock(store.root/"locks"/f"{key}.lock"))
+            for left in (store.root/"tmp").glob(f"{key}-*"): shutil.rmtree(left, ignore_errors=True) # from a killed writer
         missing = [s for s in specs if store.get(s) is None]
         if missing:
             started, commit = time.time(), package_commit()
             folder, members = _adopt(store, missing)
-            results = module.run(members, Context(device, folder/"training.safetensors", say))
+            results = module.run(members, Context(device, folder/"training.safetensors", say, checkpoint_seconds))
             origin = provenance(pick_device(device), started, commit, len(members))
             for s, result in zip(members, results):
                 if s in missing: store.put(s, result, origin)
             shutil.rmtree(folder, ignore_errors=True)
-    except OSError as e:
-        if isinstance(e, StoreError): raise
-        with disk_errors(root): raise
-    finally:
-        for lock in locks: lock.release()
     say(1., "done")
     return [run_key(s) for s in specs]
 

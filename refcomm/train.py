@@ -34,7 +34,6 @@ class TrainSettings:
     lr_end:float = 1e-6
     patience:int = 50 # epochs without a better validation before a member stops
     precision:str = "fp32" # a name in core's `PRECISIONS`
-    checkpoint_seconds:float = 60. # between checkpoints
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "patience"): check_at_least(name, getattr(self, name), 1)
@@ -88,15 +87,15 @@ class Best:
 # %% ../nbs/60_train.ipynb #c565d85e
 class Training:
     "Everything that changes while training, so that it can be saved and restored as one."
-    def __init__(self, ensemble, settings:TrainSettings, seeds, device):
-        self.ensemble, self.settings, self.seeds = ensemble, settings, list(seeds)
+    def __init__(self, ensemble, settings:TrainSettings, seeds, n_items, device):
+        self.ensemble, self.settings, self.seeds, self.n_items = ensemble, settings, list(seeds), check_at_least("n_items", n_items, 1)
         self.optimizer = OPTIMIZERS[settings.optimizer](list(ensemble.parameters()), settings.lr)
         self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=settings.precision == "fp16")
         self.order_generators = [generator(s, "order") for s in self.seeds]
         self.noise_generators = [generator(s, "noise", device) for s in self.seeds]
         self.best, self.history = Best(ensemble), []
         self.epoch = self.step = 0
-        self.started = time.monotonic()
+        self.started = self.saved = time.monotonic()
         self.order, self.total = torch.empty(0), torch.zeros(len(self.seeds), device=device)
 
     def tensors(self):
@@ -140,36 +139,38 @@ def fit(
     seeds, # one per member: its order of items and its noise
     device="cpu", # where the ensemble lives
     checkpoint=None, # file to write and to resume from; None keeps nothing
+    checkpoint_seconds:float=60., # between checkpoints
     report=None, # called with (share done, text); a progress bar when None
     on_progress=None, # called with the share done before every step: temperature schedules
 )->Fit:
     "Train `ensemble` in place and leave it with each member's best weights."
-    t = Training(ensemble, settings, seeds, device)
+    t = Training(ensemble, settings, seeds, n_items, device)
     if len(t.seeds) != ensemble.n_members: raise ConfigError(f"{ensemble.n_members} members need as many seeds, got {len(t.seeds)}")
-    batches = -(-check_at_least("n_items", n_items, 1) // settings.batch_size)
+    batches = -(-n_items // settings.batch_size)
     shape = dict(n_items=n_items, seeds=t.seeds, settings=repr(settings), parameters=[list(p.shape) for p in ensemble.parameters()])
     if checkpoint and (found := load_checkpoint(checkpoint)):
         if found[1]["shape"] != json.loads(json.dumps(shape)): raise RecordError(f"checkpoint {checkpoint} belongs to another model, data or setting: delete it, or give this training another path")
         t.load(*found)
     bar = None if report else progress_bar(settings.epochs, "epochs", initial=t.epoch)
     say = report or (lambda done, text: (bar.set_postfix_str(text, refresh=False), bar.update(round(done*settings.epochs) - bar.n)))
+    save = (lambda: save_checkpoint(checkpoint, t.tensors(), t.meta(shape))) if checkpoint else (lambda: None)
     while t.epoch < settings.epochs and t.best.active(t.epoch - 1, settings.patience).any():
-        train_epoch(t, loss, batches, device, checkpoint, shape, on_progress)
+        train_epoch(t, loss, batches, device, save, checkpoint_seconds, on_progress)
         row = finish_epoch(t, validate, batches)
         say(t.epoch/settings.epochs, f"loss {row['loss']:.4f}, validation accuracy {row['accuracy']:.4f}")
-    if checkpoint: save_checkpoint(checkpoint, t.tensors(), t.meta(shape))
+    save()
     if bar is not None: bar.close()
     t.best.restore(ensemble)
     return Fit(t.history, t.best.epoch.tolist())
 
 # %% ../nbs/60_train.ipynb #059b8fac
-def train_epoch(t, loss, batches:int, device, checkpoint, shape, on_progress):
+def train_epoch(t, loss, batches:int, device, save, checkpoint_seconds, on_progress):
     "Train one epoch, or the rest of the one that was interrupted; save every `checkpoint_seconds`."
-    s, saved = t.settings, time.monotonic()
+    s = t.settings
     t.ensemble.train()
     if t.step == 0:
-        t.order, t.total = torch.stack([torch.randperm(shape["n_items"], generator=g) for g in t.order_generators]), torch.zeros_like(t.total)
-        t.started = time.monotonic()
+        t.order = torch.stack([torch.randperm(t.n_items, generator=g) for g in t.order_generators])
+        t.total, t.started = torch.zeros_like(t.total), time.monotonic()
     while t.step < batches:
         done = (t.epoch + t.step/batches) / s.epochs
         for group in t.optimizer.param_groups: group["lr"] = anneal(s.lr_schedule, s.lr, s.lr_end, done)
@@ -181,9 +182,9 @@ def train_epoch(t, loss, batches:int, device, checkpoint, shape, on_progress):
         t.scaler.step(t.optimizer); t.scaler.update()
         t.total += losses.detach() * indices.shape[1]
         t.step += 1
-        if checkpoint and time.monotonic() - saved > s.checkpoint_seconds:
-            save_checkpoint(checkpoint, t.tensors(), t.meta(shape))
-            saved = time.monotonic()
+        if time.monotonic() - t.saved > checkpoint_seconds:
+            save()
+            t.saved = time.monotonic()
 
 @torch.no_grad()
 def finish_epoch(t, validate, batches:int)->dict: # means over members, for the progress line

@@ -116,7 +116,8 @@ def train(
         return dict(zip(("accuracy", "loss"), ensemble.map(play)))
 
     settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, lr=s.lr, patience=s.patience, precision=s.precision)
-    fitted = fit(ensemble, loss, validate, s.n_train, settings, [x.seed for x in specs], device, context.checkpoint, context.report)
+    fitted = fit(ensemble, loss, validate, s.n_train, settings, [x.seed for x in specs], device,
+                 context.checkpoint, context.checkpoint_seconds, context.report)
     return ensemble, fitted
 
 # %% ../../nbs/90_experiments.eqc.ipynb #4dd827e8

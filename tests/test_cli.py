@@ -1,0 +1,113 @@
+"The command line and the reproduction notebooks, as a user meets them."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from refcomm import papers, reproduce
+from refcomm.core import ConfigError
+
+
+def cli(*args, **env):
+    return subprocess.run([sys.executable, "-c", "from refcomm.reproduce import main; main()", *args], capture_output=True, text=True, env={**os.environ, **env})
+
+
+def test_list_names_every_notebook():
+    out = cli("list").stdout
+    assert all(item in out for item in reproduce.notebooks()) and "headline" in out
+
+
+@pytest.mark.parametrize("args, says", [
+    (["reproduce", "eqc/tabel5"], "unknown item 'eqc/tabel5': did you mean 'eqc/table5'"),
+    (["reproduce", "--profile", "cpuu"], "unknown profile 'cpuu': did you mean 'cpu'"),
+    (["reproduce", "-p", "n_seed=3"], "has no parameter 'n_seed': did you mean 'n_seeds'"),
+    (["reproduce", "-p", "n_seeds=three"], "parameter n_seeds is int, got 'three'"),
+    (["reproduce", "-p", "n_seeds"], "-p takes name=value"),
+    (["runs", "show", "zzz"], "matches 0 runs"),
+    (["runs", "execute", "nowhere.json"], "cannot read plan nowhere.json"),
+    (["runs", "import", "nowhere.tar"], "cannot read archive nowhere.tar"),
+])
+def test_a_wrong_argument_is_one_line_and_exit_2(home, args, says):
+    r = cli(*args)
+    assert r.returncode == 2 and says in r.stderr and "Traceback" not in r.stderr and len(r.stderr.strip().splitlines()) == 1
+
+
+def test_runs_commands(home, tmp_path):
+    plan = cli("runs", "plan", "eqc/table3", "--profile", "smoke", "--n-seeds", "1").stdout
+    assert len(json.loads(plan)) == 4
+    (tmp_path/"plan.json").write_text(plan)
+    assert "4 runs are in the store" in cli("runs", "execute", str(tmp_path/"plan.json")).stdout
+    assert cli("runs", "list").stdout.startswith("4 runs in")
+    assert "4 sound, 0 damaged" in cli("runs", "verify").stdout
+    assert json.loads(cli("runs", "plan", "eqc/table3", "--profile", "smoke", "--n-seeds", "1").stdout) == []
+    assert "4 runs written" in cli("runs", "export", str(tmp_path/"runs.tar")).stdout
+    record = next((home/"runs").glob("eqc/*/record.json"))
+    assert json.loads(cli("runs", "show", record.parent.name).stdout)["run"] == f"eqc/{record.parent.name}"
+    record.write_text("{}")
+    bad = cli("runs", "verify")
+    assert bad.returncode == 1 and f"eqc/{record.parent.name} was edited" in bad.stdout
+    assert "0 runs remain" in cli("runs", "clean", "--all").stdout
+    assert "4 new runs" in cli("runs", "import", str(tmp_path/"runs.tar")).stdout
+    assert "4 sound" in cli("runs", "verify").stdout
+
+
+def test_every_notebook_at_smoke_and_nothing_twice(home):
+    r = cli("reproduce", *sorted(reproduce.notebooks()), "--profile", "smoke", "-p", "n_seeds=2")
+    assert r.returncode == 0, r.stdout + r.stderr
+    figures = home/"smoke-figures"
+    for item in reproduce.notebooks():
+        stem = item.replace("/", "_")
+        recipe = json.loads((figures/f"{stem}.json").read_text())
+        assert (figures/f"{stem}.png").stat().st_size > 5000 and len(pd.read_csv(figures/f"{stem}.csv"))
+        assert recipe["profile"] == "smoke" and recipe["note"] and all(c["verdict"] == "untested" for c in recipe["claims"])
+        executed = json.loads((home/"executed"/"smoke"/f"{item}.ipynb").read_text())
+        assert all(c["execution_count"] for c in executed["cells"] if c["cell_type"] == "code")
+    seen = {p: p.stat().st_mtime_ns for p in home.rglob("*") if p.is_file()}
+    again = cli("reproduce", *sorted(reproduce.notebooks()), "--profile", "smoke", "-p", "n_seeds=2")
+    assert again.stdout.count("found done") == len(reproduce.notebooks())
+    assert seen == {p: p.stat().st_mtime_ns for p in home.rglob("*") if p.is_file()}, "finished work is not touched"
+
+
+def toy(path, code):
+    cells = [dict(cell_type="markdown", id="a", metadata={}, source="# Toy"), dict(cell_type="code", id="b", metadata=dict(tags=["parameters"]), source='profile: str = "smoke"\njobs: int = 1', outputs=[], execution_count=None),
+             dict(cell_type="code", id="c", metadata={}, source=code, outputs=[], execution_count=None)]
+    path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")), nbformat=4, nbformat_minor=5)))
+    return path
+
+
+def test_a_failing_notebook_is_kept_and_named(home, tmp_path):
+    status, executed, message = reproduce.reproduce_item("toy/bad", toy(tmp_path/"bad.ipynb", "1/0"), dict(profile="smoke", jobs=1))
+    assert status == "failed" and message == "ZeroDivisionError: division by zero" and "ZeroDivisionError" in executed.read_text()
+    status, *_ = reproduce.reproduce_item("toy/bad", tmp_path/"bad.ipynb", dict(profile="smoke", jobs=1))
+    assert status == "failed", "a failure is not found done"
+
+
+def test_a_changed_figure_or_parameter_is_made_again(home, tmp_path):
+    save = "import pandas as pd, matplotlib.pyplot as plt\nfrom refcomm import figures\nfigures.save('toy', 'x', pd.DataFrame(dict(a=[1])), plt.figure(), [], profile, 'Toy', 'none')"
+    nb, p = toy(tmp_path/"x.ipynb", save), dict(profile="smoke", jobs=1)
+    assert [reproduce.reproduce_item("toy/x", nb, p)[0] for _ in range(2)] == ["done", "found done"]
+    assert reproduce.reproduce_item("toy/x", nb, dict(p, jobs=2))[0] == "found done", "jobs change no result"
+    (home/"smoke-figures"/"toy_x.csv").write_text("edited")
+    assert reproduce.reproduce_item("toy/x", nb, p)[0] == "done"
+    assert reproduce.reproduce_item("toy/x", toy(nb, save + "\n"), p)[0] == "done"
+
+
+def test_exit_code_is_1_when_a_notebook_fails(home, monkeypatch):
+    from typer.testing import CliRunner
+    monkeypatch.setattr(reproduce, "reproduce_item", lambda item, path, *a: ("failed", path, "boom"))
+    r = CliRunner().invoke(reproduce.app, ["reproduce", "eqc/table1", "--profile", "smoke"])
+    assert r.exit_code == 1 and "failed: boom" in r.output
+
+
+def test_published_numbers_are_whole():
+    "Spot checks against the papers, one per table, and the shape of every file."
+    checks = [("eqc", "table5", "GS-RNN", "1000", .442), ("eqc", "table6", "QT-Inst", "100", .962), ("eqc", "table7", "GS-Inst", "77", .035), ("eqc", "table8", "QT-Inst", "77", .925),
+              ("eqc", "table3", "Sent-Cls", "Recurrent/GS", 125), ("iac", "table1", "SimCLR_disc", "OOD set", 47.4), ("patch", "table1", "MoCo-v2 (R18)", "Top-1", 36.8)]
+    for paper, item, row, column, value in checks:
+        t = papers.published(paper, item).set_index(["row", "column"])
+        assert t.loc[(row, column), "mean"] == value, (paper, item, row, column)
+    with pytest.raises(ConfigError, match="did you mean 'patch'"): papers.published("pach")

@@ -1,0 +1,116 @@
+"The package as it is built, installed and imported."
+import configparser
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import refcomm
+from conftest import ROOT
+
+
+def test_versions_agree():
+    settings = configparser.ConfigParser(); settings.read(ROOT/"settings.ini")
+    assert settings["DEFAULT"]["version"] == refcomm.__version__
+    assert f"version: {refcomm.__version__}" in (ROOT/"CITATION.cff").read_text()
+
+
+def test_import_has_no_side_effect():
+    code = """
+import sys, torch
+state, threads, argv, dtype, grad = torch.random.get_rng_state(), torch.get_num_threads(), list(sys.argv), torch.get_default_dtype(), torch.is_grad_enabled()
+before = set(sys.modules)
+import refcomm, refcomm.core, refcomm.channels, refcomm.games.referential, refcomm.runs, refcomm.experiments.eqc, refcomm.papers, refcomm.figures, refcomm.reproduce
+assert torch.equal(state, torch.random.get_rng_state()) and threads == torch.get_num_threads() and argv == sys.argv and dtype == torch.get_default_dtype() and grad
+heavy = {m for m in set(sys.modules) - before if m.split('.')[0] in ('transformers', 'datasets', 'torchvision', 'matplotlib', 'seaborn', 'papermill', 'nbdev', 'fastcore', 'IPython', 'vector_quantize_pytorch')}
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_library_stands_without_notebook_tooling():
+    for p in (ROOT/"refcomm").rglob("*.py"):
+        if p.name == "_modidx.py": continue
+        assert not re.search(r"^\s*(from|import) (nbdev|fastcore|execnb|IPython)", p.read_text(), re.M), p
+
+
+def test_one_notebook_one_module():
+    exports = [(m, p) for p in (ROOT/"nbs").glob("*.ipynb") for m in re.findall(r"#\| default_exp ([\w.]+)", p.read_text())]
+    assert len({m for m, _ in exports}) == len(exports)
+    for module, p in exports:
+        assert p.stem.split("_", 1)[1] == module, f"{p.name} exports {module}"
+        assert (ROOT/"refcomm"/f"{module.replace('.', '/')}.py").is_file()
+
+
+def test_every_package_folder_is_built():
+    listed = tomllib.loads((ROOT/"pyproject.toml").read_text())["tool"]["setuptools"]
+    code = {"refcomm" + "".join(f".{q}" for q in p.parent.relative_to(ROOT/"refcomm").parts) for p in (ROOT/"refcomm").rglob("__init__.py")}
+    notebooks = {"refcomm.notebooks"} | {f"refcomm.notebooks.{p.name}" for p in (ROOT/"nbs"/"papers").iterdir() if list(p.glob("*.ipynb"))}
+    assert set(listed["packages"]) == code | notebooks
+    assert {f"refcomm.notebooks.{p.split('.')[-1]}" for p in listed["package-data"] if "notebooks" in p} == notebooks - {"refcomm.notebooks"}
+
+
+def test_reproduction_notebooks_are_clean_and_parameterised():
+    for p in [*(ROOT/"nbs"/"papers").rglob("*.ipynb"), *(ROOT/"nbs"/"benchmarks").rglob("*.ipynb")]:
+        cells = json.loads(p.read_text())["cells"]
+        assert all(not c["outputs"] and c["execution_count"] is None for c in cells if c["cell_type"] == "code"), f"{p.name} has outputs"
+        assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1, p.name
+        assert "eval: false" not in p.read_text()
+
+
+def test_figures_are_results():
+    "What figures/ holds was made at cpu or better and says how."
+    for p in (ROOT/"figures").glob("*.png"):
+        recipe = json.loads(p.with_suffix(".json").read_text())
+        assert recipe["profile"] in ("cpu", "gpu", "paper") and p.with_suffix(".csv").is_file()
+        assert recipe["note"] and recipe["command"].startswith("refcomm reproduce")
+        if recipe["seeds"]: assert recipe["runs"] and "commit none" not in recipe["runs"] and "+" not in recipe["runs"].split("torch")[0], "runs come from a commit"
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    "A fresh environment with the built wheel and what it requires, nothing else."
+    d = tmp_path_factory.mktemp("wheel")
+    source = d/"source"
+    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for n in filter(None, names):
+        if (ROOT/n).is_file():
+            (source/n).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT/n, source/n)
+    uv = shutil.which("uv")
+    run = lambda *a: subprocess.run([str(x) for x in a], check=True, capture_output=True, text=True)
+    if uv: run(uv, "build", "--wheel", "--out-dir", d, source)
+    else: run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", d, source)
+    wheel, = d.glob("*.whl")
+    run(sys.executable, "-m", "venv", *(["--without-pip"] if uv else []), d/"env")
+    python = d/"env"/"bin"/"python"
+    if uv: run(uv, "pip", "install", "--python", python, wheel)
+    else: run(python, "-m", "pip", "install", wheel)
+    return d/"env"/"bin", wheel
+
+
+def test_wheel_holds_code_numbers_and_notebooks(installed):
+    names = zipfile.ZipFile(installed[1]).namelist()
+    for n in ("refcomm/core.py", "refcomm/published/eqc.csv", "refcomm/notebooks/eqc/table5.ipynb"): assert n in names
+    assert not [n for n in names if n.startswith(("tests", "nbs", "figures"))]
+
+
+def test_wheel_works_alone(installed, tmp_path):
+    bin, _ = installed
+    run = lambda *a: subprocess.run([str(x) for x in a], capture_output=True, text=True, cwd=tmp_path, env={"PATH": str(bin), "HOME": str(tmp_path), "REFCOMM_HOME": str(tmp_path/"home"), "REFCOMM_PROGRESS": "off"})
+    listed = run(bin/"refcomm", "list")
+    assert listed.returncode == 0 and "eqc/table5" in listed.stdout, listed.stderr
+    tooling = run(bin/"python", "-c", "import importlib.util as u; print([m for m in ('nbdev', 'jupyterlab', 'papermill', 'ipykernel') if u.find_spec(m)])")
+    assert tooling.stdout.strip() == "[]"
+    refused = run(bin/"refcomm", "reproduce", "--profile", "smoke")
+    assert refused.returncode == 2 and "pip install 'refcomm[notebooks]'" in refused.stderr
+    plan = run(bin/"refcomm", "runs", "plan", "eqc/table3", "--profile", "smoke", "--n-seeds", "1")
+    (tmp_path/"plan.json").write_text(plan.stdout)
+    done = run(bin/"refcomm", "runs", "execute", "plan.json")
+    assert "4 runs are in the store" in done.stdout, done.stderr

@@ -1,0 +1,243 @@
+"The run store when processes die, disks fill up, files rot and two drivers meet."
+import errno
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from refcomm import core, runs
+from refcomm.core import ConfigError, RecordError, StoreError
+from refcomm.experiments.eqc import SMALL, EQCSpec
+from refcomm.runs import Store, execute, export_runs, import_runs, read_plan, run_key, run_stack, write_plan
+from refcomm.train import load_checkpoint
+
+LONG = {**SMALL, "lr": 1e-3, "word_length": 20, "epochs": 60, "patience": 60}
+
+
+def start(code, **env):
+    "A process of its own that works on the store named by REFCOMM_HOME."
+    head = f"import torch; torch.set_num_threads(1)\nfrom refcomm.experiments.eqc import EQCSpec\nfrom refcomm import runs, train\nLONG = {LONG!r}\n"
+    return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
+
+
+def same(a, b):
+    assert a.rows == b.rows and a.summary == b.summary
+    ta, tb = a.tensors(), b.tensors()
+    assert ta.keys() == tb.keys() and all(torch.equal(ta[k], tb[k]) for k in ta)
+    assert a.history().drop(columns="seconds").equals(b.history().drop(columns="seconds"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    "The records of two seeds, made in one go elsewhere, with one thread as in the processes below."
+    calm = tmp_path_factory.mktemp("calm")
+    p = start(f"runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)], store=runs.Store({str(calm)!r}))")
+    assert p.wait() == 0, p.stderr.read()
+    return [Store(calm).get(EQCSpec(seed=s, **LONG)) for s in (0, 1)]
+
+
+def test_kill_while_training_then_resume(home, undisturbed):
+    specs = [EQCSpec(seed=s, **LONG) for s in (0, 1)]
+    work = f"runs.run_stack([EQCSpec(seed=s, **LONG) for s in (0, 1)], {str(Store().root)!r}, checkpoint_seconds=0.05)"
+    deaths = 0
+    for _ in range(3):
+        p = start(work)
+        before = time.time()
+        while p.poll() is None and not any(f.stat().st_mtime > before for f in Store().root.glob("unfinished/*/training.safetensors")): time.sleep(.02)
+        time.sleep(random.Random(deaths).random()*.5)
+        if p.poll() is None: p.send_signal(signal.SIGKILL); deaths += 1
+        p.wait()
+    assert deaths >= 2 and Store().keys() == []
+    folder, = Store().root.glob("unfinished/*")
+    assert load_checkpoint(folder/"training.safetensors")[1]["epoch"] > 0, "something was learned before the last kill"
+    p = start(work)
+    assert p.wait() == 0, p.stderr.read()
+    for s, calm in zip(specs, undisturbed):
+        same(Store().get(s), calm)
+        assert Store().get(s).history().epoch.tolist() == list(range(60)), "no epoch was done twice"
+    assert not list(Store().root.glob("unfinished/*"))
+
+
+@pytest.mark.parametrize("at", [1, 2], ids=["in the first record", "between two records"])
+def test_kill_while_writing_records(home, undisturbed, at):
+    specs = [EQCSpec(seed=s, **LONG) for s in (0, 1)]
+    p = start(f"""
+import os, signal
+real, n = os.rename, 0
+def deadly(a, b):
+    global n
+    n += 1
+    if n == {at}: os.kill(os.getpid(), signal.SIGKILL)
+    real(a, b)
+runs.os.rename = deadly
+runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])""")
+    assert p.wait() == -signal.SIGKILL
+    assert len(Store().keys()) == at - 1 and list((Store().root/"tmp").iterdir())
+    p = start("""
+def never(*a, **k): raise AssertionError("trained again")
+train.train_epoch = never
+runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])""")
+    assert p.wait() == 0, p.stderr.read()
+    for s, calm in zip(specs, undisturbed): same(Store().get(s), calm)
+    assert not list((Store().root/"tmp").iterdir()), "the half-written record is gone"
+
+
+def test_two_processes_share_the_work(home, tmp_path):
+    log = tmp_path/"trained.log"
+    work = f"""
+import refcomm.experiments.eqc as eqc
+real = eqc.run
+def counted(specs, context):
+    with open({str(log)!r}, "a") as f: print(*[runs.run_key(s) for s in specs], file=f)
+    return real(specs, context)
+eqc.run = counted
+runs.execute([EQCSpec(seed=s, word_length=w, **{{k: v for k,v in LONG.items() if k != "word_length"}}) for w in (10, 20) for s in SEEDS])"""
+    ps = [start(work.replace("SEEDS", seeds)) for seeds in ("(0, 1)", "(0, 1)", "(1, 2)")]
+    for p in ps: assert p.wait() == 0, p.stderr.read()
+    made = log.read_text().split()
+    assert len(made) == len(set(made)) == 6, "six runs, each made once"
+    assert len(Store().keys()) == 6 and not list(Store().root.glob("set-aside/*"))
+
+
+def test_a_pool_gives_the_same_records(home, tmp_path):
+    specs = [EQCSpec(seed=s, word_length=w, **{k: v for k, v in LONG.items() if k not in ("word_length", "epochs")}, epochs=3) for w in (10, 20) for s in (0, 1)]
+    records = execute(specs, jobs=2)
+    for a, b in zip(records, execute(specs, store=Store(tmp_path/"other"))):
+        assert [r["n_candidates"] for r in a.rows] == [r["n_candidates"] for r in b.rows]
+        assert max(abs(x["accuracy"] - y["accuracy"]) for x, y in zip(a.rows, b.rows)) <= .05
+    assert execute(specs)[0].provenance == records[0].provenance, "found, not made again"
+
+
+def test_a_failing_run_is_reported_and_leaves_nothing(home):
+    bad = EQCSpec(**{**LONG, "lr": 1e30})
+    for jobs in (1, 2):
+        with pytest.raises(core.TrainingDiverged, match="lower lr"): execute([bad], jobs=jobs)
+    assert Store().keys() == []
+
+
+@pytest.fixture
+def stored(home):
+    spec = EQCSpec(**{**LONG, "epochs": 1})
+    return spec, execute([spec])[0]
+
+
+def test_no_mutation_of_a_record_is_accepted_silently(stored):
+    spec, record = stored
+    rng, files = random.Random(0), sorted(record.path.iterdir())
+    whole = {f: f.read_bytes() for f in files}
+    noticed = 0
+    for _ in range(300):
+        f = rng.choice(files)
+        data = bytearray(whole[f])
+        how = rng.choice(["flip", "cut", "insert", "delete"])
+        if how == "flip": data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        elif how == "cut": del data[rng.randrange(len(data)):]
+        elif how == "insert": data.insert(rng.randrange(len(data)), rng.randrange(256))
+        if how == "delete": f.unlink()
+        else: f.write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = Store().get(spec)
+        assert found is None or (found.rows, found.spec, found.summary, found.provenance) == (record.rows, record.spec, record.summary, record.provenance)
+        noticed += found is None
+        record.path.mkdir(parents=True, exist_ok=True)
+        for g, b in whole.items(): g.write_bytes(b)
+    assert noticed > 250, "only changes to white space go unnoticed"
+
+
+def test_a_damaged_record_is_named_set_aside_and_made_again(stored):
+    spec, record = stored
+    (record.path/"tensors.safetensors").write_bytes(b"junk")
+    with pytest.warns(UserWarning, match=f"eqc/{record.key} was edited or cut short: tensors.safetensors.*set-aside"):
+        again, = execute([spec])
+    assert again.rows == record.rows and len(list((Store().root/"set-aside").iterdir())) == 1
+
+
+def test_another_version_is_another_run(stored, monkeypatch):
+    spec, record = stored
+    monkeypatch.setattr(EQCSpec, "version", 2)
+    assert run_key(spec) != record.key and Store().get(spec) is None
+
+
+def test_full_disk_is_one_clear_error(home, tmp_path, monkeypatch):
+    spec = EQCSpec(**{**LONG, "epochs": 1})
+    def full(fd): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="the disk is full: free some space, or set REFCOMM_HOME"): execute([spec])
+    monkeypatch.undo()
+    assert not [f for f in (tmp_path/"home").rglob("*") if f.is_file() and f.suffix != ".lock"], "nothing half-written stays behind"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_device_that_is_really_full(tmp_path):
+    (tmp_path/f".x.csv.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(StoreError, match="the disk is full"):
+        with core.write_atomic(tmp_path/"x.csv") as tmp: tmp.write_text("numbers")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("code, says", [(errno.EROFS, "read-only: set REFCOMM_HOME"), (errno.EACCES, "permission denied: set REFCOMM_HOME")])
+def test_unwritable_folders_are_one_clear_error(home, monkeypatch, code, says):
+    def refuse(self, *a, **k): raise OSError(code, os.strerror(code), str(self))
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StoreError, match=says): execute([EQCSpec(**{**LONG, "epochs": 1})])
+
+
+def test_a_file_where_a_folder_should_be(tmp_path, monkeypatch):
+    (tmp_path/"file").write_text("")
+    monkeypatch.setenv("REFCOMM_HOME", str(tmp_path/"file"/"home"))
+    with pytest.raises(StoreError, match="cannot write .*file"): execute([EQCSpec(**{**LONG, "epochs": 1})])
+
+
+def test_plans_and_archives_travel(stored, tmp_path):
+    spec, record = stored
+    write_plan([spec, spec], tmp_path/"plan.json")
+    assert read_plan(tmp_path/"plan.json") == [spec]
+    assert export_runs(tmp_path/"runs.tar") == 1
+    other = Store(tmp_path/"other")
+    assert import_runs(tmp_path/"runs.tar", other) == [("eqc", record.key)]
+    same(other.get(spec), record)
+    assert import_runs(tmp_path/"runs.tar", other) == []
+
+
+def evil(path, name, data=b"{}", kind=tarfile.REGTYPE):
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo(name); info.size, info.type, info.linkname = (len(data) if kind == tarfile.REGTYPE else 0), kind, "/etc/passwd"
+        tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("name, kind", [("../evil.json", tarfile.REGTYPE), ("/tmp/evil.json", tarfile.REGTYPE), ("eqc/0123456789abcdef/../../x", tarfile.REGTYPE),
+                                        ("eqc/0123456789abcdef/record.json", tarfile.SYMTYPE), ("eqc/0123456789abcdef/other.bin", tarfile.REGTYPE), ("eqc/0123456789abcdef/record.json", tarfile.REGTYPE)])
+def test_no_archive_writes_outside_or_unchecked(home, tmp_path, name, kind):
+    with pytest.raises(RecordError): import_runs(evil(tmp_path/"evil.tar", name, kind=kind))
+    assert not [f for f in home.rglob("*") if f.is_file()] and not (tmp_path/"evil.json").exists()
+
+
+def test_a_record_moved_under_another_key_is_refused_on_import(stored, tmp_path):
+    spec, record = stored
+    other = "0"*16
+    with tarfile.open(tmp_path/"moved.tar", "w") as tar:
+        for f in record.path.iterdir(): tar.add(f, f"eqc/{other}/{f.name}")
+    with pytest.raises(RecordError, match="is foreign"): import_runs(tmp_path/"moved.tar", Store(tmp_path/"other"))
+
+
+@pytest.mark.parametrize("text, says", [("[", "is not a plan"), ('[{"experiment": "eqc"}]', "is not a plan"), ('[{"experiment": "eqx", "fields": {}}]', "did you mean 'eqc'"), ('[{"experiment": "eqc", "fields": {"sed": 1}}]', "did you mean 'seed'")])
+def test_bad_plans_are_named(tmp_path, text, says):
+    (tmp_path/"plan.json").write_text(text)
+    with pytest.raises(ConfigError, match=says): read_plan(tmp_path/"plan.json")
+
+
+def test_a_truncated_archive(tmp_path):
+    (tmp_path/"x.tar").write_bytes(b"not a tar")
+    with pytest.raises(RecordError, match="cannot read archive"): import_runs(tmp_path/"x.tar", Store(tmp_path/"s"))
