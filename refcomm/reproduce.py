@@ -20,9 +20,9 @@ HEADLINE = ("eqc/table5",) # what `refcomm reproduce` makes when nothing is name
 
 def notebooks()->dict: # item → path
     "Every reproduction notebook, in the source tree or in the installed package."
-    folder = checkout()/"nbs"/"papers" if checkout() else Path(__file__).parent/"notebooks"
-    found = {f"{p.parent.name}/{p.stem}": p for p in folder.glob("*/*.ipynb")}
-    return dict(sorted(found.items()))
+    folder = checkout()/"nbs" if checkout() else Path(__file__).parent/"notebooks"
+    found = [*folder.glob("papers/*/*.ipynb"), *folder.glob("benchmarks/*.ipynb")]
+    return {f"{p.parent.name}/{p.stem}": p for p in sorted(found)}
 
 def choose(
     names, # items or papers; the headline items when empty

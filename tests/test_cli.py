@@ -56,7 +56,7 @@ def test_runs_commands(home, tmp_path):
 
 
 def test_every_notebook_at_smoke_and_nothing_twice(home):
-    r = cli("reproduce", *sorted(reproduce.notebooks()), "--profile", "smoke", "-p", "n_seeds=2")
+    r = cli("reproduce", *sorted(reproduce.notebooks()), "--profile", "smoke")
     assert r.returncode == 0, r.stdout + r.stderr
     figures = home/"smoke-figures"
     for item in reproduce.notebooks():
@@ -67,7 +67,7 @@ def test_every_notebook_at_smoke_and_nothing_twice(home):
         executed = json.loads((home/"executed"/"smoke"/f"{item}.ipynb").read_text())
         assert all(c["execution_count"] for c in executed["cells"] if c["cell_type"] == "code")
     seen = {p: p.stat().st_mtime_ns for p in home.rglob("*") if p.is_file()}
-    again = cli("reproduce", *sorted(reproduce.notebooks()), "--profile", "smoke", "-p", "n_seeds=2")
+    again = cli("reproduce", *sorted(reproduce.notebooks()), "--profile", "smoke")
     assert again.stdout.count("found done") == len(reproduce.notebooks())
     assert seen == {p: p.stat().st_mtime_ns for p in home.rglob("*") if p.is_file()}, "finished work is not touched"
 

@@ -51,9 +51,9 @@ def test_one_notebook_one_module():
 def test_every_package_folder_is_built():
     listed = tomllib.loads((ROOT/"pyproject.toml").read_text())["tool"]["setuptools"]
     code = {"refcomm" + "".join(f".{q}" for q in p.parent.relative_to(ROOT/"refcomm").parts) for p in (ROOT/"refcomm").rglob("__init__.py")}
-    notebooks = {"refcomm.notebooks"} | {f"refcomm.notebooks.{p.name}" for p in (ROOT/"nbs"/"papers").iterdir() if list(p.glob("*.ipynb"))}
-    assert set(listed["packages"]) == code | notebooks
-    assert {f"refcomm.notebooks.{p.split('.')[-1]}" for p in listed["package-data"] if "notebooks" in p} == notebooks - {"refcomm.notebooks"}
+    notebooks = {f"refcomm.notebooks.{'.'.join(p.parent.relative_to(ROOT/'nbs').parts)}" for d in ("papers", "benchmarks") for p in (ROOT/"nbs"/d).rglob("*.ipynb")}
+    assert set(listed["packages"]) == code | notebooks | {"refcomm.notebooks"}
+    assert {p for p in listed["package-data"] if "notebooks" in p} == notebooks
 
 
 def test_reproduction_notebooks_are_clean_and_parameterised():
@@ -97,7 +97,7 @@ def installed(tmp_path_factory):
 
 def test_wheel_holds_code_numbers_and_notebooks(installed):
     names = zipfile.ZipFile(installed[1]).namelist()
-    for n in ("refcomm/core.py", "refcomm/published/eqc.csv", "refcomm/notebooks/eqc/table5.ipynb"): assert n in names
+    for n in ("refcomm/core.py", "refcomm/published/eqc.csv", "refcomm/notebooks/papers/eqc/table5.ipynb", "refcomm/notebooks/benchmarks/throughput.ipynb"): assert n in names
     assert not [n for n in names if n.startswith(("tests", "nbs", "figures"))]
 
 
