@@ -172,7 +172,7 @@ def print_comparison(item, profile):
 @runs_app.command("list")
 def runs_list():
     "Every finished run."
-    from refcomm.runs import Store
+    from refcomm.store import Store
     store = Store()
     rows = [store.read(*k) for k in store.keys()]
     show = ("channel", "bottleneck", "alphabet_size", "word_length", "lr", "seed")
@@ -182,7 +182,7 @@ def runs_list():
 @runs_app.command("show")
 def runs_show(run:str = typer.Argument(..., help="experiment/key, or the beginning of a key")):
     "One run as JSON."
-    from refcomm.runs import Store
+    from refcomm.store import Store
     store = Store()
     found = [k for k in store.keys() if f"{k[0]}/{k[1]}".startswith(run) or k[1].startswith(run)]
     if len(found) != 1: raise ConfigError(f"{run!r} matches {len(found)} runs: `refcomm runs list` shows all")
@@ -192,7 +192,7 @@ def runs_show(run:str = typer.Argument(..., help="experiment/key, or the beginni
 @runs_app.command("verify")
 def runs_verify():
     "Check every record against its checksums; exit 1 if one is damaged."
-    from refcomm.runs import Store
+    from refcomm.store import Store
     store, bad = Store(), 0
     for k in store.keys():
         try: store.read(*k)
@@ -209,7 +209,8 @@ def runs_plan(
 ):
     "Print the missing runs of some items as JSON, for `refcomm runs execute` elsewhere."
     import importlib
-    from refcomm.runs import Store, write_plan
+    from refcomm.runs import write_plan
+    from refcomm.store import Store
     check_choice("profile", profile, PROFILES)
     store, specs = Store(), []
     for item in choose(items or sorted({i.split("/")[0] for i in notebooks()})):
@@ -227,20 +228,20 @@ def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time"),
 @runs_app.command("export")
 def runs_export(archive:Path):
     "Pack every run of the store into one tar file."
-    from refcomm.runs import export_runs
+    from refcomm.store import export_runs
     print(f"{export_runs(archive)} runs written to {archive}")
 
 @runs_app.command("import")
 def runs_import(archive:Path):
     "Take over the runs of an archive, each checked first."
-    from refcomm.runs import import_runs
+    from refcomm.store import import_runs
     print(f"{len(import_runs(archive))} new runs from {archive}")
 
 @runs_app.command("clean")
 def runs_clean(everything:bool = typer.Option(False, "--all", help="finished runs too")):
     "Remove what is set aside, unfinished or temporary."
     import shutil
-    from refcomm.runs import Store
+    from refcomm.store import Store
     store = Store()
     for p in store.root.glob("*"):
         if p.is_dir() and (everything or p.name in ("set-aside", "unfinished", "tmp", "locks")): shutil.rmtree(p)

@@ -18,7 +18,8 @@ import torch
 from refcomm import core, runs
 from refcomm.core import ConfigError, RecordError, StoreError
 from refcomm.experiments.eqc import SMALL, EQCSpec
-from refcomm.runs import Store, execute, export_runs, import_runs, read_plan, run_key, run_stack, write_plan
+from refcomm.runs import execute, read_plan, write_plan
+from refcomm.store import Store, export_runs, import_runs, run_key
 from refcomm.train import load_checkpoint
 
 LONG = {**SMALL, "lr": 1e-3, "word_length": 20, "epochs": 60, "patience": 60}
@@ -26,7 +27,7 @@ LONG = {**SMALL, "lr": 1e-3, "word_length": 20, "epochs": 60, "patience": 60}
 
 def start(code, **env):
     "A process of its own that works on the store named by REFCOMM_HOME."
-    head = f"import torch; torch.set_num_threads(1)\nfrom refcomm.experiments.eqc import EQCSpec\nfrom refcomm import runs, train\nLONG = {LONG!r}\n"
+    head = f"import torch; torch.set_num_threads(1)\nfrom refcomm.experiments.eqc import EQCSpec\nfrom refcomm import runs, store, train\nLONG = {LONG!r}\n"
     return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
 
 
@@ -41,7 +42,7 @@ def same(a, b):
 def undisturbed(tmp_path_factory):
     "The records of two seeds, made in one go elsewhere, with one thread as in the processes below."
     calm = tmp_path_factory.mktemp("calm")
-    p = start(f"runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)], store=runs.Store({str(calm)!r}))")
+    p = start(f"runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)], store=store.Store({str(calm)!r}))")
     assert p.wait() == 0, p.stderr.read()
     return [Store(calm).get(EQCSpec(seed=s, **LONG)) for s in (0, 1)]
 
@@ -79,7 +80,7 @@ def deadly(a, b):
     n += 1
     if n == {at}: os.kill(os.getpid(), signal.SIGKILL)
     real(a, b)
-runs.os.rename = deadly
+store.os.rename = deadly
 runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])""")
     assert p.wait() == -signal.SIGKILL
     assert len(Store().keys()) == at - 1 and list((Store().root/"tmp").iterdir())

@@ -8,7 +8,8 @@ import torch
 from refcomm.core import ConfigError, TrainingDiverged
 from refcomm.ensemble import Ensemble
 from refcomm.experiments import eqc
-from refcomm.runs import Context, execute, Store
+from refcomm.runs import Context, execute
+from refcomm.store import Store
 from refcomm.train import TrainSettings, fit
 
 KINDS = [dict(bottleneck="continuous"), dict(bottleneck="gumbel", alphabet_size=10, word_length=1), dict(bottleneck="quantized", alphabet_size=4),

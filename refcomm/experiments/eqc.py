@@ -20,7 +20,8 @@ from ..data.objects import ObjectWorld, split
 from ..ensemble import Ensemble
 from ..games.referential import EveryObject, ReferentialGame, draw_distractors
 from ..metrics.task import hits, n_unique
-from ..runs import Context, RunResult, frame
+from ..runs import Context, frame
+from ..store import RunResult
 from ..train import TrainSettings, fit
 
 # %% ../../nbs/90_experiments.eqc.ipynb #c6e111f5
