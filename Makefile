@@ -18,7 +18,7 @@ prepare: $(VENV)/.dev
 
 # execute the library notebooks in place, so that their small outputs are fresh
 lessons: $(VENV)/.dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" MPLBACKEND= REFCOMM_PROGRESS=text $(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/[0-9]*.ipynb
+	PATH="$(CURDIR)/$(BIN):$$PATH" REFCOMM_PROGRESS=off $(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/[0-9]*.ipynb
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .core import ConfigError, RecordError, check_at_least, check_choice, disk_errors, pick_device, progress_bar, write_atomic
+from .core import ConfigError, RecordError, WorkerDied, check_at_least, check_choice, disk_errors, pick_device, progress_bar, write_atomic
 from .store import Store, digest, package_commit, provenance, run_key, spec_fields
 
 # %% ../nbs/80_runs.ipynb #9f20eda8
@@ -128,7 +128,9 @@ def _submit(stacks, store, device, bar, pool):
             bar.update(sum(_share(folder/str(i))*len(s) for i,s in enumerate(stacks)) - bar.n)
             if any(f.done() and f.exception() for f in futures): break
         for f in futures: f.done() and f.result()
-        bar.update(sum(map(len, stacks)) - bar.n)
+    except concurrent.futures.BrokenExecutor as e:
+        raise WorkerDied("a process that was making runs died: killed, or out of memory; run again to continue where it was, with fewer jobs if memory is short") from e
+    else: bar.update(sum(map(len, stacks)) - bar.n)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         shutil.rmtree(folder, ignore_errors=True)

@@ -242,3 +242,24 @@ def test_bad_plans_are_named(tmp_path, text, says):
 def test_a_truncated_archive(tmp_path):
     (tmp_path/"x.tar").write_bytes(b"not a tar")
     with pytest.raises(RecordError, match="cannot read archive"): import_runs(tmp_path/"x.tar", Store(tmp_path/"s"))
+
+
+def test_a_killed_worker_is_named_and_the_next_driver_continues(home, undisturbed):
+    p = start("""
+import os, threading
+import refcomm.runs as r
+def killer():
+    import glob, signal, subprocess, time
+    while not glob.glob(str(store.Store().root/"unfinished"/"*"/"members.json")): time.sleep(.02)
+    time.sleep(1)
+    for child in subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "spawn_main"], capture_output=True, text=True).stdout.split(): os.kill(int(child), signal.SIGKILL)
+if __name__ == "__main__":
+    threading.Thread(target=killer, daemon=True).start()
+    try: runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)], jobs=2)
+    except runs.WorkerDied as e: assert "run again to continue" in str(e)
+    else: raise AssertionError("nobody noticed")""")
+    assert p.wait() == 0, p.stderr.read()
+    assert Store().keys() == []
+    p = start("runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])")
+    assert p.wait() == 0, p.stderr.read()
+    for s, calm in zip((0, 1), undisturbed): same(Store().get(EQCSpec(seed=s, **LONG)), calm)
