@@ -7,7 +7,7 @@ __all__ = ['NAME', 'spec_fields', 'digest', 'run_key', 'RunResult', 'RunRecord',
            'export_runs', 'import_runs']
 
 # %% ../nbs/83_store.ipynb #f33d475d
-import dataclasses, datetime, hashlib, importlib, io, json, os, platform, re, resource, shutil, subprocess, sys, tarfile, time, uuid, warnings
+import dataclasses, datetime, functools, hashlib, importlib, io, json, os, platform, re, resource, shutil, subprocess, sys, tarfile, time, uuid, warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,8 +59,9 @@ class RunRecord:
         import pandas as pd
         return pd.read_parquet(self.path/"history.parquet")
 
-def package_commit()->str: # short hash, with "+" when the tree has changes; "" outside a checkout
-    "The commit of the checkout that this package runs from."
+@functools.cache
+def package_commit()->str: # short hash, with "+" when the package has changes; "" outside a checkout
+    "The commit of the checkout that this package runs from, as it was when this process first asked."
     here = Path(importlib.import_module("refcomm").__file__).parent
     git = lambda *a: subprocess.run(["git", "-C", str(here), *a], capture_output=True, text=True)
     try: head = git("rev-parse", "--short=10", "HEAD")
