@@ -16,9 +16,9 @@ test: $(VENV)/.dev
 prepare: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/prepare
 
-# execute the library notebooks in place, so that their small outputs are fresh
+# execute the library notebooks and the index in place, so that their small outputs are fresh
 lessons: $(VENV)/.dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" REFCOMM_PROGRESS=off $(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/[0-9]*.ipynb
+	PATH="$(CURDIR)/$(BIN):$$PATH" REFCOMM_PROGRESS=off $(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/[0-9]*.ipynb nbs/index.ipynb
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
@@ -33,4 +33,8 @@ endif
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"refcomm needs Python >= 3.11, {sys.executable} is {sys.version.split()[0]}: use make PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv $(VENV)
+ifneq ($(UV),)
+	uv venv --quiet --allow-existing --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
+else
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+endif

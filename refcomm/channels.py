@@ -31,10 +31,15 @@ class Channel(nn.Module):
     def symbols_per_message(self): return self.message_length * self.bottleneck.n_symbols
 
     @property
-    def n_messages(self):
-        "Different messages that the channel allows; infinite when it is continuous."
+    def n_words(self):
+        "Different words that the channel allows: alphabet_size ** word_length; infinite when it is continuous."
         v = self.bottleneck.alphabet_size
-        return math.inf if v is None else v ** self.symbols_per_message
+        return math.inf if v is None else v ** self.bottleneck.n_symbols
+
+    @property
+    def n_messages(self):
+        "Different messages that the channel allows: n_words ** message_length."
+        return self.n_words ** self.message_length
 
     @property
     def capacity_bits(self):

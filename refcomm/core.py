@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'PRECISIONS', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError', 'WorkerDied',
            'StoreError', 'nearest', 'check_choice', 'check_at_least', 'spec', 'generator', 'seeded_init', 'anneal',
-           'pick_device', 'autocast', 'home', 'checkout', 'figures_dir', 'disk_errors', 'fsync_dir', 'write_atomic',
-           'progress_bar']
+           'pick_device', 'n_cores', 'autocast', 'home', 'checkout', 'figures_dir', 'disk_errors', 'fsync_dir',
+           'write_atomic', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #1f9c8427
 import contextlib, dataclasses, difflib, errno, functools, hashlib, io, math, os, sys
@@ -67,12 +67,13 @@ def check_at_least(
 def spec(cls):
     "Class decorator: a frozen dataclass whose constructor names the nearest field when one is misspelt."
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-    names, init = [f.name for f in dataclasses.fields(cls)], cls.__init__
+    kinds, init = {f.name: f.type for f in dataclasses.fields(cls)}, cls.__init__
     @functools.wraps(init)
     def checked(self, **fields):
         for name in fields:
-            if name not in names: raise ConfigError(f"{cls.__name__} has no field {name!r}: {nearest(name, names)}")
-        init(self, **{k: tuple(v) if isinstance(v, list) else v for k,v in fields.items()})
+            if name not in kinds: raise ConfigError(f"{cls.__name__} has no field {name!r}: {nearest(name, kinds)}")
+        tidy = lambda k, v: tuple(v) if isinstance(v, list) else float(v) if kinds[k] in (float, "float") and isinstance(v, int) else v
+        init(self, **{k: tidy(k, v) for k,v in fields.items()})
     cls.__init__ = checked
     return cls
 
@@ -129,6 +130,10 @@ def pick_device(
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r} asked for, but PyTorch sees no GPU: use device='cpu' or 'auto'")
     return device
+
+def n_cores()->int:
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def autocast(
     precision:str, # a name in `PRECISIONS`

@@ -91,10 +91,11 @@ def save(
     "Write `<paper>_<item>.png`, `.csv` and `.json` to the figures folder of the profile."
     import matplotlib.pyplot as plt
     stem = figures_dir(profile)/f"{paper}_{item}"
+    runs, seeds = origins(records) if records else "no training", sorted({r.spec["seed"] for r in records})
+    figure.text(.01, -.01 - .028*bool(note), f"profile {profile} · {data} data · seeds {', '.join(map(str, seeds)) or 'none'} · {runs}", fontsize=6, color="#888", va="top")
     if profile == "smoke": figure.text(.5, .5, "SMOKE: NOT A RESULT", fontsize=26, color="red", alpha=.35, rotation=18, ha="center", va="center")
     if profile == "smoke": claims = [{**c, "verdict": "untested"} for c in claims]
-    recipe = dict(paper=paper, item=item, title=title, profile=profile, data=data, note=note, runs=origins(records) if records else "no training",
-                  seeds=sorted({r.spec["seed"] for r in records}), claims=list(claims), command=f"refcomm reproduce {paper}/{item} --profile {profile}")
+    recipe = dict(paper=paper, item=item, title=title, profile=profile, data=data, note=note, runs=runs, seeds=seeds, claims=list(claims), command=f"refcomm reproduce {paper}/{item} --profile {profile}")
     with write_atomic(stem.with_suffix(".csv")) as tmp: numbers.to_csv(tmp, index=False, float_format="%.6g")
     with write_atomic(stem.with_suffix(".png")) as tmp: figure.savefig(tmp, format="png", dpi=dpi, bbox_inches="tight")
     with write_atomic(stem.with_suffix(".json")) as tmp: tmp.write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")

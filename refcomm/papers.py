@@ -88,7 +88,7 @@ class Claim:
     evidence:str # comparisons joined by `and`/`or`, e.g. "qt >= cn - 0.02"
 
     def check(self,
-        **numbers, # values of the names in `evidence`; a missing or NaN one leaves the claim untested
+        **numbers, # values of the names in `evidence`: all of them, or none; a NaN leaves the claim untested
     )->dict: # id, statement, evidence, numbers, verdict: "holds", "fails" or "untested"
         "Decide the claim."
         numbers = {k: float(v) for k,v in numbers.items()}

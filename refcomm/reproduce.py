@@ -8,12 +8,12 @@ __all__ = ['HEADLINE', 'app', 'runs_app', 'PROFILES', 'notebooks', 'choose', 'ti
            'runs_verify', 'runs_plan', 'runs_execute', 'runs_export', 'runs_import', 'runs_clean', 'main']
 
 # %% ../nbs/95_reproduce.ipynb #3f471222
-import hashlib, json, os, sys, time
+import hashlib, importlib, importlib.util, json, os, sys, time
 from pathlib import Path
 
 import typer
 
-from .core import ConfigError, RefcommError, checkout, check_choice, disk_errors, figures_dir, home, nearest, write_atomic
+from .core import ConfigError, RefcommError, checkout, check_choice, disk_errors, figures_dir, home, n_cores, nearest, write_atomic
 
 # %% ../nbs/95_reproduce.ipynb #ab0eba8c
 HEADLINE = ("eqc/table5",) # what `refcomm reproduce` makes when nothing is named
@@ -48,6 +48,7 @@ def parse_parameters(
     for pair in pairs:
         name, eq, value = pair.partition("=")
         if not eq: raise ConfigError(f"-p takes name=value, got {pair!r}")
+        if name in ("profile", "jobs"): raise ConfigError(f"{name} has an option of its own: --{name} {value}")
         try: parsed[name] = json.loads(value)
         except ValueError: parsed[name] = value
     return parsed
@@ -91,7 +92,9 @@ def reproduce_item(
         try: known = json.loads(state_file.read_text())
         except ValueError: known = {}
         if known == _state(item, path, parameters, profile) and known["outputs"]: return "found done", executed, ""
-    try: import papermill, ipykernel
+    try:
+        import papermill, ipykernel
+        from nbclient.exceptions import DeadKernelError
     except ImportError as e: raise ConfigError(f"running notebooks needs {e.name}: pip install 'refcomm[notebooks]'") from None
     state_file.unlink(missing_ok=True)
     with disk_errors(executed): executed.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +103,7 @@ def reproduce_item(
     try:
         with disk_errors(executed): papermill.execute_notebook(str(path), str(executed), parameters, progress_bar=False, stderr_file=sys.stderr, kernel_name="python3", extra_arguments=quiet)
     except papermill.PapermillExecutionError as e: return "failed", executed, f"{e.ename}: {e.evalue}"
+    except (DeadKernelError, RefcommError) as e: return "failed", executed, str(e)
     with write_atomic(state_file) as tmp: tmp.write_text(json.dumps(_state(item, path, parameters, profile)))
     return "done", executed, ""
 
@@ -138,7 +142,7 @@ def reproduce(
     "Make tables and figures: papermill over the reproduction notebooks."
     import torch
     check_choice("profile", profile, PROFILES)
-    jobs = jobs or (1 if torch.cuda.is_available() or profile == "smoke" else os.cpu_count() or 1)
+    jobs = jobs or (1 if torch.cuda.is_available() or profile == "smoke" else n_cores())
     chosen, given = choose(items or []), dict(parse_parameters(parameters), profile=profile, jobs=jobs)
     for path in chosen.values(): check_parameters(path, given)
     results = []
@@ -174,10 +178,12 @@ def runs_list():
     "Every finished run."
     from refcomm.store import Store
     store = Store()
-    rows = [store.read(*k) for k in store.keys()]
+    bad = [d for k in store.keys() if (d := store.damage(*k))]
+    rows = [store.read(*k) for k in store.keys() if not store.damage(*k)]
     show = ("channel", "bottleneck", "alphabet_size", "word_length", "lr", "seed")
     print_table(f"{len(rows)} runs in {store.root}", ("run", *show, "seconds", "device", "commit"),
         [(f"{r.experiment}/{r.key}", *(r.spec.get(k, "") for k in show), f"{r.provenance['seconds']/r.provenance['trained_together']:.1f}", r.provenance["device"], r.provenance["commit"]) for r in rows])
+    for d in bad: print(d)
 
 @runs_app.command("show")
 def runs_show(run:str = typer.Argument(..., help="experiment/key, or the beginning of a key")):
@@ -193,11 +199,10 @@ def runs_show(run:str = typer.Argument(..., help="experiment/key, or the beginni
 def runs_verify():
     "Check every record against its checksums; exit 1 if one is damaged."
     from refcomm.store import Store
-    store, bad = Store(), 0
-    for k in store.keys():
-        try: store.read(*k)
-        except RefcommError as e: bad += 1; print(e)
-    print(f"{len(store.keys()) - bad} sound, {bad} damaged in {store.root}")
+    store = Store()
+    bad = [d for k in store.keys() if (d := store.damage(*k))]
+    for d in bad: print(d)
+    print(f"{len(store.keys()) - len(bad)} sound, {len(bad)} damaged in {store.root}")
     if bad: raise typer.Exit(1)
 
 # %% ../nbs/95_reproduce.ipynb #8c912fd1
@@ -208,13 +213,13 @@ def runs_plan(
     n_seeds:int = typer.Option(3, help="seeds per configuration"),
 ):
     "Print the missing runs of some items as JSON, for `refcomm runs execute` elsewhere."
-    import importlib
     from refcomm.runs import write_plan
     from refcomm.store import Store
     check_choice("profile", profile, PROFILES)
     store, specs = Store(), []
     for item in choose(items or sorted({i.split("/")[0] for i in notebooks()})):
         paper, name = item.split("/")
+        if not importlib.util.find_spec(f"refcomm.experiments.{paper}"): continue # benchmarks have no runs
         module = importlib.import_module(f"refcomm.experiments.{paper}")
         if name in module.ITEMS: specs += module.grid(name, profile, n_seeds)
     print(write_plan([s for s in specs if store.get(s) is None], None))
@@ -238,13 +243,19 @@ def runs_import(archive:Path):
     print(f"{len(import_runs(archive))} new runs from {archive}")
 
 @runs_app.command("clean")
-def runs_clean(everything:bool = typer.Option(False, "--all", help="finished runs too")):
-    "Remove what is set aside, unfinished or temporary."
+def runs_clean(everything:bool = typer.Option(False, "--all", help="finished runs too"), yes:bool = typer.Option(False, "--yes", help="do not ask")):
+    "Remove what is set aside, unfinished or temporary, unless runs are being made."
     import shutil
+    from filelock import FileLock, Timeout
     from refcomm.store import Store
     store = Store()
-    for p in store.root.glob("*"):
-        if p.is_dir() and (everything or p.name in ("set-aside", "unfinished", "tmp", "locks")): shutil.rmtree(p)
+    for lock in store.root.glob("locks/*.lock"):
+        try: FileLock(lock, timeout=0).acquire().lock.release()
+        except Timeout: raise ConfigError(f"run {lock.stem} is being made: wait for it or stop it, then clean") from None
+    if everything and not yes: typer.confirm(f"Remove all {len(store.keys())} runs in {store.root}?", abort=True)
+    with disk_errors(store.root):
+        for p in store.root.glob("*"):
+            if p.is_dir() and p.name != "locks" and (everything or p.name in ("set-aside", "unfinished", "tmp")): shutil.rmtree(p)
     print(f"{len(store.keys())} runs remain in {store.root}")
 
 def main():

@@ -7,13 +7,13 @@ __all__ = ['EXECUTORS', 'Context', 'run_stack', 'local_executor', 'make_stacks',
            'write_plan', 'read_plan']
 
 # %% ../nbs/80_runs.ipynb #a3a72df8
-import concurrent.futures, contextlib, dataclasses, importlib, json, multiprocessing, os, shutil, time, uuid
+import concurrent.futures, contextlib, dataclasses, importlib, json, multiprocessing, os, shutil, threading, uuid
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .core import ConfigError, RecordError, WorkerDied, check_at_least, check_choice, disk_errors, pick_device, progress_bar, write_atomic
+from .core import ConfigError, RecordError, TrainingDiverged, WorkerDied, check_at_least, check_choice, disk_errors, n_cores, pick_device, progress_bar, write_atomic
 from .store import Store, digest, package_commit, provenance, run_key, spec_fields
 
 # %% ../nbs/80_runs.ipynb #9f20eda8
@@ -25,16 +25,12 @@ class Context(NamedTuple):
     checkpoint_seconds:float = 60. # between checkpoints
 
 # %% ../nbs/80_runs.ipynb #9bb9a277
-def _adopt(store, specs)->tuple: # (folder of the checkpoint, Specs to train)
-    "The unfinished stack that some of these Specs belong to, or a new one."
-    keys = [run_key(s) for s in specs]
-    for found in sorted((store.root/"unfinished").glob(f"{specs[0].experiment}-*/members.json")):
-        try: members = [type(specs[0])(**fields) for fields in json.loads(found.read_text())]
-        except (ValueError, TypeError): continue
-        if set(keys) <= {run_key(m) for m in members}: return found.parent, members
-    folder = store.root/"unfinished"/f"{specs[0].experiment}-{digest(keys)[:16]}"
-    with write_atomic(folder/"members.json") as tmp: tmp.write_text(json.dumps([spec_fields(s) for s in specs]))
-    return folder, specs
+def _members(folder, missing)->list: # Specs
+    "Whom the unfinished training in this folder trains; `missing` if there is none, which is written down."
+    try: return [type(missing[0])(**fields) for fields in json.loads((folder/"members.json").read_text())]
+    except (OSError, ValueError, TypeError): shutil.rmtree(folder, ignore_errors=True)
+    with write_atomic(folder/"members.json") as tmp: tmp.write_text(json.dumps([spec_fields(s) for s in missing]))
+    return missing
 
 def run_stack(
     specs, # Specs with equal `stack_key`
@@ -44,20 +40,19 @@ def run_stack(
     checkpoint_seconds:float=60., # between checkpoints of unfinished training
 )->list: # keys
     "Make the runs of a stack that the store does not hold yet. This is what executors submit."
-    from filelock import FileLock
     store, module = Store(root), importlib.import_module(type(specs[0]).__module__)
     say = report if callable(report) else _reporter(report) if report else lambda done, text: None
     with disk_errors(store.root), contextlib.ExitStack() as held:
-        (store.root/"locks").mkdir(parents=True, exist_ok=True)
         for key in sorted(map(run_key, specs)): # always in this order, so that two drivers cannot wait for each other
-            held.enter_context(FileLock(store.root/"locks"/f"{key}.lock"))
+            held.enter_context(store.lock(specs[0].experiment, key))
             for left in (store.root/"tmp").glob(f"{key}-*"): shutil.rmtree(left, ignore_errors=True) # from a killed writer
-        missing = [s for s in specs if store.get(s) is None]
-        if missing:
-            started, commit = time.time(), package_commit()
-            folder, members = _adopt(store, missing)
-            results = module.run(members, Context(device, folder/"training.safetensors", say, checkpoint_seconds))
-            origin = provenance(pick_device(device), started, commit, len(members))
+        if missing := [s for s in specs if store.get(s) is None]:
+            folder = store.root/"unfinished"/f"{specs[0].experiment}-{digest([run_key(s) for s in specs])[:16]}"
+            members = _members(folder, missing)
+            package_commit()
+            try: results = module.run(members, Context(device, folder/"training.safetensors", say, checkpoint_seconds))
+            except (ConfigError, TrainingDiverged): shutil.rmtree(folder, ignore_errors=True); raise
+            origin = provenance(pick_device(device), float(results[0].history["seconds"].sum()), len(members))
             for s, result in zip(members, results):
                 if s in missing: store.put(s, result, origin)
             shutil.rmtree(folder, ignore_errors=True)
@@ -68,16 +63,19 @@ def _reporter(path):
     "Write progress to a file, for a driver that watches it."
     def say(done, text):
         tmp = Path(f"{path}.{os.getpid()}")
-        tmp.write_text(json.dumps([done, text])); os.replace(tmp, path)
+        with contextlib.suppress(OSError): tmp.write_text(json.dumps([done, text])); os.replace(tmp, path) # a lost report is no reason to stop
     return say
 
 # %% ../nbs/80_runs.ipynb #eda02cea
-def _set_threads(n): torch.set_num_threads(n)
+def _start_worker(threads):
+    "Take a share of the cores, and end with the driver even if it is killed."
+    torch.set_num_threads(threads)
+    def follow(driver): driver.join(); os._exit(1)
+    threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 def local_executor(jobs:int)->concurrent.futures.Executor:
     "Worker processes on this machine, started afresh and sharing the cores."
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    return concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _set_threads, (threads,))
+    return concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker, (max(1, n_cores() // jobs),))
 
 EXECUTORS = {"local": local_executor}
 
@@ -95,19 +93,22 @@ def execute(
     jobs:int=1, # stacks at a time; 1 works in this process
     device:str="auto",
     store:Store|None=None, # the default store when None
-    executor="local", # a name in `EXECUTORS`, or any object with `submit`
+    executor="local", # a name in `EXECUTORS`, or your own concurrent.futures.Executor, which is left running
     desc:str="runs",
 )->list: # one `RunRecord` per Spec, in order
     "Make every run that the store lacks, and return the records of all."
     specs, store = list(specs), store or Store()
     check_at_least("jobs", jobs, 1)
     missing = {s for s in dict.fromkeys(specs) if store.get(s) is None}
-    stacks = [[s for s in stack if s in missing] for stack in make_stacks(specs, device)]
-    stacks = [s for s in stacks if s]
+    stacks = [stack for stack in make_stacks(specs, device) if missing & set(stack)]
     if stacks:
         with progress_bar(sum(map(len, stacks)), desc, unit="run", bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} {unit}s [{elapsed}<{remaining}{postfix}]") as bar:
             if jobs == 1 and executor == "local": _inline(stacks, store, device, bar)
-            else: _submit(stacks, store, device, bar, EXECUTORS[check_choice("executor", executor, EXECUTORS)](min(jobs, len(stacks))) if isinstance(executor, str) else executor)
+            elif not isinstance(executor, str): _submit(stacks, store, device, bar, executor)
+            else:
+                pool = EXECUTORS[check_choice("executor", executor, EXECUTORS)](min(jobs, len(stacks)))
+                try: _submit(stacks, store, device, bar, pool)
+                finally: pool.shutdown(wait=True, cancel_futures=True)
     records = [store.get(s) for s in specs]
     if None in records: raise RecordError(f"run {run_key(specs[records.index(None)])} vanished from {store.root} while others were made: is another process cleaning it?")
     return records
@@ -121,6 +122,7 @@ def _inline(stacks, store, device, bar):
 def _submit(stacks, store, device, bar, pool):
     folder = store.root/"tmp"/f"progress-{uuid.uuid4().hex}"
     with disk_errors(folder): folder.mkdir(parents=True)
+    futures = []
     try:
         futures = [pool.submit(run_stack, s, str(store.root), device, str(folder/str(i))) for i,s in enumerate(stacks)]
         while pending := [f for f in futures if not f.done()]:
@@ -132,7 +134,7 @@ def _submit(stacks, store, device, bar, pool):
         raise WorkerDied("a process that was making runs died: killed, or out of memory; run again to continue where it was, with fewer jobs if memory is short") from e
     else: bar.update(sum(map(len, stacks)) - bar.n)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for f in futures: f.cancel()
         shutil.rmtree(folder, ignore_errors=True)
 
 def _share(path):

@@ -7,13 +7,13 @@ __all__ = ['NAME', 'spec_fields', 'digest', 'run_key', 'RunResult', 'RunRecord',
            'export_runs', 'import_runs']
 
 # %% ../nbs/83_store.ipynb #f33d475d
-import dataclasses, datetime, functools, hashlib, importlib, io, json, os, platform, re, resource, shutil, subprocess, sys, tarfile, time, uuid, warnings
+import dataclasses, datetime, functools, hashlib, importlib, io, json, errno, os, platform, re, resource, shutil, subprocess, sys, tarfile, uuid, warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .core import RecordError, disk_errors, fsync_dir, home, write_atomic
+from .core import RecordError, StoreError, disk_errors, fsync_dir, home, write_atomic
 
 # %% ../nbs/83_store.ipynb #1ee1955c
 def spec_fields(spec)->dict: # JSON-able fields
@@ -36,7 +36,7 @@ class RunResult(NamedTuple):
     "What a run returns."
     rows:list # tidy metrics: one dict a row
     summary:dict # numbers about the run as a whole
-    history:list # one dict per epoch
+    history:object # DataFrame: one row per epoch
     tensors:dict # messages and whatever else is to be kept, name → tensor
 
 # %% ../nbs/83_store.ipynb #159a489d
@@ -71,17 +71,16 @@ def package_commit()->str: # short hash, with "+" when the package has changes; 
 
 def provenance(
     device, # torch device that the run used
-    started:float, # time.time() at its start
-    commit:str, # `package_commit()` at its start
+    seconds:float, # of training, interruptions left out
     n_stacked:int, # runs trained together
 )->dict:
     "Where, with what and at what cost a run was made."
     import refcomm
     cuda = torch.device(device).type == "cuda"
-    return dict(commit=commit, refcomm=refcomm.__version__, python=platform.python_version(), torch=torch.__version__, platform=platform.system(),
+    return dict(commit=package_commit(), refcomm=refcomm.__version__, python=platform.python_version(), torch=torch.__version__, platform=platform.system(),
         device=torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)",
-        finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), seconds=round(time.time() - started, 3), trained_together=n_stacked,
-        peak_memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**10 if sys.platform != "darwin" else 2**20),
+        finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), seconds=round(seconds, 3), trained_together=n_stacked,
+        process_peak_memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**10 if sys.platform != "darwin" else 2**20),
         peak_gpu_memory_mib=torch.cuda.max_memory_allocated(device) // 2**20 if cuda else 0)
 
 # %% ../nbs/83_store.ipynb #82177124
@@ -95,31 +94,56 @@ class Store:
 
     def path(self, experiment, key): return self.root/experiment/key
 
-    def keys(self): return sorted((p.parent.parent.name, p.parent.name) for p in self.root.glob("[a-z]*/*/record.json") if NAME.fullmatch("/".join(p.parts[-3:])))
+    def lock(self, experiment, key):
+        "The run's lock, a context manager; the same process may take it again."
+        from filelock import FileLock
+        with disk_errors(self.root): (self.root/"locks").mkdir(parents=True, exist_ok=True)
+        return FileLock(self.root/"locks"/f"{experiment}-{key}.lock", is_singleton=True)
+
+    def keys(self): # (experiment, key) pairs, sound or not
+        return sorted((p.parent.name, p.name) for p in self.root.glob("[a-z]*/*") if NAME.fullmatch(f"{p.parent.name}/{p.name}/record.json"))
 
     def read(self, experiment:str, key:str)->RunRecord:
         "The record, or a `RecordError` that says what is wrong with it."
         path = self.path(experiment, key)
-        try: raw = json.loads((path/"record.json").read_bytes())
-        except (OSError, ValueError) as e: raise RecordError(f"run {experiment}/{key} is unreadable: {e}") from None
-        body = raw.get("body") if isinstance(raw, dict) else None
-        if not isinstance(body, dict) or raw.get("sha256") != digest(body): raise RecordError(f"run {experiment}/{key} was edited or is not a record: its checksum does not match")
+        try:
+            raw = json.loads((path/"record.json").read_bytes())
+            body = raw["body"]
+            if raw["sha256"] != digest(body): raise RecordError(f"run {experiment}/{key} was edited or is not a record: its checksum does not match")
+            record = RunRecord(experiment, key, body["spec"], body["rows"], body["summary"], body["provenance"], path)
+            body["version"], body["experiment"], body["files"].items()
+        except (FileNotFoundError, NotADirectoryError): raise RecordError(f"run {experiment}/{key} is incomplete: record.json is missing") from None
+        except OSError as e: raise StoreError(f"cannot read {path}: {e}") from e
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            if isinstance(e, RecordError): raise
+            raise RecordError(f"run {experiment}/{key} is unreadable: {e!r}") from None
         own = digest([body["experiment"], body["version"], body["spec"]])[:16]
         if (body["experiment"], own) != (experiment, key): raise RecordError(f"run {experiment}/{key} is foreign: its Spec belongs to {body['experiment']}/{own}")
         for name, sha in body["files"].items():
             try: data = (path/name).read_bytes()
-            except OSError: raise RecordError(f"run {experiment}/{key} is incomplete: {name} is missing") from None
+            except FileNotFoundError: raise RecordError(f"run {experiment}/{key} is incomplete: {name} is missing") from None
+            except OSError as e: raise StoreError(f"cannot read {path/name}: {e}") from e
             if digest(data) != sha: raise RecordError(f"run {experiment}/{key} was edited or cut short: {name} does not match its checksum")
-        return RunRecord(experiment, key, body["spec"], body["rows"], body["summary"], body["provenance"], path)
+        return record
+
+    def damage(self, experiment, key)->str: # "" for a sound record
+        "What is wrong with a record."
+        try: self.read(experiment, key)
+        except RecordError as e: return str(e)
+        return ""
 
     def get(self, spec)->RunRecord|None:
         "The record of a Spec if there is a sound one; a damaged one is set aside with a warning."
         key = run_key(spec)
-        if not self.path(spec.experiment, key).exists(): return None
         try: return self.read(spec.experiment, key)
-        except RecordError as e:
-            aside = self.set_aside(spec.experiment, key)
-            warnings.warn(f"{e}; moved to {aside}, the run will be made again")
+        except RecordError:
+            if not self.path(spec.experiment, key).exists(): return None
+        with self.lock(spec.experiment, key):
+            try: return self.read(spec.experiment, key)
+            except RecordError as e:
+                if not self.path(spec.experiment, key).exists(): return None
+                aside = self.set_aside(spec.experiment, key)
+                warnings.warn(f"{e}; moved to {aside}, the run will be made again")
 
     def set_aside(self, experiment, key)->Path:
         aside = self.root/"set-aside"/f"{experiment}-{key}-{uuid.uuid4().hex[:6]}"
@@ -132,7 +156,7 @@ class Store:
         import pandas as pd
         from safetensors.torch import save
         history = io.BytesIO()
-        pd.DataFrame(result.history).to_parquet(history)
+        pd.DataFrame(result.history).to_parquet(history, index=False)
         files = {"tensors.safetensors": save({k: v.contiguous().cpu() for k,v in result.tensors.items()}), "history.parquet": history.getvalue()}
         body = dict(experiment=spec.experiment, version=spec.version, spec=spec_fields(spec), rows=result.rows, summary=result.summary, provenance=origin,
                     files={k: digest(v) for k,v in files.items()})
@@ -150,17 +174,20 @@ class Store:
                 final.parent.mkdir(parents=True, exist_ok=True)
                 os.rename(tmp, final)
                 fsync_dir(final.parent)
+            except OSError as e: # a record has come first: keep it if it is sound
+                if e.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise
+                self.read(experiment, key)
             finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/83_store.ipynb #82609496
 def export_runs(
     path, # the tar file to write
     store:Store|None=None,
-    keys=None, # (experiment, key) pairs; all of them when None
+    keys=None, # (experiment, key) pairs; all that are sound when None
 )->int: # how many
-    "Pack sound records into one tar file."
+    "Pack records into one tar file; a damaged one that was asked for is an error."
     store = store or Store()
-    keys = store.keys() if keys is None else keys
+    keys = [k for k in store.keys() if not store.damage(*k)] if keys is None else keys
     for k in keys: store.read(*k)
     with write_atomic(path) as tmp, tarfile.open(tmp, "w") as tar:
         for e,k in keys:
@@ -182,8 +209,12 @@ def import_runs(
     except (OSError, tarfile.TarError) as e: raise RecordError(f"cannot read archive {path}: {e}") from None
     with disk_errors(store.root): check = Store(store.root/"tmp"/f"import-{uuid.uuid4().hex}")
     try:
+        new = []
         for (e, k), content in files.items(): check._place(e, k, content); check.read(e, k)
-        new = [ek for ek in files if not store.path(*ek).exists()]
-        for e,k in new: store._place(e, k, files[e, k])
+        for e,k in files:
+            with store.lock(e, k):
+                if store.path(e, k).exists(): continue
+                store._place(e, k, files[e, k])
+                new.append((e, k))
     finally: shutil.rmtree(check.root, ignore_errors=True)
     return new

@@ -11,7 +11,7 @@ import json, time, warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+import pandas as pd, torch
 from torch import Tensor, nn
 
 from .core import ConfigError, RecordError, TrainingDiverged, anneal, autocast, check_at_least, check_choice, generator, progress_bar, spec, write_atomic
@@ -43,9 +43,9 @@ class TrainSettings:
 # %% ../nbs/60_train.ipynb #02fa5a26
 def save_checkpoint(path, tensors:dict, meta:dict):
     "Write tensors and JSON-able `meta` to one safetensors file, atomically."
-    from safetensors.torch import save_file
-    with write_atomic(path) as tmp:
-        save_file({k: v.detach().contiguous().cpu() for k,v in tensors.items()}, tmp, {"meta": json.dumps(meta)})
+    from safetensors.torch import save
+    data = save({k: v.detach().contiguous().cpu() for k,v in tensors.items()}, {"meta": json.dumps(meta)})
+    with write_atomic(path) as tmp: tmp.write_bytes(data)
 
 def load_checkpoint(path)->tuple: # (tensors, meta), or None when there is no readable checkpoint
     "Read what `save_checkpoint` wrote; an unreadable file is set aside with a warning."
@@ -64,7 +64,7 @@ class Best:
     "The best weights of each member so far."
     def __init__(self, ensemble):
         n = ensemble.n_members
-        self.weights = [p.detach().clone() for p in ensemble.parameters()]
+        self.weights = {k: v.detach().clone() for k,v in ensemble.full_state().items()}
         self.accuracy, self.loss = torch.full((n,), -torch.inf), torch.full((n,), torch.inf)
         self.epoch = torch.full((n,), -1)
 
@@ -74,15 +74,14 @@ class Best:
         accuracy, loss = accuracy.detach().float().cpu(), loss.detach().float().cpu()
         better = (accuracy > self.accuracy) | ((accuracy == self.accuracy) & (loss < self.loss))
         better &= self.active(epoch - 1, patience)
-        for kept, p in zip(self.weights, ensemble.parameters()):
-            mask = better.to(p.device).view(-1, *[1]*(p.dim() - 1))
-            kept.copy_(torch.where(mask, p.detach(), kept))
+        for k,v in ensemble.full_state().items():
+            mask = better.to(v.device).view(-1, *[1]*(v.dim() - 1)) if ensemble.n_members > 1 else better[0].to(v.device)
+            self.weights[k].copy_(torch.where(mask, v.detach(), self.weights[k]))
         self.accuracy, self.loss = torch.where(better, accuracy, self.accuracy), torch.where(better, loss, self.loss)
         self.epoch = torch.where(better, epoch, self.epoch)
         return better
 
-    def restore(self, ensemble):
-        for kept, p in zip(self.weights, ensemble.parameters()): p.data.copy_(kept)
+    def restore(self, ensemble): ensemble.load_full_state(self.weights)
 
 # %% ../nbs/60_train.ipynb #c565d85e
 class Training:
@@ -101,7 +100,7 @@ class Training:
     def tensors(self):
         opt = {f"optimizer.{i}.{k}": v for i, s in self.optimizer.state_dict()["state"].items() for k,v in s.items()}
         streams = {f"{name}.{i}": g.get_state() for name in ("order_generators", "noise_generators") for i,g in enumerate(getattr(self, name))}
-        best = {f"best.{i}": w for i,w in enumerate(self.best.weights)}
+        best = {f"best.{k}": w for k,w in self.best.weights.items()}
         state = {f"model.{k}": v for k,v in self.ensemble.full_state().items()}
         kept = {f"best_{k}": getattr(self.best, k) for k in ("accuracy", "loss", "epoch")}
         return {**opt, **streams, **best, **state, **kept, "order": self.order, "total": self.total}
@@ -117,7 +116,7 @@ class Training:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         for name in ("order_generators", "noise_generators"):
             for i,g in enumerate(getattr(self, name)): g.set_state(tensors[f"{name}.{i}"])
-        for i,w in enumerate(self.best.weights): w.copy_(tensors[f"best.{i}"])
+        for k,w in self.best.weights.items(): w.copy_(tensors[f"best.{k}"])
         for k in ("accuracy", "loss", "epoch"): setattr(self.best, k, tensors[f"best_{k}"])
         self.ensemble.load_full_state({k[6:]: v for k,v in tensors.items() if k.startswith("model.")})
         self.order, self.total = tensors["order"], tensors["total"].to(self.total.device)
@@ -127,7 +126,7 @@ class Training:
 # %% ../nbs/60_train.ipynb #e4a87a29
 class Fit(NamedTuple):
     "What training leaves behind; the ensemble itself holds the best weights."
-    history:list # one dict per epoch and member: epoch, member, seed, loss, accuracy, valid_loss, lr, seconds
+    history:pd.DataFrame # a row per epoch and member: epoch, member, seed, loss, accuracy, valid_loss, lr, improved, seconds
     best_epoch:list # per member, counted from 0
 
 def fit(
@@ -161,7 +160,7 @@ def fit(
     save()
     if bar is not None: bar.close()
     t.best.restore(ensemble)
-    return Fit(t.history, t.best.epoch.tolist())
+    return Fit(pd.DataFrame(t.history), t.best.epoch.tolist())
 
 # %% ../nbs/60_train.ipynb #059b8fac
 def train_epoch(t, loss, batches:int, device, save, checkpoint_seconds, on_progress):

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -27,6 +28,7 @@ def test_list_names_every_notebook():
     (["reproduce", "-p", "n_seed=3"], "has no parameter 'n_seed': did you mean 'n_seeds'"),
     (["reproduce", "-p", "n_seeds=three"], "parameter n_seeds is int, got 'three'"),
     (["reproduce", "-p", "n_seeds"], "-p takes name=value"),
+    (["reproduce", "-p", "profile=gpu"], "profile has an option of its own: --profile gpu"),
     (["runs", "show", "zzz"], "matches 0 runs"),
     (["runs", "execute", "nowhere.json"], "cannot read plan nowhere.json"),
     (["runs", "import", "nowhere.tar"], "cannot read archive nowhere.tar"),
@@ -49,8 +51,9 @@ def test_runs_commands(home, tmp_path):
     assert json.loads(cli("runs", "show", record.parent.name).stdout)["run"] == f"eqc/{record.parent.name}"
     record.write_text("{}")
     bad = cli("runs", "verify")
-    assert bad.returncode == 1 and f"eqc/{record.parent.name} was edited" in bad.stdout
-    assert "0 runs remain" in cli("runs", "clean", "--all").stdout
+    assert bad.returncode == 1 and f"eqc/{record.parent.name} is unreadable" in bad.stdout
+    assert "3 runs in" in cli("runs", "list").stdout and "3 runs written" in cli("runs", "export", str(tmp_path/"sound.tar")).stdout
+    assert "0 runs remain" in cli("runs", "clean", "--all", "--yes").stdout
     assert "4 new runs" in cli("runs", "import", str(tmp_path/"runs.tar")).stdout
     assert "4 sound" in cli("runs", "verify").stdout
 
@@ -72,6 +75,9 @@ def test_every_notebook_at_smoke_and_nothing_twice(home):
     assert seen == {p: p.stat().st_mtime_ns for p in home.rglob("*") if p.is_file()}, "finished work is not touched"
 
 
+SAVE = "import pandas as pd, matplotlib.pyplot as plt\nfrom refcomm import figures\nfigures.save('toy', 'x', pd.DataFrame(dict(a=[1])), plt.figure(), [], profile, 'Toy', 'none')"
+
+
 def toy(path, code):
     cells = [dict(cell_type="markdown", id="a", metadata={}, source="# Toy"), dict(cell_type="code", id="b", metadata=dict(tags=["parameters"]), source='profile: str = "smoke"\njobs: int = 1', outputs=[], execution_count=None),
              dict(cell_type="code", id="c", metadata={}, source=code, outputs=[], execution_count=None)]
@@ -86,14 +92,37 @@ def test_a_failing_notebook_is_kept_and_named(home, tmp_path):
     assert status == "failed", "a failure is not found done"
 
 
+def test_a_dead_kernel_is_a_failed_item(home, tmp_path):
+    status, _, message = reproduce.reproduce_item("toy/dead", toy(tmp_path/"dead.ipynb", "import os; os.kill(os.getpid(), 9)"), dict(profile="smoke", jobs=1))
+    assert status == "failed" and "died" in message
+
+
+def test_kill_between_notebooks_then_continue(home):
+    "Killed when the first of two notebooks is done: the second call does the second only."
+    work = ["-c", "from refcomm.reproduce import main; main()", "reproduce", "eqc/table1", "eqc/table4", "--profile", "smoke"]
+    p = subprocess.Popen([sys.executable, *work], env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = home/"executed"/"smoke"/"eqc"/"table1.json"
+    while not done.exists() and p.poll() is None: time.sleep(.01)
+    p.kill(); p.wait()
+    assert done.exists() and not done.with_stem("table4").exists()
+    made = (home/"smoke-figures"/"eqc_table1.png").stat().st_mtime_ns
+    out = cli("reproduce", "eqc/table1", "eqc/table4", "--profile", "smoke").stdout
+    assert out.count("found done") == 1 and (home/"smoke-figures"/"eqc_table1.png").stat().st_mtime_ns == made
+
+
+def test_an_unwritable_figures_folder_is_named(home, tmp_path):
+    (tmp_path/"file").write_text("")
+    status, _, message = reproduce.reproduce_item("toy/x", toy(tmp_path/"x.ipynb", f"import os; os.environ['REFCOMM_HOME'] = {str(tmp_path/'file')!r}\n" + SAVE), dict(profile="smoke", jobs=1))
+    assert status == "failed" and message.startswith("StoreError: cannot write")
+
+
 def test_a_changed_figure_or_parameter_is_made_again(home, tmp_path):
-    save = "import pandas as pd, matplotlib.pyplot as plt\nfrom refcomm import figures\nfigures.save('toy', 'x', pd.DataFrame(dict(a=[1])), plt.figure(), [], profile, 'Toy', 'none')"
-    nb, p = toy(tmp_path/"x.ipynb", save), dict(profile="smoke", jobs=1)
+    nb, p = toy(tmp_path/"x.ipynb", SAVE), dict(profile="smoke", jobs=1)
     assert [reproduce.reproduce_item("toy/x", nb, p)[0] for _ in range(2)] == ["done", "found done"]
     assert reproduce.reproduce_item("toy/x", nb, dict(p, jobs=2))[0] == "found done", "jobs change no result"
     (home/"smoke-figures"/"toy_x.csv").write_text("edited")
     assert reproduce.reproduce_item("toy/x", nb, p)[0] == "done"
-    assert reproduce.reproduce_item("toy/x", toy(nb, save + "\n"), p)[0] == "done"
+    assert reproduce.reproduce_item("toy/x", toy(nb, SAVE + "\n"), p)[0] == "done"
 
 
 def test_exit_code_is_1_when_a_notebook_fails(home, monkeypatch):

@@ -22,7 +22,7 @@ from refcomm.runs import execute, read_plan, write_plan
 from refcomm.store import Store, export_runs, import_runs, run_key
 from refcomm.train import load_checkpoint
 
-LONG = {**SMALL, "lr": 1e-3, "word_length": 20, "epochs": 60, "patience": 60}
+LONG = {**SMALL, "lr": 1e-3, "word_length": 20, "epochs": 200, "patience": 200}
 
 
 def start(code, **env):
@@ -55,7 +55,7 @@ def test_kill_while_training_then_resume(home, undisturbed):
         p = start(work)
         before = time.time()
         while p.poll() is None and not any(f.stat().st_mtime > before for f in Store().root.glob("unfinished/*/training.safetensors")): time.sleep(.02)
-        time.sleep(random.Random(deaths).random()*.5)
+        time.sleep(random.Random(deaths).random()*.1)
         if p.poll() is None: p.send_signal(signal.SIGKILL); deaths += 1
         p.wait()
     assert deaths >= 2 and Store().keys() == []
@@ -65,7 +65,7 @@ def test_kill_while_training_then_resume(home, undisturbed):
     assert p.wait() == 0, p.stderr.read()
     for s, calm in zip(specs, undisturbed):
         same(Store().get(s), calm)
-        assert Store().get(s).history().epoch.tolist() == list(range(60)), "no epoch was done twice"
+        assert Store().get(s).history().epoch.tolist() == list(range(200)), "no epoch was done twice"
     assert not list(Store().root.glob("unfinished/*"))
 
 
@@ -162,6 +162,80 @@ def test_a_damaged_record_is_named_set_aside_and_made_again(stored):
     with pytest.warns(UserWarning, match=f"eqc/{record.key} was edited or cut short: tensors.safetensors.*set-aside"):
         again, = execute([spec])
     assert again.rows == record.rows and len(list((Store().root/"set-aside").iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", ['{"sha256": "0", "body": {}}', '{"body": {"rows": [NaN]}, "sha256": "0"}', "[]", "null", '{"sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a", "body": {}}'])
+def test_what_is_no_record_is_set_aside(stored, text):
+    spec, record = stored
+    (record.path/"record.json").write_text(text)
+    with pytest.warns(UserWarning, match="moved to .*set-aside"): assert Store().get(spec) is None
+
+
+def test_unfinished_work_of_another_version_is_not_continued(home, monkeypatch):
+    specs = [EQCSpec(seed=s, **{**LONG, "epochs": 1}) for s in (0, 1)]
+    def cut(*a): raise KeyboardInterrupt
+    monkeypatch.setattr(Store, "put", cut)
+    with pytest.raises(KeyboardInterrupt): execute(specs)
+    monkeypatch.undo()
+    monkeypatch.setenv("REFCOMM_HOME", str(home))
+    assert len(list(Store().root.glob("unfinished/*/training.safetensors"))) == 1
+    monkeypatch.setattr(EQCSpec, "version", 2)
+    assert execute(specs)[0].history().epoch.tolist() == [0]
+    assert len(list(Store().root.glob("unfinished/*"))) == 1, "the old version's state lies where it lay"
+
+
+def test_overlapping_stacks_after_a_kill(home, undisturbed):
+    "Killed while training seeds 0 and 1; then seed 0 alone is wanted; then both."
+    p = start(f"runs.run_stack([EQCSpec(seed=s, **LONG) for s in (0, 1)], {str(Store().root)!r}, checkpoint_seconds=0.05)")
+    while not list(Store().root.glob("unfinished/*/training.safetensors")): time.sleep(.02)
+    p.kill(); p.wait()
+    p = start("runs.execute([EQCSpec(seed=0, **LONG)]); runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])")
+    assert p.wait() == 0, p.stderr.read()
+    for s, calm in zip((0, 1), undisturbed):
+        assert [r["n_candidates"] for r in Store().get(EQCSpec(seed=s, **LONG)).rows] == [r["n_candidates"] for r in calm.rows]
+    assert not list(Store().root.glob("unfinished/*"))
+
+
+def test_your_own_executor_is_left_running(home):
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(1) as pool:
+        for s in (0, 1): assert len(execute([EQCSpec(seed=s, **{**LONG, "epochs": 1})], executor=pool)) == 1
+
+
+def test_workers_end_with_a_killed_driver(home):
+    p = start("if __name__ == '__main__': runs.execute([EQCSpec(seed=s, word_length=w, **{k: v for k, v in LONG.items() if k not in ('word_length', 'epochs', 'patience')}, epochs=5000, patience=5000) for w in (10, 20) for s in (0,)], jobs=2)")
+    while len(list(Store().root.glob("unfinished/*/members.json"))) < 2: assert p.poll() is None, p.stderr.read(); time.sleep(.05)
+    children = lambda: [int(x) for x in subprocess.run(["pgrep", "-f", "spawn_main"], capture_output=True, text=True).stdout.split()]
+    workers = [c for c in children() if Path(f"/proc/{c}/status").read_text().split("PPid:")[1].split()[0] == str(p.pid)]
+    assert len(workers) >= 2
+    p.kill(); p.wait()
+    deadline = time.time() + 20
+    while any(Path(f"/proc/{w}").exists() for w in workers) and time.time() < deadline: time.sleep(.1)
+    assert not [w for w in workers if Path(f"/proc/{w}").exists()]
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk(home):
+    p = start("""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+from refcomm.core import StoreError
+try: runs.execute([EQCSpec(seed=0, **{**LONG, "epochs": 1})])
+except StoreError as e: assert "cannot write" in str(e), e
+else: raise AssertionError("it fitted")""")
+    assert p.wait() == 0, p.stderr.read()
+    assert not [f for f in home.rglob("*") if f.suffix == ".tmp" or f.name == "record.json"]
+
+
+def test_cleaning_waits_for_live_runs(stored):
+    from refcomm.reproduce import runs_clean
+    spec, record = stored
+    held = subprocess.Popen([sys.executable, "-c", f"from filelock import FileLock; import time\nwith FileLock({str(Store().root/'locks'/f'eqc-{record.key}.lock')!r}): print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True)
+    held.stdout.readline()
+    with pytest.raises(ConfigError, match="is being made"): runs_clean(everything=False, yes=True)
+    held.kill(); held.wait()
+    runs_clean(everything=True, yes=True)
+    assert Store().keys() == []
 
 
 def test_another_version_is_another_run(stored, monkeypatch):

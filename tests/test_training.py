@@ -49,8 +49,8 @@ def test_ties_in_accuracy_go_to_the_lower_loss():
 def test_the_best_weights_are_left_in_the_ensemble(small):
     s = small(epochs=6, lr=3e-2)
     ensemble, fitted = eqc.train([s], Context("cpu", report=lambda *_: None))
-    best = max(h["accuracy"] for h in fitted.history)
-    assert fitted.history[fitted.best_epoch[0]]["accuracy"] == best
+    best = fitted.history.accuracy.max()
+    assert fitted.history.accuracy[fitted.best_epoch[0]] == best
     world, parts = eqc.data(s)
     g = ensemble.eval().member(0)
     z = g.channel.receive(g.send(world.one_hot(parts["valid"])).word)
@@ -65,13 +65,13 @@ def test_divergence_names_seed_epoch_and_way_out(small):
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_reduced_precision_trains(small, precision):
     _, fitted = eqc.train([small(precision=precision, epochs=8, lr=1e-2)], Context("cpu", report=lambda *_: None))
-    assert fitted.history[-1]["loss"] < fitted.history[0]["loss"]
+    assert fitted.history.loss.iloc[-1] < fitted.history.loss[0]
 
 
 def test_learning_rate_schedule_reaches_the_optimiser():
     e = Ensemble([torch.nn.Linear(1, 1)])
     r = fit(e, lambda i, g: e.map(lambda m: m.weight.sum()), lambda: dict(accuracy=torch.ones(1), loss=torch.ones(1)), 32, TrainSettings(epochs=4, lr=1., lr_schedule="linear", lr_end=.2, batch_size=8), [0], report=lambda *_: None)
-    assert [h["lr"] for h in r.history] == pytest.approx([1 - .8*(k + .75)/4 for k in range(4)])
+    assert r.history.lr.tolist() == pytest.approx([1 - .8*(k + .75)/4 for k in range(4)])
 
 
 def test_learning_beats_chance(home, small):
@@ -82,9 +82,37 @@ def test_learning_beats_chance(home, small):
     assert record.summary["capacity_bits"] == 20*math.log2(8)
 
 
+def test_a_codebook_belongs_to_its_best_epoch():
+    "VQ's codebook is a buffer: it is restored, and saved, with the weights."
+    from refcomm.bottlenecks.quantize import VQ
+    e = Ensemble([torch.nn.Sequential(torch.nn.Linear(4, 4), VQ(5, 4))])
+    accuracies, books = iter([.1, .9, .2, .3]), []
+    def validate():
+        books.append(e.template[1].quantizer.codebook.clone())
+        return dict(accuracy=torch.tensor([next(accuracies)]), loss=torch.zeros(1))
+    x = torch.randn(32, 4)
+    fit(e, lambda i, g: e.map(lambda m: m(x[i[0]]).word.pow(2).mean()), validate, 32, TrainSettings(epochs=4, batch_size=8), [0], report=lambda *_: None)
+    assert torch.equal(e.template[1].quantizer.codebook, books[1]) and not torch.equal(books[1], books[3])
+
+
+@pytest.mark.parametrize("bottleneck", ["fsq", "vq"])
+def test_non_uniform_quantisers_play_with_several_seeds(home, small, bottleneck):
+    records = execute([small(bottleneck=bottleneck, alphabet_size=300, seed=s) for s in (0, 1)])
+    assert [r.provenance["trained_together"] for r in records] == [1, 1]
+    assert records[0].tensors()["alphabet_300"].dtype == torch.int32
+
+
+def test_a_record_does_not_depend_on_its_stack(home, small, tmp_path):
+    "What a member's record holds ends where the member stopped, whoever else went on."
+    specs = [small(seed=s, epochs=8, patience=1, lr=3e-2) for s in range(3)]
+    together, alone = execute(specs), [execute([s], store=Store(tmp_path/str(s.seed)))[0] for s in specs]
+    for a, b in zip(together, alone): assert a.history().epoch.tolist() == b.history().epoch.tolist() and a.summary == b.summary
+
+
 @pytest.mark.parametrize("fields, says", [
     (dict(word_lenght=3), "did you mean 'word_length'"), (dict(channel="instnt"), "did you mean 'instant'"), (dict(bottleneck="gumble"), "did you mean 'gumbel'"),
     (dict(bottleneck="gumbel"), "does not go with"), (dict(n_values=2), "10000 candidates asked for, but only 16"), (dict(game="objects"), "did you mean 'object'"),
+    (dict(alphabets=(1, 10)), "alphabets must be at least 2, got 1"), (dict(candidates=(1, 10)), "candidates must be at least 2, got 1"), (dict(candidates=()), "candidates must be at least 2"), (dict(grid="exat"), "did you mean 'exact'"),
 ])
 def test_bad_specs_are_named(fields, says):
     with pytest.raises(ConfigError, match=says): eqc.EQCSpec(**fields)

@@ -43,11 +43,14 @@ class GumbelSoftmax(Bottleneck):
     def draw_noise(self, shape, generator): return gumbel_noise((*shape, self.width), generator)
 
     def forward(self, x, noise=None):
-        hard, symbol = one_hot_argmax(x if noise is None or not self.training else x + noise)
-        if not self.training: return Sent(hard, symbol[..., None])
+        if not self.training:
+            hard, symbol = one_hot_argmax(x)
+            return Sent(hard, symbol[..., None])
         if noise is None: raise ConfigError("Gumbel-softmax trains on noise: pass noise=bottleneck.draw_noise(shape, generator)")
         soft = ((x + noise) / self.temperature).softmax(-1)
-        return Sent(hard + soft - soft.detach() if self.straight_through else soft, symbol[..., None])
+        if not self.straight_through: return Sent(soft, soft.argmax(-1)[..., None])
+        hard, symbol = one_hot_argmax(soft)
+        return Sent(hard + soft - soft.detach(), symbol[..., None])
 
 def check_temperature(temperature:float)->float:
     "Return `temperature` if it is above 0; else raise a `ConfigError`."

@@ -18,7 +18,7 @@ from ..channels import BOTTLENECKS, CHANNELS, make_bottleneck, make_channel
 from ..core import ConfigError, check_at_least, check_choice, generator, pick_device, seeded_init, spec
 from ..data.objects import ObjectWorld, split
 from ..ensemble import Ensemble
-from ..games.referential import EveryObject, ReferentialGame, draw_distractors
+from ..games.referential import EveryObject, ReferentialGame, check_game, draw_distractors
 from ..metrics.task import hits, n_unique
 from ..runs import Context, frame
 from ..store import RunResult
@@ -65,6 +65,8 @@ class EQCSpec:
         if (self.bottleneck == "continuous") != (self.alphabet_size is None):
             raise ConfigError(f"alphabet_size={self.alphabet_size!r} does not go with bottleneck={self.bottleneck!r}: a continuous one has none, every other needs one")
         if self.channel == "instant" and self.message_length != 1: raise ConfigError(f"an instant channel sends one word, got message_length={self.message_length}")
+        check_choice("grid", self.grid, ("exact", "paper"))
+        for name, least in (("candidates", self.candidates or (0,)), ("alphabets", self.alphabets or (2,))): check_at_least(name, min(least), 2)
         if self.n_values**self.n_attributes < max(self.candidates): raise ConfigError(f"{max(self.candidates)} candidates asked for, but only {self.n_values**self.n_attributes} are available")
 
 # %% ../../nbs/90_experiments.eqc.ipynb #47537a7b
@@ -79,7 +81,7 @@ def build(
     with seeded_init(s.seed):
         channel = make_channel(s.channel, make_bottleneck(s.bottleneck, **sizes[s.bottleneck]), **extra)
         n = s.n_attributes * s.n_values
-        return ReferentialGame(LinearEncoder(n, channel.dim), channel, LinearEncoder(n, channel.dim))
+        return check_game(ReferentialGame(LinearEncoder(n, channel.dim), channel, LinearEncoder(n, channel.dim)), torch.zeros(1, n))
 
 def data(
     s:EQCSpec,
@@ -142,7 +144,7 @@ def evaluate(
             won.append(hits(scores, target[block], s.candidates, generator(s.split_seed, f"draws/{i}", device)))
         accuracy = torch.cat(won, 1).float().mean(1)
         for m in range(ensemble.n_members):
-            messages[m][f"alphabet_{alphabet}"] = sent[-1][m].to(torch.uint8) if len(sent) == 2 else sent[0][m]
+            messages[m][f"alphabet_{alphabet}"] = sent[-1][m].to(torch.uint8 if channel.bottleneck.alphabet_size <= 256 else torch.int32) if len(sent) == 2 else sent[0][m]
             noum = n_unique(sent[-1][m])
             rows[m] += [dict(alphabet=alphabet, n_candidates=n, accuracy=a, noum=noum, n_targets=len(target)) for n,a in zip(s.candidates, accuracy[m].tolist())]
         channel.bottleneck = trained
@@ -153,9 +155,9 @@ def stack_key(
     s:EQCSpec,
     device:torch.device, # where it will be trained
 ): # Specs with equal keys are trained together
-    "Everything but the seed; on a processor wide recurrent agents go alone, because there is arithmetic enough in one."
+    "Everything but the seed. Codebooks cannot be stacked; wide recurrent agents on a processor gain nothing, having arithmetic enough in one."
     wide = s.channel == "recurrent" and s.hidden > 256 and device.type == "cpu"
-    return s if wide else dataclasses.replace(s, seed=0)
+    return s if wide or s.bottleneck in ("fsq", "vq") else dataclasses.replace(s, seed=0)
 
 def run(
     specs, # Specs with equal `stack_key`
@@ -166,9 +168,10 @@ def run(
     rows, messages = evaluate(ensemble, specs[0], pick_device(context.device))
     channel, games = ensemble.template.channel, []
     for m, s in enumerate(specs):
+        own = fitted.history[(fitted.history.member == m) & (fitted.history.epoch <= fitted.best_epoch[m] + s.patience)]
         summary = dict(best_epoch=fitted.best_epoch[m], n_parameters=sum(p[0].numel() for p in ensemble.parameters()),
                        capacity_bits=None if channel.bottleneck.alphabet_size is None else channel.capacity_bits)
-        games.append(RunResult(rows[m], summary, [r for r in fitted.history if r["member"] == m], {"target": data(s)[1]["test"], **messages[m]}))
+        games.append(RunResult(rows[m], summary, own.drop(columns="member"), {"target": data(s)[1]["test"], **messages[m]}))
     return games
 
 # %% ../../nbs/90_experiments.eqc.ipynb #591ffbf9
@@ -188,7 +191,7 @@ PROFILES = { # profile → setting → channel or configuration → what differs
     "cpu": {"tuned": {"": dict(lr=1e-3, epochs=20), "GS-Inst": dict(epochs=50), "recurrent": dict(lr=3e-4, epochs=3), "GS-RNN": dict(epochs=8)},
             "printed": {"": {}}},
     "gpu": {"tuned": {"": dict(lr=1e-3), "recurrent": dict(lr=3e-4)}, "printed": {"": {}}},
-    "paper": {"tuned": {"": dict(lr=1e-3), "recurrent": dict(lr=3e-4)}, "printed": {"": {}}},
+    "paper": {"tuned": {"": {}}, "printed": {"": {}}}, # as printed, whichever setting is asked for
 }
 
 def configure(
