@@ -67,9 +67,9 @@ class Instant(Channel):
         self.listen = nn.Linear(bottleneck.width, self.dim)
 
     def send(self, u, noise=None):
-        return self.bottleneck(self.speak(u)[:, None], noise)
+        return self.bottleneck(self.speak(u).unsqueeze(1), noise)
 
-    def receive(self, words): return self.listen(words[:, 0])
+    def receive(self, words): return self.listen(words.flatten(1))
 
 # %% ../nbs/25_channels.ipynb #b72a1567
 def _gru(gi, gh, state):
@@ -101,17 +101,22 @@ class WordCell(nn.Module):
         make, self.n_states, self.update = CELLS[check_choice("cell", cell, CELLS)]
         self.embed, self.cell = nn.Linear(width, embedding), make(embedding, hidden)
 
-    def fold(self):
-        "Weight [gates, width] and bias [gates] that take a word to the cell's input gates."
-        w = self.cell.weight_ih
-        return w @ self.embed.weight, w @ self.embed.bias + self.cell.bias_ih
+    def fold(self,
+        *embedded:Tensor, # [embedding] vectors that stand where an embedded word would
+    )->tuple: # weight [gates, width] and bias [gates] from a word to the input gates, then the gates of each vector
+        "Multiply the input weights with the embedding, its bias and `embedded`, all in one product."
+        columns = torch.cat([self.embed.weight, torch.stack([self.embed.bias, *embedded], 1)], 1)
+        weight, bias, *gates = (self.cell.weight_ih @ columns).split([self.embed.in_features] + [1]*(1 + len(embedded)), 1)
+        return weight, *(g.squeeze(1) + self.cell.bias_ih for g in (bias, *gates))
 
     def start(self, h): return (h,) + (torch.zeros_like(h),)*(self.n_states - 1)
 
     def step(self,
         gates:Tensor, # [batch, gates] input gates
-        state:tuple, # hidden state first
+        state:tuple|None, # hidden state first; None is the zero state, which needs no product
     )->tuple: # the next state
+        if state is None:
+            return self.update(gates, self.cell.bias_hh.expand_as(gates), self.start(gates.new_zeros(len(gates), self.cell.hidden_size)))
         return self.update(gates, F.linear(state[0], self.cell.weight_hh, self.cell.bias_hh), state)
 
 # %% ../nbs/25_channels.ipynb #35a83816
@@ -132,8 +137,8 @@ class Recurrent(Channel):
         self.listener = WordCell(bottleneck.width, embedding, hidden, cell)
 
     def send(self, u, noise=None):
-        weight, bias = self.speaker.fold()
-        gates = F.linear(self.first, self.speaker.cell.weight_ih, self.speaker.cell.bias_ih).expand(len(u), -1)
+        weight, bias, first = self.speaker.fold(self.first)
+        gates = first.expand(len(u), -1)
         state, sent = self.speaker.start(u), []
         for i in range(self.message_length):
             state = self.speaker.step(gates, state)
@@ -143,7 +148,7 @@ class Recurrent(Channel):
 
     def receive(self, words):
         gates = F.linear(words, *self.listener.fold())
-        state = self.listener.start(words.new_zeros(len(words), self.dim))
+        state = None
         for i in range(self.message_length): state = self.listener.step(gates[:, i], state)
         return state[0]
 

@@ -18,9 +18,10 @@ def minmax_normalize(
     x:Tensor, # [..., n] one message (word) in the last dimension
 )->Tensor: # [..., n] in [0, 1]; ½ everywhere where a message is constant
     "Scale each message to [0, 1] by its own minimum and maximum (Carmeli et al. 2023, Algorithm 1)."
-    x = x - x.amin(-1, keepdim=True)
-    top = x.amax(-1, keepdim=True)
-    return torch.where(top > 0, x / torch.where(top > 0, top, 1.), .5)
+    x = x - x.min(-1, keepdim=True).values
+    top = x.max(-1, keepdim=True).values
+    constant = top == 0
+    return (x + .5*constant) / (top + constant)
 
 # %% ../../nbs/20_bottlenecks.continuous.ipynb #b40d1ac7
 class Sent(NamedTuple):

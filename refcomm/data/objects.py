@@ -21,6 +21,7 @@ class ObjectWorld:
         check_at_least("n_attributes", n_attributes, 1)
         check_at_least("n_values", n_values, 2, "an attribute with one value tells nothing apart")
         self.n_attributes, self.n_values, self.size = n_attributes, n_values, n_values**n_attributes
+        self._powers = n_values ** torch.arange(n_attributes - 1, -1, -1) # the value of each digit
         if self.size >= 2**63: raise ConfigError(f"{n_values}^{n_attributes} objects cannot be numbered in 64 bits: use fewer attributes or values")
 
     def __repr__(self): return f"ObjectWorld({self.n_attributes} attributes × {self.n_values} values = {self.size} objects)"
@@ -29,8 +30,7 @@ class ObjectWorld:
         ids:Tensor, # [...] object numbers
     )->Tensor: # [..., n_attributes] values in 0 … n_values−1
         "The attribute values of the objects numbered `ids`."
-        powers = self.n_values ** torch.arange(self.n_attributes - 1, -1, -1, device=ids.device)
-        return ids[..., None] // powers % self.n_values
+        return ids[..., None] // self._powers.to(ids.device) % self.n_values
 
     def ids(self,
         attributes:Tensor, # [..., n_attributes] values
@@ -38,8 +38,7 @@ class ObjectWorld:
         "The numbers of the objects with these attribute values: the inverse of `attributes`."
         if attributes.min() < 0 or attributes.max() >= self.n_values:
             raise ConfigError(f"attribute values must lie in 0 … {self.n_values-1}, got {attributes.min()} … {attributes.max()}")
-        powers = self.n_values ** torch.arange(self.n_attributes - 1, -1, -1, device=attributes.device)
-        return (attributes * powers).sum(-1)
+        return (attributes * self._powers.to(attributes.device)).sum(-1)
 
     def one_hot(self,
         ids:Tensor, # [...] object numbers

@@ -115,7 +115,7 @@ def train(
     def validate():
         def play(g):
             z = g.channel.receive(g.send(inputs["valid"]).word)
-            return (every.best(g.receiver, z) == values).all(-1).float().mean(), every.loss(g.receiver, z, ids["valid"]).mean()
+            return (every.best(g.receiver, z) == values).all(-1).float().mean(), every.loss(g.receiver, z, ids["valid"])
         return dict(zip(("accuracy", "loss"), ensemble.map(play)))
 
     settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, lr=s.lr, patience=s.patience, precision=s.precision)

@@ -43,26 +43,26 @@ class EveryObject:
         world:ObjectWorld, # enumerable
     ): self.world = world
 
-    def log_probs(self,
+    def logits(self,
         receiver:nn.Module, # an encoder that can pull back
         z:Tensor, # [batch, dim] what the receiver understood
     )->Tensor: # [batch, n_attributes, n_values]
-        "Log-probability of each value of each attribute; an object's is the sum over its attributes."
+        "Score of each value of each attribute; an object's is the sum over its attributes."
         if not hasattr(receiver, "pull_back"): raise ConfigError("EveryObject needs a linear receiver (one with `pull_back`): pass the candidates' features instead")
-        return receiver.pull_back(z).unflatten(-1, (self.world.n_attributes, self.world.n_values)).log_softmax(-1)
+        return receiver.pull_back(z).unflatten(-1, (self.world.n_attributes, self.world.n_values))
 
     def scores(self, receiver, z)->Tensor: # [batch, world.size] log-probabilities in the order of object numbers
-        parts = self.log_probs(receiver, z).unbind(-2)
+        parts = self.logits(receiver, z).log_softmax(-1).unbind(-2)
         total = parts[0]
         for part in parts[1:]: total = (total[..., None] + part[..., None, :]).flatten(-2)
         return total
 
-    def loss(self, receiver, z, target):
-        values = self.world.attributes(target)[..., None]
-        return -self.log_probs(receiver, z).gather(-1, values).sum((-1, -2))
+    def loss(self, receiver, z, target)->Tensor: # scalar: mean cross-entropy of the targets among all objects
+        logits, values = self.logits(receiver, z), self.world.attributes(target)
+        return self.world.n_attributes * F.cross_entropy(logits.flatten(0, -2), values.flatten())
 
     def best(self, receiver, z)->Tensor: # [batch, n_attributes] values of the likeliest object
-        return self.log_probs(receiver, z).argmax(-1)
+        return self.logits(receiver, z).argmax(-1)
 
 # %% ../../nbs/40_games.referential.ipynb #21470a05
 class ReferentialGame(nn.Module):
@@ -93,7 +93,7 @@ class ReferentialGame(nn.Module):
     )->Tensor: # scalar
         "Mean cross-entropy of the target among the candidates, plus the bottleneck's own loss."
         sent = self.send(x, noise)
-        if hasattr(candidates, "loss"): loss = candidates.loss(self.receiver, self.channel.receive(sent.word), target).mean()
+        if hasattr(candidates, "loss"): loss = candidates.loss(self.receiver, self.channel.receive(sent.word), target)
         else: loss = F.cross_entropy(self.scores(sent.word, candidates), target)
         return loss if sent.loss is None else loss + sent.loss
 
