@@ -49,7 +49,8 @@ def run_stack(
         if missing := [s for s in specs if store.get(s) is None]:
             folder = store.root/"unfinished"/f"{specs[0].experiment}-{digest([run_key(s) for s in specs])[:16]}"
             members = _members(folder, missing)
-            package_commit()
+            package_commit() # as it is now, not when training ends
+            if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
             try: results = module.run(members, Context(device, folder/"training.safetensors", say, checkpoint_seconds))
             except (ConfigError, TrainingDiverged): shutil.rmtree(folder, ignore_errors=True); raise
             origin = provenance(pick_device(device), float(results[0].history["seconds"].sum()), len(members))

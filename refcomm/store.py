@@ -147,8 +147,9 @@ class Store:
 
     def set_aside(self, experiment, key)->Path:
         aside = self.root/"set-aside"/f"{experiment}-{key}-{uuid.uuid4().hex[:6]}"
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(self.path(experiment, key), aside)
+        with disk_errors(aside):
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.path(experiment, key), aside)
         return aside
 
     def put(self, spec, result:RunResult, origin:dict)->RunRecord:

@@ -176,7 +176,7 @@ def train_epoch(t, loss, batches:int, device, save, checkpoint_seconds, on_progr
         if on_progress: on_progress(done)
         indices = t.order[:, t.step*s.batch_size : (t.step + 1)*s.batch_size].to(device)
         with autocast(s.precision, device): losses = loss(indices, t.noise_generators)
-        t.optimizer.zero_grad()
+        for p in t.ensemble.parameters(): p.grad = None
         t.scaler.scale(losses.sum()).backward()
         t.scaler.step(t.optimizer); t.scaler.update()
         t.total += losses.detach() * indices.shape[1]

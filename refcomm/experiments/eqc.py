@@ -99,7 +99,7 @@ def train(
     s, device = specs[0], pick_device(context.device)
     world, parts = data(s)
     ids = {k: v.to(device) for k,v in parts.items()}
-    inputs, every = {k: world.one_hot(v) for k,v in ids.items()}, EveryObject(world)
+    inputs, every = {k: world.one_hot(v) for k,v in ids.items()}, EveryObject(world, device)
     ensemble = Ensemble([build(x) for x in specs]).to(device)
 
     def loss(idx, generators):
@@ -111,7 +111,7 @@ def train(
         candidates = world.one_hot(torch.cat([target[..., None], drawn], -1))
         return ensemble.map(lambda g, x, t, c, n: g(x, t, c, n), x, torch.zeros_like(target), candidates, noise)
 
-    values = world.attributes(ids["valid"])
+    values = every.values(ids["valid"])
     def validate():
         def play(g):
             z = g.channel.receive(g.send(inputs["valid"]).word)
@@ -132,7 +132,7 @@ def evaluate(
 )->tuple: # rows of metrics, and messages {name: [n_test, ...]}; one of each per member
     "Test accuracy at every number of candidates and number of unique messages, as trained and quantised at inference."
     world, parts = data(s)
-    every, target = EveryObject(world), parts["test"].to(device)
+    every, target = EveryObject(world, device), parts["test"].to(device)
     channel, x = ensemble.eval().template.channel, world.one_hot(target)
     trained, rows, messages = channel.bottleneck, [[] for _ in range(ensemble.n_members)], [{} for _ in range(ensemble.n_members)]
     for alphabet in (None, *s.alphabets) if s.bottleneck == "continuous" else (trained.alphabet_size,):

@@ -40,8 +40,14 @@ def draw_distractors(
 class EveryObject:
     "All objects of a world as the candidates of every game; their softmax factorises over attributes."
     def __init__(self,
-        world:ObjectWorld, # enumerable
-    ): self.world = world
+        world:ObjectWorld,
+        device="cpu", # where targets will be
+    ):
+        self.world = world
+        self.table = world.attributes(torch.arange(world.size, device=device)) if world.size <= 2**20 else None
+
+    def values(self, target)->Tensor: # [batch, n_attributes] attribute values of the targets
+        return self.world.attributes(target) if self.table is None else self.table[target]
 
     def logits(self,
         receiver:nn.Module, # an encoder that can pull back
@@ -58,7 +64,7 @@ class EveryObject:
         return total
 
     def loss(self, receiver, z, target)->Tensor: # scalar: mean cross-entropy of the targets among all objects
-        logits, values = self.logits(receiver, z), self.world.attributes(target)
+        logits, values = self.logits(receiver, z), self.values(target)
         return self.world.n_attributes * F.cross_entropy(logits.flatten(0, -2), values.flatten())
 
     def best(self, receiver, z)->Tensor: # [batch, n_attributes] values of the likeliest object
