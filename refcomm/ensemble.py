@@ -7,7 +7,7 @@ __all__ = ['Ensemble']
 
 # %% ../nbs/61_ensemble.ipynb #ffef94b7
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call, vmap
 
 from .core import ConfigError

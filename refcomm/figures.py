@@ -95,7 +95,6 @@ def save(
     dpi:int=110,
 )->Path: # the picture
     "Write `<paper>_<item>.png`, `.csv` and `.json` to the figures folder of the profile."
-    import matplotlib.pyplot as plt
     stem = figures_dir(profile)/f"{paper}_{item}"
     runs, seeds = origins(records) if records else "no training", sorted({r.spec["seed"] for r in records})
     footnote(figure, note, f"Profile {profile} · {data} data · seeds {', '.join(map(str, seeds)) or 'none'} · {runs}")

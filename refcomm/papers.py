@@ -6,14 +6,13 @@
 __all__ = ['PAPERS', 'published', 'summarize', 'compare', 'side_by_side', 'Claim']
 
 # %% ../nbs/81_papers.ipynb #5591157c
-import json
 from dataclasses import dataclass
 from importlib import resources
 
 import numpy as np
 import pandas as pd
 
-from .core import ConfigError, check_choice, nearest
+from .core import ConfigError, check_choice
 
 # %% ../nbs/81_papers.ipynb #478ddbb3
 PAPERS = {

@@ -178,8 +178,7 @@ def runs_list():
     "Every finished run."
     from refcomm.store import Store
     store = Store()
-    bad = [d for k in store.keys() if (d := store.damage(*k))]
-    rows = [store.read(*k) for k in store.keys() if not store.damage(*k)]
+    rows, bad = store.survey()
     show = ("channel", "bottleneck", "alphabet_size", "word_length", "lr", "seed")
     print_table(f"{len(rows)} runs in {store.root}", ("run", *show, "seconds", "device", "commit"),
         [(f"{r.experiment}/{r.key}", *(r.spec.get(k, "") for k in show), f"{r.provenance['seconds']/r.provenance['trained_together']:.1f}", r.provenance["device"], r.provenance["commit"]) for r in rows])
@@ -200,9 +199,9 @@ def runs_verify():
     "Check every record against its checksums; exit 1 if one is damaged."
     from refcomm.store import Store
     store = Store()
-    bad = [d for k in store.keys() if (d := store.damage(*k))]
+    sound, bad = store.survey()
     for d in bad: print(d)
-    print(f"{len(store.keys()) - len(bad)} sound, {len(bad)} damaged in {store.root}")
+    print(f"{len(sound)} sound, {len(bad)} damaged in {store.root}")
     if bad: raise typer.Exit(1)
 
 # %% ../nbs/95_reproduce.ipynb #8c912fd1

@@ -7,7 +7,7 @@ __all__ = ['EXECUTORS', 'Context', 'run_stack', 'local_executor', 'make_stacks',
            'write_plan', 'read_plan']
 
 # %% ../nbs/80_runs.ipynb #a3a72df8
-import concurrent.futures, contextlib, dataclasses, importlib, json, multiprocessing, os, shutil, threading, uuid
+import concurrent.futures, contextlib, importlib, json, multiprocessing, os, shutil, threading, uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,8 +100,8 @@ def execute(
     "Make every run that the store lacks, and return the records of all."
     specs, store = list(specs), store or Store()
     check_at_least("jobs", jobs, 1)
-    missing = {s for s in dict.fromkeys(specs) if store.get(s) is None}
-    stacks = [stack for stack in make_stacks(specs, device) if missing & set(stack)]
+    found = {s: store.get(s) for s in dict.fromkeys(specs)}
+    stacks = [stack for stack in make_stacks(found, device) if None in map(found.get, stack)]
     if stacks:
         with progress_bar(sum(map(len, stacks)), desc, unit="run", bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} {unit}s [{elapsed}<{remaining}{postfix}]") as bar:
             if jobs == 1 and executor == "local": _inline(stacks, store, device, bar)
@@ -110,7 +110,7 @@ def execute(
                 pool = EXECUTORS[check_choice("executor", executor, EXECUTORS)](min(jobs, len(stacks)))
                 try: _submit(stacks, store, device, bar, pool)
                 finally: pool.shutdown(wait=True, cancel_futures=True)
-    records = [store.get(s) for s in specs]
+    records = [found[s] or store.get(s) for s in specs]
     if None in records: raise RecordError(f"run {run_key(specs[records.index(None)])} vanished from {store.root} while others were made: is another process cleaning it?")
     return records
 

@@ -126,11 +126,13 @@ class Store:
             if digest(data) != sha: raise RecordError(f"run {experiment}/{key} was edited or cut short: {name} does not match its checksum")
         return record
 
-    def damage(self, experiment, key)->str: # "" for a sound record
-        "What is wrong with a record."
-        try: self.read(experiment, key)
-        except RecordError as e: return str(e)
-        return ""
+    def survey(self)->tuple: # the sound records, and a sentence about each damaged one
+        "Read every record once."
+        sound, damaged = [], []
+        for k in self.keys():
+            try: sound.append(self.read(*k))
+            except RecordError as e: damaged.append(str(e))
+        return sound, damaged
 
     def get(self, spec)->RunRecord|None:
         "The record of a Spec if there is a sound one; a damaged one is set aside with a warning."
@@ -188,12 +190,11 @@ def export_runs(
 )->int: # how many
     "Pack records into one tar file; a damaged one that was asked for is an error."
     store = store or Store()
-    keys = [k for k in store.keys() if not store.damage(*k)] if keys is None else keys
-    for k in keys: store.read(*k)
+    records = store.survey()[0] if keys is None else [store.read(*k) for k in keys]
     with write_atomic(path) as tmp, tarfile.open(tmp, "w") as tar:
-        for e,k in keys:
-            for f in sorted(store.path(e, k).iterdir()): tar.add(f, f"{e}/{k}/{f.name}", recursive=False)
-    return len(keys)
+        for r in records:
+            for f in sorted(r.path.iterdir()): tar.add(f, f"{r.experiment}/{r.key}/{f.name}", recursive=False)
+    return len(records)
 
 def import_runs(
     path, # the tar file

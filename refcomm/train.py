@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd, torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .core import ConfigError, RecordError, TrainingDiverged, anneal, autocast, check_at_least, check_choice, generator, progress_bar, spec, write_atomic
 

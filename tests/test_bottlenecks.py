@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from refcomm.bottlenecks.continuous import Continuous, minmax_normalize
 from refcomm.bottlenecks.gumbel import GumbelSoftmax
 from refcomm.bottlenecks.quantize import UniformQuantizer, reachable_words
-from refcomm.channels import CELLS, CHANNELS, Recurrent, make_bottleneck, make_channel
+from refcomm.channels import CELLS, Recurrent, make_bottleneck, make_channel
 from refcomm.core import ConfigError, generator, seeded_init
 
 words = arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 8)), elements=st.floats(-1e3, 1e3, width=32))

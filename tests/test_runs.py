@@ -1,7 +1,6 @@
 "The run store when processes die, disks fill up, files rot and two drivers meet."
 import errno
 import io
-import json
 import os
 import random
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from refcomm import core, runs
+from refcomm import core
 from refcomm.core import ConfigError, RecordError, StoreError
 from refcomm.experiments.eqc import SMALL, EQCSpec
 from refcomm.runs import execute, read_plan, write_plan

@@ -1,5 +1,4 @@
 "Stacking, early stopping and resuming change no number."
-import dataclasses
 import math
 
 import pytest

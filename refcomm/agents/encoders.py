@@ -6,7 +6,6 @@
 __all__ = ['LinearEncoder', 'dot_scores']
 
 # %% ../../nbs/30_agents.encoders.ipynb #5f9e57e6
-import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/30_agents.encoders.ipynb #105fabf2

@@ -6,8 +6,7 @@
 __all__ = ['round_ste', 'UniformQuantizer', 'reachable_words', 'FSQ', 'VQ']
 
 # %% ../../nbs/22_bottlenecks.quantize.ipynb #16ec9b3a
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import ConfigError, check_at_least, check_choice
 from .continuous import Bottleneck, Sent, minmax_normalize

@@ -9,7 +9,7 @@ __all__ = ['ObjectWorld', 'draw_distinct', 'split']
 import torch
 from torch import Tensor
 
-from ..core import ConfigError, check_at_least, generator
+from ..core import ConfigError, check_at_least
 
 # %% ../../nbs/10_data.objects.ipynb #9fa1a267
 class ObjectWorld:

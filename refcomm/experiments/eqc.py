@@ -238,13 +238,12 @@ def grid(
 # %% ../../nbs/90_experiments.eqc.ipynb #3adac699
 def rows_of(
     records, # from `runs.execute`
-): # DataFrame: metric rows with the paper's names: row, column, quantised, setting
-    "Name every metric row as the paper does: CN, GS or QT, RNN or Inst; quantised where, at which learning rate."
+): # DataFrame: metric rows with the paper's names: row, column, quantised
+    "Name every metric row as the paper does: CN, GS or QT, RNN or Inst; quantised where."
     t = frame(records)
     late = (t.bottleneck == "continuous") & t.alphabet.notna()
     kind = t.bottleneck.map({"continuous": "CN", "gumbel": "GS"}).fillna("QT").mask(late, "QT")
     t["row"] = kind + t.channel.map({"recurrent": "-RNN", "instant": "-Inst"})
     t["quantised"] = late.map({True: "inference only", False: "train+inference"}).where(kind == "QT", "")
-    t["setting"] = t.lr.eq(EQCSpec().lr).map({True: "printed", False: "tuned"})
     t["column"] = t.n_candidates
     return t
