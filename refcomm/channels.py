@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .core import check_at_least, check_choice
 from .bottlenecks.continuous import Bottleneck, Continuous, Sent
 from .bottlenecks.gumbel import GumbelSoftmax
-from .bottlenecks.quantize import FSQ, VQ, UniformQuantizer
+from .bottlenecks.quantize import FSQ, VQ, LearnedQuantizer, UniformQuantizer
 
 # %% ../nbs/25_channels.ipynb #11be6fe0
 class Channel(nn.Module):
@@ -155,7 +155,7 @@ class Recurrent(Channel):
 def _words(parts): return torch.stack(parts, 1)
 
 # %% ../nbs/25_channels.ipynb #994de9a0
-BOTTLENECKS = {"continuous": Continuous, "gumbel": GumbelSoftmax, "quantized": UniformQuantizer, "fsq": FSQ, "vq": VQ}
+BOTTLENECKS = {"continuous": Continuous, "gumbel": GumbelSoftmax, "quantized": UniformQuantizer, "fsq": FSQ, "vq": VQ, "learned": LearnedQuantizer}
 CHANNELS = {"instant": Instant, "recurrent": Recurrent}
 
 def make_bottleneck(

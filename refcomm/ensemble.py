@@ -7,8 +7,9 @@ __all__ = ['Ensemble']
 
 # %% ../nbs/61_ensemble.ipynb #ffef94b7
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_map
 
 from .core import ConfigError
 
@@ -42,14 +43,14 @@ class Ensemble(nn.Module):
 
     def map(self,
         fn, # (member, *args) -> tensor or tuple of tensors
-        *args, # tensors [n_members, ...], one slice a member; None is passed on
+        *args, # tensors [n_members, ...], alone or in (named) tuples, one slice a member; anything else is passed on
     ): # what `fn` returns, stacked along a new first dimension
         "Apply `fn` to every member with its own slice of each argument; what `fn` closes over is shared."
         call = lambda params, *a: functional_call(self._call[0], {f"module.{k}": p for k,p in zip(self.names, params)}, (fn, *a))
         if self.n_members == 1:
-            out = call([p[0] for p in self.stacked], *(a if a is None else a[0] for a in args))
+            out = call([p[0] for p in self.stacked], *tree_map(lambda a: a[0] if isinstance(a, Tensor) else a, args))
             return tuple(o[None] for o in out) if isinstance(out, tuple) else out[None]
-        return vmap(call, in_dims=(0, *(None if a is None else 0 for a in args)))(list(self.stacked), *args)
+        return vmap(call, in_dims=(0, *tree_map(lambda a: 0 if isinstance(a, Tensor) else None, args)))(list(self.stacked), *args)
 
     def member(self, i:int)->nn.Module: # the template itself, now holding member i's weights
         "Load member `i` into the template and return it."

@@ -86,14 +86,17 @@ class Best:
 # %% ../nbs/60_train.ipynb #c565d85e
 class Training:
     "Everything that changes while training, so that it can be saved and restored as one."
-    def __init__(self, ensemble, settings:TrainSettings, seeds, n_items, device):
+    def __init__(self, ensemble, settings:TrainSettings, seeds, n_items, device, lr_factors=()):
         self.ensemble, self.settings, self.seeds, self.n_items = ensemble, settings, list(seeds), check_at_least("n_items", n_items, 1)
-        self.optimizer = OPTIMIZERS[settings.optimizer](list(ensemble.parameters()), settings.lr)
+        groups = {}
+        for name, p in zip(ensemble.names, ensemble.parameters()):
+            groups.setdefault(next((f for start, f in lr_factors if name.startswith(start)), 1.), []).append(p)
+        self.optimizer = OPTIMIZERS[settings.optimizer]([dict(params=ps, factor=f) for f, ps in groups.items()], settings.lr)
         self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=settings.precision == "fp16")
         self.order_generators = [generator(s, "order") for s in self.seeds]
         self.noise_generators = [generator(s, "noise", device) for s in self.seeds]
         self.best, self.history = Best(ensemble), []
-        self.epoch = self.step = 0
+        self.epoch, self.step, self.lr = 0, 0, settings.lr
         self.started = self.saved = time.monotonic()
         self.order, self.total = torch.empty(0), torch.zeros(len(self.seeds), device=device)
 
@@ -141,9 +144,10 @@ def fit(
     checkpoint_seconds:float=60., # between checkpoints
     report=None, # called with (share done, text); a progress bar when None
     on_progress=None, # called with the share done before every step: temperature schedules
+    lr_factors=(), # (beginning of a parameter's name, factor on the learning rate) pairs: pretrained parts learn slower
 )->Fit:
     "Train `ensemble` in place and leave it with each member's best weights."
-    t = Training(ensemble, settings, seeds, n_items, device)
+    t = Training(ensemble, settings, seeds, n_items, device, lr_factors)
     if len(t.seeds) != ensemble.n_members: raise ConfigError(f"{ensemble.n_members} members need as many seeds, got {len(t.seeds)}")
     batches = -(-n_items // settings.batch_size)
     shape = dict(n_items=n_items, seeds=t.seeds, settings=repr(settings), parameters=[list(p.shape) for p in ensemble.parameters()])
@@ -172,7 +176,8 @@ def train_epoch(t, loss, batches:int, device, save, checkpoint_seconds, on_progr
         t.total, t.started = torch.zeros_like(t.total), time.monotonic()
     while t.step < batches:
         done = (t.epoch + t.step/batches) / s.epochs
-        for group in t.optimizer.param_groups: group["lr"] = anneal(s.lr_schedule, s.lr, s.lr_end, done)
+        t.lr = anneal(s.lr_schedule, s.lr, s.lr_end, done)
+        for group in t.optimizer.param_groups: group["lr"] = group["factor"] * t.lr
         if on_progress: on_progress(done)
         indices = t.order[:, t.step*s.batch_size : (t.step + 1)*s.batch_size].to(device)
         with autocast(s.precision, device): losses = loss(indices, t.noise_generators)
@@ -196,7 +201,7 @@ def finish_epoch(t, validate, batches:int)->dict: # means over members, for the 
     valid = validate()
     better = t.best.update(t.ensemble, t.epoch, valid["accuracy"], valid["loss"], t.settings.patience)
     seconds = time.monotonic() - t.started
-    rows = [dict(epoch=t.epoch, member=i, seed=s, loss=l, accuracy=a, valid_loss=v, lr=t.optimizer.param_groups[0]["lr"], improved=b, seconds=seconds)
+    rows = [dict(epoch=t.epoch, member=i, seed=s, loss=l, accuracy=a, valid_loss=v, lr=t.lr, improved=b, seconds=seconds)
             for i, (s, l, a, v, b) in enumerate(zip(t.seeds, losses.tolist(), valid["accuracy"].tolist(), valid["loss"].tolist(), better.tolist()))]
     t.history += rows
     t.epoch, t.step = t.epoch + 1, 0
