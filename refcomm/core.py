@@ -6,10 +6,10 @@
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError', 'WorkerDied',
            'StoreError', 'nearest', 'check_choice', 'check_at_least', 'spec', 'generator', 'seeded_init', 'anneal',
            'pick_device', 'n_cores', 'autocast', 'home', 'checkout', 'figures_dir', 'disk_errors', 'fsync_dir',
-           'write_atomic', 'progress_bar']
+           'write_atomic', 'content_digest', 'cached_tensor', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #1f9c8427
-import contextlib, dataclasses, difflib, errno, functools, hashlib, io, math, os, sys
+import contextlib, dataclasses, difflib, errno, functools, hashlib, io, json, math, os, sys, warnings
 from pathlib import Path
 
 import torch
@@ -209,6 +209,39 @@ def write_atomic(
         finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #1e81aa53
+def content_digest(
+    *parts, # tensors, text, numbers, lists …
+)->str: # 16 hexadecimal digits
+    "A short SHA-256 of the content of `parts`."
+    def plain(x):
+        if not isinstance(x, torch.Tensor): return repr(x)
+        numbers = x.detach().cpu().flatten().contiguous().view(torch.uint8).numpy()
+        return [str(x.dtype), list(x.shape), hashlib.sha256(numbers).hexdigest()]
+    return hashlib.sha256(json.dumps(parts, default=plain).encode()).hexdigest()[:16]
+
+# %% ../nbs/00_core.ipynb #f66c3340
+def cached_tensor(
+    path, # a .safetensors file, named after all that the tensor depends on
+    compute, # () → tensor, called when the file is absent or damaged
+    what:str, # what it holds, in the plural, for the warning
+)->torch.Tensor: # on the CPU
+    "The tensor in a file, made by `compute` and stored if it is not there."
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+    path = Path(path)
+    if path.exists():
+        try:
+            with safe_open(path, "pt") as f: x, stored = f.get_tensor("x"), f.metadata()
+            if stored["digest"] == content_digest(x): return x
+        except (SafetensorError, OSError, KeyError, TypeError): pass
+        aside = path.with_suffix(".damaged")
+        with disk_errors(aside), contextlib.suppress(FileNotFoundError): path.replace(aside)
+        warnings.warn(f"the stored {what} {path} are damaged: set aside as {aside.name}, and made again")
+    x = compute().cpu().contiguous()
+    with write_atomic(path) as tmp: save_file({"x": x}, tmp, dict(digest=content_digest(x)))
+    return x
+
+# %% ../nbs/00_core.ipynb #0770fbbc
 def progress_bar(
     total=None, # how many steps
     desc:str="", # what they are

@@ -166,7 +166,7 @@ def test_embeddings_are_made_once(home, tiny, monkeypatch):
         assert torch.equal(embed(TEXTS, fit_on=TEXTS, dim=4), x) and torch.equal(embed(TEXTS, str(tiny)), y)
     for i, damage in enumerate((b"", files[0].read_bytes()[:-3] + b"xxx", b"\xff" * 100)):
         files[0].write_bytes(damage)
-        with pytest.warns(UserWarning, match="are damaged; moved to"):
+        with pytest.warns(UserWarning, match="are damaged: set aside as"):
             assert torch.equal(embed(TEXTS, fit_on=TEXTS, dim=4), x) and torch.equal(embed(TEXTS, str(tiny)), y)
     assert embed(TEXTS, str(tiny), cache=False).equal(y) and len(list((home/"cache"/"embeddings").glob("*.safetensors"))) == 2
 

@@ -7,7 +7,7 @@ __all__ = ['BANKING77', 'NEEDED', 'n_expansions', 'expand', 'Sentences', 'load_s
            'embed']
 
 # %% ../../nbs/13_data.sentences.ipynb #06452416
-import contextlib, hashlib, importlib.resources, itertools, json, math, os, re, warnings
+import contextlib, hashlib, importlib.resources, itertools, json, math, re
 from collections import deque
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import ConfigError, check_at_least, check_choice, disk_errors, generator, home, nearest, pick_device, progress_bar, seeded_init, write_atomic
+from ..core import ConfigError, cached_tensor, check_at_least, check_choice, content_digest, generator, home, nearest, pick_device, progress_bar, seeded_init
 from .images import find_data
 from .objects import draw_distinct
 
@@ -71,10 +71,7 @@ class Sentences(NamedTuple):
     @property
     def digest(self)->str: # 16 hexadecimal digits
         "The same for the same sentences, labels and classes, whatever they are called."
-        return _digest(self.texts, self.labels.tolist(), self.classes)
-
-def _digest(*parts)->str: # 16 hexadecimal digits
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return content_digest(self.texts, self.labels.tolist(), self.classes)
 
 # %% ../../nbs/13_data.sentences.ipynb #f241f44c
 def _take_turns(streams):
@@ -288,23 +285,6 @@ def _folder_digest(folder)->str:
         with open(p, "rb") as f: digest.update(f"{p.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
-def _cached(path, compute)->Tensor:
-    "The tensor in the file `path`, made by `compute` when there is none or a damaged one."
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
-    sha = lambda x: hashlib.sha256(x.numpy().tobytes()).hexdigest()
-    if path.exists():
-        try:
-            with safe_open(path, "pt") as f: x, metadata = f.get_tensor("embeddings"), f.metadata()
-            if metadata["sha256"] == sha(x): return x
-        except (SafetensorError, KeyError, TypeError): pass
-        aside = path.with_suffix(".damaged")
-        with disk_errors(aside), contextlib.suppress(FileNotFoundError): os.replace(path, aside)
-        warnings.warn(f"the cached embeddings {path} are damaged; moved to {aside.name}, they will be made again")
-    x = compute()
-    with write_atomic(path) as tmp: save_file({"embeddings": x}, tmp, metadata={"sha256": sha(x)})
-    return x
-
 # %% ../../nbs/13_data.sentences.ipynb #2e1349d6
 def embed(
     texts, # n sentences
@@ -325,4 +305,5 @@ def embed(
     else:
         folder = model_folder(encoder)
         what, compute = [_folder_digest(folder) if cache else ""], lambda: _transform(texts, folder, batch_size, device)
-    return _cached(home()/"cache"/"embeddings"/f"{_digest(texts, *what)}.safetensors", compute) if cache else compute()
+    path = home()/"cache"/"embeddings"/f"{content_digest(texts, *what)}.safetensors"
+    return cached_tensor(path, compute, "embeddings") if cache else compute()
