@@ -16,7 +16,7 @@ import typer
 from .core import PROFILES, ConfigError, RefcommError, checkout, check_choice, disk_errors, figures_dir, home, n_cores, nearest, write_atomic
 
 # %% ../nbs/95_reproduce.ipynb #ab0eba8c
-HEADLINE = ("eqc/table5",) # what `refcomm reproduce` makes when nothing is named
+HEADLINE = ("eqc/table5", "eqc/table7") # what `refcomm reproduce` makes when nothing is named
 
 def notebooks()->dict: # item → path
     "Every reproduction notebook, in the source tree or in the installed package."

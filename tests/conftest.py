@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -25,5 +26,17 @@ def small():
     from refcomm.experiments.eqc import SMALL, EQCSpec
 
     def make(**changes):
-        return EQCSpec(**{**SMALL, "lr": 1e-3, "word_length": 20, **changes})
+        return EQCSpec(**{**SMALL["object"], "lr": 1e-3, "word_length": 20, **changes})
     return make
+
+
+def tiny_transformer(folder, texts):
+    "Save a transformer of random weights that knows the words of `texts`."
+    from refcomm.core import seeded_init
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+    words = sorted({w for t in texts for w in re.findall(r"\w+|[^\w\s]", t.lower())})
+    vocab = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
+    with seeded_init(0):
+        BertModel(BertConfig(vocab_size=len(vocab), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)).save_pretrained(folder)
+    BertTokenizerFast(vocab=vocab).save_pretrained(folder)
+    return folder

@@ -38,13 +38,13 @@ def test_a_wrong_argument_is_one_line_and_exit_2(home, args, says):
 
 
 def test_runs_commands(home, tmp_path):
-    plan = cli("runs", "plan", "eqc/table3", "--profile", "smoke", "--n-seeds", "1").stdout
+    plan = cli("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stdout
     assert len(json.loads(plan)) == 4
     (tmp_path/"plan.json").write_text(plan)
     assert "4 runs are in the store" in cli("runs", "execute", str(tmp_path/"plan.json")).stdout
     assert cli("runs", "list").stdout.startswith("4 runs in")
     assert "4 sound, 0 damaged" in cli("runs", "verify").stdout
-    assert json.loads(cli("runs", "plan", "eqc/table3", "--profile", "smoke", "--n-seeds", "1").stdout) == []
+    assert json.loads(cli("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stdout) == []
     assert "4 runs written" in cli("runs", "export", str(tmp_path/"runs.tar")).stdout
     record = next((home/"runs").glob("eqc/*/record.json"))
     assert json.loads(cli("runs", "show", record.parent.name).stdout)["run"] == f"eqc/{record.parent.name}"

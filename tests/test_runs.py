@@ -21,7 +21,7 @@ from refcomm.runs import execute, read_plan, write_plan
 from refcomm.store import Store, export_runs, import_runs, run_key
 from refcomm.train import load_checkpoint
 
-LONG = {**SMALL, "lr": 1e-3, "word_length": 20, "epochs": 200, "patience": 200}
+LONG = {**SMALL["object"], "lr": 1e-3, "word_length": 20, "epochs": 200, "patience": 200}
 
 
 def start(code, **env):

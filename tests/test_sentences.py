@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
+from conftest import tiny_transformer
 from refcomm.core import ConfigError, seeded_init
 from refcomm.data.sentences import SentenceEncoder, embed, expand, load_sentences, model_folder, n_expansions
 
@@ -20,14 +21,7 @@ TEXTS = ["where is my card?", "my card is lost", "why was my transfer declined",
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory):
     "A transformer of random weights that knows the words of `TEXTS`."
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-    folder = tmp_path_factory.mktemp("models")/"tiny"
-    words = sorted({w for t in TEXTS for w in re.findall(r"\w+|[^\w\s]", t)})
-    vocab = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
-    with seeded_init(0):
-        BertModel(BertConfig(vocab_size=len(vocab), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)).save_pretrained(folder)
-    BertTokenizerFast(vocab=vocab).save_pretrained(folder)
-    return folder
+    return tiny_transformer(tmp_path_factory.mktemp("models")/"tiny", TEXTS)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from ..data.objects import ObjectWorld, split
 from ..data.sentences import SentenceEncoder, embed, load_sentences
 from ..ensemble import Ensemble
 from ..games.referential import ReferentialGame, check_game
-from ..games.tasks import ClassTask, ItemTask, ObjectTask
+from ..games.tasks import ClassTask, ItemTask, ObjectTask, objectives
 from ..metrics.task import hits, n_unique
 from ..runs import Context, frame
 from ..store import RunResult
@@ -190,17 +190,9 @@ def train(
     "Train one game per Spec, all at once."
     s, device = specs[0], pick_device(context.device)
     ensemble = Ensemble([build(x, task) for x in specs]).to(device)
-
-    def loss(idx, generators):
-        noise = [ensemble.template.channel.draw_noise(idx.shape[1], g) for g in generators]
-        noise = None if noise[0] is None else torch.stack(noise)
-        return ensemble.map(lambda game, games, noise: game(*games, noise), task.batch(idx, generators), noise)
-
-    def validate(): return dict(zip(("accuracy", "loss"), ensemble.map(task.validate)))
-
     settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, lr=s.lr, patience=s.patience, precision=s.precision)
     pretrained = [("sender.0.", s.encoder_lr), ("receiver.0.", s.encoder_lr)] if s.fine_tune else []
-    fitted = fit(ensemble, loss, validate, task.n_train, settings, [x.seed for x in specs], device,
+    fitted = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [x.seed for x in specs], device,
                  context.checkpoint, context.checkpoint_seconds, context.report, lr_factors=pretrained)
     return ensemble, fitted
 
@@ -342,7 +334,7 @@ ITEMS = { # item → games, configurations
     "table5": (("object",), CURVES), "table6": (("image",), CURVES), "table7": (("sent-ref",), CURVES), "table8": (("sent-cls",), CURVES),
     "figure1": (("object",), CURVES), "figure3": (tuple(GAMES), CURVES), "table3": (tuple(GAMES), CURVES),
     "table2": (tuple(GAMES), EARLY + ("CN-RNN", "CN-Inst")),
-    "table5_printed": (("object",), ("GS-Inst", "CN-Inst")),
+    "table5_printed": (("object",), ("GS-Inst", "CN-Inst")), "table8_finetuned": (("sent-cls",), ("CN-Inst",)),
     "figure4": (("object",), ()), "figure5": (("image",), ()), "figure6": (("sent-ref",), ()), "figure7": (("sent-cls",), ()),
 }
 
@@ -357,7 +349,9 @@ def grid(
     games, names = ITEMS[check_choice("item", item, ITEMS)]
     seeds, setting = range(check_at_least("n_seeds", n_seeds, 1)), "printed" if item == "table5_printed" else "tuned"
     if setting == "printed" and profile in ("gpu", "paper"): names += ("GS-RNN", "CN-RNN")
-    make = lambda name, game, **overrides: configure(name, profile, setting, seeds, game, data, encoder, **overrides)
+    tuned = {}
+    if item == "table8_finetuned" and profile == "cpu": tuned, encoder = dict(fine_tune=True, encoder_lr=.03, epochs=3), encoder or "minilm"
+    make = lambda name, game, **overrides: configure(name, profile, setting, seeds, game, data, encoder, **tuned, **overrides)
     specs = [s for game in games for name in names + (("CN-RNN for QT",) if game == "sent-cls" and "CN-RNN" in names else ()) for s in make(name, game)]
     if not names:
         lengths, alphabets = (HEATMAP["word_lengths"], HEATMAP["alphabets"]) if profile != "smoke" else ((2, 10), (2, 8))
