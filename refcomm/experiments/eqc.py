@@ -295,7 +295,8 @@ SHORT = { # at cpu: game → channel or configuration → fewer epochs
     "object": {"": dict(epochs=20), "GS-Inst": dict(epochs=50), "recurrent": dict(epochs=3), "GS-RNN": dict(epochs=8)},
     "image": {"": dict(epochs=12, pool=192), "recurrent": dict(epochs=20)},
     "sent-ref": {"": dict(epochs=6, pool=512), "GS-Inst": dict(epochs=12), "recurrent": dict(epochs=2), "GS-RNN": dict(epochs=4)},
-    "sent-cls": {"": dict(epochs=10), "GS-Inst": dict(epochs=20), "recurrent": dict(epochs=3), "GS-RNN": dict(epochs=5)},
+    "sent-cls": {"": dict(epochs=10), "GS-Inst": dict(epochs=20), "recurrent": dict(epochs=3), "GS-RNN": dict(epochs=5),
+                 "CN-RNN for QT": dict(epochs=6), "QT-RNN train+inf": dict(epochs=6)}, # words of 10 learn slower than words of 100
 }
 TINY = dict(n_train=150, n_valid=50, n_test=50, hidden=16, embedding=16, alphabets=(2, 10), epochs=2)
 SMALL = { # at smoke
