@@ -14,6 +14,7 @@ from pathlib import Path
 import typer
 
 from .core import PROFILES, ConfigError, RefcommError, checkout, check_choice, disk_errors, figures_dir, home, n_cores, nearest, write_atomic
+from .data.images import data_dir
 
 # %% ../nbs/95_reproduce.ipynb #ab0eba8c
 HEADLINE = ("eqc/table5", "eqc/table7") # what `refcomm reproduce` makes when nothing is named
@@ -74,9 +75,10 @@ def _digest(*files)->str:
 def _outputs(item, profile): return sorted(figures_dir(profile).glob(f"{item.replace('/', '_')}.*"))
 
 def _state(item, path, parameters, profile)->dict:
-    package = sorted(p for p in Path(__file__).parent.rglob("*") if p.suffix in (".py", ".csv"))
+    package = sorted(p for p in Path(__file__).parent.rglob("*") if p.suffix in (".py", ".csv", ".json"))
     fixed = {k: v for k,v in parameters.items() if k != "jobs"}
-    return dict(notebook=_digest(path), package=_digest(*package), parameters=fixed, outputs={str(p): _digest(p) for p in _outputs(item, profile)})
+    data = [[p.name, p.stat().st_size, p.stat().st_mtime] for p in sorted(data_dir().rglob("*"))] if data_dir() else []
+    return dict(notebook=_digest(path), package=_digest(*package), data=data, parameters=fixed, outputs={str(p): _digest(p) for p in _outputs(item, profile)})
 
 def reproduce_item(
     item:str, # "eqc/table5"

@@ -150,7 +150,7 @@ def fit(
     t = Training(ensemble, settings, seeds, n_items, device, lr_factors)
     if len(t.seeds) != ensemble.n_members: raise ConfigError(f"{ensemble.n_members} members need as many seeds, got {len(t.seeds)}")
     batches = -(-n_items // settings.batch_size)
-    shape = dict(n_items=n_items, seeds=t.seeds, settings=repr(settings), parameters=[list(p.shape) for p in ensemble.parameters()])
+    shape = dict(n_items=n_items, seeds=t.seeds, settings=repr(settings), lr_factors=[list(f) for f in lr_factors], parameters=[list(p.shape) for p in ensemble.parameters()])
     if checkpoint and (found := load_checkpoint(checkpoint)):
         if found[1]["shape"] != json.loads(json.dumps(shape)): raise RecordError(f"checkpoint {checkpoint} belongs to another model, data or setting: delete it, or give this training another path")
         t.load(*found)

@@ -49,16 +49,17 @@ def test_a_training_batch_draws_from_its_own_split(pool):
     assert torch.equal(batch.x[0], task.x["train"][:6])
 
 
-def test_pooled_distractors_are_uniform_over_the_split():
-    _, _, task = items(pool=20)
-    counts = torch.zeros(30)
-    for seed in range(400):
-        batch = task.batch(torch.tensor([[3]]), [generator(seed)])
-        rows = batch.candidates.items[0][batch.candidates.index[0, 0, 1:]]
-        counts[(rows[:, None] == task.x["train"]).all(-1).int().argmax(-1)] += 1
-    assert counts[3] == 0
-    counts = counts[torch.arange(30) != 3]
-    assert stats.chisquare(counts).pvalue > 1e-3
+@pytest.mark.parametrize("n, pool, batch", [(60, 20, 1), (600, 20, 8), (600, 150, 32)])
+def test_pooled_items_are_uniform_over_the_split(n, pool, batch):
+    _, _, task = items(n=n, pool=pool)
+    counts = torch.zeros(n//2)
+    for seed in range(600):
+        games = task.batch(torch.arange(batch)[None], [generator(seed)])
+        counts[(games.candidates.items[0][batch:, None] == task.x["train"]).all(-1).int().argmax(-1)] += 1
+    assert not counts[:batch].any(), "targets are there already"
+    tenths = torch.stack([c.mean() for c in counts[batch:].chunk(10)])
+    expected = 600 * (pool - batch) / (n//2 - batch)
+    assert (tenths/expected - 1).abs().max() < .1, "no part of the split is left out"
 
 
 def test_evaluation_games_are_the_same_for_all_seeds_and_blocks():
@@ -139,6 +140,17 @@ def test_too_few_items_of_other_classes(home):
     with pytest.raises(ConfigError, match="splits .* need 99999 items|need"): eqc.make_task(dataclasses.replace(tiny("sent-ref"), n_train=99_999))
 
 
+def test_more_candidates_than_classes_is_refused_before_training(home):
+    with pytest.raises(ConfigError, match="500 candidates asked for, but synthetic intents has only 77 classes"): eqc.make_task(dataclasses.replace(tiny("sent-cls"), candidates=(2, 500)))
+
+
+def test_a_csv_of_banking77_counts_as_real(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("REFCOMM_DATA", str(tmp_path))
+    pd.DataFrame(dict(text=["a b", "c d"], category=["x", "y"])).to_csv(tmp_path/"banking77.csv", index=False)
+    assert eqc.source("sent-cls")["data"].startswith("banking77#")
+    assert eqc.source("image")["data"] == "shapes"
+
+
 def test_a_batch_larger_than_its_pool_is_refused():
     _, _, task = items(pool=10)
     with pytest.raises(ConfigError, match="a batch of 12 targets does not fit in a pool of 10"): task.batch(torch.arange(12)[None], [generator(0)])
@@ -152,10 +164,13 @@ def test_the_encoder_learns_inside_the_game(home, tmp_path):
     before = {k: v.clone() for k, v in eqc.build(s, task).named_parameters()}
     ensemble, _ = eqc.train([s], task, QUIET)
     after = dict(ensemble.member(0).named_parameters())
-    moved = {role: max((after[k] - v).abs().max().item() for k, v in before.items() if k.startswith(role)) for role in ("sender.0.", "sender.1.", "receiver.0.")}
-    assert 0 < moved["sender.0."] < moved["sender.1."] and moved["receiver.0."] > 0
+    moved = {role: max((after[k] - v).abs().max().item() for k, v in before.items() if k.startswith(role)) for role in ("sender.0.", "sender.2.", "receiver.0.")}
+    assert 0 < moved["sender.0."] < moved["sender.2."] and moved["receiver.0."] > 0
     (record,) = execute([s])
     assert {r["n_candidates"] for r in record.rows} == {2, 77}
+    torch.manual_seed(123)
+    again, _ = eqc.train([s], task, QUIET)
+    assert all(torch.equal(p, q) for p, q in zip(ensemble.parameters(), again.parameters())), "dropout follows the run's seed, not the process's"
 
 
 def test_fitted_levels_belong_to_the_run(home):
@@ -163,7 +178,7 @@ def test_fitted_levels_belong_to_the_run(home):
     (record,) = execute([s])
     tried = {(r["alphabet"], r["fitted_width"]) for r in record.rows}
     assert tried == {(None, None), (2, None), (4, None), (2, 1), (4, 1), (2, 2), (4, 2)}
-    with pytest.raises(ConfigError, match="an informed sender"): execute([tiny("image", fitted=(1,))])
+    with pytest.raises(ConfigError, match="senders that see the target alone"): tiny("image", fitted=(1,))
 
 
 def test_lloyd_beats_a_uniform_grid_on_words_that_crowd():
@@ -178,7 +193,7 @@ def test_lloyd_beats_a_uniform_grid_on_words_that_crowd():
 
 
 def test_one_training_serves_a_whole_heatmap_column(home):
-    specs = eqc.grid("figure6", "cpu", data="embedded")
+    specs = eqc.grid("figure6", "cpu", sentences="embedded")
     continuous = [s for s in specs if s.bottleneck == "continuous"]
     assert len(continuous) == 3*7 and all(set(eqc.HEATMAP["alphabets"]) <= set(s.alphabets) for s in continuous)
-    assert set(eqc.grid("table7", "cpu", data="embedded")) & set(specs), "Table 7's runs are found again"
+    assert set(eqc.grid("table7", "cpu", sentences="embedded")) & set(specs), "Table 7's runs are found again"

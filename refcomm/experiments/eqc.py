@@ -10,6 +10,7 @@ __all__ = ['GAMES', 'SOURCES', 'SOURCE_NAMES', 'CONFIGS', 'BEST', 'MAP_EPOCHS', 
 
 # %% ../../nbs/90_experiments.eqc.ipynb #affdfbca
 import dataclasses, hashlib
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -62,7 +63,7 @@ class EQCSpec:
     temperature:float = 1.
     straight_through:bool = False
     grid:str = "exact"
-    when:str = "always" # for FSQ: "always", or rounded at "inference" only
+    when:str = "always" # of "quantized" and FSQ: "always", or rounded at "inference" only
     symbol_width:int = 1 # of VQ and learned levels: numbers that one symbol stands for
     n_negatives:int|None = None # distractors in training; None: every other object
     pool:int|None = None # items that a training batch draws its games from; None: all
@@ -83,7 +84,13 @@ class EQCSpec:
         if (self.bottleneck == "continuous") != (self.alphabet_size is None):
             raise ConfigError(f"alphabet_size={self.alphabet_size!r} does not go with bottleneck={self.bottleneck!r}: a continuous one has none, every other needs one")
         if self.channel == "instant" and self.message_length != 1: raise ConfigError(f"an instant channel sends one word, got message_length={self.message_length}")
-        if self.word_length % self.symbol_width: raise ConfigError(f"word_length={self.word_length} numbers cannot be cut into symbols of symbol_width={self.symbol_width}: choose a divisor")
+        check_choice("when", self.when, ("always", "inference"))
+        if self.when != "always" and self.bottleneck not in ("quantized", "fsq"): raise ConfigError(f"when={self.when!r} is for the bottlenecks 'quantized' and 'fsq', got {self.bottleneck!r}")
+        for width in (self.symbol_width, *self.fitted):
+            check_at_least("symbol_width", width, 1)
+            if self.word_length % width: raise ConfigError(f"word_length={self.word_length} numbers cannot be cut into symbols of {width}: choose a divisor")
+        if self.symbol_width > 1 and self.bottleneck not in ("vq", "learned"): raise ConfigError(f"symbol_width={self.symbol_width} is for the bottlenecks 'vq' and 'learned', got {self.bottleneck!r}")
+        if self.fitted and (self.game == "image" or self.bottleneck != "continuous"): raise ConfigError(f"fitted={self.fitted} is for continuous channels and senders that see the target alone, got {self.bottleneck!r} in the {self.game!r} game")
         check_choice("grid", self.grid, ("exact", "paper")), check_choice("feature_scale", self.feature_scale, ("rms", "length"))
         for name, least in (("candidates", self.candidates or (0,)), ("alphabets", self.alphabets or (2,))): check_at_least(name, min(least), 2)
         if self.game == "object" and self.n_values**self.n_attributes < max(self.candidates): raise ConfigError(f"{max(self.candidates)} candidates asked for, but only {self.n_values**self.n_attributes} are available")
@@ -105,11 +112,13 @@ SOURCES = { # game → "embedded" or "real" → data and encoder
 
 SOURCE_NAMES = {"shapes": "rendered shapes", "synthetic": "synthetic intents", "banking77": "Banking77", "tiny_imagenet_effnet_lite0_160_u8.npz": "13,000 Tiny-ImageNet images by EfficientNet-lite0 features"}
 
-def _file(name): return find_data(name) or find_data(f"{name}.parquet")
+def _file(name)->Path|None: # the file or folder that a source's name stands for
+    return next((p for p in map(find_data, (f"{name}.parquet", f"{name}.csv", name)) if p), None)
 
-def _content(name)->str: # "#" and eight digits, or nothing when `name` is no file
-    path = _file(name)
-    return f"#{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}" if path and path.is_file() else ""
+def _content(name)->str: # "#" and eight digits: of a file's bytes, or of the names and sizes in a folder; nothing for any other source
+    if not (path := _file(name)): return ""
+    seen = path.read_bytes() if path.is_file() else repr([(p.name, p.stat().st_size) for p in sorted(path.rglob("*"))]).encode()
+    return f"#{hashlib.sha256(seen).hexdigest()[:8]}"
 
 def source(
     game:str, # a name in `GAMES`
@@ -147,6 +156,7 @@ def make_task(
     "The game's data on the device."
     data, n, parts = load(s)
     if s.game == "object": return ObjectTask(data, parts, s.n_negatives, device)
+    if s.game == "sent-cls" and max(s.candidates) > len(data.classes): raise ConfigError(f"{max(s.candidates)} candidates asked for, but {data.name} has only {len(data.classes)} classes")
     drawn = dict(n_negatives=s.n_negatives, n_candidates=max(s.candidates), pool=s.pool, generator=generator(s.split_seed, "games"), device=device)
     if s.game == "image": return ItemTask(_scale(s, data.x), data.labels, parts, informed=True, other_classes=True, **drawn)
     if s.fine_tune: x, classes = SentenceEncoder(s.encoder).tokenize(data.texts + data.classes).tensor_split([n])
@@ -162,7 +172,7 @@ def build(
 )->ReferentialGame: # with weights drawn from the Spec's seed
     "The agents and their channel (Carmeli et al. 2023, Table 4)."
     sizes = dict(continuous=dict(word_length=s.word_length), gumbel=dict(alphabet_size=s.alphabet_size, temperature=s.temperature, straight_through=s.straight_through),
-                 quantized=dict(alphabet_size=s.alphabet_size, word_length=s.word_length, grid=s.grid))
+                 quantized=dict(alphabet_size=s.alphabet_size, word_length=s.word_length, grid=s.grid, when=s.when))
     sizes["fsq"] = dict(alphabet_size=s.alphabet_size, word_length=s.word_length, when=s.when)
     if s.bottleneck not in sizes: sizes[s.bottleneck] = dict(alphabet_size=s.alphabet_size, word_length=s.word_length // s.symbol_width, symbol_width=s.symbol_width)
     extra = dict(message_length=s.message_length, hidden=s.hidden, embedding=s.embedding, cell=s.cell) if s.channel == "recurrent" else {}
@@ -176,7 +186,7 @@ def build(
 def _agents(s, seen, dim)->tuple: # sender, receiver
     "The agents that fit these games."
     if s.game == "object": return LinearEncoder(seen.x.shape[-1], dim), LinearEncoder(seen.x.shape[-1], dim)
-    if s.fine_tune: return tuple(nn.Sequential(e := SentenceEncoder(s.encoder), nn.Linear(e.dim, dim)) for _ in range(2))
+    if s.fine_tune: return tuple(nn.Sequential(e := SentenceEncoder(s.encoder), nn.RMSNorm(e.dim, elementwise_affine=False), nn.Linear(e.dim, dim)) for _ in range(2))
     n = seen.candidates.items.shape[-1]
     if s.game == "image": return InformedSender(n, dim, max(1 + s.n_negatives, max(s.candidates)), s.agent_embedding, s.n_filters), nn.Sequential(nn.Linear(n, s.agent_embedding, bias=False), nn.Linear(s.agent_embedding, dim))
     return LinearEncoder(n, dim), LinearEncoder(n, dim)
@@ -231,7 +241,7 @@ def evaluate(
     for (alphabet, width), bottleneck in _quantizers(ensemble, s, task).items():
         channel.bottleneck = bottleneck.eval()
         plays = {None: (task.games("test"), s.candidates)}
-        if s.game == "image": plays.update({n: (task.games("test", n_seen=n), (n,)) for n in s.candidates[:-1]})
+        if s.game == "image": plays.update({n: (task.games("test", n_seen=n), (n,)) for n in s.candidates if n < max(s.candidates)})
         for seen, (games, candidates) in plays.items():
             sent, won = _play(ensemble, games, candidates, draws)
             for m, (mine, accuracy) in enumerate(zip(sent, won.float().mean(1).tolist())):
@@ -343,16 +353,19 @@ def grid(
     item:str, # a name in `ITEMS`
     profile:str="cpu", # a name in core's `PROFILES`
     n_seeds:int=3, # seeds 0 … n_seeds−1
-    data:str="auto", # see `source`
-    encoder:str="", # of images or sentences, see `source`
+    images:str="auto", # the Image game's data, see `source`
+    sentences:str="auto", # the sentence games' data
+    trunk:str="", # the images' encoder
+    encoder:str="", # the sentences' encoder
 )->list: # EQCSpecs
     "All runs that an item needs."
     games, names = ITEMS[check_choice("item", item, ITEMS)]
     seeds, setting = range(check_at_least("n_seeds", n_seeds, 1)), "printed" if item == "table5_printed" else "tuned"
     if setting == "printed" and profile in ("gpu", "paper"): names += ("GS-RNN", "CN-RNN")
     tuned = {}
-    if item == "table8_finetuned" and profile == "cpu": tuned, encoder = dict(fine_tune=True, encoder_lr=.03, epochs=3), encoder or "minilm"
-    make = lambda name, game, **overrides: configure(name, profile, setting, seeds, game, data, encoder, **tuned, **overrides)
+    if item == "table8_finetuned" and profile == "cpu": tuned, encoder = dict(fine_tune=True, encoder_lr=.03, epochs=2), encoder or "minilm"
+    own = lambda game: dict(data=images, encoder=trunk) if game == "image" else dict(data=sentences, encoder=encoder)
+    make = lambda name, game, **overrides: configure(name, profile, setting, seeds, game, **own(game), **tuned, **overrides)
     specs = [s for game in games for name in names + (("CN-RNN for QT",) if game == "sent-cls" and "CN-RNN" in names else ()) for s in make(name, game)]
     if not names:
         lengths, alphabets = (HEATMAP["word_lengths"], HEATMAP["alphabets"]) if profile != "smoke" else ((2, 10), (2, 8))
@@ -371,7 +384,7 @@ def rows_of(
 ): # DataFrame: metric rows with the paper's names: row, column, quantised
     "Name every metric row as the paper does: CN, GS or QT, RNN or Inst; quantised where."
     t = frame(records)
-    late = (t.bottleneck == "continuous") & t.alphabet.notna()
+    late = ((t.bottleneck == "continuous") & t.alphabet.notna()) | (t.when == "inference")
     kind = t.bottleneck.map({"continuous": "CN", "gumbel": "GS"}).fillna("QT").mask(late, "QT")
     t["row"] = kind + t.channel.map({"recurrent": "-RNN", "instant": "-Inst"})
     t["quantised"] = late.map({True: "inference only", False: "train+inference"}).where(kind == "QT", "")
@@ -397,15 +410,21 @@ def fidelity(
     notes, defaults = [], {f.name: f.default for f in dataclasses.fields(EQCSpec)}
     for game in dict.fromkeys(s.game for s in specs):
         own, paper = [s for s in specs if s.game == game], defaults | GAMES[game]
-        changed = [f"{SOURCE_NAMES.get(d, d)}{e and ' by ' + e}{', fine-tuned' if t else ', frozen' if game != 'image' else ''} (paper: {PUBLISHED_DATA[game]})" for d, e, t in dict.fromkeys((s.data.split("#")[0], s.encoder, s.fine_tune) for s in own) if d]
-        for name in ("n_train", "n_valid", "n_test", "hidden", "n_negatives", "feature_scale", "lr", "epochs", "pool"):
+        changed = [f"{_source_name(d)}{e and ' by ' + e}{', fine-tuned' if t else ', frozen' if game != 'image' else ''} (paper: {PUBLISHED_DATA[game]})" for d, e, t in dict.fromkeys((s.data, s.encoder, s.fine_tune) for s in own) if d]
+        for name in ("n_train", "n_valid", "n_test", "hidden", "n_negatives", "feature_scale", "lr", "encoder_lr", "epochs", "batch_size", "precision", "pool"):
             values = list(dict.fromkeys(getattr(s, name) for s in own))
-            if values != [paper[name]]: changed.append(f"{name} {'/'.join(map(str, values))}" + (f" (paper: {paper[name]})" if paper[name] else ""))
+            if values != [paper[name]]: changed.append(f"{name} {'/'.join(map(str, values))} (paper: {'all items' if name == 'pool' else paper[name]})")
         notes.append(f"{TITLES[game]}: {', '.join(changed) or 'as printed'}.")
-    return " ".join(notes) + f" Exactly v symbols, where the paper's grid has v+1. Seeds share one split and one set of evaluation draws."
+    if any(s.encoder == "shapes-cnn" for s in specs): notes.append("The trunk of the rendered shapes was trained on the classes of all of them, test images included.")
+    if any(s.game.startswith("sent") for s in specs): notes.append("A sentence is the mean over its words, scaled to mean square 1.")
+    return " ".join(notes) + " Messages have a fixed length, without an end symbol. Exactly v symbols, where the paper's grid has v+1. Seeds share one split and one set of evaluation draws."
+
+def _source_name(data)->str: # without its content and folder
+    name = data.split("#")[0]
+    return SOURCE_NAMES.get(name, Path(name).name)
 
 def data_names(
     specs, # EQCSpecs of one item
 )->str:
     "What the runs were trained on, for the foot of a figure."
-    return ", ".join(dict.fromkeys(SOURCE_NAMES.get(s.data.split("#")[0], s.data.split("#")[0]) or "embedded" for s in specs))
+    return ", ".join(dict.fromkeys(_source_name(s.data) or "embedded" for s in specs))

@@ -9,7 +9,7 @@ __all__ = ['Games', 'Task', 'ObjectTask', 'ItemTask', 'ClassTask', 'objectives']
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 import torch.nn.functional as F
 
 from ..agents.encoders import Drawn, Fixed
@@ -98,8 +98,8 @@ class ItemTask(Task):
         informed:bool=False, # the sender sees the candidates
         other_classes:bool=False, # distractors come from classes other than the target's
         pool:int|None=None, # items per training batch; None: all
-        generator=None, # draws the games of validation and test
         device="cpu",
+        *, generator:torch.Generator, # draws the games of validation and test, on the CPU
     ):
         self.x, self.labels = ({k: t[v].to(device) for k,v in parts.items()} for t in (x, labels))
         self.n_train, self.pool_size, self.informed, self.other_classes = len(parts["train"]), n_candidates, informed, other_classes
@@ -120,9 +120,9 @@ class ItemTask(Task):
         if idx.shape[1] > self.pool: raise ConfigError(f"a batch of {idx.shape[1]} targets does not fit in a pool of {self.pool} items: make the pool larger")
         places, index = [], []
         for targets, g in zip(idx, generators):
-            others = draw_distractors(targets[:1], self.n_train, self.pool, g)[0] if self.pool < self.n_train else torch.arange(self.n_train, device=idx.device)
-            others = others[(others[:, None] != targets).all(1)][:self.pool - len(targets)]
-            places.append(torch.cat([targets, others]))
+            others = torch.randperm(self.n_train, generator=g, device=g.device).to(idx.device)
+            others = others[torch.ones_like(others, dtype=torch.bool).scatter_(0, targets, False)[others]] # without the targets
+            places.append(torch.cat([targets, others[:self.pool - len(targets)]]))
             index.append(self._index(torch.arange(len(targets), device=idx.device), self.labels["train"][places[-1]], self.n_negatives, g))
         return self._games(self.x["train"][torch.stack(places)], torch.stack(index))
 
@@ -163,10 +163,13 @@ def objectives(
     ensemble, # an `Ensemble` of `ReferentialGame`s
     task:Task,
 )->tuple: # `loss` and `validate`, as `train.fit` takes them
-    "Train and validate an ensemble on a task; noise is drawn for each member from its own generator."
+    "Train and validate an ensemble on a task; noise is drawn for each member from its own generator, dropout is seeded by it."
+    drops = any(isinstance(m, nn.Dropout) for m in ensemble.template.modules())
     def loss(idx, generators):
         noise = [ensemble.template.channel.draw_noise(idx.shape[1], g) for g in generators]
-        noise = None if noise[0] is None else torch.stack(noise)
-        return ensemble.map(lambda game, games, noise: game(*games, noise), task.batch(idx, generators), noise)
+        noise, games = None if noise[0] is None else torch.stack(noise), task.batch(idx, generators)
+        with torch.random.fork_rng(enabled=drops):
+            if drops: torch.manual_seed(torch.randint(2**60, (), generator=generators[0], device=generators[0].device).item())
+            return ensemble.map(lambda game, games, noise: game(*games, noise), games, noise)
     def validate(): return dict(zip(("accuracy", "loss"), ensemble.map(task.validate)))
     return loss, validate
