@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from ..core import (ConfigError, cached_tensor, check_at_least, check_choice, content_digest, disk_errors, generator, home, pick_device, progress_bar,
                           seeded_init)
-from .images import LabelledImages, _no_data, _number, find_data, load_images
+from .images import LabelledImages, missing_data, number_classes, find_data, load_images
 
 # %% ../../nbs/14_data.features.ipynb #11b0cb11
 class Features(NamedTuple):
@@ -217,10 +217,15 @@ def _npz(path)->Features:
     except Exception as e: raise ConfigError(f"{path} cannot be read as .npz ({type(e).__name__}: {e}): fetch or write it again") from None
     among = lambda *keys: next((stored[k] for k in keys if k in stored), None)
     x, labels, classes, name = among("x", "features"), among("label", "labels"), among("name", "classes", "wnid"), f"npz: {path.stem}"
-    if x is None and {"q", "scale", "lo"} <= set(stored): x = stored["q"].float() * stored["scale"] + stored["lo"]
-    if x is None or labels is None: raise ConfigError(f"{path} holds {sorted(stored)}: expected x and label, or q, scale, lo and label")
-    if classes is None or isinstance(labels, list): labels, classes = _number(labels if isinstance(labels, list) else labels.tolist(), {}, name)
-    return Features(x.float(), labels.long(), [str(c) for c in classes], name)
+    try:
+        if x is None and {"q", "scale", "lo"} <= set(stored): x = stored["q"].float() * stored["scale"] + stored["lo"]
+        if x is None or labels is None: raise ConfigError(f"{path} holds {sorted(stored)}: expected x and label, or q, scale, lo and label")
+        if classes is None or isinstance(labels, list): labels, classes = number_classes(labels if isinstance(labels, list) else labels.tolist(), {}, name)
+        if labels.is_floating_point() or labels.dim() != 1: raise TypeError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}")
+        return Features(x.float(), labels.long(), [str(c) for c in classes], name)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as e:
+        if isinstance(e, ConfigError): raise
+        raise ConfigError(f"{path} holds no table of features ({type(e).__name__}: {e}): expected numbers x [n, dim] and whole numbers or names label [n]") from None
 
 def _h5(path)->Features:
     "Features from an .h5 of one table, with labels beside it in a file .objects or .txt."
@@ -230,7 +235,7 @@ def _h5(path)->Features:
     except Exception as e: raise ConfigError(f"{path} cannot be read as .h5 with one table ({type(e).__name__}: {e}): fetch or write it again") from None
     beside = next((p for p in (path.with_suffix(".txt"), path.with_suffix(".objects")) if p.exists()), None)
     if not beside: raise ConfigError(f"{path} has no labels: put {path.stem}.objects or {path.stem}.txt, one label a line, beside it")
-    return Features(x, *_number(_read_labels(beside), {}, f"h5: {path.stem}"), f"h5: {path.stem}")
+    return Features(x, *number_classes(_read_labels(beside), {}, f"h5: {path.stem}"), f"h5: {path.stem}")
 
 def load_features(
     source="shapes", # an .npz or .h5 of features, or any source of images that `load_images` knows
@@ -245,5 +250,5 @@ def load_features(
         trunk = trunk or ("shapes-cnn" if source == "shapes" else "effnet-lite0")
         return check_features(extract_features(load_images(source, **images), trunk, device=device, cache=cache))
     if trunk or images: raise ConfigError(f"{source} holds features already: leave out {', '.join([*['trunk']*bool(trunk), *images])}")
-    if not (path := find_data(source)): raise _no_data(source)
+    if not (path := find_data(source)): raise missing_data(source)
     return check_features(reader(path))
