@@ -124,6 +124,17 @@ def test_a_changed_figure_or_parameter_is_made_again(home, tmp_path):
     assert reproduce.reproduce_item("toy/x", toy(nb, SAVE + "\n"), p)[0] == "done"
 
 
+def test_other_data_are_made_again(home, tmp_path, monkeypatch):
+    nb, p, data = toy(tmp_path/"x.ipynb", SAVE), dict(profile="smoke", jobs=1), tmp_path/"data"
+    monkeypatch.delenv("REFCOMM_DATA", raising=False)
+    assert [reproduce.reproduce_item("toy/x", nb, p)[0] for _ in range(2)] == ["done", "found done"]
+    data.mkdir(); (data/"banking77.csv").write_text("text,category")
+    monkeypatch.setenv("REFCOMM_DATA", str(data))
+    assert [reproduce.reproduce_item("toy/x", nb, p)[0] for _ in range(2)] == ["done", "found done"]
+    (data/"banking77.csv").write_text("text,category\na,b")
+    assert reproduce.reproduce_item("toy/x", nb, p)[0] == "done"
+
+
 def test_exit_code_is_1_when_a_notebook_fails(home, monkeypatch):
     from typer.testing import CliRunner
     monkeypatch.setattr(reproduce, "reproduce_item", lambda item, path, *a: ("failed", path, "boom"))

@@ -427,4 +427,4 @@ def data_names(
     specs, # EQCSpecs of one item
 )->str:
     "What the runs were trained on, for the foot of a figure."
-    return ", ".join(dict.fromkeys(_source_name(s.data) or "embedded" for s in specs))
+    return ", ".join(dict.fromkeys(_source_name(s.data) or "generated objects" for s in specs))
