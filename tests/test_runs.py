@@ -178,7 +178,7 @@ def test_unfinished_work_of_another_version_is_not_continued(home, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("REFCOMM_HOME", str(home))
     assert len(list(Store().root.glob("unfinished/*/training.safetensors"))) == 1
-    monkeypatch.setattr(EQCSpec, "version", 2)
+    monkeypatch.setattr(EQCSpec, "version", EQCSpec.version + 1)
     assert execute(specs)[0].history().epoch.tolist() == [0]
     assert len(list(Store().root.glob("unfinished/*"))) == 1, "the old version's state lies where it lay"
 
@@ -239,7 +239,7 @@ def test_cleaning_waits_for_live_runs(stored):
 
 def test_another_version_is_another_run(stored, monkeypatch):
     spec, record = stored
-    monkeypatch.setattr(EQCSpec, "version", 2)
+    monkeypatch.setattr(EQCSpec, "version", EQCSpec.version + 1)
     assert run_key(spec) != record.key and Store().get(spec) is None
 
 
