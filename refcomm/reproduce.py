@@ -205,7 +205,7 @@ def runs_verify():
     print(f"{len(sound)} sound, {len(bad)} damaged in {store.root}")
     if bad: raise typer.Exit(1)
 
-# %% ../nbs/95_reproduce.ipynb #8c912fd1
+# %% ../nbs/95_reproduce.ipynb #f705b334
 @runs_app.command("plan")
 def runs_plan(
     items:list[str] = typer.Argument(None, help="items or papers; everything when none is named"),
@@ -219,8 +219,8 @@ def runs_plan(
     store, specs = Store(), []
     for item in choose(items or sorted({i.split("/")[0] for i in notebooks()})):
         paper, name = item.split("/")
-        if not importlib.util.find_spec(f"refcomm.experiments.{paper}"): continue # benchmarks have no runs
-        module = importlib.import_module(f"refcomm.experiments.{paper}")
+        if not importlib.util.find_spec(f"refcomm.items.{paper}"): continue # benchmarks have no runs
+        module = importlib.import_module(f"refcomm.items.{paper}")
         if name in module.ITEMS: specs += module.grid(name, profile, n_seeds)
     print(write_plan([s for s in specs if store.get(s) is None], None))
 

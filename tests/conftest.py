@@ -23,7 +23,8 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def small():
     "An Object game of 256 objects that trains in a second."
-    from refcomm.experiments.eqc import SMALL, EQCSpec
+    from refcomm.experiments.eqc import EQCSpec
+    from refcomm.items.eqc import SMALL
 
     def make(**changes):
         return EQCSpec(**{**SMALL["object"], "lr": 1e-3, "word_length": 20, **changes})

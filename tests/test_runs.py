@@ -16,7 +16,8 @@ import torch
 
 from refcomm import core
 from refcomm.core import ConfigError, RecordError, StoreError
-from refcomm.experiments.eqc import SMALL, EQCSpec
+from refcomm.experiments.eqc import EQCSpec
+from refcomm.items.eqc import SMALL
 from refcomm.runs import execute, read_plan, write_plan
 from refcomm.store import Store, export_runs, import_runs, run_key
 from refcomm.train import load_checkpoint

@@ -12,6 +12,7 @@ from refcomm.bottlenecks.quantize import LearnedQuantizer, UniformQuantizer
 from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.data.objects import split
 from refcomm.experiments import eqc
+from refcomm.items import eqc as grids
 from refcomm.games.referential import draw_other_classes
 from refcomm.games.tasks import ClassTask, ItemTask
 from refcomm.runs import Context, execute
@@ -26,7 +27,7 @@ def items(n=60, n_classes=6, **changes):
 
 
 def tiny(game, name="CN-Inst", **changes):
-    return eqc.configure(name, "smoke", game=game, seeds=[0], **changes)[0]
+    return grids.configure(name, "smoke", game=game, seeds=[0], **changes)[0]
 
 
 def test_distractors_of_other_classes_are_uniform():
@@ -87,7 +88,7 @@ def test_an_informed_sender_ignores_items_that_are_not_candidates():
 
 @pytest.mark.parametrize("game", ["image", "sent-ref", "sent-cls"])
 def test_stacked_seeds_are_the_seeds_one_by_one(home, game):
-    specs = eqc.configure("CN-Inst", "smoke", game=game, seeds=(0, 1))
+    specs = grids.configure("CN-Inst", "smoke", game=game, seeds=(0, 1))
     task = eqc.make_task(specs[0])
     games = next(task.games("test"))
     scores = lambda ensemble: ensemble.eval().map(lambda g: g.scores(g.send(games.x).word, games.candidates).log_softmax(-1))
@@ -106,7 +107,7 @@ def test_evaluation_streams(home, monkeypatch):
 
 def test_sentence_games_have_the_published_splits_on_full_size_data(home):
     for game in ("sent-ref", "sent-cls"):
-        _, n, parts = eqc.load(eqc.configure("CN-Inst", "cpu", game=game, data="embedded")[0])
+        _, n, parts = eqc.load(grids.configure("CN-Inst", "cpu", game=game, data="embedded")[0])
         assert n >= 9999 and [len(parts[k]) for k in ("train", "valid", "test")] == [eqc.GAMES[game][f"n_{k}"] for k in ("train", "valid", "test")]
         assert len(torch.cat(list(parts.values())).unique()) == 9999
 
@@ -126,11 +127,11 @@ def test_real_data_are_taken_when_they_are_there_and_recognised_by_content(home,
     monkeypatch.delenv("REFCOMM_DATA", raising=False)
     assert eqc.source("sent-ref")["data"] == "synthetic"
     monkeypatch.setenv("REFCOMM_DATA", str(tmp_path))
-    s = eqc.configure("CN-Inst", "cpu", game="sent-ref", encoder="lsa", seeds=[0], n_train=300, n_valid=100, n_test=100)[0]
+    s = grids.configure("CN-Inst", "cpu", game="sent-ref", encoder="lsa", seeds=[0], n_train=300, n_valid=100, n_test=100)[0]
     assert s.data.startswith("banking77#") and eqc.load(s)[1] == 600
     rows.assign(text=rows.text + "!").to_parquet(tmp_path/"banking77.parquet")
     with pytest.raises(ConfigError, match="is not the file that this Spec was made for"): eqc.load(s)
-    assert eqc.configure("CN-Inst", "smoke", game="sent-ref")[0].data == "synthetic", "smoke needs no data"
+    assert grids.configure("CN-Inst", "smoke", game="sent-ref")[0].data == "synthetic", "smoke needs no data"
     (tmp_path/"banking77.parquet").unlink()
     with pytest.raises(ConfigError, match="is not in .*use data='embedded'"): eqc.source("sent-ref", "real")
 
@@ -193,7 +194,7 @@ def test_lloyd_beats_a_uniform_grid_on_words_that_crowd():
 
 
 def test_one_training_serves_a_whole_heatmap_column(home):
-    specs = eqc.grid("figure6", "cpu", sentences="embedded")
+    specs = grids.grid("figure6", "cpu", sentences="embedded")
     continuous = [s for s in specs if s.bottleneck == "continuous"]
-    assert len(continuous) == 3*7 and all(set(eqc.HEATMAP["alphabets"]) <= set(s.alphabets) for s in continuous)
-    assert set(eqc.grid("table7", "cpu", sentences="embedded")) & set(specs), "Table 7's runs are found again"
+    assert len(continuous) == 3*7 and all(set(grids.HEATMAP["alphabets"]) <= set(s.alphabets) for s in continuous)
+    assert set(grids.grid("table7", "cpu", sentences="embedded")) & set(specs), "Table 7's runs are found again"
