@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError', 'WorkerDied',
            'StoreError', 'nearest', 'check_choice', 'check_at_least', 'spec', 'generator', 'seeded_init', 'anneal',
-           'pick_device', 'n_cores', 'autocast', 'home', 'checkout', 'figures_dir', 'disk_errors', 'fsync_dir',
-           'write_atomic', 'content_digest', 'cached_tensor', 'progress_bar']
+           'pick_device', 'n_cores', 'autocast', 'home', 'checkout', 'figures_dir', 'data_dir', 'data_folders',
+           'find_data', 'disk_errors', 'fsync_dir', 'write_atomic', 'content_digest', 'cached_tensor', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #1f9c8427
 import contextlib, dataclasses, difflib, errno, functools, hashlib, io, json, math, os, sys, warnings
@@ -170,6 +170,24 @@ def figures_dir(
     if profile == "smoke": return home()/"smoke-figures"
     if os.environ.get("REFCOMM_FIGURES"): return Path(os.environ["REFCOMM_FIGURES"]).expanduser().absolute()
     return checkout()/"figures" if checkout() else home()/"figures"
+
+# %% ../nbs/00_core.ipynb #72c8f3d8
+def data_dir()->Path|None: # None if REFCOMM_DATA is not set
+    "The folder with the user's own data sets: `REFCOMM_DATA`."
+    return Path(os.environ["REFCOMM_DATA"]).expanduser().absolute() if os.environ.get("REFCOMM_DATA") else None
+
+def data_folders()->list: # of paths; empty if REFCOMM_DATA is not set
+    "Where a relative name is looked for: in `REFCOMM_DATA`, its `core` and its `full`."
+    return [data_dir()/sub for sub in ("", "core", "full")] if data_dir() else []
+
+def find_data(
+    name, # an absolute path, or one relative to REFCOMM_DATA
+    suffixes=("",), # endings to add to the name; the first one that is found anywhere counts
+)->Path|None: # the file or folder, None if there is none
+    "Find a file or folder: an absolute path as it is, a relative one in `data_folders`."
+    paths = [Path(f"{name}{suffix}").expanduser() for suffix in suffixes]
+    tried = [p for path in paths for p in ([path] if path.is_absolute() else [folder/path for folder in data_folders()])]
+    return next((p for p in tried if p.exists()), None)
 
 # %% ../nbs/00_core.ipynb #14a8bac7
 @contextlib.contextmanager

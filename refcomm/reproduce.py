@@ -7,14 +7,13 @@ __all__ = ['HEADLINE', 'app', 'runs_app', 'notebooks', 'choose', 'title', 'parse
            'reproduce_item', 'print_table', 'list_items', 'reproduce', 'print_comparison', 'runs_list', 'runs_show',
            'runs_verify', 'runs_plan', 'runs_execute', 'runs_export', 'runs_import', 'runs_clean', 'main']
 
-# %% ../nbs/95_reproduce.ipynb #3f471222
+# %% ../nbs/95_reproduce.ipynb #0cad8dc6
 import hashlib, importlib, importlib.util, json, os, sys, time
 from pathlib import Path
 
 import typer
 
-from .core import PROFILES, ConfigError, RefcommError, checkout, check_choice, disk_errors, figures_dir, home, n_cores, nearest, write_atomic
-from .data.images import data_dir
+from .core import PROFILES, ConfigError, RefcommError, checkout, check_choice, data_dir, disk_errors, figures_dir, home, n_cores, nearest, write_atomic
 
 # %% ../nbs/95_reproduce.ipynb #ab0eba8c
 HEADLINE = ("eqc/table5", "eqc/table7") # what `refcomm reproduce` makes when nothing is named

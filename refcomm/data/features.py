@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRUNKS', 'BLOCK', 'Features', 'check_features', 'train_trunk', 'extract_features', 'load_features']
 
-# %% ../../nbs/14_data.features.ipynb #93604c1f
+# %% ../../nbs/14_data.features.ipynb #7110c67d
 import copy, functools, importlib, pickle, re, shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from ..core import (ConfigError, cached_tensor, check_at_least, check_choice, content_digest, disk_errors, generator, home, pick_device, progress_bar,
+from ..core import (ConfigError, cached_tensor, check_at_least, check_choice, content_digest, disk_errors, find_data, generator, home, pick_device, progress_bar,
                           seeded_init)
-from .images import LabelledImages, missing_data, number_classes, find_data, load_images
+from .images import LabelledImages, load_images, missing_data, number_classes
 
 # %% ../../nbs/14_data.features.ipynb #11b0cb11
 class Features(NamedTuple):

@@ -6,7 +6,7 @@
 __all__ = ['BANKING77', 'NEEDED', 'n_expansions', 'expand', 'Sentences', 'load_sentences', 'model_folder', 'SentenceEncoder',
            'embed']
 
-# %% ../../nbs/13_data.sentences.ipynb #06452416
+# %% ../../nbs/13_data.sentences.ipynb #e0b26542
 import contextlib, hashlib, importlib.resources, itertools, json, math, re
 from collections import deque
 from pathlib import Path
@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import ConfigError, cached_tensor, check_at_least, check_choice, content_digest, generator, home, nearest, pick_device, progress_bar, seeded_init
-from .images import find_data
+from ..core import ConfigError, cached_tensor, check_at_least, check_choice, content_digest, find_data, generator, home, nearest, pick_device, progress_bar, seeded_init
 from .objects import draw_distinct
 
 # %% ../../nbs/13_data.sentences.ipynb #dd3ddd62
@@ -100,7 +99,7 @@ def _synthetic(grammar, n)->Sentences:
     if len(drawn) < n: raise ConfigError(f"{n} sentences asked for, but the grammar makes {len(drawn) or size}: ask for at most as many")
     return Sentences([t for t,_ in drawn], torch.tensor([l for _,l in drawn]), [c.replace("_", " ") for c in intents], "synthetic intents")
 
-# %% ../../nbs/13_data.sentences.ipynb #fef7297c
+# %% ../../nbs/13_data.sentences.ipynb #3c156b44
 BANKING77 = dict(path="mteb/banking77", revision="0fd18e25b25c072e09e0d92ab615fda904d66300") # the full 10,003 + 3,080 rows, without a script
 
 def _from_file(path, split):
@@ -125,7 +124,7 @@ def _from_hub(path, split, **kwargs):
 def _table(source, split): # DataFrame, name
     "The table that `source` names."
     if source == "banking77":
-        path = find_data("banking77.parquet") or find_data("banking77.csv")
+        path = find_data("banking77", (".parquet", ".csv"))
         if path is None: return _from_hub(split=split, **BANKING77).rename(columns=dict(label_text="category")), source
         frame = _from_file(path, split)
         return frame[frame["split"] == "train"] if split is None and "split" in frame else frame, source
