@@ -6,7 +6,8 @@
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError', 'WorkerDied',
            'StoreError', 'nearest', 'check_choice', 'check_at_least', 'spec', 'generator', 'seeded_init', 'anneal',
            'pick_device', 'n_cores', 'autocast', 'home', 'checkout', 'figures_dir', 'data_dir', 'data_folders',
-           'find_data', 'disk_errors', 'fsync_dir', 'write_atomic', 'content_digest', 'cached_tensor', 'progress_bar']
+           'find_data', 'disk_errors', 'fsync_dir', 'write_atomic', 'content_digest', 'files_digest', 'cached_tensor',
+           'progress_bar']
 
 # %% ../nbs/00_core.ipynb #1f9c8427
 import contextlib, dataclasses, difflib, errno, functools, hashlib, io, json, math, os, sys, warnings
@@ -236,6 +237,16 @@ def content_digest(
         numbers = x.detach().cpu().flatten().contiguous().view(torch.uint8).numpy()
         return [str(x.dtype), list(x.shape), hashlib.sha256(numbers).hexdigest()]
     return hashlib.sha256(json.dumps(parts, default=plain).encode()).hexdigest()[:16]
+
+# %% ../nbs/00_core.ipynb #eb6dcbe2
+def files_digest(
+    *files, # paths
+)->str: # 64 hexadecimal digits
+    "The SHA-256 of the files' bytes, one after the other."
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as f: hashlib.file_digest(f, lambda: digest)
+    return digest.hexdigest()
 
 # %% ../nbs/00_core.ipynb #f66c3340
 def cached_tensor(

@@ -6,7 +6,7 @@
 __all__ = ['BANKING77', 'NEEDED', 'n_expansions', 'expand', 'Sentences', 'load_sentences', 'model_folder', 'SentenceEncoder',
            'embed']
 
-# %% ../../nbs/13_data.sentences.ipynb #e0b26542
+# %% ../../nbs/13_data.sentences.ipynb #5c1a7221
 import contextlib, hashlib, importlib.resources, itertools, json, math, re
 from collections import deque
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import ConfigError, cached_tensor, check_at_least, check_choice, content_digest, find_data, generator, home, nearest, pick_device, progress_bar, seeded_init
+from ..core import ConfigError, cached_tensor, check_at_least, check_choice, content_digest, files_digest, find_data, generator, home, nearest, pick_device, progress_bar, seeded_init
 from .objects import draw_distinct
 
 # %% ../../nbs/13_data.sentences.ipynb #dd3ddd62
@@ -263,7 +263,7 @@ class SentenceEncoder(nn.Module):
         mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return F.normalize(mean, dim=-1).reshape(*tokens.shape[:-1], self.dim)
 
-# %% ../../nbs/13_data.sentences.ipynb #71f7c1c4
+# %% ../../nbs/13_data.sentences.ipynb #f57b8048
 @torch.no_grad()
 def _transform(texts, folder, batch_size, device)->Tensor:
     "Encode sentences by a frozen transformer, the short ones together."
@@ -279,10 +279,8 @@ def _transform(texts, folder, batch_size, device)->Tensor:
 
 def _folder_digest(folder)->str:
     "A hash of all that decides what a model says."
-    digest = hashlib.sha256()
-    for p in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model", ".safetensors")):
-        with open(p, "rb") as f: digest.update(f"{p.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model", ".safetensors"))
+    return hashlib.sha256("".join(f"{p.name} {files_digest(p)}\n" for p in files).encode()).hexdigest()
 
 # %% ../../nbs/13_data.sentences.ipynb #2e1349d6
 def embed(

@@ -8,7 +8,7 @@ __all__ = ['GAMES', 'SOURCES', 'SOURCE_NAMES', 'CONFIGS', 'BEST', 'MAP_EPOCHS', 
            'build', 'train', 'evaluate', 'stack_key', 'run', 'configure', 'grid', 'rows_of', 'printed_rows', 'fidelity',
            'data_names']
 
-# %% ../../nbs/90_experiments.eqc.ipynb #dc819027
+# %% ../../nbs/90_experiments.eqc.ipynb #89c11ca5
 import dataclasses, hashlib
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +19,7 @@ from torch import nn
 from ..agents.encoders import InformedSender, LinearEncoder
 from ..bottlenecks.quantize import LearnedQuantizer, UniformQuantizer
 from ..channels import BOTTLENECKS, CHANNELS, make_bottleneck, make_channel
-from ..core import PROFILES, ConfigError, check_at_least, check_choice, data_dir, find_data, generator, pick_device, seeded_init, spec
+from ..core import PROFILES, ConfigError, check_at_least, check_choice, data_dir, files_digest, find_data, generator, pick_device, seeded_init, spec
 from ..data.features import load_features
 from ..data.objects import ObjectWorld, split
 from ..data.sentences import SentenceEncoder, embed, load_sentences
@@ -102,7 +102,7 @@ GAMES = { # game → what differs from the Spec's defaults (Tables 1 and 4, App.
     "sent-cls": dict(n_train=7953, n_valid=1004, n_test=1042, n_negatives=76, hidden=768, embedding=768, candidates=(2, 8, 16, 32, 64, 77)),
 }
 
-# %% ../../nbs/90_experiments.eqc.ipynb #c64ecc06
+# %% ../../nbs/90_experiments.eqc.ipynb #cc452388
 SOURCES = { # game → "embedded" or "real" → data and encoder
     "image": dict(embedded=("shapes", "shapes-cnn"), real=("tiny_imagenet_effnet_lite0_160_u8.npz", "")),
     "sent-ref": dict(embedded=("synthetic", "lsa"), real=("banking77", "minilm")),
@@ -116,8 +116,8 @@ def _file(name)->Path|None: # the file or folder that a source's name stands for
 
 def _content(name)->str: # "#" and eight digits: of a file's bytes, or of the names and sizes in a folder; nothing for any other source
     if not (path := _file(name)): return ""
-    seen = path.read_bytes() if path.is_file() else repr([(p.name, p.stat().st_size) for p in sorted(path.rglob("*"))]).encode()
-    return f"#{hashlib.sha256(seen).hexdigest()[:8]}"
+    if path.is_file(): return f"#{files_digest(path)[:8]}"
+    return f"#{hashlib.sha256(repr([(p.name, p.stat().st_size) for p in sorted(path.rglob('*'))]).encode()).hexdigest()[:8]}"
 
 def source(
     game:str, # a name in `GAMES`
