@@ -248,26 +248,37 @@ def files_digest(
         with open(file, "rb") as f: hashlib.file_digest(f, lambda: digest)
     return digest.hexdigest()
 
-# %% ../nbs/00_core.ipynb #f66c3340
+# %% ../nbs/00_core.ipynb #3ff57221
+def _stored(path)->torch.Tensor|None:
+    "The tensor in a file, None if it is absent or damaged."
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as f: x, stored = f.get_tensor("x"), f.metadata()
+        return x if stored["digest"] == content_digest(x) else None
+    except (SafetensorError, OSError, KeyError, TypeError): return None
+
 def cached_tensor(
     path, # a .safetensors file, named after all that the tensor depends on
     compute, # () → tensor, called when the file is absent or damaged
     what:str, # what it holds, in the plural, for the warning
 )->torch.Tensor: # on the CPU
-    "The tensor in a file, made by `compute` and stored if it is not there."
-    from safetensors import SafetensorError, safe_open
+    "The tensor in a file, made by `compute` and stored if it is not there; one process makes it, the others wait."
+    from filelock import FileLock
     from safetensors.torch import save_file
     path = Path(path)
-    if path.exists():
-        try:
-            with safe_open(path, "pt") as f: x, stored = f.get_tensor("x"), f.metadata()
-            if stored["digest"] == content_digest(x): return x
-        except (SafetensorError, OSError, KeyError, TypeError): pass
-        aside = path.with_suffix(".damaged")
-        with disk_errors(aside), contextlib.suppress(FileNotFoundError): path.replace(aside)
-        warnings.warn(f"the stored {what} {path} are damaged: set aside as {aside.name}, and made again")
-    x = compute().cpu().contiguous()
-    with write_atomic(path) as tmp: save_file({"x": x}, tmp, dict(digest=content_digest(x)))
+    if (x := _stored(path)) is not None: return x
+    lock = home()/"cache"/"locks"/f"{content_digest(str(path.absolute()))}.lock"
+    with disk_errors(path):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock).acquire()
+    with held:
+        if (x := _stored(path)) is not None: return x
+        if path.exists():
+            aside = path.with_suffix(".damaged")
+            with disk_errors(aside), contextlib.suppress(FileNotFoundError): path.replace(aside)
+            warnings.warn(f"the stored {what} {path} are damaged: set aside as {aside.name}, and made again")
+        x = compute().cpu().contiguous()
+        with write_atomic(path) as tmp: save_file({"x": x}, tmp, dict(digest=content_digest(x)))
     return x
 
 # %% ../nbs/00_core.ipynb #0770fbbc
