@@ -6,7 +6,7 @@
 __all__ = ['BANKING77', 'NEEDED', 'n_expansions', 'expand', 'Sentences', 'load_sentences', 'model_folder', 'SentenceEncoder',
            'embed']
 
-# %% ../../nbs/13_data.sentences.ipynb #5c1a7221
+# %% ../../nbs/13_data.sentences.ipynb #ece95c04
 import contextlib, hashlib, importlib.resources, itertools, json, math, re
 from collections import deque
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import ConfigError, cached_tensor, check_at_least, check_choice, content_digest, files_digest, find_data, generator, home, nearest, pick_device, progress_bar, seeded_init
+from .images import number_classes
 from .objects import draw_distinct
 
 # %% ../../nbs/13_data.sentences.ipynb #dd3ddd62
@@ -135,7 +136,7 @@ def _table(source, split): # DataFrame, name
     if "/" in str(source): return _from_hub(source, split), source
     raise ConfigError(f"unknown source {source!r}: {nearest(source, ['synthetic', 'banking77'])} (or a .parquet or .csv file, or a data set 'owner/name' of the hub)")
 
-# %% ../../nbs/13_data.sentences.ipynb #5e8ef20d
+# %% ../../nbs/13_data.sentences.ipynb #f909227a
 def load_sentences(
     source:str="synthetic", # "synthetic", "banking77", a .parquet or .csv file, or "owner/name" on the Hugging Face hub
     n:int|None=None, # how many, drawn with a fixed seed; all when None (10,000 synthetic ones)
@@ -156,11 +157,11 @@ def load_sentences(
         if blank: raise ConfigError(f"{name}: column {column!r} is empty in {len(blank)} rows (counted from 0: {', '.join(map(str, blank[:5]))}): fill or remove them")
     texts, names = frame[text_column].astype(str).str.split().str.join(" "), frame[label_column].astype(str).str.replace("_", " ")
     kept = ~texts.str.lower().duplicated()
-    texts, names, classes = texts[kept].tolist(), names[kept].tolist(), sorted(set(names[kept]))
-    if len(classes) < 2: raise ConfigError(f"{name}: column {label_column!r} holds {len(classes)} classes, and telling apart needs at least 2")
-    rows = range(len(texts)) if n is None else draw_distinct(len(texts), n, generator(0, "sentences")).sort().values.tolist()
-    number = {c: i for i,c in enumerate(classes)}
-    return Sentences([texts[i] for i in rows], torch.tensor([number[names[i]] for i in rows]), classes, name)
+    texts, names = texts[kept].tolist(), names[kept].tolist()
+    if len(set(names)) < 2: raise ConfigError(f"{name}: column {label_column!r} holds {len(set(names))} classes, and telling apart needs at least 2")
+    labels, classes = number_classes(names, {}, name)
+    rows = torch.arange(len(texts)) if n is None else draw_distinct(len(texts), n, generator(0, "sentences")).sort().values
+    return Sentences([texts[i] for i in rows.tolist()], labels[rows], classes, name)
 
 # %% ../../nbs/13_data.sentences.ipynb #b3b4211e
 def _checked(texts, what="texts")->list:
