@@ -8,7 +8,7 @@ __all__ = ['GAMES', 'SOURCES', 'SOURCE_NAMES', 'CONFIGS', 'BEST', 'MAP_EPOCHS', 
            'build', 'train', 'evaluate', 'stack_key', 'run', 'configure', 'grid', 'rows_of', 'printed_rows', 'fidelity',
            'data_names']
 
-# %% ../../nbs/90_experiments.eqc.ipynb #89c11ca5
+# %% ../../nbs/90_experiments.eqc.ipynb #ad8efcff
 import dataclasses, hashlib
 from pathlib import Path
 from typing import ClassVar
@@ -20,9 +20,10 @@ from ..agents.encoders import InformedSender, LinearEncoder
 from ..bottlenecks.quantize import LearnedQuantizer, UniformQuantizer
 from ..channels import BOTTLENECKS, CHANNELS, make_bottleneck, make_channel
 from ..core import PROFILES, ConfigError, check_at_least, check_choice, data_dir, files_digest, find_data, generator, pick_device, seeded_init, spec
+from ..data.embeddings import SentenceEncoder, embed
 from ..data.features import load_features
 from ..data.objects import ObjectWorld, split
-from ..data.sentences import SentenceEncoder, embed, load_sentences
+from ..data.sentences import load_sentences
 from ..ensemble import Ensemble
 from ..games.referential import ReferentialGame, check_game
 from ..games.tasks import ClassTask, ItemTask, ObjectTask, objectives
