@@ -133,7 +133,7 @@ def source(
     name, default = have.get(data, (data, have["real"][1]))
     return dict(data=name + _content(name), encoder=encoder or default)
 
-# %% ../../nbs/90_experiments.eqc.ipynb #4433cdc8
+# %% ../../nbs/90_experiments.eqc.ipynb #2f8c38ba
 def load(
     s:EQCSpec,
 )->tuple: # the world, `Features` or `Sentences`; how many objects there are; and the numbers of its disjoint "train", "valid" and "test" targets
@@ -162,7 +162,7 @@ def make_task(
     if s.fine_tune: x, classes = SentenceEncoder(s.encoder).tokenize(data.texts + data.classes).tensor_split([n])
     else:
         fit_on = [data.texts[i] for i in parts["train"]] # an encoder that is fitted sees training sentences only
-        x, classes = (_scale(s, embed(t, s.encoder, fit_on)) for t in (data.texts, data.classes))
+        x, classes = _scale(s, embed(data.texts + data.classes, s.encoder, fit_on)).tensor_split([n]) # asked once, and kept for both sentence games
     return ClassTask(x, data.labels, classes, parts, s.n_negatives, device) if s.game == "sent-cls" else ItemTask(x, data.labels, parts, **drawn)
 
 # %% ../../nbs/90_experiments.eqc.ipynb #bd4ef535
