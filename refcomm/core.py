@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError', 'WorkerDied',
            'StoreError', 'nearest', 'check_choice', 'check_at_least', 'spec', 'generator', 'seeded_init', 'anneal',
-           'pick_device', 'n_cores', 'autocast', 'home', 'checkout', 'figures_dir', 'disk_errors', 'fsync_dir',
-           'write_atomic', 'content_digest', 'cached_tensor', 'progress_bar']
+           'pick_device', 'n_cores', 'autocast', 'home', 'checkout', 'figures_dir', 'data_dir', 'data_folders',
+           'find_data', 'disk_errors', 'fsync_dir', 'write_atomic', 'content_digest', 'files_digest', 'cached_tensor',
+           'progress_bar']
 
 # %% ../nbs/00_core.ipynb #1f9c8427
 import contextlib, dataclasses, difflib, errno, functools, hashlib, io, json, math, os, sys, warnings
@@ -171,6 +172,24 @@ def figures_dir(
     if os.environ.get("REFCOMM_FIGURES"): return Path(os.environ["REFCOMM_FIGURES"]).expanduser().absolute()
     return checkout()/"figures" if checkout() else home()/"figures"
 
+# %% ../nbs/00_core.ipynb #72c8f3d8
+def data_dir()->Path|None: # None if REFCOMM_DATA is not set
+    "The folder with the user's own data sets: `REFCOMM_DATA`."
+    return Path(os.environ["REFCOMM_DATA"]).expanduser().absolute() if os.environ.get("REFCOMM_DATA") else None
+
+def data_folders()->list: # of paths; empty if REFCOMM_DATA is not set
+    "Where a relative name is looked for: in `REFCOMM_DATA`, its `core` and its `full`."
+    return [data_dir()/sub for sub in ("", "core", "full")] if data_dir() else []
+
+def find_data(
+    name, # an absolute path, or one relative to REFCOMM_DATA
+    suffixes=("",), # endings to add to the name; the first one that is found anywhere counts
+)->Path|None: # the file or folder, None if there is none
+    "Find a file or folder: an absolute path as it is, a relative one in `data_folders`."
+    paths = [Path(f"{name}{suffix}").expanduser() for suffix in suffixes]
+    tried = [p for path in paths for p in ([path] if path.is_absolute() else [folder/path for folder in data_folders()])]
+    return next((p for p in tried if p.exists()), None)
+
 # %% ../nbs/00_core.ipynb #14a8bac7
 @contextlib.contextmanager
 def disk_errors(
@@ -219,26 +238,47 @@ def content_digest(
         return [str(x.dtype), list(x.shape), hashlib.sha256(numbers).hexdigest()]
     return hashlib.sha256(json.dumps(parts, default=plain).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #f66c3340
+# %% ../nbs/00_core.ipynb #eb6dcbe2
+def files_digest(
+    *files, # paths
+)->str: # 64 hexadecimal digits
+    "The SHA-256 of the files' bytes, one after the other."
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as f: hashlib.file_digest(f, lambda: digest)
+    return digest.hexdigest()
+
+# %% ../nbs/00_core.ipynb #3ff57221
+def _stored(path)->torch.Tensor|None:
+    "The tensor in a file, None if it is absent or damaged."
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as f: x, stored = f.get_tensor("x"), f.metadata()
+        return x if stored["digest"] == content_digest(x) else None
+    except (SafetensorError, OSError, KeyError, TypeError): return None
+
 def cached_tensor(
     path, # a .safetensors file, named after all that the tensor depends on
     compute, # () → tensor, called when the file is absent or damaged
     what:str, # what it holds, in the plural, for the warning
 )->torch.Tensor: # on the CPU
-    "The tensor in a file, made by `compute` and stored if it is not there."
-    from safetensors import SafetensorError, safe_open
+    "The tensor in a file, made by `compute` and stored if it is not there; one process makes it, the others wait."
+    from filelock import FileLock
     from safetensors.torch import save_file
     path = Path(path)
-    if path.exists():
-        try:
-            with safe_open(path, "pt") as f: x, stored = f.get_tensor("x"), f.metadata()
-            if stored["digest"] == content_digest(x): return x
-        except (SafetensorError, OSError, KeyError, TypeError): pass
-        aside = path.with_suffix(".damaged")
-        with disk_errors(aside), contextlib.suppress(FileNotFoundError): path.replace(aside)
-        warnings.warn(f"the stored {what} {path} are damaged: set aside as {aside.name}, and made again")
-    x = compute().cpu().contiguous()
-    with write_atomic(path) as tmp: save_file({"x": x}, tmp, dict(digest=content_digest(x)))
+    if (x := _stored(path)) is not None: return x
+    lock = home()/"cache"/"locks"/f"{content_digest(str(path.absolute()))}.lock"
+    with disk_errors(path):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock).acquire()
+    with held:
+        if (x := _stored(path)) is not None: return x
+        if path.exists():
+            aside = path.with_suffix(".damaged")
+            with disk_errors(aside), contextlib.suppress(FileNotFoundError): path.replace(aside)
+            warnings.warn(f"the stored {what} {path} are damaged: set aside as {aside.name}, and made again")
+        x = compute().cpu().contiguous()
+        with write_atomic(path) as tmp: save_file({"x": x}, tmp, dict(digest=content_digest(x)))
     return x
 
 # %% ../nbs/00_core.ipynb #0770fbbc

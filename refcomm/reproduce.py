@@ -7,14 +7,13 @@ __all__ = ['HEADLINE', 'app', 'runs_app', 'notebooks', 'choose', 'title', 'parse
            'reproduce_item', 'print_table', 'list_items', 'reproduce', 'print_comparison', 'runs_list', 'runs_show',
            'runs_verify', 'runs_plan', 'runs_execute', 'runs_export', 'runs_import', 'runs_clean', 'main']
 
-# %% ../nbs/95_reproduce.ipynb #3f471222
-import hashlib, importlib, importlib.util, json, os, sys, time
+# %% ../nbs/95_reproduce.ipynb #13e5a072
+import importlib, importlib.util, json, os, sys, time
 from pathlib import Path
 
 import typer
 
-from .core import PROFILES, ConfigError, RefcommError, checkout, check_choice, disk_errors, figures_dir, home, n_cores, nearest, write_atomic
-from .data.images import data_dir
+from .core import PROFILES, ConfigError, RefcommError, checkout, check_choice, data_dir, disk_errors, figures_dir, files_digest, home, n_cores, nearest, write_atomic
 
 # %% ../nbs/95_reproduce.ipynb #ab0eba8c
 HEADLINE = ("eqc/table5", "eqc/table7") # what `refcomm reproduce` makes when nothing is named
@@ -66,19 +65,14 @@ def check_parameters(
         if name not in known: raise ConfigError(f"{Path(path).stem} has no parameter {name!r}: {nearest(name, known)}")
         if type(value) is not type(known[name]): raise ConfigError(f"parameter {name} is {type(known[name]).__name__}, got {value!r}")
 
-# %% ../nbs/95_reproduce.ipynb #7009da01
-def _digest(*files)->str:
-    h = hashlib.sha256()
-    for f in files: h.update(f.read_bytes())
-    return h.hexdigest()
-
+# %% ../nbs/95_reproduce.ipynb #5e713891
 def _outputs(item, profile): return sorted(figures_dir(profile).glob(f"{item.replace('/', '_')}.*"))
 
 def _state(item, path, parameters, profile)->dict:
     package = sorted(p for p in Path(__file__).parent.rglob("*") if p.suffix in (".py", ".csv", ".json"))
     fixed = {k: v for k,v in parameters.items() if k != "jobs"}
     data = [[p.name, p.stat().st_size, p.stat().st_mtime] for p in sorted(data_dir().rglob("*"))] if data_dir() else []
-    return dict(notebook=_digest(path), package=_digest(*package), data=data, parameters=fixed, outputs={str(p): _digest(p) for p in _outputs(item, profile)})
+    return dict(notebook=files_digest(path), package=files_digest(*package), data=data, parameters=fixed, outputs={str(p): files_digest(p) for p in _outputs(item, profile)})
 
 def reproduce_item(
     item:str, # "eqc/table5"

@@ -13,7 +13,8 @@ from hypothesis import given, strategies as st
 
 from conftest import tiny_transformer
 from refcomm.core import ConfigError, seeded_init
-from refcomm.data.sentences import SentenceEncoder, embed, expand, load_sentences, model_folder, n_expansions
+from refcomm.data.embeddings import SentenceEncoder, embed, model_folder
+from refcomm.data.sentences import expand, load_sentences, n_expansions
 
 TEXTS = ["where is my card?", "my card is lost", "why was my transfer declined", "is there a fee", "the fee is too high, why was it not told to me before", "hello"]
 
@@ -151,7 +152,7 @@ def test_lsa_knows_only_what_it_was_fitted_on(home):
 
 
 def test_embeddings_are_made_once(home, tiny, monkeypatch):
-    import refcomm.data.sentences as module
+    import refcomm.data.embeddings as module
     x, y = embed(TEXTS, fit_on=TEXTS, dim=4), embed(TEXTS, str(tiny))
     files = sorted((home/"cache"/"embeddings").iterdir())
     assert len(files) == 2

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRUNKS', 'BLOCK', 'Features', 'check_features', 'train_trunk', 'extract_features', 'load_features']
 
-# %% ../../nbs/14_data.features.ipynb #93604c1f
+# %% ../../nbs/14_data.features.ipynb #344ab3a3
 import copy, functools, importlib, pickle, re, shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from ..core import (ConfigError, cached_tensor, check_at_least, check_choice, content_digest, disk_errors, generator, home, pick_device, progress_bar,
+from ..core import (ConfigError, cached_tensor, check_at_least, check_choice, content_digest, find_data, generator, home, pick_device, progress_bar,
                           seeded_init)
-from .images import LabelledImages, missing_data, number_classes, find_data, load_images
+from .images import LabelledImages, load_images, missing_data, number_classes
 
 # %% ../../nbs/14_data.features.ipynb #11b0cb11
 class Features(NamedTuple):
@@ -141,7 +141,7 @@ def _trunk(trunk)->tuple: # what to call it; what its features depend on; (image
     check_choice(f"{hub} trunk", name, known)
     return trunk, f"{trunk} {package.__version__}", functools.partial(_HUBS[hub], name)
 
-# %% ../../nbs/14_data.features.ipynb #3b391080
+# %% ../../nbs/14_data.features.ipynb #23d4657f
 BLOCK = 2048
 
 @torch.no_grad()
@@ -164,17 +164,14 @@ def extract_features(
     cache:bool=True, # keep the features under `home()/cache/features`, and take them from there
 )->Features:
     "The features of images, extracted once: resumed after an interruption, stored by content. A module is known by its repr and its weights."
-    from filelock import FileLock
     (called, key, build), n, device = _trunk(trunk), len(images.images), pick_device(device)
     net, block = functools.cache(lambda: build(images, device)), n if called == "shapes-cnn" else BLOCK
     extract = lambda some: _run(net(), some, check_at_least("batch_size", batch_size, 1), device)
     checked = lambda x: check_features(Features(x, images.labels, images.classes, f"{images.name}, {called}"), min_members=1)
     if not cache or called == "pixels": return checked(extract(images.images))
     folder = home()/"cache"/"features"/content_digest(images.digest, key, _VERSION)
-    path = folder.with_suffix(".safetensors")
-    with disk_errors(path): folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")), progress_bar(n, f"features: {called}") as bar:
-        x = cached_tensor(path, lambda: checked(_blocks(images.images, block, extract, folder, bar)).x, "features")
+    with progress_bar(n, f"features: {called}") as bar:
+        x = cached_tensor(folder.with_suffix(".safetensors"), lambda: checked(_blocks(images.images, block, extract, folder, bar)).x, "features")
         shutil.rmtree(folder, ignore_errors=True)
     return checked(x)
 

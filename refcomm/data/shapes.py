@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'AttributeWorld', 'ShapeWorld']
 
-# %% ../../nbs/11_data.shapes.ipynb #ba48a189
+# %% ../../nbs/11_data.shapes.ipynb #db6e5f67
 import itertools, math
 import torch
 from torch import Tensor
 
 from ..core import ConfigError, check_at_least, check_choice, pick_device
-from .objects import draw_distinct
+from .objects import draw_distinct, from_digits, to_digits
 
 # %% ../../nbs/11_data.shapes.ipynb #beaa1294
 def _star(x, y, points=5, inner=.46):
@@ -130,7 +130,7 @@ def _check_vectors(
         raise ConfigError(f"{name} must lie in 0 … {len(names)-1} ({', '.join(names)}), got {attributes[where]}")
     return attributes
 
-# %% ../../nbs/11_data.shapes.ipynb #63135e9f
+# %% ../../nbs/11_data.shapes.ipynb #8b1c9cac
 class AttributeWorld:
     "All vectors of named attributes, each with its own number of values, numbered 0 … n_objects−1."
     def __init__(self,
@@ -140,20 +140,18 @@ class AttributeWorld:
         self.values, self.device = _named(values), pick_device(device)
         self.n_values = tuple(map(len, self.values.values()))
         self.n_objects = math.prod(self.n_values)
-        self._weights = [math.prod(self.n_values[i+1:]) for i in range(len(values))] # the value of each digit
 
     def attributes(self,
         ids:Tensor, # [...] object numbers
     )->Tensor: # [..., n_attributes] values
         "The attribute vectors of the objects numbered `ids`."
-        weights, bases = (torch.tensor(x, device=ids.device) for x in (self._weights, self.n_values))
-        return ids[..., None] // weights % bases
+        return to_digits(ids, self.n_values)
 
     def ids(self,
         attributes:Tensor, # [..., n_attributes] values
     )->Tensor: # [...] object numbers
         "The numbers of the objects with these attribute vectors: the inverse of `attributes`."
-        return (_check_vectors(attributes, self.values) * torch.tensor(self._weights, device=attributes.device)).sum(-1)
+        return from_digits(_check_vectors(attributes, self.values), self.n_values)
 
     def draw(self,
         n:int, # how many

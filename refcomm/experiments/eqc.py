@@ -16,11 +16,11 @@ from torch import nn
 from ..agents.encoders import InformedSender, LinearEncoder
 from ..bottlenecks.quantize import LearnedQuantizer, UniformQuantizer
 from ..channels import BOTTLENECKS, CHANNELS, make_bottleneck, make_channel
-from ..core import ConfigError, check_at_least, check_choice, generator, pick_device, seeded_init, spec
+from ..core import ConfigError, check_at_least, check_choice, data_dir, files_digest, find_data, generator, pick_device, seeded_init, spec
+from ..data.embeddings import SentenceEncoder, embed
 from ..data.features import load_features
-from ..data.images import data_dir, find_data
 from ..data.objects import ObjectWorld, split
-from ..data.sentences import SentenceEncoder, embed, load_sentences
+from ..data.sentences import load_sentences
 from ..ensemble import Ensemble
 from ..games.referential import ReferentialGame, check_game
 from ..games.tasks import ClassTask, ItemTask, ObjectTask, objectives
@@ -108,12 +108,12 @@ SOURCES = { # game → "embedded" or "real" → data and encoder
 }
 
 def _file(name)->Path|None: # the file or folder that a source's name stands for
-    return next((p for p in map(find_data, (f"{name}.parquet", f"{name}.csv", name)) if p), None)
+    return find_data(name, (".parquet", ".csv", ""))
 
 def _content(name)->str: # "#" and eight digits: of a file's bytes, or of the names and sizes in a folder; nothing for any other source
     if not (path := _file(name)): return ""
-    seen = path.read_bytes() if path.is_file() else repr([(p.name, p.stat().st_size) for p in sorted(path.rglob("*"))]).encode()
-    return f"#{hashlib.sha256(seen).hexdigest()[:8]}"
+    if path.is_file(): return f"#{files_digest(path)[:8]}"
+    return f"#{hashlib.sha256(repr([(p.name, p.stat().st_size) for p in sorted(path.rglob('*'))]).encode()).hexdigest()[:8]}"
 
 def source(
     game:str, # a name in `GAMES`
@@ -128,7 +128,7 @@ def source(
     name, default = have.get(data, (data, have["real"][1]))
     return dict(data=name + _content(name), encoder=encoder or default)
 
-# %% ../../nbs/90_experiments.eqc.ipynb #4433cdc8
+# %% ../../nbs/90_experiments.eqc.ipynb #2f8c38ba
 def load(
     s:EQCSpec,
 )->tuple: # the world, `Features` or `Sentences`; how many objects there are; and the numbers of its disjoint "train", "valid" and "test" targets
@@ -157,7 +157,7 @@ def make_task(
     if s.fine_tune: x, classes = SentenceEncoder(s.encoder).tokenize(data.texts + data.classes).tensor_split([n])
     else:
         fit_on = [data.texts[i] for i in parts["train"]] # an encoder that is fitted sees training sentences only
-        x, classes = (_scale(s, embed(t, s.encoder, fit_on)) for t in (data.texts, data.classes))
+        x, classes = _scale(s, embed(data.texts + data.classes, s.encoder, fit_on)).tensor_split([n]) # asked once, and kept for both sentence games
     return ClassTask(x, data.labels, classes, parts, s.n_negatives, device) if s.game == "sent-cls" else ItemTask(x, data.labels, parts, **drawn)
 
 # %% ../../nbs/90_experiments.eqc.ipynb #1f655cff

@@ -17,7 +17,7 @@ from ..core import ConfigError, check_at_least
 from ..data.objects import ObjectWorld
 from .referential import EveryObject, draw_distractors, draw_other_classes
 
-# %% ../../nbs/42_games.tasks.ipynb #b0129a2f
+# %% ../../nbs/42_games.tasks.ipynb #233ad882
 class Games(NamedTuple):
     "A batch of games."
     x:object # the targets as the sender sees them: [batch, ...], or `Drawn` for an informed sender
@@ -27,7 +27,6 @@ class Games(NamedTuple):
 class Task:
     "Base of all tasks."
     n_train:int # training targets
-    pool_size:int # most candidates that a test game can have
 
     def batch(self,
         idx:Tensor, # [n_members, batch] training targets
@@ -57,7 +56,7 @@ class Task:
             loss, n = loss + F.cross_entropy(scores, g.target, reduction="sum"), n + len(g.target)
         return right / n, loss / n
 
-# %% ../../nbs/42_games.tasks.ipynb #17c4670c
+# %% ../../nbs/42_games.tasks.ipynb #8acf57e5
 class ObjectTask(Task):
     "Targets are objects of a world, candidates are all of them (Carmeli et al. 2023, §4.1)."
     def __init__(self,
@@ -66,7 +65,7 @@ class ObjectTask(Task):
         n_negatives:int|None=None, # distractors in training; None: every other object
         device="cpu",
     ):
-        self.world, self.every, self.n_negatives, self.pool_size = world, EveryObject(world, device), n_negatives, world.size
+        self.world, self.every, self.n_negatives = world, EveryObject(world, device), n_negatives
         self.ids = {k: v.to(device) for k,v in parts.items()}
         self.inputs, self.n_train = {k: world.one_hot(v) for k,v in self.ids.items()}, len(parts["train"])
         self.values = self.every.values(self.ids["valid"])
@@ -86,7 +85,7 @@ class ObjectTask(Task):
         z = game.channel.receive(game.send(self.inputs["valid"]).word)
         return (self.every.best(game.receiver, z) == self.values).all(-1).float().mean(), self.every.loss(game.receiver, z, self.ids["valid"])
 
-# %% ../../nbs/42_games.tasks.ipynb #96608c83
+# %% ../../nbs/42_games.tasks.ipynb #30322788
 class ItemTask(Task):
     "Targets and candidates are items of the same split (the Image and Sent-Ref games of Carmeli et al. 2023)."
     def __init__(self,
@@ -102,7 +101,7 @@ class ItemTask(Task):
         *, generator:torch.Generator, # draws the games of validation and test, on the CPU
     ):
         self.x, self.labels = ({k: t[v].to(device) for k,v in parts.items()} for t in (x, labels))
-        self.n_train, self.pool_size, self.informed, self.other_classes = len(parts["train"]), n_candidates, informed, other_classes
+        self.n_train, self.informed, self.other_classes = len(parts["train"]), informed, other_classes
         self.n_negatives, self.pool = check_at_least("n_negatives", n_negatives, 1), self.n_train if pool is None else min(pool, self.n_train)
         targets = {k: torch.arange(len(parts[k])) for k in ("valid", "test")}
         self.index = {k: self._index(t, self.labels[k].cpu(), n_candidates - 1, generator).to(device) for k,t in targets.items()}
@@ -131,7 +130,7 @@ class ItemTask(Task):
     def games(self, part, block=125, n_seen=None):
         for index in self.index[part][:, :n_seen].split(block): yield self._games(self.x[part], index)
 
-# %% ../../nbs/42_games.tasks.ipynb #46d6f641
+# %% ../../nbs/42_games.tasks.ipynb #227087a3
 class ClassTask(Task):
     "Targets are samples, candidates are the classes (Sent-Cls of Carmeli et al. 2023)."
     def __init__(self,
@@ -144,13 +143,13 @@ class ClassTask(Task):
     ):
         self.x, self.labels = ({k: t[v].to(device) for k,v in parts.items()} for t in (x, labels))
         if labels.max() >= len(classes): raise ConfigError(f"labels reach {labels.max()}, but there are only {len(classes)} classes")
-        self.every, self.n_train, self.pool_size = Fixed(classes.to(device)), len(parts["train"]), len(classes)
+        self.every, self.n_train = Fixed(classes.to(device)), len(parts["train"])
         self.n_negatives = None if n_negatives == len(classes) - 1 else n_negatives
 
     def batch(self, idx, generators):
         x, target = self.x["train"][idx], self.labels["train"][idx]
         if self.n_negatives is None: return Games(x, target, self.every)
-        index = [torch.cat([t[:, None], draw_distractors(t, self.pool_size, self.n_negatives, g)], 1) for t,g in zip(target, generators)]
+        index = [torch.cat([t[:, None], draw_distractors(t, len(self.every.items), self.n_negatives, g)], 1) for t,g in zip(target, generators)]
         return Games(x, torch.zeros_like(target), Drawn(self.every.items.expand(len(idx), *self.every.items.shape), torch.stack(index)))
 
     def seen(self, part): return self.x[part]
