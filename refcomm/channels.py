@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CELLS', 'BOTTLENECKS', 'CHANNELS', 'Channel', 'Instant', 'WordCell', 'Recurrent', 'make_bottleneck', 'make_channel']
 
-# %% ../nbs/25_channels.ipynb #97addf71
+# %% ../nbs/25_channels.ipynb #1d5995f1
 import math
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from .core import check_at_least, check_choice
 from .bottlenecks.continuous import Bottleneck, Continuous, Sent
 from .bottlenecks.gumbel import GumbelSoftmax
+from .bottlenecks.reinforce import Reinforce
 from .bottlenecks.quantize import FSQ, VQ, LearnedQuantizer, UniformQuantizer
 
 # %% ../nbs/25_channels.ipynb #11be6fe0
@@ -54,7 +55,7 @@ class Channel(nn.Module):
         "The randomness that `send` consumes in training."
         return self.bottleneck.draw_noise((batch, self.message_length), generator)
 
-# %% ../nbs/25_channels.ipynb #2b3969df
+# %% ../nbs/25_channels.ipynb #a98a40c6
 class Instant(Channel):
     "A single-word channel (Carmeli et al. 2023, §4.2)."
     def __init__(self,
@@ -67,7 +68,8 @@ class Instant(Channel):
         self.listen = nn.Linear(bottleneck.width, self.dim)
 
     def send(self, u, noise=None):
-        return self.bottleneck(self.speak(u).unsqueeze(1), noise)
+        sent = self.bottleneck(self.speak(u).unsqueeze(1), noise)
+        return sent if sent.log_prob is None else sent._replace(log_prob=sent.log_prob.squeeze(1))
 
     def receive(self, words): return self.listen(words.flatten(1))
 
@@ -119,7 +121,7 @@ class WordCell(nn.Module):
             return self.update(gates, self.cell.bias_hh.expand_as(gates), self.start(gates.new_zeros(len(gates), self.cell.hidden_size)))
         return self.update(gates, F.linear(state[0], self.cell.weight_hh, self.cell.bias_hh), state)
 
-# %% ../nbs/25_channels.ipynb #35a83816
+# %% ../nbs/25_channels.ipynb #8a8018ce
 class Recurrent(Channel):
     "A channel of several words with recurrent agents (Carmeli et al. 2023, §4.2; adapted from EGG, fixed length)."
     def __init__(self,
@@ -144,7 +146,7 @@ class Recurrent(Channel):
             state = self.speaker.step(gates, state)
             sent.append(self.bottleneck(self.speak(state[0]), None if noise is None else noise[:, i]))
             if i + 1 < self.message_length: gates = F.linear(sent[-1].word, weight, bias)
-        return Sent(*(None if part[0] is None else stack(part) for stack, part in zip((_words, _words, sum), zip(*sent))))
+        return Sent(*(None if part[0] is None else stack(part) for stack, part in zip((_words, _words, sum, sum), zip(*sent))))
 
     def receive(self, words):
         gates = F.linear(words, *self.listener.fold())
@@ -154,8 +156,8 @@ class Recurrent(Channel):
 
 def _words(parts): return torch.stack(parts, 1)
 
-# %% ../nbs/25_channels.ipynb #994de9a0
-BOTTLENECKS = {"continuous": Continuous, "gumbel": GumbelSoftmax, "quantized": UniformQuantizer, "fsq": FSQ, "vq": VQ, "learned": LearnedQuantizer}
+# %% ../nbs/25_channels.ipynb #2b95c678
+BOTTLENECKS = {"continuous": Continuous, "gumbel": GumbelSoftmax, "quantized": UniformQuantizer, "fsq": FSQ, "vq": VQ, "learned": LearnedQuantizer, "reinforce": Reinforce}
 CHANNELS = {"instant": Instant, "recurrent": Recurrent}
 
 def make_bottleneck(

@@ -16,11 +16,17 @@ from torch import Tensor
 
 from .core import ConfigError, RecordError, TrainingDiverged, anneal, autocast, check_at_least, check_choice, generator, progress_bar, spec, write_atomic
 
-# %% ../nbs/60_train.ipynb #5c4d9732
+# %% ../nbs/60_train.ipynb #76eb4d38
+def _schedulefree(params, lr): # Schedule-Free AdamW (Defazio et al. 2024)
+    try: from schedulefree import AdamWScheduleFree
+    except ImportError: raise ConfigError("optimizer 'schedulefree' needs the package schedulefree: pip install schedulefree") from None
+    return AdamWScheduleFree(params, lr)
+
 OPTIMIZERS = {
     "adam": lambda params, lr: torch.optim.Adam(params, lr, fused=True),
     "adamw": lambda params, lr: torch.optim.AdamW(params, lr, fused=True),
     "sgd": lambda params, lr: torch.optim.SGD(params, lr, momentum=.9),
+    "schedulefree": _schedulefree,
 }
 
 @spec
@@ -83,7 +89,7 @@ class Best:
 
     def restore(self, ensemble): ensemble.load_full_state(self.weights)
 
-# %% ../nbs/60_train.ipynb #c565d85e
+# %% ../nbs/60_train.ipynb #1c252098
 class Training:
     "Everything that changes while training, so that it can be saved and restored as one."
     def __init__(self, ensemble, settings:TrainSettings, seeds, n_items, device, lr_factors=()):
@@ -108,7 +114,16 @@ class Training:
         kept = {f"best_{k}": getattr(self.best, k) for k in ("accuracy", "loss", "epoch")}
         return {**opt, **streams, **best, **state, **kept, "order": self.order, "total": self.total}
 
-    def meta(self, shape): return dict(epoch=self.epoch, step=self.step, history=self.history, scaler=self.scaler.state_dict(), shape=shape)
+    def meta(self, shape):
+        groups = [{k: v for k,v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        return dict(epoch=self.epoch, step=self.step, history=self.history, scaler=self.scaler.state_dict(), groups=groups, shape=shape)
+
+    def mode(self,
+        name:str, # "train" or "eval"
+    ):
+        "Set ensemble and optimiser to training or evaluation; a schedule-free optimiser swaps weights."
+        getattr(self.ensemble, name)()
+        getattr(self.optimizer, name, lambda: None)()
 
     def load(self, tensors, meta):
         state, groups = {}, self.optimizer.state_dict()["param_groups"]
@@ -116,7 +131,7 @@ class Training:
             if k.startswith("optimizer."):
                 _, i, name = k.split(".", 2)
                 state.setdefault(int(i), {})[name] = v
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.optimizer.load_state_dict({"state": state, "param_groups": [g | saved for g, saved in zip(groups, meta["groups"])]})
         for name in ("order_generators", "noise_generators"):
             for i,g in enumerate(getattr(self, name)): g.set_state(tensors[f"{name}.{i}"])
         for k,w in self.best.weights.items(): w.copy_(tensors[f"best.{k}"])
@@ -166,11 +181,11 @@ def fit(
     t.best.restore(ensemble)
     return Fit(pd.DataFrame(t.history), t.best.epoch.tolist())
 
-# %% ../nbs/60_train.ipynb #059b8fac
+# %% ../nbs/60_train.ipynb #e71e56b0
 def train_epoch(t, loss, batches:int, device, save, checkpoint_seconds, on_progress):
     "Train one epoch, or the rest of the one that was interrupted; save every `checkpoint_seconds`."
     s = t.settings
-    t.ensemble.train()
+    t.mode("train")
     if t.step == 0:
         t.order = torch.stack([torch.randperm(t.n_items, generator=g) for g in t.order_generators])
         t.total, t.started = torch.zeros_like(t.total), time.monotonic()
@@ -197,7 +212,7 @@ def finish_epoch(t, validate, batches:int)->dict: # means over members, for the 
     for seed, value in zip(t.seeds, losses.tolist()):
         if value != value or abs(value) == float("inf"):
             raise TrainingDiverged(f"the loss of seed {seed} became {value} in epoch {t.epoch}: lower lr (now {t.settings.lr:g}), or use precision='fp32'")
-    t.ensemble.eval()
+    t.mode("eval")
     valid = validate()
     better = t.best.update(t.ensemble, t.epoch, valid["accuracy"], valid["loss"], t.settings.patience)
     seconds = time.monotonic() - t.started

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
 from conftest import tiny_transformer
-from refcomm.core import ConfigError, seeded_init
+from refcomm.core import ConfigError
 from refcomm.data.embeddings import SentenceEncoder, embed, model_folder
 from refcomm.data.sentences import expand, load_sentences, n_expansions
 

@@ -14,7 +14,7 @@ from refcomm.data.objects import split
 from refcomm.experiments import eqc
 from refcomm.items import eqc as grids
 from refcomm.games.referential import draw_other_classes
-from refcomm.games.tasks import ClassTask, ItemTask
+from refcomm.games.tasks import ItemTask
 from refcomm.runs import Context, execute
 
 QUIET = Context("cpu", report=lambda *_: None)

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['LinearEncoder', 'dot_scores', 'Drawn', 'Fixed', 'InformedSender']
 
-# %% ../../nbs/30_agents.encoders.ipynb #5f9e57e6
+# %% ../../nbs/30_agents.encoders.ipynb #1fb3a8a7
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..core import ConfigError, check_at_least

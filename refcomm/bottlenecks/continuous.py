@@ -23,12 +23,13 @@ def minmax_normalize(
     constant = top == 0
     return (x + .5*constant) / (top + constant)
 
-# %% ../../nbs/20_bottlenecks.continuous.ipynb #b40d1ac7
+# %% ../../nbs/20_bottlenecks.continuous.ipynb #d643e1bc
 class Sent(NamedTuple):
     "What a bottleneck returns."
     word:Tensor # [..., width] the vector that the receiver gets
     symbols:Tensor|None # [..., n_symbols] integers below alphabet_size, or None when nothing is discrete
     loss:Tensor|None = None # a bottleneck's own training loss (VQ's commitment), or None
+    log_prob:Tensor|None = None # [...] of what was drawn, where the sender learns from the outcome alone (REINFORCE), or None
 
 class Bottleneck(nn.Module):
     "Base of all bottlenecks: `forward(x, noise=None) -> Sent`."

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['LabelledImages', 'number_classes', 'missing_data', 'load_images']
 
-# %% ../../nbs/12_data.images.ipynb #4d5592b3
+# %% ../../nbs/12_data.images.ipynb #b4968812
 import inspect, io, re, warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GAMES', 'SOURCES', 'EQCSpec', 'source', 'load', 'make_task', 'build', 'train', 'evaluate', 'stack_key', 'run']
 
-# %% ../../nbs/90_experiments.eqc.ipynb #6fd2f765
+# %% ../../nbs/90_experiments.eqc.ipynb #b8e9c934
 import dataclasses, hashlib
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +15,7 @@ from torch import nn
 
 from ..agents.encoders import InformedSender, LinearEncoder
 from ..bottlenecks.quantize import LearnedQuantizer, UniformQuantizer
-from ..channels import BOTTLENECKS, CHANNELS, make_bottleneck, make_channel
+from ..channels import CHANNELS, make_bottleneck, make_channel
 from ..core import ConfigError, check_at_least, check_choice, data_dir, files_digest, find_data, generator, pick_device, seeded_init, spec
 from ..data.embeddings import SentenceEncoder, embed
 from ..data.features import load_features
@@ -29,7 +29,7 @@ from ..runs import Context
 from ..store import RunResult
 from ..train import TrainSettings, fit
 
-# %% ../../nbs/90_experiments.eqc.ipynb #c6e111f5
+# %% ../../nbs/90_experiments.eqc.ipynb #07898a9b
 @spec
 class EQCSpec:
     "One training of one configuration with one seed."
@@ -77,7 +77,7 @@ class EQCSpec:
 
     def __post_init__(self):
         check_choice("game", self.game, GAMES)
-        check_choice("channel", self.channel, CHANNELS), check_choice("bottleneck", self.bottleneck, BOTTLENECKS)
+        check_choice("channel", self.channel, CHANNELS), check_choice("bottleneck", self.bottleneck, ("continuous", "gumbel", "quantized", "fsq", "vq", "learned"))
         if (self.bottleneck == "continuous") != (self.alphabet_size is None):
             raise ConfigError(f"alphabet_size={self.alphabet_size!r} does not go with bottleneck={self.bottleneck!r}: a continuous one has none, every other needs one")
         if self.channel == "instant" and self.message_length != 1: raise ConfigError(f"an instant channel sends one word, got message_length={self.message_length}")

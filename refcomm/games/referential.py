@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['draw_distractors', 'draw_other_classes', 'EveryObject', 'ReferentialGame', 'check_game']
 
-# %% ../../nbs/40_games.referential.ipynb #17e57061
+# %% ../../nbs/40_games.referential.ipynb #b834bb08
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
 from ..core import ConfigError, check_at_least
 from ..agents.encoders import dot_scores
+from ..bottlenecks.reinforce import score_function_loss
 from ..data.objects import ObjectWorld
 
 # %% ../../nbs/40_games.referential.ipynb #2e1fd9e1
@@ -52,7 +53,7 @@ def draw_other_classes(
     keys = torch.rand(own.shape, generator=generator, device=targets.device).masked_fill_(own, torch.inf)
     return keys.topk(n_distractors, largest=False).indices
 
-# %% ../../nbs/40_games.referential.ipynb #99c0191e
+# %% ../../nbs/40_games.referential.ipynb #713bab0d
 class EveryObject:
     "All objects of a world as the candidates of every game; their softmax factorises over attributes."
     def __init__(self,
@@ -79,14 +80,15 @@ class EveryObject:
         for part in parts[1:]: total = (total[..., None] + part[..., None, :]).flatten(-2)
         return total
 
-    def loss(self, receiver, z, target)->Tensor: # scalar: mean cross-entropy of the targets among all objects
+    def loss(self, receiver, z, target, reduction="mean")->Tensor: # cross-entropy of the targets among all objects: its mean, or with "none" [batch]
         logits, values = self.logits(receiver, z), self.values(target)
-        return self.world.n_attributes * F.cross_entropy(logits.flatten(0, -2), values.flatten())
+        entropy = F.cross_entropy(logits.flatten(0, -2), values.flatten(), reduction=reduction)
+        return self.world.n_attributes * entropy if reduction == "mean" else entropy.view(values.shape).sum(-1)
 
     def best(self, receiver, z)->Tensor: # [batch, n_attributes] values of the likeliest object
         return self.logits(receiver, z).argmax(-1)
 
-# %% ../../nbs/40_games.referential.ipynb #62f0e55b
+# %% ../../nbs/40_games.referential.ipynb #ea0930f7
 class ReferentialGame(nn.Module):
     "Sender encoder → channel → receiver, trained by cross-entropy over the candidates (Carmeli et al. 2023, §2)."
     def __init__(self,
@@ -113,10 +115,12 @@ class ReferentialGame(nn.Module):
         candidates, # features, or what has `scores(receiver, z)`
         noise:Tensor|None=None, # from `channel.draw_noise`
     )->Tensor: # scalar
-        "Mean cross-entropy of the target among the candidates, plus the bottleneck's own loss."
+        "Mean cross-entropy of the target among the candidates, plus the bottleneck's own loss; a sender that draws its symbols learns from each game's."
         sent = self.send(x, noise)
-        if hasattr(candidates, "loss"): loss = candidates.loss(self.receiver, self.channel.receive(sent.word), target)
-        else: loss = F.cross_entropy(self.scores(sent.word, candidates), target)
+        reduction = "mean" if sent.log_prob is None else "none"
+        if hasattr(candidates, "loss"): loss = candidates.loss(self.receiver, self.channel.receive(sent.word), target, reduction)
+        else: loss = F.cross_entropy(self.scores(sent.word, candidates), target, reduction=reduction)
+        if sent.log_prob is not None: loss = loss.mean() + score_function_loss(loss, sent.log_prob)
         return loss if sent.loss is None else loss + sent.loss
 
 # %% ../../nbs/40_games.referential.ipynb #f251570b
