@@ -27,34 +27,37 @@ def solve_min_sym(
         for names in combinations(target, size):
             if not any(all(x[k] == target[k] for k in names) for x in distractors): return size
 
-# %% ../../nbs/50_sms.complexity.ipynb #4cd10471
+# %% ../../nbs/50_sms.complexity.ipynb #57cad63d
 def _from_dicts(targets, distractors):
     "Arrays of 0 where a distractor has the target's value and 1 where not, targets all 0."
-    names = list(targets[0])
+    check_at_least("the number of games", len(targets), 1)
     if len(targets) != len(distractors): raise ConfigError(f"{len(targets)} targets, but distractors for {len(distractors)} games: give one list of distractors a game")
-    differs = np.ones((len(targets), max(map(len, distractors)), len(names)), np.uint8)
     for g, (target, others) in enumerate(zip(targets, distractors)):
         for x in [target, *others]:
-            if set(x) != set(names): raise ConfigError(f"game {g} has an object with attributes {', '.join(map(str, x))}, expected {', '.join(map(str, names))}: give every object the same attributes")
-        for d, x in enumerate(others): differs[g, d] = [x[k] != target[k] for k in names]
+            if not isinstance(x, Mapping): raise ConfigError(f"game {g} has {x!r:.40} for an object, expected a dict attribute → value: give arrays, tensors, or dicts")
+            if set(x) != set(targets[0]): raise ConfigError(f"game {g} has an object with attributes {', '.join(map(str, x))}, expected {', '.join(map(str, targets[0]))}: give every object the same attributes")
+    differs = np.ones((len(targets), max(map(len, distractors)), len(targets[0])), np.uint8)
+    for g, (target, others) in enumerate(zip(targets, distractors)):
+        for d, x in enumerate(others): differs[g, d] = [x[k] != target[k] for k in targets[0]]
     return np.zeros(differs.shape[::2], np.uint8), differs
 
+def _check_values(x):
+    "Raise a `ConfigError` unless these are integers from 0 on."
+    kind = str(x.dtype).removeprefix("torch.")
+    if not kind.startswith(("int", "uint")): raise ConfigError(f"attributes must be integers, got {kind}: number the values 0, 1, 2, …")
+    if 0 not in x.shape and kind[0] != "u" and x.min() < 0: raise ConfigError(f"attribute values must be at least 0, got {int(x.min())}: number the values 0, 1, 2, …")
+
 def _read(targets, distractors):
-    "The games as two arrays, or two tensors, of integers of one type; else a `ConfigError`."
-    if isinstance(targets, (list, tuple)):
-        if not targets or not isinstance(targets[0], Mapping): raise ConfigError(f"targets are {targets!r:.60}, expected a list of dicts (with a list of distractors each), an array or a tensor")
-        targets, distractors = _from_dicts(targets, distractors)
-    if isinstance(targets, Tensor) != isinstance(distractors, Tensor): raise ConfigError(f"targets are {type(targets).__name__}, distractors {type(distractors).__name__}: give two arrays or two tensors")
-    shapes = tuple(targets.shape), tuple(distractors.shape)
-    if [len(s) for s in shapes] != [2, 3] or shapes[0] != shapes[1][::2]:
-        raise ConfigError(f"targets must be [batch, n_attributes] and distractors [batch, n_distractors, n_attributes], got {list(shapes[0])} and {list(shapes[1])}")
-    check_at_least("the number of games", shapes[0][0], 1)
-    check_at_least("n_attributes", shapes[0][1], 1)
-    for x in (targets, distractors):
-        kind = str(x.dtype).removeprefix("torch.")
-        if not kind.startswith(("int", "uint")): raise ConfigError(f"attributes must be integers, got {kind}: number the values 0, 1, 2, …")
-        if 0 not in x.shape and kind[0] != "u" and x.min() < 0: raise ConfigError(f"attribute values must be at least 0, got {int(x.min())}: number the values 0, 1, 2, …")
-    return (targets, distractors) if targets.dtype == distractors.dtype else ((targets.long(), distractors.long()) if isinstance(targets, Tensor) else (targets.astype(np.int64), distractors.astype(np.int64)))
+    "The games as two arrays, or two tensors, of integers; else a `ConfigError`."
+    if isinstance(targets, (list, tuple)): targets, distractors = _from_dicts(targets, distractors)
+    if not any(isinstance(targets, kind) and isinstance(distractors, kind) for kind in (np.ndarray, Tensor)):
+        raise ConfigError(f"targets are {type(targets).__name__}, distractors {type(distractors).__name__}: give two arrays, two tensors, or a list of dicts and a list of lists of dicts")
+    t, d = list(targets.shape), list(distractors.shape)
+    if (len(t), len(d)) != (2, 3) or t != d[::2]: raise ConfigError(f"targets must be [batch, n_attributes] and distractors [batch, n_distractors, n_attributes], got {t} and {d}")
+    check_at_least("the number of games", t[0], 1)
+    check_at_least("n_attributes", t[1], 1)
+    for x in (targets, distractors): _check_values(x)
+    return targets, distractors
 
 # %% ../../nbs/50_sms.complexity.ipynb #73314f76
 ALL = np.uint64(2**64 - 1)
@@ -177,7 +180,7 @@ def _by_numpy(targets, distractors):
     sets[~sets.any(1)] = _beyond_two(np.concatenate(hard))
     return sets, copied
 
-# %% ../../nbs/50_sms.complexity.ipynb #ff7246ff
+# %% ../../nbs/50_sms.complexity.ipynb #d14e4696
 def _near(targets, distractors, sets, copied):
     "Fill in sets of one or two attributes that hit every distractor, and which games have copies (compiled)."
     n, n_distractors, n_attributes = distractors.shape
@@ -254,7 +257,8 @@ def _by_numba(targets, distractors):
     "As `_by_numpy`, one game after another in compiled loops."
     near, deep = _compiled()
     if targets.shape[1] > 64: return _by_numpy(targets, distractors)
-    targets, distractors = np.ascontiguousarray(targets), np.ascontiguousarray(distractors)
+    kind = np.uint8 if targets.dtype == distractors.dtype == np.uint8 else np.int64 # each kind is compiled apart
+    targets, distractors = (np.ascontiguousarray(x, kind) for x in (targets, distractors))
     sets, copied = np.zeros(targets.shape, bool), np.zeros(len(targets), bool)
     near(targets, distractors, sets, copied)
     hard, = (~sets.any(1)).nonzero()
