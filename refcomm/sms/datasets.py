@@ -47,17 +47,18 @@ def save_games(
     with write_atomic(path) as tmp: pq.write_table(table.replace_schema_metadata({"refcomm.games": about}), tmp, compression="zstd")
     return Path(path)
 
-# %% ../../nbs/53_sms.datasets.ipynb #f8e09866
+# %% ../../nbs/53_sms.datasets.ipynb #cfee4de7
 def _table(path):
     "The rows of a file of games and what its metadata say."
     import pyarrow as pa, pyarrow.parquet as pq
     if not Path(path).is_file(): raise ConfigError(f"no file {path}: make it with save_games")
     try: table = pq.read_table(path)
     except (pa.ArrowException, OSError) as e: raise ConfigError(f"{path} cannot be read as parquet ({str(e).splitlines()[0]}): fetch or make it again") from None
-    about = (table.schema.metadata or {}).get(b"refcomm.games")
-    if about is None or not {"target", "distractors", "min_symbols", "split"} <= set(table.column_names):
+    try: about = json.loads((table.schema.metadata or {})[b"refcomm.games"])
+    except (KeyError, ValueError): about = {}
+    if not {"n_values", "n_distractors", "n_attributes"} <= set(about) or not {"target", "distractors", "min_symbols", "split"} <= set(table.column_names):
         raise ConfigError(f"{path} is a parquet file but not one of games: write it with save_games")
-    return table, json.loads(about)
+    return table, about
 
 def _values(path, column, shape, n_values):
     "One column as a tensor, if all of it is in range."
@@ -66,7 +67,7 @@ def _values(path, column, shape, n_values):
     while pa.types.is_nested(values.type): values = values.flatten()
     values = values.to_numpy(zero_copy_only=False)
     if values.size != len(column)*int(np.prod(shape)) or values.dtype != np.uint8:
-        raise ConfigError(f"{path} holds games of another shape than {shape}, which its metadata give: make it again")
+        raise ConfigError(f"{path} holds games of another shape or type than bytes {shape}, which its metadata give: make it again")
     if values.max(initial=0) >= n_values: raise ConfigError(f"{path} holds the value {values.max()}, but values must lie in 0 … {n_values - 1}: make it again")
     return torch.from_numpy(values.copy()).view(-1, *shape)
 

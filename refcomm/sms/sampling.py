@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'AttributeGames', 'controlled_games', 'tilt', 'sample_games', 'covariates']
 
-# %% ../../nbs/51_sms.sampling.ipynb #b9c76ea4
+# %% ../../nbs/51_sms.sampling.ipynb #ade9ec8c
 import functools
 from typing import NamedTuple
 
@@ -13,10 +13,10 @@ import numpy as np, torch
 from torch import Tensor
 
 from ..core import ConfigError, check_at_least, check_choice, progress_bar
-from .complexity import min_symbols
+from .complexity import identifying_set, min_symbols
 from .theory import feasible, uniform_law
 
-# %% ../../nbs/51_sms.sampling.ipynb #2a9f5217
+# %% ../../nbs/51_sms.sampling.ipynb #12dd3b16
 class AttributeGames(NamedTuple):
     "Targets and distractors as attribute values."
     targets:Tensor # [n, n_attributes] uint8
@@ -43,9 +43,9 @@ def _with_values(differs, n_values, rng):
     values -= n_values * (values >= n_values)
     return AttributeGames(torch.from_numpy(targets), torch.from_numpy(values.astype(np.uint8)), n_values)
 
-def _solve(differs): return min_symbols(np.zeros_like(differs[:, 0], np.uint8), differs.view(np.uint8))
+def _solve(differs, by=min_symbols): return by(np.zeros_like(differs[:, 0], np.uint8), differs.view(np.uint8))
 
-# %% ../../nbs/51_sms.sampling.ipynb #84adeb07
+# %% ../../nbs/51_sms.sampling.ipynb #82e5840d
 def _shelves(
     wanted:dict, # min|M| → how many games
     draw, # n → differences [n, n_distractors, n_attributes]
@@ -53,7 +53,7 @@ def _shelves(
     pilot:int=16384, # games after which to judge
 )->dict: # min|M| → differences [n, n_distractors, n_attributes]
     "Draw and solve games until each shelf is full (Zhang 2024, Algorithm 2)."
-    shelves, drawn, size = {m: [] for m in wanted}, 0, 1024
+    shelves, drawn, size, most = {m: [] for m in wanted}, 0, 512, max(2**22 // draw(1).size, 1)
     left = lambda: {m: n - sum(map(len, shelves[m])) for m,n in wanted.items()}
     with progress_bar(sum(wanted.values()), "games") as bar:
         while any(left().values()):
@@ -61,9 +61,9 @@ def _shelves(
             found, drawn = _solve(differs), drawn + size
             for m, n in left().items(): shelves[m].append(differs[found == m][:n])
             need = max(drawn * n / max(wanted[m] - n, 1e-9) for m,n in left().items())
-            if drawn >= pilot and need > max_draws - drawn: raise ConfigError(_refusal(wanted, left(), drawn, max_draws))
+            if drawn >= min(pilot, max_draws) and need > max_draws - drawn: raise ConfigError(_refusal(wanted, left(), drawn, max_draws))
             bar.update(sum(wanted.values()) - sum(left().values()) - bar.n)
-            size = int(np.clip(1.05*need, 256, 8192))
+            size = int(min(max(1.05*need, 256), most))
     return {m: np.concatenate(s) for m,s in shelves.items()}
 
 def _refusal(wanted, left, drawn, max_draws):
@@ -137,28 +137,23 @@ def _shuffled(differs, rng):
 def _planted(n, m, n_attributes, n_values, n_distractors, rng):
     return _shuffled(_plant(n, m, n_attributes, n_values, n_distractors, rng)[0], rng)
 
-# %% ../../nbs/51_sms.sampling.ipynb #415bb40d
-def _certificates(differs, m):
-    "Greedily, for each game: attributes that identify the target, or none; distractors without a common difference, or all if fewer than `m`."
+# %% ../../nbs/51_sms.sampling.ipynb #28644b8b
+def _packed(differs, m):
+    "For each game, `m` or more distractors without a common difference, found greedily; all distractors where that fails."
     n, K, a = differs.shape
-    sets, left, rows = np.zeros((n, a), bool), np.ones((n, K), bool), np.arange(n)
-    for _ in range(m):
-        best = (differs & left[..., None]).sum(1).argmax(1)
-        sets[rows, best] = True
-        left &= ~differs[rows, :, best]
-    packed, used = np.zeros((n, K), bool), np.zeros((n, a), bool)
+    packed, used, rows = np.zeros((n, K), bool), np.zeros((n, a), bool), np.arange(n)
     for d in differs.sum(-1).argsort(1).T:
         free = ~(differs[rows, d] & used).any(1)
         packed[rows, d], used = free, used | differs[rows, d] & free[:, None]
-    return sets & ~left.any(1, keepdims=True), packed | (packed.sum(1, keepdims=True) < m)
+    return packed | (packed.sum(1, keepdims=True) < m)
 
 def _propose(old, n_values, rng):
     "For one distractor of each game: other differences, and whether the odds allow them."
     flip, fresh = old.copy(), _objects(old.shape, 1 - 1/n_values, rng)
     rows, a, redrawn = np.arange(len(old)), rng.integers(old.shape[1], size=len(old)), rng.random(len(old)) < .5
     flip[rows, a] ^= True
-    allowed = redrawn | (rng.random(len(old)) * np.where(flip[rows, a], 1, n_values - 1) < 1)
-    return np.where(redrawn[:, None], fresh, flip), allowed & (redrawn | flip.any(1))
+    allowed = flip.any(1) & (rng.random(len(old)) * np.where(flip[rows, a], 1, n_values - 1) < 1)
+    return np.where(redrawn[:, None], fresh, flip), redrawn | allowed
 
 def _step(differs, sets, packed, m, n_values, rng):
     "Change one distractor of each game, in place, unless that changes min|M|."
@@ -169,11 +164,12 @@ def _step(differs, sets, packed, m, n_values, rng):
     ask = np.flatnonzero(allowed & ~safe)
     trial = differs[ask]
     trial[np.arange(len(ask)), d[ask]] = new[ask]
-    kept = _solve(trial) == m if len(ask) else np.zeros(0, bool)
-    differs[ask[kept]] = trial[kept]
-    sets[ask[kept]], packed[ask[kept]] = _certificates(trial[kept], m)
+    if not len(ask): return
+    found = _solve(trial, identifying_set)
+    kept = found.sum(1) == m
+    differs[ask[kept]], sets[ask[kept]], packed[ask[kept]] = trial[kept], found[kept], _packed(trial[kept], m)
 
-def _metropolis(n, m, n_attributes, n_values, n_distractors, rng, sweeps=20):
+def _metropolis(n, m, n_attributes, n_values, n_distractors, rng, sweeps=200):
     differs, packed = _plant(n, m, n_attributes, n_values, n_distractors, rng)
     sets = np.tile(np.arange(n_attributes) < m, (n, 1))
     with progress_bar(sweeps * n_distractors, "steps") as bar:
