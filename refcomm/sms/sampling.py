@@ -45,15 +45,16 @@ def _with_values(differs, n_values, rng):
 
 def _solve(differs, by=min_symbols): return by(np.zeros_like(differs[:, 0], np.uint8), differs.view(np.uint8))
 
-# %% ../../nbs/51_sms.sampling.ipynb #82e5840d
+# %% ../../nbs/51_sms.sampling.ipynb #9ea27fb9
 def _shelves(
     wanted:dict, # min|M| → how many games
     draw, # n → differences [n, n_distractors, n_attributes]
     max_draws:int, # games to draw at most
     pilot:int=16384, # games after which to judge
+    way:str="tilted", # the method to name when it will not do
 )->dict: # min|M| → differences [n, n_distractors, n_attributes]
     "Draw and solve games until each shelf is full (Zhang 2024, Algorithm 2)."
-    shelves, drawn, size, most = {m: [] for m in wanted}, 0, 512, max(2**22 // draw(1).size, 1)
+    shelves, drawn, size, most = {m: [] for m in wanted}, 0, 512, min(max(2**22 // draw(1).size, 1), pilot)
     left = lambda: {m: n - sum(map(len, shelves[m])) for m,n in wanted.items()}
     with progress_bar(sum(wanted.values()), "games") as bar:
         while any(left().values()):
@@ -61,15 +62,14 @@ def _shelves(
             found, drawn = _solve(differs), drawn + size
             for m, n in left().items(): shelves[m].append(differs[found == m][:n])
             need = max(drawn * n / max(wanted[m] - n, 1e-9) for m,n in left().items())
-            if drawn >= min(pilot, max_draws) and need > max_draws - drawn: raise ConfigError(_refusal(wanted, left(), drawn, max_draws))
+            if drawn >= min(pilot, max_draws) and need > max_draws - drawn: raise ConfigError(_refusal(wanted, left(), drawn, max_draws, way))
             bar.update(sum(wanted.values()) - sum(left().values()) - bar.n)
             size = int(min(max(1.05*need, 256), most))
     return {m: np.concatenate(s) for m,s in shelves.items()}
 
-def _refusal(wanted, left, drawn, max_draws):
+def _refusal(wanted, left, drawn, max_draws, way):
     m = max(left, key=lambda m: left[m] / wanted[m])
-    return (f"{wanted[m] - left[m]} of {drawn:,} drawn games had min|M| = {m}, so {wanted[m]:,} of them would take more than max_draws = {max_draws:,}: "
-            "use method='tilted', or 'planted' if it is that which refuses")
+    return (f"{wanted[m] - left[m]} of {drawn:,} drawn games had min|M| = {m}, so {wanted[m]:,} of them would take more than max_draws = {max_draws:,}: use method={way!r}")
 
 # %% ../../nbs/51_sms.sampling.ipynb #910efefa
 def _check(n, m, n_attributes, n_values, n_distractors):
@@ -95,7 +95,7 @@ def controlled_games(
     draw = lambda size: _objects((size, n_distractors, n_attributes), 1 - 1/n_values, rng)
     return {m: _with_values(d, n_values, rng) for m,d in _shelves(dict.fromkeys(ms, n), draw, max_draws).items()}
 
-# %% ../../nbs/51_sms.sampling.ipynb #31532286
+# %% ../../nbs/51_sms.sampling.ipynb #18de6fc0
 @functools.lru_cache(maxsize=64)
 def _acceptance(n_attributes, n_distractors):
     "Grid of p, and the estimated share of each min|M| at each p."
@@ -115,7 +115,7 @@ def tilt(
 
 def _tilted(n, m, n_attributes, n_values, n_distractors, rng, max_draws=10_000_000):
     p = tilt(m, n_attributes, n_values, n_distractors)
-    return _shelves({m: n}, lambda size: _objects((size, n_distractors, n_attributes), p, rng), max_draws)[m]
+    return _shelves({m: n}, lambda size: _objects((size, n_distractors, n_attributes), p, rng), max_draws, 4096, "planted")[m]
 
 # %% ../../nbs/51_sms.sampling.ipynb #e883b630
 def _plant(n, m, n_attributes, n_values, n_distractors, rng):
