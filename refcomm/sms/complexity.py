@@ -111,7 +111,7 @@ def _disjoint(games, words, meet, room):
         words = words & ~meet[games, np.minimum(_lowest(words), 63)]
     return count
 
-# %% ../../nbs/50_sms.complexity.ipynb #8f3a3279
+# %% ../../nbs/50_sms.complexity.ipynb #24f15fe4
 def _add(sets, attributes):
     "The sets [n, n_attributes] with one more attribute each."
     sets[np.arange(len(sets)), attributes] = True
@@ -125,7 +125,7 @@ def _children(game, left, allowed, chosen, columns, rows):
     barred = branch[parent] & (np.arange(allowed.shape[1]) <= attribute[:, None])
     return game[parent], left[parent] & ~columns[game[parent], attribute], allowed[parent] & ~barred, _add(chosen[parent], attribute)
 
-def _search(columns, best, nodes=2**16):
+def _search(columns, best, nodes=2**13):
     "Yield (games, hitting sets) with fewer attributes than `best` [batch], blocks of nodes depth first."
     columns, rows = _ordered(columns)
     left, meet = _relations(columns, rows)
@@ -136,7 +136,7 @@ def _search(columns, best, nodes=2**16):
         room = best[node[0]] - 1 - size
         keep = _disjoint(node[0], node[1][:, 0], meet, room) <= room
         game, left, allowed, chosen = node = [x[keep] for x in node]
-        missed = np.bitwise_count(left[:, None] & ~columns[game]).sum(-1, dtype=np.int64) + 64*w*~allowed
+        missed = np.bitwise_count(left[:, None] & ~columns[game]).sum(-1, dtype=np.int32) + 64*w*~allowed
         at, attribute = ((missed == 0) & (room[keep] > 0)[:, None]).nonzero()
         if len(at): yield game[at], _add(chosen[at], attribute)
         room, total = best[game] - 1 - size, np.bitwise_count(left).sum(1, dtype=np.int64)
@@ -144,7 +144,7 @@ def _search(columns, best, nodes=2**16):
         children = _children(*[x[open] for x in node], columns, rows)
         stack += [(size + 1, *[x[i:i+step] for x in children]) for i in range(0, len(children[0]), step)]
 
-# %% ../../nbs/50_sms.complexity.ipynb #1db5a8ea
+# %% ../../nbs/50_sms.complexity.ipynb #14fa9302
 def _greedy(columns):
     "[batch, n_attributes] a set that hits every distractor, not always a smallest."
     sets, left, games = np.zeros(columns.shape[:2], bool), ~np.bitwise_and.reduce(columns, 1), np.arange(len(columns))
@@ -154,7 +154,7 @@ def _greedy(columns):
         left &= ~columns[games, attribute]
     return sets
 
-def _beyond_two(columns, block=2**15):
+def _beyond_two(columns, block=2**13):
     "[batch, n_attributes] smallest sets that hit every distractor, of games that no pair decides."
     sets = _greedy(columns)
     hard, = (sets.sum(1) > 3).nonzero()
