@@ -43,17 +43,16 @@ def effective_number(
     p = c / total.clamp_min(1e-300)
     return torch.where(total.squeeze(-1) > 0, (-torch.xlogy(p, p).sum(-1)).exp(), 0.)
 
-# %% ../../nbs/71_metrics.protocol.ipynb #776ab8a5
+# %% ../../nbs/71_metrics.protocol.ipynb #bdf3e382
 def exchange(
     words:Tensor, # [n, n_positions, width] messages
     position:int, # whose words change places
-    generator:torch.Generator, # source of randomness, on the words' device
+    order:Tensor, # [n] the numbers of the messages in any order: each gets the word of the one before it
 )->Tensor: # [n, n_positions, width]
     "The same messages with the words at one position dealt to other messages."
-    n = len(words)
-    if n < 2: raise ConfigError("words cannot be exchanged in a single message: give at least 2")
+    if len(words) < 2: raise ConfigError("words cannot be exchanged in a single message: give at least 2")
     if not -words.shape[1] <= position < words.shape[1]: raise ConfigError(f"there is no position {position} in messages of {words.shape[1]} words")
-    order = torch.randperm(n, generator=generator, device=words.device)
-    words, source = words.clone(), words[:, position]
-    words[order, position] = source[order.roll(1)]
+    source = torch.empty_like(order).index_copy_(0, order, order.roll(1))
+    words, others = words.clone(), words[source, position]
+    words[:, position] = others
     return words
