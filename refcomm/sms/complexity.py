@@ -111,7 +111,7 @@ def _disjoint(games, words, meet, room):
         words = words & ~meet[games, np.minimum(_lowest(words), 63)]
     return count
 
-# %% ../../nbs/50_sms.complexity.ipynb #24f15fe4
+# %% ../../nbs/50_sms.complexity.ipynb #6fd92bf9
 def _add(sets, attributes):
     "The sets [n, n_attributes] with one more attribute each."
     sets[np.arange(len(sets)), attributes] = True
@@ -136,10 +136,13 @@ def _search(columns, best, nodes=2**13):
         room = best[node[0]] - 1 - size
         keep = _disjoint(node[0], node[1][:, 0], meet, room) <= room
         game, left, allowed, chosen = node = [x[keep] for x in node]
-        missed = np.bitwise_count(left[:, None] & ~columns[game]).sum(-1, dtype=np.int32) + 64*w*~allowed
+        word = (left != 0).argmax(1)
+        first = left[np.arange(len(word)), word]
+        missed = np.bitwise_count(first[:, None] & ~columns[game, :, word]) + 64*~allowed
         at, attribute = ((missed == 0) & (room[keep] > 0)[:, None]).nonzero()
-        if len(at): yield game[at], _add(chosen[at], attribute)
-        room, total = best[game] - 1 - size, np.bitwise_count(left).sum(1, dtype=np.int64)
+        whole = ~(left[at] & ~columns[game[at], attribute]).any(1)
+        if whole.any(): yield game[at[whole]], _add(chosen[at[whole]], attribute[whole])
+        room, total = best[game] - 1 - size, np.bitwise_count(first).astype(np.int64)
         open = (room > 1) & (total <= room*(total - missed.min(1)))
         children = _children(*[x[open] for x in node], columns, rows)
         stack += [(size + 1, *[x[i:i+step] for x in children]) for i in range(0, len(children[0]), step)]
