@@ -26,7 +26,7 @@ from ..sms.datasets import picture_world
 from ..sms.sampling import METHODS, sample_games
 from ..train import TrainSettings, fit
 
-# %% ../../nbs/93_experiments.sms.ipynb #37cea0d8
+# %% ../../nbs/93_experiments.sms.ipynb #dfa2b1df
 BOTTLENECKS = ("gumbel", "reinforce")
 
 @spec
@@ -53,8 +53,8 @@ class SMSSpec:
     hidden:int = 512
     embedding:int = 32
     optimizer:str = "schedulefree"
-    lr:float = 3e-3 # ours
-    batch_size:int = 64 # ours
+    lr:float = 1e-2 # ours
+    batch_size:int = 128 # ours
     epochs:int = 30
     precision:str = "fp32"
     seed:int = 0
