@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['ITEMS', 'PICTURES', 'SIZES', 'grid', 'epochs_of', 'fidelity', 'claims_of']
 
-# %% ../../nbs/94_items.sms.ipynb #a044a846
-import dataclasses
+# %% ../../nbs/94_items.sms.ipynb #acbea6c4
+import dataclasses, itertools
 
 from ..core import PROFILES, check_at_least, check_choice
 from ..experiments.sms import SMSSpec
 from ..papers import Claim
 
-# %% ../../nbs/94_items.sms.ipynb #b0e61427
+# %% ../../nbs/94_items.sms.ipynb #aa26c158
 ITEMS = { # item → what is played, and at which message lengths
     "figure2": (dict(min_symbols=(2,)), (1, 2, 3, 4, 5)),
     "figure3": (dict(min_symbols=(3,)), (1, 2, 3, 4, 5)),
     "epoch30": (dict(min_symbols=(2, 3)), (1, 2, 3, 4, 5)),
+    "rates": (dict(min_symbols=(2, 3), lr=(1e-3, 2.5e-3, 1e-2)), (1, 2, 5)),
     "reinforce": (dict(min_symbols=(2, 3), bottleneck=("gumbel", "reinforce")), (2, 5)),
     "complexity": (dict(min_symbols=(2, 3, 4, 5, 6, 7, 8), sampler=("tilted",)), (1, 2, 4, 8)),
     "pictures": (dict(min_symbols=(2, 3, 4), sampler=("tilted",)), (1, 2, 4)),
@@ -39,16 +40,16 @@ def grid(
     if profile == "smoke": played, lengths = {k: v[:2] for k,v in played.items()}, lengths[:2]
     base = SMSSpec(**SIZES[profile])
     if item == "pictures": base = dataclasses.replace(base, **PICTURES | (dict(n_attributes=5, alphabet_size=15, picture_size=16) if profile == "smoke" else {}) | (dict(n_train=4000) if profile == "cpu" else {}))
-    return [dataclasses.replace(base, min_symbols=m, bottleneck=b, sampler=s, message_length=L, seed=seed)
-            for m in played["min_symbols"] for b in played.get("bottleneck", ("gumbel",)) for s in played.get("sampler", ("uniform",)) for L in lengths for seed in range(n_seeds)]
+    fields = played | dict(message_length=lengths, seed=range(n_seeds))
+    return [dataclasses.replace(base, **dict(zip(fields, values))) for values in itertools.product(*fields.values())]
 
-# %% ../../nbs/94_items.sms.ipynb #0b57d98e
+# %% ../../nbs/94_items.sms.ipynb #51b337bf
 def epochs_of(
     records, # from `runs.execute`
-): # DataFrame: a row per run and epoch: min_symbols, message_length, bottleneck, seed, epoch (from 1), accuracy, loss
+): # DataFrame: a row per run and epoch: min_symbols, message_length, bottleneck, lr, seed, epoch (from 1), accuracy, loss
     "Validation accuracy over epochs."
     import pandas as pd
-    fields = ("min_symbols", "message_length", "bottleneck", "seed")
+    fields = ("min_symbols", "message_length", "bottleneck", "lr", "seed")
     return pd.concat([r.history().assign(**{k: r.spec[k] for k in fields}, epoch=lambda h: h.epoch + 1) for r in records], ignore_index=True)[[*fields, "epoch", "accuracy", "loss"]]
 
 def fidelity(
@@ -60,7 +61,7 @@ def fidelity(
         values = list(dict.fromkeys(getattr(s, name) for s in specs))
         if values != [getattr(paper, name)]: changed.append(f"{name} {'/'.join(map(str, values))} (paper: {getattr(paper, name)})")
     s = specs[0]
-    return (f"{', '.join(changed) or 'Sizes as printed'}. Not stated in the paper, ours: batch size {s.batch_size}, learning rate {s.lr:g}, temperature {s.temperature:g}, messages of full length, "
+    return (f"{', '.join(changed) or 'Sizes as printed'}. Not stated in the paper, ours: batch size {s.batch_size}, learning rate {' / '.join(f'{lr:g}' for lr in dict.fromkeys(x.lr for x in specs))}, temperature {s.temperature:g}, messages of full length, "
             "a receiver that compares by dot product, and no distractor equal to the target. Seeds share their games.")
 
 # %% ../../nbs/94_items.sms.ipynb #be2a9a33
