@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refcomm.core import ConfigError
-from refcomm.sms import complexity
+from refcomm.sms import backends, complexity
 from refcomm.sms.complexity import UNDECIDABLE, identifying_set, identifying_sets, min_symbols, solve_min_sym
 
 BACKENDS = ["numpy", "numba", "torch"]
@@ -185,7 +185,7 @@ def test_auto_takes_numba_for_much_work(monkeypatch):
 def test_numba_is_asked_for_by_name(monkeypatch):
     real = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: real("no_such_numba" if name == "numba" else name, *a, **k))
-    complexity._compiled.cache_clear()
+    backends._compiled.cache_clear()
     with pytest.raises(ConfigError, match=r"backend 'numba' needs numba: pip install 'refcomm\[fast\]'"): min_symbols(*draw(0, 2, 3, 4), backend="numba")
     assert len(min_symbols(*draw(0, 2, 3, 4))) == 2
 
