@@ -80,7 +80,7 @@ def cooccurrence(
     if labels.min() < 0 or labels.max() >= k: raise ConfigError(f"labels must lie in 0 … {k - 1}, got {labels.min()} … {labels.max()}")
     return (s*k + labels).bincount(minlength=n_symbols*k).view(n_symbols, k)
 
-# %% ../../nbs/71_metrics.protocol.ipynb #693a7d62
+# %% ../../nbs/71_metrics.protocol.ipynb #1692b66f
 def normalized_mutual_information(
     table:Tensor, # [..., n_symbols, n_classes] counts
 )->Tensor: # [...] float64 from 0 to 1
@@ -102,10 +102,10 @@ def within_symbol_similarity(
     if similarity.shape != (k := table.shape[-1],)*2: raise ConfigError(f"similarity must be [{k}, {k}] for {k} classes, got {list(similarity.shape)}")
     if not similarity.isfinite().all(): raise ConfigError("similarity contains NaN or infinity")
     counts, w = table.to(similarity.dtype), similarity.to(table.device)
-    both = ((counts @ w) * counts).sum(-1, dtype=torch.double).sum(-1)
-    own = (counts * w.diagonal()).sum((-1, -2), dtype=torch.double)
+    alike = ((counts @ w - w.diagonal()) * counts).sum(-1, dtype=torch.double).sum(-1)
     each = table.sum(-1)
-    return (both - own) / (each * (each - 1)).sum(-1)
+    pairs = (each * (each - 1)).sum(-1)
+    return torch.where(pairs > 0, alike / pairs, torch.nan)
 
 # %% ../../nbs/71_metrics.protocol.ipynb #f73fcb94
 class PermutationTest(NamedTuple):

@@ -142,7 +142,7 @@ def similarity_correlation(
     (aa, ab), (_, bb) = (ranks @ ranks.T).tolist()
     return ab / (aa*bb)**.5 if aa and bb else float("nan")
 
-# %% ../../nbs/72_metrics.representation.ipynb #631a1e81
+# %% ../../nbs/72_metrics.representation.ipynb #89ed99dd
 class Clusters:
     "k-means clusters of features; called on features, it names each one's cluster."
     def __init__(self,
@@ -155,7 +155,7 @@ class Clusters:
         check_at_least("n_clusters", n_clusters, 2)
         check_at_least("number of feature vectors", len(features), n_clusters, f"{n_clusters} clusters are asked for")
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-        fitted = MiniBatchKMeans(n_clusters, random_state=seed, n_init=3, batch_size=max(1024, 4*n_clusters)).fit(features.cpu().float().numpy())
+        fitted = MiniBatchKMeans(n_clusters, random_state=seed, n_init=1, batch_size=max(2048, 4*n_clusters)).fit(features.cpu().float().numpy())
         self.centres = torch.from_numpy(fitted.cluster_centers_).to(features)
 
     def __call__(self,
