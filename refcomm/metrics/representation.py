@@ -50,7 +50,7 @@ def fit_linear(
     with torch.enable_grad(): optimizer.step(closure)
     return w.detach(), b.detach()
 
-# %% ../../nbs/72_metrics.representation.ipynb #877828a5
+# %% ../../nbs/72_metrics.representation.ipynb #0ac68973
 def mean_average_precision(
     scores:Tensor, # [n, n_classes] greater the likelier
     labels:Tensor, # [n, n_classes] zeros and ones
@@ -85,8 +85,10 @@ def linear_probe(
     "Train a linear classifier on frozen features and test it."
     _check(train, train_labels), _check(test, test_labels, train.shape[1])
     if not 0 < kept_back < 1: raise ConfigError(f"kept_back must lie between 0 and 1, got {kept_back!r}")
+    check_at_least("number of strengths", len(strengths), 1)
     n_classes = train_labels.shape[1] if train_labels.dim() == 2 else int(max(train_labels.max(), test_labels.max())) + 1
     if train_labels.dim() == 1 and len(train_labels.unique()) < 2: raise ConfigError("a probe needs training images of at least 2 classes")
+    train, test = train.float(), test.float()
     mean, spread = train.mean(0), train.std(0).clamp_min(1e-6)
     train, test = (train - mean)/spread, (test - mean)/spread
     n_valid = max(1, round(kept_back*len(train)))
@@ -99,7 +101,7 @@ def linear_probe(
     w, b = fit_linear(train, train_labels, n_classes, best, fits[best])
     return Probe(_score(torch.addmm(b, test, w), test_labels), best, tried, w, b)
 
-# %% ../../nbs/72_metrics.representation.ipynb #d916f8e6
+# %% ../../nbs/72_metrics.representation.ipynb #017eb4a6
 def knn(
     train:Tensor, # [n, dim] features
     train_labels:Tensor, # [n] classes from 0
@@ -112,17 +114,17 @@ def knn(
     _check(train, train_labels), _check(test, dim=train.shape[1])
     check_at_least("k", k, 1), check_at_least("number of training images", len(train), k, f"{k} neighbours vote")
     if not temperature > 0: raise ConfigError(f"temperature must be above 0, got {temperature!r}")
-    train, test, votes = F.normalize(train, dim=-1), F.normalize(test, dim=-1), []
+    train, test, votes = F.normalize(train.float(), dim=-1), F.normalize(test.float(), dim=-1), []
     for part in test.split(batch):
         near, which = (part @ train.T).topk(k)
         weight = ((near - near[:, :1]) / temperature).exp()
         votes.append(weight.new_zeros(len(part), int(train_labels.max()) + 1).scatter_add_(1, train_labels[which].long(), weight).argmax(-1))
     return torch.cat(votes)
 
-# %% ../../nbs/72_metrics.representation.ipynb #0dbbce8c
+# %% ../../nbs/72_metrics.representation.ipynb #a064027a
 def _cosine_ranks(features, batch):
     "Ranks of the cosines of all pairs of rows, equal ones sharing their mean rank."
-    x = F.normalize(features, dim=-1)
+    x = F.normalize(features.float(), dim=-1)
     rows = torch.arange(len(x), device=x.device)
     cosines = torch.cat([(x[part] @ x.T)[rows > part[:, None]] for part in rows.split(batch)])
     _, place, counts = cosines.unique(return_inverse=True, return_counts=True)
@@ -142,7 +144,7 @@ def similarity_correlation(
     (aa, ab), (_, bb) = (ranks @ ranks.T).tolist()
     return ab / (aa*bb)**.5 if aa and bb else float("nan")
 
-# %% ../../nbs/72_metrics.representation.ipynb #89ed99dd
+# %% ../../nbs/72_metrics.representation.ipynb #f7c3a0cf
 class Clusters:
     "k-means clusters of features; called on features, it names each one's cluster."
     def __init__(self,
@@ -156,7 +158,7 @@ class Clusters:
         check_at_least("number of feature vectors", len(features), n_clusters, f"{n_clusters} clusters are asked for")
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         fitted = MiniBatchKMeans(n_clusters, random_state=seed, n_init=1, batch_size=max(2048, 4*n_clusters)).fit(features.cpu().float().numpy())
-        self.centres = torch.from_numpy(fitted.cluster_centers_).to(features)
+        self.centres = torch.from_numpy(fitted.cluster_centers_).to(features.device)
 
     def __call__(self,
         features:Tensor, # [n, dim]
@@ -164,6 +166,6 @@ class Clusters:
     )->Tensor: # [n] symbols
         "The nearest centre of each."
         _check(features, dim=self.centres.shape[1])
-        return torch.cat([torch.cdist(part, self.centres).argmin(-1) for part in features.split(batch)])
+        return torch.cat([torch.cdist(part.float(), self.centres).argmin(-1) for part in features.split(batch)])
 
     def __repr__(self): return f"Clusters({len(self.centres)} of {self.centres.shape[1]} dimensions)"
