@@ -134,7 +134,7 @@ def permutation_test(
     p = (1 + int((null >= value - 1e-6*value.abs()).sum())) / (1 + n_permutations)
     return PermutationTest(float(value), float("nan") if value.isnan() else p, null)
 
-# %% ../../nbs/71_metrics.protocol.ipynb #a07622d1
+# %% ../../nbs/71_metrics.protocol.ipynb #c1094f4c
 def symbol_counts(
     symbols:Tensor, # [n] or [n, n_positions] messages
 )->tuple: # the different messages, most frequent first, and how often each was sent
@@ -151,6 +151,6 @@ def images_by_symbol(
     generator:torch.Generator, # source of the draw
 )->list: # [m] tensors of image numbers; empty where the symbol is never sent
     "Draw images for which each wanted symbol is sent."
-    order = torch.randperm(len(symbols), generator=generator, device=generator.device)
+    order = torch.randperm(len(symbols), generator=generator, device=generator.device).to(symbols.device)
     shuffled = symbols[order].flatten(1) if symbols.dim() > 1 else symbols[order, None]
     return [order[(shuffled == w).all(-1)][:n] for w in wanted]
