@@ -77,6 +77,22 @@ def test_folder_and_parquet_of_the_same_images_are_equal(six, data):
     assert parquet.part == parts.part == ["train", "valid", "odd"]*2 and strings.part == folder.part == [""]*6
 
 
+def test_wordnet_ids_come_along(six, data):
+    rows = [(encoded(i), i // 3, ["cat", "dog"][i // 3], ["n02121620", "n02084071"][i // 3]) for i in range(6)]
+    table = pd.DataFrame(rows, columns=["image", "label", "name", "wnid"])
+    table.astype(dict(wnid="category")).to_parquet(data/"pets.parquet"), table.drop(columns="name").drop(columns="label").rename(columns=dict(wnid="label")).to_parquet(data/"labels.parquet")
+    table.assign(wnid=[None]*3 + ["n02084071"]*3).to_parquet(data/"half.parquet"), table.assign(wnid="dog").to_parquet(data/"words.parquet")
+    put(data/"synsets", {f"{w}/{i}.png": encoded(3*k + i) for k, w in enumerate(["n02084071", "n02121620"]) for i in range(3)})
+    images, plain = load_images("pets.parquet", size=16), load_images("pets", size=16)
+    assert (images.wnids, plain.wnids) == (["n02121620", "n02084071"], None)
+    assert images.digest != plain.digest == images._replace(wnids=None).digest == load_images("half.parquet", size=16).digest
+    assert load_images("half.parquet", size=16).wnids is None and load_images("words.parquet", size=16).wnids is None
+    for source in ("labels.parquet", "synsets"): assert load_images(source, size=16).wnids == load_images(source, size=16).classes == ["n02084071", "n02121620"]
+    assert load_images("pets.parquet", size=16, n=5).wnids == images.wnids
+    images = load_images("shapes", size=16, n=50)
+    assert images.wnids is None and images.digest == module.content_digest(images.images, images.labels, images.classes)
+
+
 def test_folders_of_parts_are_not_taken_for_classes(data):
     put(data/"set", {f"{part}/{c}/x.png": encoded(i) for i, (part, c) in enumerate([("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")])})
     images = load_images("set", size=8)

@@ -96,7 +96,7 @@ def installed(tmp_path_factory):
 
 def test_wheel_holds_code_numbers_and_notebooks(installed):
     names = zipfile.ZipFile(installed[1]).namelist()
-    for n in ("refcomm/core.py", "refcomm/published/eqc.csv", "refcomm/data/intents.json", "refcomm/notebooks/papers/eqc/table5.ipynb", "refcomm/notebooks/benchmarks/throughput.ipynb"): assert n in names
+    for n in ("refcomm/core.py", "refcomm/published/eqc.csv", "refcomm/data/intents.json", "refcomm/data/wordnet30.csv", "refcomm/data/WORDNET_LICENSE.txt", "refcomm/data/ood_synsets.txt", "refcomm/notebooks/papers/eqc/table5.ipynb", "refcomm/notebooks/benchmarks/throughput.ipynb"): assert n in names
     assert not [n for n in names if n.startswith(("tests", "nbs", "figures"))]
 
 
