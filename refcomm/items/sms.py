@@ -12,7 +12,7 @@ from ..core import PROFILES, check_at_least, check_choice
 from ..experiments.sms import SMSSpec
 from ..papers import Claim
 
-# %% ../../nbs/94_items.sms.ipynb #aa26c158
+# %% ../../nbs/94_items.sms.ipynb #0a017b55
 ITEMS = { # item → what is played, and at which message lengths
     "figure2": (dict(min_symbols=(2,)), (1, 2, 3, 4, 5)),
     "figure3": (dict(min_symbols=(3,)), (1, 2, 3, 4, 5)),
@@ -20,7 +20,7 @@ ITEMS = { # item → what is played, and at which message lengths
     "rates": (dict(min_symbols=(2, 3), lr=(1e-3, 2.5e-3, 1e-2)), (1, 2, 5)),
     "reinforce": (dict(min_symbols=(2, 3), bottleneck=("gumbel", "reinforce")), (2, 5)),
     "complexity": (dict(min_symbols=(2, 3, 4, 5, 6, 7, 8), sampler=("tilted",)), (1, 2, 4, 8)),
-    "pictures": (dict(min_symbols=(2, 3, 4), sampler=("tilted",)), (1, 2, 4)),
+    "pictures": (dict(min_symbols=(2, 3, 4), sampler=("tilted",)), (1, 4)),
 }
 PICTURES = dict(n_attributes=7, n_values=3, alphabet_size=21, picture_size=32) # 2,187 pictures
 SIZES = { # profile → what is smaller than published
