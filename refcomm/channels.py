@@ -55,17 +55,19 @@ class Channel(nn.Module):
         "The randomness that `send` consumes in training."
         return self.bottleneck.draw_noise((batch, self.message_length), generator)
 
-# %% ../nbs/25_channels.ipynb #a98a40c6
+# %% ../nbs/25_channels.ipynb #557e840c
 class Instant(Channel):
     "A single-word channel (Carmeli et al. 2023, §4.2)."
     def __init__(self,
         bottleneck:Bottleneck,
         dim:int|None=None, # width of both agents' encodings; the word's width unless told otherwise
+        speak:nn.Module|None=None, # maps the sender's encoding to the word's width; a linear layer
+        listen:nn.Module|None=None, # maps a word to what the receiver understood; a linear layer
     ):
         super().__init__(bottleneck, message_length=1)
         self.dim = dim or bottleneck.width
-        self.speak = nn.Linear(self.dim, bottleneck.width)
-        self.listen = nn.Linear(bottleneck.width, self.dim)
+        self.speak = speak or nn.Linear(self.dim, bottleneck.width)
+        self.listen = listen or nn.Linear(bottleneck.width, self.dim)
 
     def send(self, u, noise=None):
         sent = self.bottleneck(self.speak(u).unsqueeze(1), noise)

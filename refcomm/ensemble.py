@@ -13,13 +13,19 @@ from torch.utils._pytree import tree_map
 
 from .core import ConfigError
 
-# %% ../nbs/61_ensemble.ipynb #7910f9fd
+# %% ../nbs/61_ensemble.ipynb #2956f382
 class _Apply(nn.Module):
     "Call any function of a module as if it were the module's forward."
     def __init__(self, module):
         super().__init__()
         self.module = module
     def forward(self, fn, *args): return fn(self.module, *args)
+
+def _places(module):
+    "Every place of every parameter, each once even where a module stands in two places."
+    for path, m in module.named_modules():
+        for name, p in m._parameters.items():
+            if p is not None: yield f"{path}.{name}", p
 
 class Ensemble(nn.Module):
     "Models of equal shape, their parameters stacked as `[n_members, ...]`; one member is run without stacking."
@@ -37,6 +43,8 @@ class Ensemble(nn.Module):
         self.n_members, self.names = len(members), list(states[0])
         self.stacked = nn.ParameterList([torch.stack([s[k].detach() for s in states]) for k in self.names])
         self._call = [_Apply(members[0])] # in a list, so that its parameters do not count as the ensemble's
+        number = {id(p): i for i, p in enumerate(members[0].parameters())} # a parameter may stand in several places
+        self._places = [(name, number[id(p)]) for name, p in _places(self._call[0])]
 
     @property
     def template(self): return self._call[0].module
@@ -46,7 +54,7 @@ class Ensemble(nn.Module):
         *args, # tensors [n_members, ...], alone or in (named) tuples, one slice a member; anything else is passed on
     ): # what `fn` returns, stacked along a new first dimension
         "Apply `fn` to every member with its own slice of each argument; what `fn` closes over is shared."
-        call = lambda params, *a: functional_call(self._call[0], {f"module.{k}": p for k,p in zip(self.names, params)}, (fn, *a))
+        call = lambda params, *a: functional_call(self._call[0], {k: params[i] for k,i in self._places}, (fn, *a), tie_weights=False)
         if self.n_members == 1:
             out = call([p[0] for p in self.stacked], *tree_map(lambda a: a[0] if isinstance(a, Tensor) else a, args))
             return tuple(o[None] for o in out) if isinstance(out, tuple) else out[None]

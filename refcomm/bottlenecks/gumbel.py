@@ -21,7 +21,7 @@ def gumbel_noise(
     e = torch.empty(shape, device=generator.device).exponential_(generator=generator)
     return -e.clamp_min(torch.finfo(e.dtype).tiny).log()
 
-# %% ../../nbs/21_bottlenecks.gumbel.ipynb #32fbb4ca
+# %% ../../nbs/21_bottlenecks.gumbel.ipynb #65d31c13
 def one_hot_argmax(
     x:Tensor, # [..., n] scores
 )->tuple: # one-hot vectors [..., n] and the winning index [...]
@@ -52,7 +52,7 @@ class GumbelSoftmax(Bottleneck):
         hard, symbol = one_hot_argmax(soft)
         return Sent(hard + soft - soft.detach(), symbol[..., None])
 
-def check_temperature(temperature:float)->float:
+def check_temperature(temperature:float, usual:float=1.)->float:
     "Return `temperature` if it is above 0; else raise a `ConfigError`."
     if temperature > 0: return temperature
-    raise ConfigError(f"temperature must be above 0, got {temperature!r}: 1.0 is the usual choice")
+    raise ConfigError(f"temperature must be above 0, got {temperature!r}: {usual} is the usual choice")
