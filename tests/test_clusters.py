@@ -101,7 +101,6 @@ def test_p_is_uniform_where_nothing_is_said(statistic):
 
 
 def test_verdicts():
-    g = generator(0)
     labels = torch.arange(300) % 6
     w = torch.eye(6)*.5 + .5*torch.eye(3).repeat_interleave(2, 0).repeat_interleave(2, 1)
     pairs = labels // 2

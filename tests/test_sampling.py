@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 from refcomm.core import ConfigError, generator
 from refcomm.sms.complexity import min_symbols, solve_min_sym
 from refcomm.sms.datasets import SPLITS, load_games, picture_world, render_games, save_games
-from refcomm.sms.sampling import METHODS, AttributeGames, controlled_games, covariates, sample_games, tilt
+from refcomm.sms.sampling import METHODS, controlled_games, covariates, sample_games, tilt
 from refcomm.sms.theory import (extreme_game, dominant_symbols, feasible, log_p_class, log_p_some_class, p_some_class, schonheim,
                                 uniform_law)
 
