@@ -26,7 +26,7 @@ from ..sms.datasets import picture_world
 from ..sms.sampling import METHODS, sample_games
 from ..train import TrainSettings, fit
 
-# %% ../../nbs/93_experiments.sms.ipynb #dfa2b1df
+# %% ../../nbs/93_experiments.sms.ipynb #c27bdb3f
 BOTTLENECKS = ("gumbel", "reinforce")
 
 @spec
@@ -61,7 +61,8 @@ class SMSSpec:
 
     def __post_init__(self):
         check_choice("sampler", self.sampler, METHODS), check_choice("bottleneck", self.bottleneck, BOTTLENECKS)
-        for name in ("min_symbols", "message_length", "n_distractors", "n_train", "n_valid"): check_at_least(name, getattr(self, name), 1)
+        for name in ("min_symbols", "message_length", "n_distractors", "n_train", "hidden", "embedding", "epochs"): check_at_least(name, getattr(self, name), 1)
+        check_at_least("n_valid", self.n_valid, 2, "symbols are exchanged between messages")
         check_at_least("alphabet_size", self.alphabet_size, 2, "one symbol carries nothing")
         if self.picture_size and self.n_values**self.n_attributes > 2**13: raise ConfigError(f"{self.n_values}^{self.n_attributes} pictures do not fit in memory: use fewer attributes or values, such as 7 and 3")
 
@@ -79,7 +80,7 @@ def make_task(
         stock = world.render(world.attributes(torch.arange(world.n_objects))).float() / 255
     return SampledTask(dict(train=values[:s.n_train], valid=values[s.n_train:]), s.n_values, stock, device)
 
-# %% ../../nbs/93_experiments.sms.ipynb #a316273c
+# %% ../../nbs/93_experiments.sms.ipynb #dc6a800d
 def _eye(dim): # pictures → [batch, dim]
     block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(4, o), nn.ReLU())
     return nn.Sequential(block(3, 16), block(16, 32), block(32, 64), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, dim))
@@ -90,13 +91,13 @@ def build(
 )->ReferentialGame: # with weights drawn from the Spec's seed
     "GRU agents that send symbols of one vocabulary (Zhang 2024, §4)."
     own = dict(temperature=s.temperature, straight_through=s.straight_through) if s.bottleneck == "gumbel" else dict(entropy_weight=s.entropy_weight)
-    seen = task.seen("valid")[:2]
+    seen = next(task.games("valid", 2)).x
     with seeded_init(s.seed):
         channel = Recurrent(make_bottleneck(s.bottleneck, alphabet_size=s.alphabet_size, **own), s.message_length, s.hidden, s.embedding, s.cell)
         make = (lambda: _eye(s.hidden)) if s.picture_size else (lambda: LinearEncoder(seen.shape[-1], s.hidden))
         return check_game(ReferentialGame(make(), channel, make()), seen)
 
-# %% ../../nbs/93_experiments.sms.ipynb #f072784d
+# %% ../../nbs/93_experiments.sms.ipynb #cd6e0d15
 @torch.no_grad()
 def evaluate(
     ensemble:Ensemble, # of games
@@ -126,7 +127,7 @@ def stack_key(
     s:SMSSpec,
     device:torch.device, # where it will be trained
 ): # Specs with equal keys are trained together
-    "Everything but the seed. Wide agents, and such that see pictures, gain nothing on a processor, having arithmetic enough in one."
+    "Everything but the seed. Wide agents on a processor, and such that see pictures, gain nothing, having arithmetic enough in one."
     alone = bool(s.picture_size) or (s.hidden > 256 and device.type == "cpu")
     return s if alone else dataclasses.replace(s, seed=0)
 

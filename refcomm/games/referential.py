@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['draw_distractors', 'draw_other_classes', 'EveryObject', 'ReferentialGame', 'check_game']
 
-# %% ../../nbs/40_games.referential.ipynb #b834bb08
+# %% ../../nbs/40_games.referential.ipynb #acddea3f
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
 from ..core import ConfigError, check_at_least
 from ..agents.encoders import dot_scores
@@ -123,14 +124,16 @@ class ReferentialGame(nn.Module):
         if sent.log_prob is not None: loss = loss.mean() + score_function_loss(loss, sent.log_prob)
         return loss if sent.loss is None else loss + sent.loss
 
-# %% ../../nbs/40_games.referential.ipynb #f251570b
+# %% ../../nbs/40_games.referential.ipynb #542a789f
 def check_game(
     game, # a `ReferentialGame`
     x, # a few of the sender's inputs
     items=None, # a few of the receiver's; the sender's own when None
 ):
     "Raise a `ConfigError` that names the sizes when encoders and channel do not fit."
+    device = next(game.parameters()).device
     for role, seen in (("sender", x), ("receiver", x if items is None else items)):
+        seen = tree_map(lambda t: t.to(device), seen)
         width = getattr(game, role)(seen).shape[-1]
         if width != game.channel.dim: raise ConfigError(f"the {role} encodes to {width} numbers, but its channel works with {game.channel.dim}: build it with {game.channel.dim} outputs")
     return game

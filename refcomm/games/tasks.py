@@ -157,13 +157,14 @@ class ClassTask(Task):
     def games(self, part, block=125):
         for x, target in zip(self.x[part].split(block), self.labels[part].split(block)): yield Games(x, target, self.every)
 
-# %% ../../nbs/42_games.tasks.ipynb #5a74ea7a
+# %% ../../nbs/42_games.tasks.ipynb #e6d364fd
 class Valued(NamedTuple):
     "Candidates known by their attribute values."
     values:Tensor # [batch, n_candidates, n_attributes]
     n_values:int # values of each attribute
 
     def scores(self, receiver, z)->Tensor: # [batch, n_candidates]
+        if not hasattr(receiver, "pull_back"): raise ConfigError("candidates known by their values need a linear receiver (one with `pull_back`): give the task a stock of what agents see")
         places = self.values.long() + self.n_values*torch.arange(self.values.shape[-1], device=self.values.device)
         return receiver.pull_back(z).gather(1, places.flatten(1)).view(places.shape).sum(-1)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core import ConfigError, check_at_least, check_choice
 from .backends import BACKENDS, smallest_sets
 
-# %% ../../nbs/50_sms.complexity.ipynb #686a0467
+# %% ../../nbs/50_sms.complexity.ipynb #3905f70d
 def solve_min_sym(
     target:dict, # attribute → value
     images:list, # the candidates, as such dicts; those equal to the target are ignored
@@ -26,7 +26,7 @@ def solve_min_sym(
     distractors = [x for x in images if x != target]
     for size in range(1, len(target) + 1):
         for names in combinations(target, size):
-            if not any(all(x[k] == target[k] for k in names) for x in distractors): return size
+            if not any(all(x.get(k) == target[k] for k in names) for x in distractors): return size
 
 # %% ../../nbs/50_sms.complexity.ipynb #57cad63d
 def _from_dicts(targets, distractors):

@@ -200,11 +200,14 @@ def sample_games(
     rng = _rng(generator)
     return _with_values(draw(n, m, n_attributes, n_values, n_distractors, rng, **options), n_values, rng)
 
-# %% ../../nbs/51_sms.sampling.ipynb #bb969363
+# %% ../../nbs/51_sms.sampling.ipynb #9b7ad498
 def covariates(
     games:AttributeGames,
 )->dict: # means over all games
-    "What else distinguishes games of one min|M|: Hamming distances, singletons, repeated distractors."
+    "What else distinguishes games of one min|M|: Hamming distances, singletons, repeated distractors, targets that lie in the middle."
     h = games.differs.sum(-1)
     code = torch.unique(games.distractors.flatten(0, 1), dim=0, return_inverse=True)[1].view(h.shape).sort(1).values
-    return dict(hamming=h.double().mean().item(), singletons=(h == 1).double().mean().item(), repeated=(code.diff(dim=1) == 0).double().mean().item())
+    everyone = torch.cat([games.targets[:, None], games.distractors], 1)
+    alike = sum((everyone == v).sum(1, keepdim=True) * (everyone == v) for v in range(games.n_values)).sum(-1) # values that others share with each candidate
+    central = (alike[:, 0] > alike[:, 1:].amax(1)).double().mean()
+    return dict(hamming=h.double().mean().item(), singletons=(h == 1).double().mean().item(), repeated=(code.diff(dim=1) == 0).double().mean().item(), central=central.item())
