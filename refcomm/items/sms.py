@@ -12,7 +12,7 @@ from ..core import PROFILES, check_at_least, check_choice
 from ..experiments.sms import SMSSpec
 from ..papers import Claim
 
-# %% ../../nbs/94_items.sms.ipynb #0a017b55
+# %% ../../nbs/94_items.sms.ipynb #8592ef67
 ITEMS = { # item → what is played, and at which message lengths
     "figure2": (dict(min_symbols=(2,)), (1, 2, 3, 4, 5)),
     "figure3": (dict(min_symbols=(3,)), (1, 2, 3, 4, 5)),
@@ -22,7 +22,7 @@ ITEMS = { # item → what is played, and at which message lengths
     "complexity": (dict(min_symbols=(2, 3, 4, 5, 6, 7, 8), sampler=("tilted",)), (1, 2, 4, 8)),
     "pictures": (dict(min_symbols=(2, 3, 4), sampler=("tilted",)), (1, 4)),
 }
-PICTURES = dict(n_attributes=7, n_values=3, alphabet_size=21, picture_size=32) # 2,187 pictures
+PICTURES = dict(n_attributes=7, n_values=3, alphabet_size=21, picture_size=32, lr=3e-3) # 2,187 pictures
 SIZES = { # profile → what is smaller than published
     "smoke": dict(n_attributes=6, n_values=3, n_distractors=9, n_train=200, n_valid=60, alphabet_size=18, hidden=16, embedding=8, epochs=2),
     "cpu": dict(hidden=128, epochs=15),
@@ -39,7 +39,7 @@ def grid(
     check_choice("profile", profile, PROFILES), check_at_least("n_seeds", n_seeds, 1)
     if profile == "smoke": played, lengths = {k: v[:2] for k,v in played.items()}, lengths[:2]
     base = SMSSpec(**SIZES[profile])
-    if item == "pictures": base = dataclasses.replace(base, **PICTURES | (dict(n_attributes=5, alphabet_size=15, picture_size=16) if profile == "smoke" else {}) | (dict(n_train=4000) if profile == "cpu" else {}))
+    if item == "pictures": base = dataclasses.replace(base, **PICTURES | (dict(n_attributes=5, alphabet_size=15, picture_size=16) if profile == "smoke" else {}) | (dict(n_train=4000, epochs=10) if profile == "cpu" else {}))
     fields = played | dict(message_length=lengths, seed=range(n_seeds))
     return [dataclasses.replace(base, **dict(zip(fields, values))) for values in itertools.product(*fields.values())]
 
