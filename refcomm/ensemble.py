@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from .core import ConfigError
 
-# %% ../nbs/61_ensemble.ipynb #2956f382
+# %% ../nbs/61_ensemble.ipynb #b294611c
 class _Apply(nn.Module):
     "Call any function of a module as if it were the module's forward."
     def __init__(self, module):
@@ -48,6 +48,9 @@ class Ensemble(nn.Module):
 
     @property
     def template(self): return self._call[0].module
+
+    @property
+    def n_parameters(self): return sum(p[0].numel() for p in self.stacked) # of one member
 
     def map(self,
         fn, # (member, *args) -> tensor or tuple of tensors

@@ -189,11 +189,16 @@ def check_sense(ensemble, settings:TrainSettings, device):
     if settings.optimizer == "schedulefree" and normed:
         raise ConfigError("optimizer 'schedulefree' validates other weights than it trains, and batch statistics do not fit them: use 'adamw', 'sgd' or 'lars' for models with batch normalisation")
 
-# %% ../nbs/60_train.ipynb #611c542b
+# %% ../nbs/60_train.ipynb #bce6604f
 class Fit(NamedTuple):
     "What training leaves behind; the ensemble itself holds the best weights."
     history:pd.DataFrame # a row per epoch and member: epoch, member, seed, loss, accuracy, valid_loss, lr, improved, seconds
     best_epoch:list # per member, counted from 0
+
+    def member(self, m:int, patience:int)->pd.DataFrame: # without the column `member`
+        "One member's epochs, up to the one in which it stopped; others may have gone on."
+        h = self.history
+        return h[(h.member == m) & (h.epoch <= self.best_epoch[m] + patience)].drop(columns="member")
 
 def fit(
     ensemble, # an `Ensemble`: one model or many

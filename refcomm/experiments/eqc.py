@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GAMES', 'SOURCES', 'EQCSpec', 'source', 'load', 'make_task', 'build', 'train', 'evaluate', 'stack_key', 'run']
 
-# %% ../../nbs/90_experiments.eqc.ipynb #b8e9c934
+# %% ../../nbs/90_experiments.eqc.ipynb #b5ba2955
 import dataclasses, hashlib
 from pathlib import Path
 from typing import ClassVar
@@ -26,7 +26,7 @@ from ..games.referential import ReferentialGame, check_game
 from ..games.tasks import ClassTask, ItemTask, ObjectTask, objectives
 from ..metrics.task import hits, n_unique
 from ..runs import Context
-from ..store import RunResult
+from ..store import RunResult, packed
 from ..train import TrainSettings, fit
 
 # %% ../../nbs/90_experiments.eqc.ipynb #07898a9b
@@ -204,7 +204,7 @@ def train(
                  context.checkpoint, context.checkpoint_seconds, context.report, lr_factors=pretrained)
     return ensemble, fitted
 
-# %% ../../nbs/90_experiments.eqc.ipynb #fd177681
+# %% ../../nbs/90_experiments.eqc.ipynb #66ae4d7a
 def _play(ensemble, games, candidates, draws)->tuple: # what was sent [n_members, n_test, ...], hits [n_members, n_test, len(candidates)]
     "Play test games block by block."
     sent, won = [], []
@@ -243,12 +243,12 @@ def evaluate(
         for seen, (games, candidates) in plays.items():
             sent, won = _play(ensemble, games, candidates, draws)
             for m, (mine, accuracy) in enumerate(zip(sent, won.float().mean(1).tolist())):
-                if seen is None: messages[m][f"alphabet_{alphabet}" + (f"_fitted_{width}" if width else "")] = mine if mine.is_floating_point() else mine.to(torch.uint8 if channel.bottleneck.alphabet_size <= 256 else torch.int32)
+                if seen is None: messages[m][f"alphabet_{alphabet}" + (f"_fitted_{width}" if width else "")] = mine if mine.is_floating_point() else packed(mine, channel.bottleneck.alphabet_size)
                 rows[m] += [dict(alphabet=alphabet, fitted_width=width, n_candidates=n, seen=seen, accuracy=a, noum=n_unique(mine), n_targets=len(mine)) for n,a in zip(candidates, accuracy)]
     channel.bottleneck = trained
     return rows, messages
 
-# %% ../../nbs/90_experiments.eqc.ipynb #3adac699
+# %% ../../nbs/90_experiments.eqc.ipynb #ee6a8d00
 def stack_key(
     s:EQCSpec,
     device:torch.device, # where it will be trained
@@ -268,8 +268,6 @@ def run(
     rows, messages = evaluate(ensemble, specs[0], task, device)
     channel, results = ensemble.template.channel, []
     for m, s in enumerate(specs):
-        own = fitted.history[(fitted.history.member == m) & (fitted.history.epoch <= fitted.best_epoch[m] + s.patience)]
-        summary = dict(best_epoch=fitted.best_epoch[m], n_parameters=sum(p[0].numel() for p in ensemble.parameters()),
-                       capacity_bits=None if channel.bottleneck.alphabet_size is None else channel.capacity_bits)
-        results.append(RunResult(rows[m], summary, own.drop(columns="member"), messages[m]))
+        summary = dict(best_epoch=fitted.best_epoch[m], n_parameters=ensemble.n_parameters, capacity_bits=None if channel.bottleneck.alphabet_size is None else channel.capacity_bits)
+        results.append(RunResult(rows[m], summary, fitted.member(m, s.patience), messages[m]))
     return results

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOTTLENECKS', 'SMSSpec', 'make_task', 'build', 'evaluate', 'stack_key', 'run']
 
-# %% ../../nbs/93_experiments.sms.ipynb #567f3c66
+# %% ../../nbs/93_experiments.sms.ipynb #0c84035c
 import dataclasses
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ from ..games.tasks import SampledTask, objectives
 from ..metrics.protocol import effective_number, exchange, information
 from ..metrics.task import n_unique
 from ..runs import Context
-from ..store import RunResult
+from ..store import RunResult, packed
 from ..sms.datasets import picture_world
 from ..sms.sampling import METHODS, sample_games
 from ..train import TrainSettings, fit
@@ -97,7 +97,7 @@ def build(
         make = (lambda: _eye(s.hidden)) if s.picture_size else (lambda: LinearEncoder(seen.shape[-1], s.hidden))
         return check_game(ReferentialGame(make(), channel, make()), seen)
 
-# %% ../../nbs/93_experiments.sms.ipynb #cd6e0d15
+# %% ../../nbs/93_experiments.sms.ipynb #931c2930
 @torch.no_grad()
 def evaluate(
     ensemble:Ensemble, # of games
@@ -144,8 +144,7 @@ def run(
     rows, symbols = evaluate(ensemble, s, task)
     results = []
     for m in range(len(specs)):
-        own = fitted.history[fitted.history.member == m]
-        last = own.accuracy.iloc[-1]
-        summary = dict(best_epoch=fitted.best_epoch[m], last_accuracy=last, n_parameters=sum(p[0].numel() for p in ensemble.parameters()), capacity_bits=ensemble.template.channel.capacity_bits)
-        results.append(RunResult(rows[m], summary, own.drop(columns="member"), dict(messages=symbols[m].to(torch.uint8 if s.alphabet_size <= 256 else torch.int32))))
+        own = fitted.member(m, s.epochs)
+        summary = dict(best_epoch=fitted.best_epoch[m], last_accuracy=own.accuracy.iloc[-1], n_parameters=ensemble.n_parameters, capacity_bits=ensemble.template.channel.capacity_bits)
+        results.append(RunResult(rows[m], summary, own, dict(messages=packed(symbols[m], s.alphabet_size))))
     return results
