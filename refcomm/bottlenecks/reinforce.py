@@ -5,30 +5,25 @@
 # %% auto #0
 __all__ = ['Reinforce', 'score_function_loss']
 
-# %% ../../nbs/23_bottlenecks.reinforce.ipynb #2f4b66e4
+# %% ../../nbs/23_bottlenecks.reinforce.ipynb #4705f51f
 from torch import Tensor
 
-from ..core import ConfigError, check_at_least
-from .continuous import Bottleneck, Sent
-from .gumbel import gumbel_noise, one_hot_argmax
+from ..core import check_at_least
+from .continuous import Sent
+from .gumbel import OneSymbol, one_hot_argmax
 
-# %% ../../nbs/23_bottlenecks.reinforce.ipynb #ef2de595
-class Reinforce(Bottleneck):
+# %% ../../nbs/23_bottlenecks.reinforce.ipynb #ac4dfcac
+class Reinforce(OneSymbol):
     "Draw one of `alphabet_size` symbols and send it as a one-hot word; nothing is relaxed (Williams 1992)."
+    noise_for = "REINFORCE draws its symbols with noise"
     def __init__(self,
         alphabet_size:int=10, # symbols, and the word's width
         entropy_weight:float=0., # a bonus for undecided senders, in nats per word
     ):
-        super().__init__(check_at_least("alphabet_size", alphabet_size, 2, "one symbol carries nothing"), n_symbols=1)
-        self.alphabet_size, self.entropy_weight = alphabet_size, check_at_least("entropy_weight", entropy_weight, 0)
+        super().__init__(alphabet_size)
+        self.entropy_weight = check_at_least("entropy_weight", entropy_weight, 0)
 
-    def draw_noise(self, shape, generator): return gumbel_noise((*shape, self.width), generator)
-
-    def forward(self, x, noise=None):
-        if not self.training:
-            hard, symbol = one_hot_argmax(x)
-            return Sent(hard, symbol[..., None])
-        if noise is None: raise ConfigError("REINFORCE draws its symbols with noise: pass noise=bottleneck.draw_noise(shape, generator)")
+    def noisy(self, x, noise):
         hard, symbol = one_hot_argmax((x + noise).detach())
         log_p = x.log_softmax(-1)
         bonus = self.entropy_weight * (log_p.exp() * log_p).sum(-1).mean() if self.entropy_weight else None
