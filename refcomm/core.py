@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError', 'WorkerDied',
-           'StoreError', 'nearest', 'check_choice', 'check_at_least', 'spec', 'generator', 'seeded_init', 'anneal',
-           'pick_device', 'n_cores', 'autocast', 'home', 'checkout', 'figures_dir', 'data_dir', 'data_folders',
-           'find_data', 'disk_errors', 'fsync_dir', 'write_atomic', 'content_digest', 'files_digest', 'cached_tensor',
-           'progress_bar']
+           'StoreError', 'nearest', 'check_choice', 'check_at_least', 'need', 'spec', 'generator', 'seeded_init',
+           'anneal', 'pick_device', 'n_cores', 'autocast', 'home', 'checkout', 'figures_dir', 'data_dir',
+           'data_folders', 'find_data', 'disk_errors', 'fsync_dir', 'write_atomic', 'content_digest', 'files_digest',
+           'cached_tensor', 'progress_bar']
 
-# %% ../nbs/00_core.ipynb #1f9c8427
-import contextlib, dataclasses, difflib, errno, functools, hashlib, io, json, math, os, sys, warnings
+# %% ../nbs/00_core.ipynb #94a934ea
+import contextlib, dataclasses, difflib, errno, functools, hashlib, importlib, io, json, math, os, sys, warnings
 from pathlib import Path
 
 import torch
@@ -63,6 +63,15 @@ def check_at_least(
     "Return `value` if it is at least `minimum`; else raise a `ConfigError`."
     if value is not None and value >= minimum: return value
     raise ConfigError(f"{what} must be at least {minimum}, got {value!r}" + (f": {why}" if why else ""))
+
+# %% ../nbs/00_core.ipynb #dbb03809
+def need(
+    module:str, # to import, such as "timm.optim"
+    message:str, # what to say when it is not installed
+): # the module
+    "Import an optional module, or raise a `ConfigError` with the way out."
+    try: return importlib.import_module(module)
+    except ImportError: raise ConfigError(message) from None
 
 # %% ../nbs/00_core.ipynb #abafdb6c
 def spec(cls):

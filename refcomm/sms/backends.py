@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BACKENDS', 'smallest_sets']
 
-# %% ../../nbs/54_sms.backends.ipynb #b2ff05b7
+# %% ../../nbs/54_sms.backends.ipynb #e5ecb1b6
 import functools
 from itertools import combinations
 
 import numpy as np
 import torch
 
-from ..core import ConfigError
+from ..core import need
 
 # %% ../../nbs/54_sms.backends.ipynb #fc60fb3d
 _ALL = np.uint64(2**64 - 1)
@@ -207,12 +207,11 @@ def _deep(targets, distractors, games, sets):
                 depth, fresh = depth + 1, True
         for a in range(n_attributes): sets[g, a] = solution >> np.uint64(a) & one != zero
 
-# %% ../../nbs/54_sms.backends.ipynb #dea0504b
+# %% ../../nbs/54_sms.backends.ipynb #57843222
 @functools.cache
 def _compiled():
     "`_near` and `_deep`, compiled."
-    try: from numba import njit
-    except ImportError: raise ConfigError("backend 'numba' needs numba: pip install 'refcomm[fast]', or take backend='numpy'") from None
+    njit = need("numba", "backend 'numba' needs numba: pip install 'refcomm[fast]', or take backend='numpy'").njit
     try: return njit(cache=True)(_near), njit(cache=True)(_deep)
     except RuntimeError: return njit(_near), njit(_deep) # nowhere to keep it
 
