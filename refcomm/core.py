@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError', 'WorkerDied',
-           'StoreError', 'nearest', 'check_choice', 'check_at_least', 'need', 'spec', 'generator', 'seeded_init',
-           'anneal', 'pick_device', 'n_cores', 'autocast', 'home', 'checkout', 'figures_dir', 'data_dir',
+           'StoreError', 'nearest', 'check_choice', 'check_at_least', 'need', 'fetch_weights', 'spec', 'generator',
+           'seeded_init', 'anneal', 'pick_device', 'n_cores', 'autocast', 'home', 'checkout', 'figures_dir', 'data_dir',
            'data_folders', 'find_data', 'disk_errors', 'fsync_dir', 'write_atomic', 'content_digest', 'files_digest',
            'cached_tensor', 'progress_bar']
 
@@ -72,6 +72,19 @@ def need(
     "Import an optional module, or raise a `ConfigError` with the way out."
     try: return importlib.import_module(module)
     except ImportError: raise ConfigError(message) from None
+
+# %% ../nbs/00_core.ipynb #0dc748ff
+def fetch_weights(
+    load, # () → the network
+    what:str, # whose weights, for the message
+    folders:str, # where they are kept once downloaded
+    otherwise:str, # what to do without them
+): # the network
+    "A pretrained network, or the way out where its weights cannot be had."
+    try: return load()
+    except Exception as e:
+        raise ConfigError(f"the weights of {what} are neither on this disk nor to be downloaded ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): "
+                          f"fetch them where there is a network and copy the {folders} here, or {otherwise}") from None
 
 # %% ../nbs/00_core.ipynb #abafdb6c
 def spec(cls):

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['RESNETS', 'make_trunk', 'vocabulary_head', 'symbol_embedding', 'projector']
 
-# %% ../../nbs/31_agents.vision.ipynb #e3d9f51f
+# %% ../../nbs/31_agents.vision.ipynb #149a133a
 from collections import OrderedDict
 
 import torch
 from torch import nn
 
-from ..core import ConfigError, check_at_least, check_choice
+from ..core import ConfigError, check_at_least, check_choice, fetch_weights
 
-# %% ../../nbs/31_agents.vision.ipynb #4149d812
+# %% ../../nbs/31_agents.vision.ipynb #e5c86dca
 def _narrow(widths=(24, 48, 96, 192)):
     "A ResNet with one block of each width."
     from torchvision.models.resnet import BasicBlock
@@ -34,10 +34,7 @@ def _pretrained(name):
     "A trunk with weights learned on ImageNet, or the way out where they cannot be had."
     import torchvision.models as models
     if name not in RESNETS: raise ConfigError(f"there are no pretrained weights of the trunk {name!r}: use {' or '.join(RESNETS[:3])}, or pretrained=False")
-    try: return models.get_model(name, weights=models.get_model_weights(name).DEFAULT)
-    except Exception as e:
-        raise ConfigError(f"the weights of {name} are neither on this disk nor to be downloaded ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): fetch them where there "
-                          f"is a network and copy the folder {torch.hub.get_dir()} here, or train from scratch with pretrained=False") from None
+    return fetch_weights(lambda: models.get_model(name, weights=models.get_model_weights(name).DEFAULT), name, f"folder {torch.hub.get_dir()}", "train from scratch with pretrained=False")
 
 def make_trunk(
     name:str="resnet50", # "narrow", or a name in `RESNETS`

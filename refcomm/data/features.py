@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRUNKS', 'BLOCK', 'Features', 'check_features', 'train_trunk', 'extract_features', 'load_features']
 
-# %% ../../nbs/14_data.features.ipynb #0d2d3910
+# %% ../../nbs/14_data.features.ipynb #089da8f4
 import copy, functools, pickle, re, shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from ..core import (ConfigError, cached_tensor, check_at_least, check_choice, content_digest, find_data, generator, home, need, pick_device,
+from ..core import (ConfigError, cached_tensor, check_at_least, check_choice, content_digest, fetch_weights, find_data, generator, home, need, pick_device,
                           progress_bar, seeded_init)
 from .images import LabelledImages, load_images, missing_data, number_classes
 
@@ -73,7 +73,7 @@ def train_trunk(
             optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step(); bar.update()
     return trunk.eval()
 
-# %% ../../nbs/14_data.features.ipynb #0a174144
+# %% ../../nbs/14_data.features.ipynb #34b33aba
 def _package(name, install): return need(name, f"this needs the package {name}, which is not installed: {install}")
 
 def _resized(x, size):
@@ -88,12 +88,7 @@ def _effnet_lite0(name, images, device):
     net = net.to(device).eval()
     return lambda x: net.extract_features((_resized(x, (160, 160)) - 127)/128).mean((2, 3))
 
-def _pretrained(load, what):
-    "A pretrained network, or the way out where its weights cannot be had."
-    try: return load()
-    except Exception as e:
-        raise ConfigError(f"the weights of {what} are neither on this disk nor to be downloaded ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): fetch them where there "
-                          f"is a network and copy the folders {torch.hub.get_dir()} (torchvision) or HF_HOME (timm) here, or use another trunk: 'effnet-lite0', 'shapes-cnn', 'pixels'") from None
+def _pretrained(load, what): return fetch_weights(load, what, f"folders {torch.hub.get_dir()} (torchvision) or HF_HOME (timm)", "use another trunk: 'effnet-lite0', 'shapes-cnn', 'pixels'")
 
 def _from_torchvision(name, images, device):
     import torchvision.models as models
