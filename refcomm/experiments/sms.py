@@ -66,14 +66,13 @@ class SMSSpec:
         check_at_least("alphabet_size", self.alphabet_size, 2, "one symbol carries nothing")
         if self.picture_size and self.n_values**self.n_attributes > 2**13: raise ConfigError(f"{self.n_values}^{self.n_attributes} pictures do not fit in memory: use fewer attributes or values, such as 7 and 3")
 
-# %% ../../nbs/93_experiments.sms.ipynb #a7f5ab2f
+# %% ../../nbs/93_experiments.sms.ipynb #413a6da0
 def make_task(
     s:SMSSpec,
     device="cpu", # where the games will live
 )->SampledTask:
     "Games of the wanted min|M| for training and validation."
-    games = sample_games(s.n_train + s.n_valid, s.min_symbols, s.sampler, s.n_attributes, s.n_values, s.n_distractors, generator=generator(s.games_seed, f"games/{s.sampler}/{s.min_symbols}"))
-    values = torch.cat([games.targets[:, None], games.distractors], 1)
+    values = sample_games(s.n_train + s.n_valid, s.min_symbols, s.sampler, s.n_attributes, s.n_values, s.n_distractors, generator=generator(s.games_seed, f"games/{s.sampler}/{s.min_symbols}")).candidates
     stock = None
     if s.picture_size:
         world = picture_world(s.n_attributes, s.n_values, s.picture_size)

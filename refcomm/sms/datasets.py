@@ -82,7 +82,7 @@ def load_games(
     games = AttributeGames(_values(path, table["target"], (a,), v), _values(path, table["distractors"], (K, a), v), v)
     return games, dict(about, min_symbols=torch.from_numpy(table["min_symbols"].to_numpy().copy()))
 
-# %% ../../nbs/53_sms.datasets.ipynb #1c8a9134
+# %% ../../nbs/53_sms.datasets.ipynb #f657fec6
 def picture_world(
     n_attributes:int=7, # |A|, at most 7
     n_values:int=3, # |V|, at most 3 for 7 attributes, 5 for 5, 9 for 3, 10 for 2
@@ -104,4 +104,4 @@ def render_games(
     if games.targets.shape[1] != len(world.values) or games.n_values > min(world.n_values):
         raise ConfigError(f"games of {games.targets.shape[1]} attributes with {games.n_values} values do not fit {world}: "
                           f"use picture_world({games.targets.shape[1]}, {games.n_values})")
-    return world.render(torch.cat([games.targets[:, None], games.distractors], 1).long())
+    return world.render(games.candidates.long())

@@ -16,12 +16,15 @@ from ..core import ConfigError, check_at_least, check_choice, progress_bar
 from .complexity import identifying_set, min_symbols
 from .theory import feasible, uniform_law
 
-# %% ../../nbs/51_sms.sampling.ipynb #12dd3b16
+# %% ../../nbs/51_sms.sampling.ipynb #0bcc1557
 class AttributeGames(NamedTuple):
     "Targets and distractors as attribute values."
     targets:Tensor # [n, n_attributes] uint8
     distractors:Tensor # [n, n_distractors, n_attributes] uint8
     n_values:int # values of each attribute
+
+    @property
+    def candidates(self): return torch.cat([self.targets[:, None], self.distractors], 1) # [n, 1 + n_distractors, n_attributes], the target first
 
     @property
     def differs(self): return self.distractors != self.targets[:, None] # [n, n_distractors, n_attributes] bool
@@ -200,14 +203,14 @@ def sample_games(
     rng = _rng(generator)
     return _with_values(draw(n, m, n_attributes, n_values, n_distractors, rng, **options), n_values, rng)
 
-# %% ../../nbs/51_sms.sampling.ipynb #9b7ad498
+# %% ../../nbs/51_sms.sampling.ipynb #aac0b465
 def covariates(
     games:AttributeGames,
 )->dict: # means over all games
     "What else distinguishes games of one min|M|: Hamming distances, singletons, repeated distractors, targets that lie in the middle."
     h = games.differs.sum(-1)
     code = torch.unique(games.distractors.flatten(0, 1), dim=0, return_inverse=True)[1].view(h.shape).sort(1).values
-    everyone = torch.cat([games.targets[:, None], games.distractors], 1)
+    everyone = games.candidates
     alike = sum((everyone == v).sum(1, keepdim=True) * (everyone == v) for v in range(games.n_values)).sum(-1) # values that others share with each candidate
     central = (alike[:, 0] > alike[:, 1:].amax(1)).double().mean()
     return dict(hamming=h.double().mean().item(), singletons=(h == 1).double().mean().item(), repeated=(code.diff(dim=1) == 0).double().mean().item(), central=central.item())
