@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Games', 'Task', 'ObjectTask', 'ItemTask', 'ClassTask', 'Valued', 'SampledTask', 'objectives']
 
-# %% ../../nbs/42_games.tasks.ipynb #494d6c1b
+# %% ../../nbs/42_games.tasks.ipynb #ce710973
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..agents.encoders import Drawn, Fixed
 from ..core import ConfigError, check_at_least
-from ..data.objects import ObjectWorld, from_digits
+from ..data.objects import ObjectWorld, from_digits, one_hot
 from .referential import EveryObject, draw_distractors, draw_other_classes
 
 # %% ../../nbs/42_games.tasks.ipynb #233ad882
@@ -157,7 +157,7 @@ class ClassTask(Task):
     def games(self, part, block=125):
         for x, target in zip(self.x[part].split(block), self.labels[part].split(block)): yield Games(x, target, self.every)
 
-# %% ../../nbs/42_games.tasks.ipynb #e6d364fd
+# %% ../../nbs/42_games.tasks.ipynb #0884009f
 class Valued(NamedTuple):
     "Candidates known by their attribute values."
     values:Tensor # [batch, n_candidates, n_attributes]
@@ -184,7 +184,7 @@ class SampledTask(Task):
 
     def _games(self, values):
         target = torch.zeros(values.shape[:-2], dtype=torch.long, device=values.device)
-        if self.stock is None: return Games(F.one_hot(values[..., 0, :].long(), self.n_values).flatten(-2).float(), target, Valued(values, self.n_values))
+        if self.stock is None: return Games(one_hot(values[..., 0, :], self.n_values), target, Valued(values, self.n_values))
         index = from_digits(values.long(), (self.n_values,)*values.shape[-1])
         return Games(self.stock[index[..., 0]], target, Drawn(self.stock if index.dim() == 2 else self.stock.expand(len(index), *self.stock.shape), index))
 
