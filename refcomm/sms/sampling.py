@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'AttributeGames', 'controlled_games', 'tilt', 'sample_games', 'covariates']
 
-# %% ../../nbs/51_sms.sampling.ipynb #ade9ec8c
-import functools
+# %% ../../nbs/51_sms.sampling.ipynb #23047091
+import functools, inspect
 from typing import NamedTuple
 
 import numpy as np, torch
@@ -74,7 +74,7 @@ def _refusal(wanted, left, drawn, max_draws, way):
     m = max(left, key=lambda m: left[m] / wanted[m])
     return (f"{wanted[m] - left[m]} of {drawn:,} drawn games had min|M| = {m}, so {wanted[m]:,} of them would take more than max_draws = {max_draws:,}: use method={way!r}")
 
-# %% ../../nbs/51_sms.sampling.ipynb #910efefa
+# %% ../../nbs/51_sms.sampling.ipynb #ce4d51ee
 def _check(n, m, n_attributes, n_values, n_distractors):
     "Refuse what cannot be drawn, with the reason."
     check_at_least("n", n, 1)
@@ -97,6 +97,9 @@ def controlled_games(
     rng = _rng(generator)
     draw = lambda size: _objects((size, n_distractors, n_attributes), 1 - 1/n_values, rng)
     return {m: _with_values(d, n_values, rng) for m,d in _shelves(dict.fromkeys(ms, n), draw, max_draws).items()}
+
+def _uniform(n, m, n_attributes, n_values, n_distractors, rng, max_draws=10_000_000):
+    return _shelves({m: n}, lambda size: _objects((size, n_distractors, n_attributes), 1 - 1/n_values, rng), max_draws)[m]
 
 # %% ../../nbs/51_sms.sampling.ipynb #18de6fc0
 @functools.lru_cache(maxsize=64)
@@ -181,8 +184,8 @@ def _metropolis(n, m, n_attributes, n_values, n_distractors, rng, sweeps=200):
             bar.update()
     return _shuffled(differs, rng)
 
-# %% ../../nbs/51_sms.sampling.ipynb #a871b264
-METHODS = {"uniform": None, "tilted": _tilted, "planted": _planted, "metropolis": _metropolis}
+# %% ../../nbs/51_sms.sampling.ipynb #6672790c
+METHODS = {"uniform": _uniform, "tilted": _tilted, "planted": _planted, "metropolis": _metropolis}
 
 def sample_games(
     n:int, # games
@@ -197,9 +200,8 @@ def sample_games(
     "Games with min|M| = `m`. Equally likely are: uniform and metropolis, games; tilted, games of equal Hamming distance; planted, plantings."
     _check(n, m, n_attributes, n_values, n_distractors)
     draw = METHODS[check_choice("method", method, METHODS)]
-    known = dict(tilted="max_draws", uniform="max_draws", metropolis="sweeps").get(method)
-    for name in options: check_choice(f"option of method {method!r},", name, [known] if known else [])
-    if draw is None: return controlled_games(n, [m], n_attributes, n_values, n_distractors, generator=generator, **options)[m]
+    known = [k for k, p in inspect.signature(draw).parameters.items() if p.default is not p.empty]
+    for name in options: check_choice(f"option of method {method!r},", name, known)
     rng = _rng(generator)
     return _with_values(draw(n, m, n_attributes, n_values, n_distractors, rng, **options), n_values, rng)
 
