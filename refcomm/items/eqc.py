@@ -7,13 +7,13 @@ __all__ = ['CONFIGS', 'BEST', 'MAP_EPOCHS', 'HEATMAP', 'TUNED', 'SHORT', 'TINY',
            'TITLES', 'SOURCE_NAMES', 'PUBLISHED_DATA', 'configure', 'grid', 'rows_of', 'printed_rows', 'at_most',
            'table_claims', 'map_means', 'map_claims', 'fidelity', 'data_names']
 
-# %% ../../nbs/94_items.eqc.ipynb #0664178d
+# %% ../../nbs/94_items.eqc.ipynb #bfc00e02
 import dataclasses
 from pathlib import Path
 
 from ..core import PROFILES, check_at_least, check_choice
 from ..experiments.eqc import GAMES, EQCSpec, source
-from ..papers import Claim
+from ..papers import Claim, differences
 from ..runs import frame
 
 # %% ../../nbs/94_items.eqc.ipynb #036444d1
@@ -180,7 +180,7 @@ def map_claims(
         Claim(f"eqc.{game}.training-hurts", "Quantising in training does worse than at inference only (by a hundredth or more, over all cells).", "early < late - 0.01").check(early=early.mean().mean(), late=late.mean().mean()),
     ]
 
-# %% ../../nbs/94_items.eqc.ipynb #6bff096c
+# %% ../../nbs/94_items.eqc.ipynb #332d5d74
 SOURCE_NAMES = {"shapes": "rendered shapes", "synthetic": "synthetic intents", "banking77": "Banking77", "tiny_imagenet_effnet_lite0_160_u8.npz": "13,000 Tiny-ImageNet images by EfficientNet-lite0 features"}
 PUBLISHED_DATA = {"image": "ImageNet by VGG features", "sent-ref": "Banking77 by frozen DistilBERT", "sent-cls": "Banking77 by fine-tuned DistilBERT"}
 
@@ -192,9 +192,7 @@ def fidelity(
     for game in dict.fromkeys(s.game for s in specs):
         own, paper = [s for s in specs if s.game == game], defaults | GAMES[game]
         changed = [f"{_source_name(d)}{e and ' by ' + e}{', fine-tuned' if t else ', frozen' if game != 'image' else ''} (paper: {PUBLISHED_DATA[game]})" for d, e, t in dict.fromkeys((s.data, s.encoder, s.fine_tune) for s in own) if d]
-        for name in ("n_train", "n_valid", "n_test", "hidden", "n_negatives", "feature_scale", "lr", "encoder_lr", "epochs", "batch_size", "precision", "pool"):
-            values = list(dict.fromkeys(getattr(s, name) for s in own))
-            if values != [paper[name]]: changed.append(f"{name} {'/'.join(map(str, values))} (paper: {'all items' if name == 'pool' else paper[name]})")
+        changed += differences(own, paper, ("n_train", "n_valid", "n_test", "hidden", "n_negatives", "feature_scale", "lr", "encoder_lr", "epochs", "batch_size", "precision", "pool"), dict(pool="all items"))
         notes.append(f"{TITLES[game]}: {', '.join(changed) or 'as printed'}.")
     if any(s.encoder == "shapes-cnn" for s in specs): notes.append("The trunk of the rendered shapes was trained on the classes of all of them, test images included.")
     if any(s.game.startswith("sent") for s in specs): notes.append("A sentence is the mean over its words, scaled to mean square 1.")

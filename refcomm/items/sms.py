@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ITEMS', 'PICTURES', 'SIZES', 'grid', 'epochs_of', 'fidelity', 'claims_of']
 
-# %% ../../nbs/94_items.sms.ipynb #acbea6c4
+# %% ../../nbs/94_items.sms.ipynb #7e60c38c
 import dataclasses, itertools
 
 from ..core import PROFILES, check_at_least, check_choice
 from ..experiments.sms import SMSSpec
-from ..papers import Claim
+from ..papers import Claim, differences
 
 # %% ../../nbs/94_items.sms.ipynb #8592ef67
 ITEMS = { # item → what is played, and at which message lengths
@@ -43,7 +43,7 @@ def grid(
     fields = played | dict(message_length=lengths, seed=range(n_seeds))
     return [dataclasses.replace(base, **dict(zip(fields, values))) for values in itertools.product(*fields.values())]
 
-# %% ../../nbs/94_items.sms.ipynb #4fcb0602
+# %% ../../nbs/94_items.sms.ipynb #f31235ae
 def epochs_of(
     records, # from `runs.execute`
 ): # DataFrame: a row per run and epoch: min_symbols, message_length, bottleneck, lr, seed, epoch (from 1), accuracy, loss
@@ -56,10 +56,7 @@ def fidelity(
     specs, # SMSSpecs of one item
 )->str: # one sentence for each kind of difference
     "What differs from the paper, and what it leaves open."
-    paper, changed = SMSSpec(), []
-    for name in ("n_attributes", "n_values", "n_distractors", "n_train", "n_valid", "picture_size", "alphabet_size", "hidden", "embedding", "epochs", "sampler"):
-        values = list(dict.fromkeys(getattr(s, name) for s in specs))
-        if values != [getattr(paper, name)]: changed.append(f"{name} {'/'.join(map(str, values))} (paper: {getattr(paper, name)})")
+    changed = differences(specs, vars(SMSSpec()), ("n_attributes", "n_values", "n_distractors", "n_train", "n_valid", "picture_size", "alphabet_size", "hidden", "embedding", "epochs", "sampler"))
     s = specs[0]
     return (f"{', '.join(changed) or 'Sizes as printed'}. Not stated in the paper, ours: batch size {s.batch_size}, learning rate {' / '.join(f'{lr:g}' for lr in dict.fromkeys(x.lr for x in specs))}, temperature {s.temperature:g}, messages of full length, "
             "a receiver that compares by dot product, and no distractor equal to the target. Seeds share their games. Symbols at work are those of the best epoch.")
