@@ -96,7 +96,7 @@ def build(
         make = (lambda: _eye(s.hidden)) if s.picture_size else (lambda: LinearEncoder(seen.shape[-1], s.hidden))
         return check_game(ReferentialGame(make(), channel, make()), seen)
 
-# %% ../../nbs/93_experiments.sms.ipynb #931c2930
+# %% ../../nbs/93_experiments.sms.ipynb #b8783747
 @torch.no_grad()
 def evaluate(
     ensemble:Ensemble, # of games
@@ -105,12 +105,12 @@ def evaluate(
 )->tuple: # rows of metrics and symbols [n_valid, L], one of each per member
     "Accuracy as sent and without each position, information of each position, effective numbers of symbols."
     ensemble.eval()
-    values, L = task.values["valid"], s.message_length
+    games, values, L = list(task.games("valid", 500)), task.values["valid"], s.message_length
     orders = [torch.randperm(s.n_valid, generator=generator(s.games_seed, f"exchange/{i}")).to(values.device) for i in range(L)]
     def play(game):
-        words, symbols = zip(*(game.send(x)[:2] for x in task.seen("valid").split(500)))
+        words, symbols = zip(*(game.send(g.x)[:2] for g in games))
         words = torch.cat(words)
-        def right(words): return torch.cat([game.scores(w, g.candidates).argmax(-1) == 0 for w, g in zip(words.split(500), task.games("valid", 500))]).float().mean()
+        def right(words): return torch.cat([game.scores(w, g.candidates).argmax(-1) == g.target for w, g in zip(words.split(500), games)]).float().mean()
         mixed = [right(exchange(words, i, order)) for i, order in enumerate(orders)]
         return torch.stack([right(words), *mixed]), torch.cat(symbols).squeeze(-1)
     accuracy, symbols = ensemble.map(play)
