@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_linear', 'mean_average_precision', 'Probe', 'linear_probe', 'knn', 'similarity_correlation', 'Clusters']
 
-# %% ../../nbs/72_metrics.representation.ipynb #62c41141
+# %% ../../nbs/72_metrics.representation.ipynb #6de1d605
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..bottlenecks.gumbel import check_temperature
 from ..core import ConfigError, check_at_least
 from ..data.objects import split
 
@@ -101,7 +102,7 @@ def linear_probe(
     w, b = fit_linear(train, train_labels, n_classes, best, fits[best])
     return Probe(_score(torch.addmm(b, test, w), test_labels), best, tried, w, b)
 
-# %% ../../nbs/72_metrics.representation.ipynb #017eb4a6
+# %% ../../nbs/72_metrics.representation.ipynb #0340457a
 def knn(
     train:Tensor, # [n, dim] features
     train_labels:Tensor, # [n] classes from 0
@@ -113,7 +114,7 @@ def knn(
     "Classify by a weighted vote of the nearest neighbours."
     _check(train, train_labels), _check(test, dim=train.shape[1])
     check_at_least("k", k, 1), check_at_least("number of training images", len(train), k, f"{k} neighbours vote")
-    if not temperature > 0: raise ConfigError(f"temperature must be above 0, got {temperature!r}")
+    check_temperature(temperature, .07)
     train, test, votes = F.normalize(train.float(), dim=-1), F.normalize(test.float(), dim=-1), []
     for part in test.split(batch):
         near, which = (part @ train.T).topk(k)
