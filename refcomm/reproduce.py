@@ -199,7 +199,7 @@ def runs_verify():
     print(f"{len(sound)} sound, {len(bad)} damaged in {store.root}")
     if bad: raise typer.Exit(1)
 
-# %% ../nbs/95_reproduce.ipynb #f705b334
+# %% ../nbs/95_reproduce.ipynb #1daef90e
 @runs_app.command("plan")
 def runs_plan(
     items:list[str] = typer.Argument(None, help="items or papers; everything when none is named"),
@@ -210,12 +210,13 @@ def runs_plan(
     from refcomm.runs import write_plan
     from refcomm.store import Store
     check_choice("profile", profile, PROFILES)
-    store, specs = Store(), []
+    store, specs, left_out = Store(), [], []
     for item in choose(items or sorted({i.split("/")[0] for i in notebooks()})):
         paper, name = item.split("/")
-        if not importlib.util.find_spec(f"refcomm.items.{paper}"): continue # benchmarks have no runs
-        module = importlib.import_module(f"refcomm.items.{paper}")
-        if name in module.ITEMS: specs += module.grid(name, profile, n_seeds)
+        module = importlib.import_module(f"refcomm.items.{paper}") if importlib.util.find_spec(f"refcomm.items.{paper}") else None
+        if module and name in module.ITEMS: specs += module.grid(name, profile, n_seeds)
+        else: left_out.append(item)
+    if left_out: print(f"refcomm: not in the plan, as only the notebook knows its runs, if it has any: {', '.join(left_out)}; `refcomm reproduce` makes them", file=sys.stderr)
     print(write_plan([s for s in specs if store.get(s) is None], None))
 
 @runs_app.command("execute")

@@ -57,6 +57,13 @@ def test_runs_commands(home, tmp_path):
     assert "4 sound" in cli("runs", "verify").stdout
 
 
+def test_a_plan_names_what_it_leaves_out(home):
+    r = cli("runs", "plan", "beyond", "benchmarks/views", "eqc/table5", "--profile", "smoke", "--n-seeds", "1")
+    assert len(json.loads(r.stdout)) == 4 and len(r.stderr.splitlines()) == 1
+    assert "only the notebook knows its runs, if it has any: benchmarks/views, beyond/matrix, beyond/quantisers;" in r.stderr
+    assert not cli("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stderr
+
+
 @pytest.mark.parametrize("paper", sorted({item.split("/")[0] for item in reproduce.notebooks()}))
 def test_every_notebook_at_smoke_and_nothing_twice(home, paper):
     r = cli("reproduce", paper, "--profile", "smoke")
