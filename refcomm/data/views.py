@@ -6,7 +6,7 @@
 __all__ = ['VIEWS', 'ViewSpec', 'view_spec', 'DrawnViews', 'draw_views', 'apply_views', 'random_views', 'views_by_torchvision',
            'gaussian_blobs']
 
-# %% ../../nbs/16_data.views.ipynb #17ca9b39
+# %% ../../nbs/16_data.views.ipynb #c2a1ca44
 import dataclasses, math
 from typing import NamedTuple
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..core import ConfigError, check_at_least, check_choice, spec
+from . import pixels
 
-# %% ../../nbs/16_data.views.ipynb #7b858990
+# %% ../../nbs/16_data.views.ipynb #789218b2
 def _check_range(what, pair, low, high):
     "Refuse anything but two numbers in order, both within bounds."
     good = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(v, (int, float)) for v in pair)
@@ -48,7 +49,7 @@ class ViewSpec:
 
     def __post_init__(self):
         if not isinstance(self.size, int): raise ConfigError(f"size must be a whole number of pixels, got {self.size!r}")
-        check_at_least("size", self.size, 1), check_choice("interpolation", self.interpolation, _REACH)
+        check_at_least("size", self.size, 1), check_choice("interpolation", self.interpolation, pixels.REACH)
         for name in ("crop", "flip", "jitter", "grey", "blur", "solarise"):
             p = getattr(self, name)
             if not (isinstance(p, float) and 0 <= p <= 1): raise ConfigError(f"{name} is a probability, from 0 to 1: got {p!r}")
@@ -62,8 +63,6 @@ class ViewSpec:
 
     @property
     def taps(self): return self.kernel or min(max(self.size//10, 2)//2*2 + 1, 2*self.size - 1)
-
-_REACH = dict(bilinear=1, bicubic=2) # pixels that the interpolation reaches to either side
 
 # %% ../../nbs/16_data.views.ipynb #03e40ba2
 _PATCH = dict(scale=(.14, 1.), interpolation="bicubic", brightness=.4, contrast=.4, saturation=.2, hue=.1)
@@ -122,98 +121,17 @@ def draw_views(
     factors = _between(u[32:36].T, *strength.T)
     return DrawnViews(_draw_boxes(u, height, width, spec), flip, jitter, u[28:32].T.argsort(1), factors, grey, _between(u[36], *spec.sigma)*blur, solarise)
 
-# %% ../../nbs/16_data.views.ipynb #35b19346
-def _kernel(x, interpolation, a):
-    "The weight of a pixel at distance `x`."
-    x = x.abs()
-    if interpolation == "bilinear": return (1 - x).clamp(min=0)
-    near, far = ((a + 2)*x - (a + 3))*x*x + 1, a*(((x - 5)*x + 8)*x - 4)
-    return near*(x <= 1) + far*((x > 1) & (x < 2))
-
-def _resize_weights(
-    start:Tensor, # [n] first pixel of each crop
-    length:Tensor, # [n] its pixels
-    full:int, # pixels of the image
-    mirror:Tensor|None, # [n] bool: count the view's pixels backwards
-    spec:ViewSpec,
-)->Tensor: # [n, size, full]
-    "The weights of the image's pixels in each of the view's, along one axis."
-    size, reach, i = spec.size, _REACH[spec.interpolation], torch.arange(spec.size, device=start.device)
-    if mirror is not None: i = torch.where(mirror[:, None], size - 1 - i, i)
-    scale = (length/size)[:, None]
-    wide = scale.clamp(min=1) if spec.antialias else torch.ones_like(scale)
-    centre, most = scale*(i + .5), max(full/size, 1) if spec.antialias else 1
-    j = (centre - reach*wide + .5).floor()[..., None] + torch.arange(2*math.ceil(reach*most) + 1, device=start.device)
-    weight = _kernel((j + .5 - centre[..., None]) / wide[..., None], spec.interpolation, -.5 if spec.antialias else -.75)
-    end = length[:, None, None] - 1
-    if spec.antialias: weight = weight * ((j >= 0) & (j <= end))
-    weight, j = weight / weight.sum(-1, keepdim=True), j.clamp(min=0).minimum(end).long() + start[:, None, None]
-    return weight.new_zeros(len(start), size, full).scatter_add_(2, j, weight)
-
-def _resample(
-    x:Tensor, # [3, n, height, width]
-    rows:Tensor, # [n, new height, height]
-    columns:Tensor, # [n, new width, width]
-)->Tensor: # [3, n, new height, new width]
-    "New rows and columns as weighted sums of the old ones."
-    out = x.new_empty(*x.shape[:2], rows.shape[1], columns.shape[1])
-    for channel, into in zip(x, out): torch.bmm(rows, channel @ columns.mT, out=into)
-    return out
-
+# %% ../../nbs/16_data.views.ipynb #ab5fe95d
 def _crop(images, drawn, s)->Tensor: # [3, n, size, size], 0 … 1
     "The part of each image that is seen, in the size of the view."
     (top, left, h, w), low, high = drawn.box.T, drawn.box[:, :2].amin(0), (drawn.box[:, :2] + drawn.box[:, 2:]).amax(0)
-    (y, x), (height, width) = low.tolist(), (high - low).tolist()
+    (y, x), (height, width), how = low.tolist(), (high - low).tolist(), (s.size, s.interpolation, s.antialias)
     part = images[:, :, y:y+height, x:x+width].transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
     if height == width == s.size and not drawn.flip.any() and (drawn.box[:, 2:] == s.size).all(): return part.div_(255)
-    part = _resample(part, _resize_weights(top - y, h, height, None, s), _resize_weights(left - x, w, width, drawn.flip, s))
+    part = pixels.resample(part, pixels.resize_weights(top - y, h, height, *how), pixels.resize_weights(left - x, w, width, *how, drawn.flip))
     return part.div_(255).clamp_(0, 1) if s.interpolation == "bicubic" else part.div_(255)
 
-# %% ../../nbs/16_data.views.ipynb #c8a77570
-def _blur_weights(
-    sigma:Tensor, # [n] widths, above 0
-    size:int, # pixels
-    taps:int, # pixels that are averaged, odd
-)->Tensor: # [n, size, size]
-    "The weights of a Gaussian blur along one axis."
-    offset = torch.arange(taps, device=sigma.device) - taps//2
-    j = (torch.arange(size, device=sigma.device)[:, None] + offset).abs()
-    j = size - 1 - (size - 1 - j).abs()
-    weight = (-.5*(offset/sigma[:, None])**2).clamp(min=-40).softmax(-1)
-    return weight.new_zeros(len(sigma), size, size).scatter_add_(2, j.expand(len(sigma), -1, -1), weight[:, None].expand(-1, size, -1).contiguous())
-
-# %% ../../nbs/16_data.views.ipynb #86ce88f9
-def _solarise(x, threshold):
-    "Invert what is not below the threshold."
-    below = torch.nextafter(x.new_tensor(threshold), x.new_tensor(-1.))
-    bright = (x - below).sign_().clamp_(min=0)
-    return bright.mul_(1 - 2*x).add_(x)
-
-_GREY = .2989, .587, .114
-
-def _grey(x:Tensor)->Tensor: # [3, n, h, w] to [n, h, w]
-    "The lightness of each pixel."
-    return (x.new_tensor([_GREY]) @ x.reshape(3, -1)).view(x.shape[1:])
-
-def _mix(x, kind, factor):
-    "Change brightness (kind 0), contrast (1) or saturation (2) of each image, in place."
-    kind, factor = kind[:, None, None], factor[:, None, None]
-    other = _grey(x)
-    mean = other.mean((-1, -2), keepdim=True)
-    other.mul_(kind == 2).add_(mean*(kind == 1))
-    return torch.lerp(other, x, factor, out=x).clamp_(0, 1)
-
-# %% ../../nbs/16_data.views.ipynb #ef630479
-def _turn_hue(x, turn):
-    "Turn the hue of each image, in full circles, in place."
-    r, g, b = x
-    high, low = torch.maximum(r, g).maximum(b), torch.minimum(r, g).minimum(b)
-    c = high.sub_(low)
-    h = (g + b).sub_(r).sub_(low).add_(c).div_(c.clamp(min=1e-12)).copysign_(g - b).div_(6).add_(turn[:, None, None])
-    torch.add(h, x.new_tensor([0, -1/3, 1/3])[:, None, None, None], out=x)
-    return x.sub_(x.round()).abs_().clamp_(1/6, 1/3).mul_(-6*c).add_(low.add_(c, alpha=2))
-
-# %% ../../nbs/16_data.views.ipynb #564b7017
+# %% ../../nbs/16_data.views.ipynb #4f2f0ac8
 def _where(drawn, change, x):
     "Apply `change` to the images for which something was drawn."
     if not len(some := drawn.nonzero()[:, 0]): return x
@@ -228,10 +146,10 @@ def _view(images, drawn, s, hue_at)->Tensor: # [n, 3, size, size]
     x = _crop(images, drawn, s)
     for k in range(4 if hue_at >= 0 else 0):
         kind = drawn.order[:, k]
-        x = _turn_hue(x, drawn.factors[:, 3]) if k == hue_at else _mix(x, kind, drawn.factors.gather(1, kind[:, None])[:, 0])
-    x = _where(drawn.grey, lambda x, _: torch.stack([_grey(x)]*3), x)
-    x = _where(drawn.sigma, lambda x, sigma: _resample(x, *[_blur_weights(sigma, s.size, s.taps)]*2), x)
-    x = _where(drawn.solarise, lambda x, _: _solarise(x, s.threshold/255), x)
+        x = pixels.turn_hue(x, drawn.factors[:, 3]) if k == hue_at else pixels.mix(x, kind, drawn.factors.gather(1, kind[:, None])[:, 0])
+    x = _where(drawn.grey, lambda x, _: torch.stack([pixels.lightness(x)]*3), x)
+    x = _where(drawn.sigma, lambda x, sigma: pixels.resample(x, *[pixels.blur_weights(sigma, s.size, s.taps)]*2), x)
+    x = _where(drawn.solarise, lambda x, _: pixels.solarise(x, s.threshold/255), x)
     mean, std = x.new_tensor([s.mean, s.std])[..., None, None, None]
     return x.sub_(mean).div_(std).transpose(0, 1)
 
