@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'RefcommError', 'ConfigError',
            'StoreError', 'nearest', 'check_choice', 'check_at_least', 'need', 'fetch_weights', 'spec', 'generator',
            'seeded_init', 'anneal', 'pick_device', 'n_cores', 'autocast', 'home', 'checkout', 'figures_dir', 'data_dir',
            'data_folders', 'find_data', 'disk_errors', 'fsync_dir', 'write_atomic', 'content_digest', 'files_digest',
-           'cached_tensor', 'progress_bar']
+           'cached_tensor', 'stamped', 'unstamped', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #94a934ea
 import contextlib, dataclasses, difflib, errno, functools, hashlib, importlib, io, json, math, os, sys, warnings
@@ -302,6 +302,26 @@ def cached_tensor(
         x = compute().cpu().contiguous()
         with write_atomic(path) as tmp: save_file({"x": x}, tmp, dict(digest=content_digest(x)))
     return x
+
+# %% ../nbs/00_core.ipynb #dddfef73
+def stamped(
+    name:str, # a source of data, see `find_data`
+    suffixes=("",), # see `find_data`
+)->str: # "name#12345678"; the name itself where it is neither file nor folder
+    "A source's name with a digest of its content: of a file's bytes, or of the names and sizes in a folder."
+    if not (path := find_data(name, suffixes)): return str(name)
+    listing = [(p.name, p.stat().st_size) for p in sorted(path.rglob("*"))] if path.is_dir() else []
+    return f"{name}#{(hashlib.sha256(repr(listing).encode()).hexdigest() if path.is_dir() else files_digest(path))[:8]}"
+
+def unstamped(
+    source:str, # from `stamped`
+    suffixes=("",), # see `find_data`
+)->str: # the name
+    "The name alone, if its content is still what it was when it was stamped."
+    name, _, content = source.partition("#")
+    found = stamped(name, suffixes).partition("#")[2]
+    if content and found != content: raise ConfigError(f"{name} is not the file that this Spec was made for (content {content}, found {found or 'no such file'}): set REFCOMM_DATA to the folder that has it")
+    return name
 
 # %% ../nbs/00_core.ipynb #0770fbbc
 def progress_bar(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .core import ConfigError, RecordError, TrainingDiverged, anneal, autocast, check_at_least, check_choice, generator, need, progress_bar, spec, write_atomic
 
-# %% ../nbs/60_train.ipynb #0800c05e
+# %% ../nbs/60_train.ipynb #69fa218f
 OPTIMIZERS = {
     "adam": lambda params, lr: torch.optim.Adam(params, lr, fused=True),
     "adamw": lambda params, lr: torch.optim.AdamW(params, lr, fused=True),
@@ -40,10 +40,11 @@ class TrainSettings:
     lr_per_epoch:bool = False # the schedule moves once an epoch, not every step
     accumulate:int = 1 # batches whose gradients make one step
     drop_last:bool = False # leave out an incomplete last batch: for games whose candidates are the batch
+    keep:str = "best" # the weights that training leaves: of the best validation, or "last"
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "patience", "accumulate"): check_at_least(name, getattr(self, name), 1)
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS), check_choice("keep", self.keep, ("best", "last"))
         if not self.lr > 0: raise ConfigError(f"lr must be above 0, got {self.lr!r}")
         if self.weight_decay is not None: check_at_least("weight_decay", self.weight_decay, 0)
 
@@ -179,7 +180,7 @@ def check_sense(ensemble, settings:TrainSettings, device):
     if settings.optimizer == "schedulefree" and normed:
         raise ConfigError("optimizer 'schedulefree' validates other weights than it trains, and batch statistics do not fit them: use 'adamw', 'sgd' or 'lars' for models with batch normalisation")
 
-# %% ../nbs/60_train.ipynb #bce6604f
+# %% ../nbs/60_train.ipynb #11855772
 class Fit(NamedTuple):
     "What training leaves behind; the ensemble itself holds the best weights."
     history:pd.DataFrame # a row per epoch and member: epoch, member, seed, loss, accuracy, valid_loss, lr, improved, seconds
@@ -204,7 +205,7 @@ def fit(
     on_progress=None, # called with the share done before every step: temperature schedules
     lr_factors=(), # (beginning of a parameter's name, factor on the learning rate) pairs: pretrained parts learn slower
 )->Fit:
-    "Train `ensemble` in place and leave it with each member's best weights."
+    "Train `ensemble` in place and leave it with the weights that `settings.keep` names."
     t = Training(ensemble, settings, seeds, n_items, device, lr_factors)
     if len(t.seeds) != ensemble.n_members: raise ConfigError(f"{ensemble.n_members} members need as many seeds, got {len(t.seeds)}")
     shape = dict(n_items=n_items, seeds=t.seeds, settings=repr(settings), lr_factors=[list(f) for f in lr_factors], parameters=[list(p.shape) for p in ensemble.parameters()])
@@ -220,7 +221,7 @@ def fit(
         say(t.epoch/settings.epochs, f"loss {row['loss']:.4f}, validation accuracy {row['accuracy']:.4f}")
     save()
     if bar is not None: bar.close()
-    t.best.restore(ensemble)
+    if settings.keep == "best": t.best.restore(ensemble)
     return Fit(pd.DataFrame(t.history), t.best.epoch.tolist())
 
 # %% ../nbs/60_train.ipynb #e15f19ef

@@ -56,9 +56,9 @@ def test_when_nothing_can_be_decoded_no_classes_are_left(data):
 @pytest.mark.parametrize("mode, how", [("L", dict(format="JPEG")), ("L", {}), ("RGBA", {}), ("P", dict(format="GIF")), ("1", {}), ("CMYK", dict(format="JPEG")), ("LA", {})], ids=str)
 def test_every_colour_mode_becomes_rgb(mode, how):
     data = encoded(mode=mode, size=(16, 16), **how)
-    pixels = module._square(module._open(data), 16)
+    pixels = module.square(module._open(data), 16)
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8
-    if mode == "RGBA": assert torch.equal(pixels, module._square(module._open(encoded(size=(16, 16))), 16))
+    if mode == "RGBA": assert torch.equal(pixels, module.square(module._open(encoded(size=(16, 16))), 16))
     if mode in "L1": assert (pixels == pixels[:1]).all()
 
 

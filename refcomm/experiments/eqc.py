@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['GAMES', 'SOURCES', 'EQCSpec', 'source', 'load', 'make_task', 'build', 'train', 'evaluate', 'stack_key', 'run']
 
-# %% ../../nbs/90_experiments.eqc.ipynb #b5ba2955
-import dataclasses, hashlib
-from pathlib import Path
+# %% ../../nbs/90_experiments.eqc.ipynb #eb0cf3b2
+import dataclasses
 from typing import ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 from ..agents.encoders import InformedSender, LinearEncoder
 from ..bottlenecks.quantize import LearnedQuantizer, UniformQuantizer
 from ..channels import CHANNELS, make_bottleneck, make_channel
-from ..core import ConfigError, check_at_least, check_choice, data_dir, files_digest, find_data, generator, pick_device, seeded_init, spec
+from ..core import ConfigError, check_at_least, check_choice, data_dir, find_data, generator, pick_device, seeded_init, spec, stamped, unstamped
 from ..data.embeddings import SentenceEncoder, embed
 from ..data.features import load_features
 from ..data.objects import ObjectWorld, split
@@ -100,20 +99,14 @@ GAMES = { # game → what differs from the Spec's defaults (Tables 1 and 4, App.
     "sent-cls": dict(n_train=7953, n_valid=1004, n_test=1042, n_negatives=76, hidden=768, embedding=768, candidates=(2, 8, 16, 32, 64, 77)),
 }
 
-# %% ../../nbs/90_experiments.eqc.ipynb #43f500ba
+# %% ../../nbs/90_experiments.eqc.ipynb #b0cd56c6
 SOURCES = { # game → "embedded" or "real" → data and encoder
     "image": dict(embedded=("shapes", "shapes-cnn"), real=("tiny_imagenet_effnet_lite0_160_u8.npz", "")),
     "sent-ref": dict(embedded=("synthetic", "lsa"), real=("banking77", "minilm")),
     "sent-cls": dict(embedded=("synthetic", "lsa"), real=("banking77", "minilm")),
 }
 
-def _file(name)->Path|None: # the file or folder that a source's name stands for
-    return find_data(name, (".parquet", ".csv", ""))
-
-def _content(name)->str: # "#" and eight digits: of a file's bytes, or of the names and sizes in a folder; nothing for any other source
-    if not (path := _file(name)): return ""
-    if path.is_file(): return f"#{files_digest(path)[:8]}"
-    return f"#{hashlib.sha256(repr([(p.name, p.stat().st_size) for p in sorted(path.rglob('*'))]).encode()).hexdigest()[:8]}"
+_SUFFIXES = (".parquet", ".csv", "") # that a source's name may lack
 
 def source(
     game:str, # a name in `GAMES`
@@ -123,18 +116,17 @@ def source(
     "Which data a game is played with."
     if game not in SOURCES: return {}
     have = SOURCES[game]
-    if data == "auto": data = "real" if _file(have["real"][0]) else "embedded"
-    if data == "real" and not _file(have["real"][0]): raise ConfigError(f"the {game} game's real data, {have['real'][0]}, is not in {data_dir() or 'REFCOMM_DATA, which is not set'}: put it there, or use data='embedded'")
+    if data == "auto": data = "real" if find_data(have["real"][0], _SUFFIXES) else "embedded"
+    if data == "real" and not find_data(have["real"][0], _SUFFIXES): raise ConfigError(f"the {game} game's real data, {have['real'][0]}, is not in {data_dir() or 'REFCOMM_DATA, which is not set'}: put it there, or use data='embedded'")
     name, default = have.get(data, (data, have["real"][1]))
-    return dict(data=name + _content(name), encoder=encoder or default)
+    return dict(data=stamped(name, _SUFFIXES), encoder=encoder or default)
 
-# %% ../../nbs/90_experiments.eqc.ipynb #2f8c38ba
+# %% ../../nbs/90_experiments.eqc.ipynb #183731e0
 def load(
     s:EQCSpec,
 )->tuple: # the world, `Features` or `Sentences`; how many objects there are; and the numbers of its disjoint "train", "valid" and "test" targets
     "A game's objects and their split (Carmeli et al. 2023, §4.1, Table 1)."
-    name, _, content = s.data.partition("#")
-    if content and _content(name) != f"#{content}": raise ConfigError(f"{name} is not the file that this Spec was made for (content {content}, found {_content(name)[1:] or 'no such file'}): set REFCOMM_DATA to the folder that has it")
+    name = unstamped(s.data, _SUFFIXES)
     if s.game == "object": data, n = (world := ObjectWorld(s.n_attributes, s.n_values)), world.size
     elif s.game == "image": data, n = (f := load_features(name, **({"trunk": s.encoder} if s.encoder else {}), **({"n": s.n_train + s.n_valid + s.n_test} if name == "shapes" else {}))), len(f.x)
     else: data, n = (t := load_sentences(name)), len(t.texts)

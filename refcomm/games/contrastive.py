@@ -143,7 +143,7 @@ class SymmetricInfoNCE(nn.Module):
         ways = [in_batch_scores(*pair, self.negatives) for pair in ((a, b), (b, a))]
         return sum(F.cross_entropy(self.scale*scores, own) for scores, own in ways) / 2
 
-# %% ../../nbs/41_games.contrastive.ipynb #bf0d9db4
+# %% ../../nbs/41_games.contrastive.ipynb #84db360a
 class InBatch(NamedTuple):
     "The images that the receiver sees as the candidates of all games of the batch."
     seen:Tensor # [batch, ...]
@@ -182,10 +182,6 @@ class DiscriminationGame(ReferentialGame):
 
     def draw_noise(self, batch, generator): return self.channel.draw_noise(batch, generator)
 
-    def message(self, x)->Tensor|None: # [batch, symbols_per_message] symbols, None when nothing is discrete
-        symbols = self.send(x).symbols
-        return symbols if symbols is None else symbols.flatten(1)
-
     def forward(self,
         x:Tensor, # [batch, 3, size, size] the images as the sender sees them
         seen:Tensor, # [batch, 3, size, size] the same images, in the same order, as the receiver sees them
@@ -194,15 +190,18 @@ class DiscriminationGame(ReferentialGame):
         candidates = self.candidates(check_batch(x, seen)[1], self.negatives)
         return super().forward(x, candidates.target, candidates, noise)
 
+    def understand(self, x)->tuple: # what the receiver takes from the messages about images [batch, dim], and their symbols [batch, symbols_per_message], None when nothing is discrete
+        sent = self.send(x)
+        return self.channel.receive(sent.word), sent.symbols if sent.symbols is None else sent.symbols.flatten(1)
+
     def play(self, x, seen)->Played:
         "Play the batch as it is played after training: in evaluation mode, without noise, among its own images."
-        candidates, sent = self.candidates(check_batch(x, seen)[1]), self.send(x)
-        return _played(self.scores(sent.word, candidates), candidates.target, sent.symbols)
+        candidates, (understood, symbols) = self.candidates(check_batch(x, seen)[1]), self.understand(x)
+        return _played(candidates.scores(self.receiver, understood), candidates.target, symbols)
 
-def _played(scores, target, symbols):
-    return Played(F.cross_entropy(scores, target), (scores.argmax(-1) == target).float().mean(), symbols if symbols is None else symbols.flatten(1))
+def _played(scores, target, symbols): return Played(F.cross_entropy(scores, target), (scores.argmax(-1) == target).float().mean(), symbols)
 
-# %% ../../nbs/41_games.contrastive.ipynb #e94612ac
+# %% ../../nbs/41_games.contrastive.ipynb #d53f0628
 def make_discrimination_game(
     trunk:str="resnet50", # see `make_trunk`
     vocab_size:int=2048, # symbols
@@ -221,10 +220,12 @@ def make_discrimination_game(
     if channel is None:
         channel = Instant(GumbelSoftmax(vocab_size, temperature), width, vocabulary_head(width, vocab_size), symbol_embedding(vocab_size, dim))
     else: dim = channel.dim
-    if channel.dim != width: sender = nn.Sequential(sender, nn.Linear(width, channel.dim))
-    return DiscriminationGame(sender, channel, nn.Sequential(eyes, projector(width, dim, dim)), cosine_temperature, **kwargs)
+    speaker = sender if channel.dim == width else nn.Sequential(sender, nn.Linear(width, channel.dim))
+    game = DiscriminationGame(speaker, channel, nn.Sequential(eyes, projector(width, dim, dim)), cosine_temperature, **kwargs)
+    game.trunks = sender, eyes # in a tuple, so that they do not stand in the game twice
+    return game
 
-# %% ../../nbs/41_games.contrastive.ipynb #4334965f
+# %% ../../nbs/41_games.contrastive.ipynb #16c9f7a8
 class SimCLR(nn.Module):
     "One trunk and projector for both views, trained by NT-Xent (Chen et al. 2020; the comparison of Dessì et al. 2021)."
     def __init__(self,
@@ -235,7 +236,7 @@ class SimCLR(nn.Module):
         n_candidates:int|None=None, # per game when it plays; None: the whole batch
     ):
         super().__init__()
-        self.trunk, self.projector, self.n_candidates = trunk, projector, n_candidates
+        self.trunk, self.trunks, self.projector, self.n_candidates = trunk, (trunk, trunk), projector, n_candidates
         self.temperature, self.negatives = check_temperature(temperature, .1), check_choice("negatives", negatives, NEGATIVES)
 
     def layers(self, x)->dict: # "h", "s" and "z" → [batch, …]
@@ -252,9 +253,15 @@ class SimCLR(nn.Module):
     )->Tensor: # [batch] the number of the largest entry of a layer
         return self.layers(x)[check_choice("layer", layer, "hsz")].argmax(-1)
 
+    def understand(self,
+        layers:dict, # from `layers`
+        layer:str="s", # "h", "s" or "z"
+    )->tuple: # [batch, dim] what is taken from the largest entry of a layer alone, and its number [batch, 1]
+        word, symbols = one_hot_argmax(layers[check_choice("layer", layer, "hsz")])
+        return dict(h=self.projector, s=self.projector[-1], z=nn.Identity())[layer](word), symbols[:, None]
+
     def play(self, x, seen, layer:str="s")->Played:
         "Play the discrimination game with the largest entry of a layer as the symbol."
-        word, symbols = one_hot_argmax(self.layers(check_batch(x, seen)[0])[check_choice("layer", layer, "hsz")])
-        understood = dict(h=self.projector, s=self.projector[-1], z=nn.Identity())[layer](word)
+        understood, symbols = self.understand(self.layers(check_batch(x, seen)[0]), layer)
         scores, target = in_batch_scores(understood, self.layers(seen)["z"], n_candidates=self.n_candidates)
-        return _played(scores / self.temperature, target, symbols[:, None])
+        return _played(scores / self.temperature, target, symbols)
