@@ -27,7 +27,7 @@ from ..runs import Context
 from ..store import RunResult, packed
 from ..train import TrainSettings, fit
 
-# %% ../../nbs/91_experiments.iac.ipynb #cc3e4875
+# %% ../../nbs/91_experiments.iac.ipynb #def2143a
 MODELS, BOTTLENECKS = ("game", "simclr", "supervised"), ("gumbel", "quantized")
 
 @spec
@@ -53,7 +53,7 @@ class IACSpec:
     temperature:float = 5. # of Gumbel-softmax
     dim:int = 2048 # of embeddings and projections
     cosine_temperature:float = .1
-    n_candidates:int|None = None # in training; None: the whole batch
+    train_candidates:int|None = None # None: the whole batch
     batch_size:int = 128
     accumulate:int = 16 # batches to a step
     optimizer:str = "lars"
@@ -71,7 +71,7 @@ class IACSpec:
     def __post_init__(self):
         check_choice("model", self.model, MODELS), check_choice("trunk", self.trunk, ("narrow", *RESNETS)), check_choice("bottleneck", self.bottleneck, BOTTLENECKS)
         for name in ("n_ood", "batch_size", "accumulate", "epochs", "word_length", "message_length", "dim", "n_blobs", "n_permutations"): check_at_least(name, getattr(self, name), 1)
-        check_at_least("batch_size", self.batch_size, max(2, self.n_candidates or 2), "candidates are the images of a batch")
+        check_at_least("batch_size", self.batch_size, max(2, self.train_candidates or 2), "candidates are the images of a batch")
         if self.view_size > self.image_size: raise ConfigError(f"views of {self.view_size} pixels are larger than the images of {self.image_size}: raise image_size, or lower view_size")
         if not 0 < self.clusters_share <= 1: raise ConfigError(f"clusters_share must be above 0 and at most 1, got {self.clusters_share!r}")
 
@@ -80,7 +80,7 @@ def make_parts(s:IACSpec)->ImageParts:
     "Training images, new ones of the same classes, and such of other classes."
     return image_parts(unstamped(s.source), s.image_size, s.n_images, s.ood_source and unstamped(s.ood_source), s.n_ood)
 
-# %% ../../nbs/91_experiments.iac.ipynb #be73b9b1
+# %% ../../nbs/91_experiments.iac.ipynb #0181cdc1
 class Supervised(nn.Module):
     "A trunk that is taught the classes."
     def __init__(self, trunk:nn.Module, n_classes:int):
@@ -112,7 +112,7 @@ def build(
     "The model that a Spec names."
     with seeded_init(s.seed):
         if s.model == "game":
-            return make_discrimination_game(s.trunk, s.alphabet_size, s.dim, s.temperature, s.shared, s.small_stem, channel=_channel(s), cosine_temperature=s.cosine_temperature, n_candidates=s.n_candidates)
+            return make_discrimination_game(s.trunk, s.alphabet_size, s.dim, s.temperature, s.shared, s.small_stem, channel=_channel(s), cosine_temperature=s.cosine_temperature, n_candidates=s.train_candidates)
         trunk = make_trunk(s.trunk, s.small_stem)
         return SimCLR(trunk, projector(trunk.feature_dim, s.dim, s.dim), s.cosine_temperature) if s.model == "simclr" else Supervised(trunk, n_classes)
 
