@@ -199,16 +199,20 @@ def players(
         return (layers if seen is x else model.layers(seen))["z"], *(t for pair in told for t in pair)
     return [*(f"disc {layer}" for layer in "hsz"), *clusters], say
 
-# %% ../../nbs/91_experiments.iac.ipynb #13e034b5
+# %% ../../nbs/91_experiments.iac.ipynb #eaa7ee59
+def _known(value): return None if value != value else value # what is undefined stays out of records
+
 def _protocol(symbols, images, s, parts, where)->list: # rows
     "How messages, and the symbols at each of their positions, agree with classes."
-    similarity, rows = parts.similarity, []
-    wnsim = lambda table: within_symbol_similarity(table, similarity)
+    rows, measures = [], dict(nmi=normalized_mutual_information)
+    if parts.similarity is not None: measures["wnsim"] = lambda table: within_symbol_similarity(table, parts.similarity)
     for position in (None, *range(symbols.shape[1] if symbols.shape[1] > 1 else 0)):
         said = symbols if position is None else symbols[:, position]
-        test = lambda statistic: permutation_test(statistic, said, images.labels, generator(0, "deals"), s.n_permutations, len(images.classes))[:2]
-        nmi, wns = test(normalized_mutual_information), (float("nan"),)*2 if similarity is None else test(wnsim)
-        rows.append(dict(kind="protocol", **where, position=position, n_symbols=n_unique(said.view(len(said), -1)), nmi=nmi[0], nmi_p=nmi[1], wnsim=wns[0], wnsim_p=wns[1]))
+        row = dict(kind="protocol", **where, position=position, n_symbols=n_unique(said.view(len(said), -1)))
+        for name, statistic in measures.items():
+            test = permutation_test(statistic, said, images.labels, generator(0, "deals"), s.n_permutations, len(images.classes))
+            row |= {name: _known(test.value), f"{name}_p": _known(test.p)}
+        rows.append(row)
     return rows
 
 @torch.no_grad()
@@ -232,10 +236,10 @@ def play(
             rows += [dict(kind="play", **where, augmented=augmentations, n_candidates=n, accuracy=a) for n, a in zip(counts, accuracy.tolist())]
             if augmentations or data == "blobs": continue
             sent[f"{name}/{data}"] = packed(symbols.cpu(), int(symbols.max()) + 1)
-            rows += _protocol(sent[f"{name}/{data}"], getattr(parts, data), s, parts, where)
+            if len((seen := getattr(parts, data)).labels.unique()) > 1: rows += _protocol(sent[f"{name}/{data}"], seen, s, parts, where)
     return rows, sent
 
-# %% ../../nbs/91_experiments.iac.ipynb #08dde744
+# %% ../../nbs/91_experiments.iac.ipynb #d2992a72
 def probe(
     model, # with `trunks`, in evaluation mode
     s:IACSpec,
@@ -252,7 +256,7 @@ def probe(
         rows.append(dict(kind="probe", data=name, measure="accuracy" if y.dim() == 1 else "mAP", score=found.score, strength=found.strength, n_train=len(train), n_test=len(test)))
     if model.trunks[0] is not model.trunks[1]:
         alike = lambda images: similarity_correlation(*(features(model, images[:1000], s, device, of) for of in (0, 1)))
-        rows += [dict(kind="similarity", data=name, correlation=alike(getattr(parts, name).images)) for name in ("valid", "ood")]
+        rows += [dict(kind="similarity", data=name, correlation=_known(alike(getattr(parts, name).images))) for name in ("valid", "ood")]
     return rows
 
 # %% ../../nbs/91_experiments.iac.ipynb #282f218a
