@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADLINE', 'app', 'runs_app', 'notebooks', 'choose', 'title', 'parse_parameters', 'check_parameters',
-           'reproduce_item', 'print_table', 'list_items', 'reproduce', 'print_comparison', 'runs_list', 'runs_show',
-           'runs_verify', 'runs_plan', 'runs_execute', 'runs_export', 'runs_import', 'runs_clean', 'main']
+           'reproduce_item', 'print_table', 'list_items', 'reproduce', 'print_comparison', 'report', 'runs_list',
+           'runs_show', 'runs_verify', 'runs_plan', 'runs_execute', 'runs_export', 'runs_import', 'runs_clean', 'main']
 
 # %% ../nbs/95_reproduce.ipynb #13e5a072
 import importlib, importlib.util, json, os, sys, time
@@ -166,6 +166,19 @@ def print_comparison(item, profile):
             if max(map(len, wide.columns)) > 14: columns, rows = ("", *(" ".join(i) for i in wide.index)), [(c, *v) for c, v in zip(wide.columns, wide.T.values)]
             print_table(f"\n{recipe['title']} [profile {recipe['profile']}; * differs by more than two joint sd]", columns, rows)
         for c in recipe["claims"]: print(f"  {c['verdict']:8} {c['statement']}  [{c['evidence']}; {', '.join(f'{k}={v:g}' for k,v in c['numbers'].items())}]")
+
+# %% ../nbs/95_reproduce.ipynb #c963acb5
+@app.command("report")
+def report(
+    out:Path = typer.Option(None, help="the file to write; refcomm-report.html in the working folder when none is named"),
+    figures:Path = typer.Option(None, help="the folder of figures; the one that `refcomm reproduce` writes to when none is named"),
+):
+    "Write one HTML page of everything that was made: claims, pictures, paper beside ours."
+    from refcomm.report import write_report
+    out, folder = (out or Path("refcomm-report.html")).expanduser().absolute(), (figures or figures_dir()).expanduser().absolute()
+    items, problems = write_report(out, folder, {item: title(path) for item, path in notebooks().items()})
+    for p in problems: print(f"refcomm: not shown: {p}", file=sys.stderr)
+    print(f"{len(items)} items of {folder} are in {out}")
 
 # %% ../nbs/95_reproduce.ipynb #07791de4
 @runs_app.command("list")

@@ -1,0 +1,269 @@
+"The page of results: what it shows, what it refuses to show, and how it looks in a browser."
+import base64
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from conftest import ROOT
+from refcomm import report, reproduce
+from refcomm.core import ConfigError, StoreError
+from refcomm.figures import save
+from refcomm.papers import PAPERS, contents
+
+FIGURES = ROOT/"figures"
+KNOWN = {item: reproduce.title(path) for item, path in reproduce.notebooks().items()}
+
+
+class Reader(HTMLParser):
+    "Start tags with their attributes, the visible text, and whether every tag is closed."
+    void = {"meta", "link", "img", "input", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self.open = [], [], []
+        self.feed(text); self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.void: self.open.append(tag)
+
+    def handle_endtag(self, tag): assert self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"): self.texts.append(data)
+
+    def all(self, tag, **attrs): return [a for t, a in self.tags if t == tag and all(a.get(k.rstrip("_")) == v for k, v in attrs.items())]
+
+
+@pytest.fixture(scope="module")
+def html(): return report.page(*report.read_items(FIGURES), KNOWN)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "A copy of three figures, to be spoilt."
+    d = tmp_path/"some"
+    d.mkdir()
+    for name in ("eqc_table5", "eqc_figure4", "sms_figure2"):
+        for p in FIGURES.glob(f"{name}.*"): shutil.copy(p, d)
+    return d
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    "`refcomm …` in this process: exit code, stdout and stderr."
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["refcomm", *map(str, args)])
+        with pytest.raises(SystemExit) as stop: reproduce.main()
+        return stop.value.code or 0, *capsys.readouterr()
+    return run
+
+
+def edit(path, **changes): path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_every_item_once(html):
+    page = Reader(html)
+    recipes = [json.loads(p.read_text()) for p in FIGURES.glob("*.json")]
+    shown = [a["id"] for a in page.all("article")]
+    assert sorted(shown) == sorted(f"{r['paper']}-{r['item']}" for r in recipes) and len(shown) == len(set(shown))
+    text = " ".join(page.texts)
+    for r in recipes:
+        for part in (r["note"], r["runs"], r["command"], *(c["statement"] for c in r["claims"])): assert part in text
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids)) and {a["href"][1:] for a in page.all("a") if a["href"].startswith("#")} <= set(ids)
+
+
+def test_what_is_not_made_is_listed(html):
+    made = {p.stem for p in FIGURES.glob("*.json")}
+    missing = [(paper, i, title) for paper in PAPERS for i, kind, title in contents(paper).values if kind == "result" and f"{paper}_{i}" not in made]
+    missing += [(n.split("/")[0], None, report.heading(n.split("/")[0], t)) for n, t in KNOWN.items() if n.replace("/", "_") not in made]
+    assert len(Reader(html).all("tr", class_="missing")) == len({(p, i or t) for p, i, t in missing})
+    text = "".join(Reader(html).texts)
+    assert all(title in text for _, _, title in missing) and text.count("not made yet") == html.count('<tr class="missing">')
+
+
+def test_pictures_and_numbers_are_in_the_page(html):
+    page = Reader(html)
+    for a in page.all("img"):
+        kind, data = a["src"].split(",", 1)
+        assert kind == "data:image/png;base64" and a["alt"]
+        assert Image.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=["PNG"]).size == (int(a["width"]), int(a["height"]))
+    saved = {a["download"]: base64.b64decode(a["href"].split(",", 1)[1]) for a in page.all("a") if "download" in a}
+    assert saved == {p.name: p.read_bytes() for p in FIGURES.glob("*.csv")} and len(page.all("img")) == len(saved)
+
+
+def test_nothing_is_fetched(html):
+    page = Reader(html)
+    for tag, a in page.tags:
+        for k in ("src", "href", "srcset", "action", "data"): assert a.get(k, "#").startswith(("#", "data:")), (tag, a[k][:80])
+    style = html[html.index("<style>"):html.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    assert "default-src 'none'" in page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
+
+
+def test_the_ledger_counts_what_the_recipes_claim(html):
+    claims = {json.dumps([r["paper"], c], sort_keys=True): (r["paper"], report.VERDICTS[c["verdict"]])
+              for r in (json.loads(p.read_text()) for p in FIGURES.glob("*.json")) for c in r["claims"]}
+    rows = [(a["data-paper"], a["data-verdict"]) for a in Reader(html).all("tr", class_="claim")]
+    assert sorted(rows) == sorted(claims.values())
+    verdicts = [v for _, v in rows]
+    assert f"Of {len(rows)} claims, {verdicts.count('held')} held and {verdicts.count('failed')} failed here" in html
+
+
+def test_texts_are_escaped(folder):
+    evil = "</script><img src=x onerror=alert(1)> & \"quotes\" '"
+    claim = dict(id="eqc.x", statement=evil, evidence="a < b", numbers={evil: 1.}, verdict="untested")
+    edit(folder/"eqc_table5.json", title=evil, note=evil, runs=evil, data=evil, command=evil, seeds=[evil], claims=[claim])
+    t = pd.read_csv(folder/"eqc_table5.csv"); t["row"] = t["column"] = t["note"] = evil; t.to_csv(folder/"eqc_table5.csv", index=False)
+    (folder/"<b>.json").write_text("{}")
+    html = report.page(*report.read_items(folder), {"eqc/<i>": evil})
+    page = Reader(html)
+    assert evil in page.texts and "<b>.json has no paper" in "".join(page.texts) and not [a for _, a in page.tags if "onerror" in a]
+    assert len(page.all("img")) == 3 and evil not in html and "<b>.json" not in html and "1 could not be tested" in html
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda d: (d/"eqc_table5.json").write_text("{"), "no readable recipe beside eqc_table5.png"),
+    (lambda d: (d/"eqc_table5.json").unlink(), "no readable recipe beside eqc_table5.png"),
+    (lambda d: (d/"eqc_table5.json").write_bytes(b"\xff\xfe"), "no readable recipe beside eqc_table5.png"),
+    (lambda d: (d/"eqc_table5.json").write_text("[]"), "eqc_table5.json is list"),
+    (lambda d: edit(d/"eqc_table5.json", note=None), "eqc_table5.json has no note"),
+    (lambda d: edit(d/"eqc_table5.json", item="table6"), "eqc_table5.json is the recipe of eqc_table6"),
+    (lambda d: edit(d/"eqc_table5.json", profile="cpuu"), "unknown profile in eqc_table5.json 'cpuu'"),
+    (lambda d: edit(d/"eqc_table5.json", profile="smoke"), "eqc_table5 was made at smoke, which is no result"),
+    (lambda d: edit(d/"eqc_table5.json", claims=[{}]), "a claim in eqc_table5.json has no id"),
+    (lambda d: edit(d/"eqc_table5.json", claims=[dict(id="a", statement="b", evidence="c", numbers=dict(x="y"), verdict="holds")]), "decided by what is not a number"),
+    (lambda d: edit(d/"eqc_table5.json", claims=[dict(id="a", statement="b", evidence="c", numbers={}, verdict="hods")]), "did you mean 'holds'"),
+    (lambda d: (d/"eqc_table5.png").unlink(), "No such file or directory: 'eqc_table5.png'"),
+    (lambda d: (d/"eqc_table5.png").write_bytes((d/"eqc_table5.png").read_bytes()[:5000]), "eqc_table5: "),
+    (lambda d: (d/"eqc_table5.png").write_text("<svg/>"), "cannot identify image file"),
+    (lambda d: (d/"eqc_table5.csv").unlink(), "No such file or directory: 'eqc_table5.csv'"),
+    (lambda d: (d/"eqc_table5.csv").write_text(""), "No columns to parse"),
+    (lambda d: (d/"eqc_table5.csv").write_text((d/"eqc_table5.csv").read_text().replace("0.997", "much")), "could not convert string to float"),
+])
+def test_a_damaged_item_is_named_and_left_out(folder, spoil, says):
+    spoil(folder)
+    items, problems = report.read_items(folder)
+    assert [i["name"] for i in items] == ["eqc/figure4", "sms/figure2"]
+    assert len(problems) == 1 and says in problems[0] and str(folder) not in problems[0]
+    html = report.page(items, problems, KNOWN)
+    page = Reader(html)
+    assert len(page.all("article")) == 2 and problems[0] in page.texts
+    assert len([a for a in page.all("aside") if a["class"] == "problems"]) == 1
+
+
+def test_smoke_is_never_a_result(home, cli):
+    "Smoke figures stay out, wherever they lie."
+    import matplotlib.pyplot as plt
+    made = save("eqc", "table1", pd.DataFrame(dict(x=[1])), plt.figure(), [], "smoke", "eqc Table 1: toy", "none")
+    code, out, err = cli("report", "--figures", made.parent, "--out", home/"page.html")
+    page = Reader((home/"page.html").read_text())
+    assert code == 0 and out.startswith("0 items") and "eqc_table1 was made at smoke" in err and not page.all("img") and not page.all("article")
+    assert cli("report", "--out", home/"none.html")[0] == 2, "the folder for results is empty"
+
+
+def test_the_command(home, tmp_path, cli, html):
+    a, b = tmp_path/"a.html", tmp_path/"new"/"b.html"
+    code, out, err = cli("report", "--figures", FIGURES, "--out", a)
+    assert code == 0 and str(a) in out and not err
+    assert cli("report", "--figures", FIGURES, "--out", b)[0] == 0 and a.read_bytes() == b.read_bytes()
+    assert a.read_text(encoding="utf-8") == html
+    here = subprocess.run([sys.executable, "-c", "from refcomm.reproduce import main; main()", "report"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "REFCOMM_FIGURES": str(FIGURES)})
+    assert here.returncode == 0 and (tmp_path/"refcomm-report.html").read_bytes() == a.read_bytes(), here.stderr
+
+
+def test_bad_input_is_one_line(home, tmp_path, cli):
+    (tmp_path/"file").write_text("")
+    for args, says in ((["--out", tmp_path/"a.html"], "no figures in"), (["--figures", tmp_path/"none", "--out", tmp_path/"a.html"], "name another folder with --figures"),
+                       (["--figures", FIGURES, "--out", tmp_path/"file"/"a.html"], "name another file with --out"), (["--figures", FIGURES, "--out", tmp_path], "name another file with --out")):
+        code, out, err = cli("report", *args)
+        assert code == 2 and says in err and not out and len(err.strip().splitlines()) == 1, err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"], "nothing half-written is left"
+    with pytest.raises(ConfigError, match="no figures in"): report.write_report(tmp_path/"a.html", tmp_path/"none")
+    with pytest.raises(StoreError, match="Is a directory; name another file"): report.write_report(tmp_path, FIGURES)
+
+
+def test_differences_are_those_of_the_numbers(html):
+    numbers = pd.read_csv(FIGURES/"eqc_table5.csv", dtype=dict(column=str))
+    item = next(i for i in report.read_items(FIGURES)[0] if i["name"] == "eqc/table5")
+    lines = {(t["row"], line["column"]): line for t in item["beside"]["tables"] for line in t["lines"]}
+    assert len(lines) == len(numbers)
+    for r in numbers.itertuples():
+        line = lines[r.row, r.column]
+        assert line["ours"] == f"{r.ours:.3f}" and line["published"] == ("–" if pd.isna(r.published) else f"{r.published:.3f}") and line["off"] == (str(r.within) == "False")
+        if not pd.isna(r.difference): assert abs(float(line["difference"].replace("−", "-")) - r.difference) <= .0005 + 1e-9
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as p:
+        own = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        try: b = p.chromium.launch(executable_path=own, args=["--no-sandbox"])
+        except sync_api.Error as e: pytest.skip(f"no Chromium: {str(e).splitlines()[0]}")
+        yield b
+        b.close()
+
+
+@pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 1280), ("light", 720), ("dark", 390), ("light", 320)])
+def test_in_a_browser(browser, html, tmp_path, scheme, width):
+    (tmp_path/"page.html").write_text(html, encoding="utf-8")
+    context = browser.new_context(viewport=dict(width=width, height=844), color_scheme=scheme, reduced_motion="reduce", offline=True)
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda m: said.append(m.text)); page.on("pageerror", lambda e: said.append(str(e))); page.on("request", lambda r: asked.append(r.url[:40]))
+    page.goto((tmp_path/"page.html").as_uri())
+    page.wait_for_function("[...document.images].every(i => i.complete)")
+    widths = page.evaluate("[...document.images].map(i => i.naturalWidth)")
+    assert len(widths) == len(list(FIGURES.glob("*.png"))) and min(widths) > 0
+    fits = lambda: page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert fits()
+    page.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
+    assert fits(), "with the numbers shown, too"
+    r, g, b = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+    assert (max(r, g, b) < 60) if scheme == "dark" else (min(r, g, b) > 230)
+
+    rows = Reader(html).all("tr", class_="claim")
+    visible = lambda: page.locator("tr.claim:visible").evaluate_all("rows => rows.map(r => [r.dataset.paper, r.dataset.verdict])")
+    assert len(visible()) == len(rows)
+    page.locator("label", has_text="failed").click()
+    failed = [[a["data-paper"], a["data-verdict"]] for a in rows if a["data-verdict"] == "failed"]
+    assert 0 < len(failed) < len(rows) and visible() == failed
+    page.locator("label", has_text="sms").click()
+    both = [f for f in failed if f[0] == "sms"]
+    assert visible() == both and page.locator("output").inner_text() == f"{len(both)} of {len(rows)} claims"
+    assert page.locator(".ledger tbody:visible").count() == 1, "headings of other papers are hidden as well"
+    page.locator("label", has_text="untested").click()
+    assert visible() == [f for f in ([a["data-paper"], a["data-verdict"]] for a in rows) if f == ["sms", "untested"]]
+    page.locator("label", has_text="all").first.click(); page.locator("label", has_text="all").last.click()
+    assert len(visible()) == len(rows) and fits()
+    assert not said and not [u for u in asked if not u.startswith(("file:", "data:"))], (said, asked)
+    context.close()
+
+
+def test_in_a_browser_without_script(browser, html, tmp_path):
+    (tmp_path/"page.html").write_text(html, encoding="utf-8")
+    page = browser.new_context(java_script_enabled=False).new_page()
+    page.goto((tmp_path/"page.html").as_uri())
+    assert not page.locator(".filters").is_visible() and page.locator("tr.claim").first.is_visible()
+
+
+def test_printed(browser, html, tmp_path):
+    "On paper the numbers are shown and the filter is not."
+    (tmp_path/"page.html").write_text(html, encoding="utf-8")
+    page = browser.new_context(color_scheme="dark").new_page()
+    page.goto((tmp_path/"page.html").as_uri())
+    page.evaluate("dispatchEvent(new Event('beforeprint'))"); page.emulate_media(media="print")
+    assert page.locator("details").count() == page.locator("details[open] .pairs:visible").count() > 0 and not page.locator(".filters").is_visible()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details[open]").count() == 0
