@@ -215,13 +215,32 @@ def browser():
         b.close()
 
 
+@pytest.fixture
+def opened(browser, tmp_path):
+    "Open a page with the settings given; a busy machine has two minutes for it."
+    contexts = []
+    def open_(html, prepare=lambda page: None, **settings):
+        (tmp_path/"page.html").write_text(html, encoding="utf-8")
+        contexts.append(browser.new_context(reduced_motion="reduce", offline=True, **settings))
+        contexts[-1].set_default_timeout(120_000)
+        page = contexts[-1].new_page()
+        prepare(page)
+        page.goto((tmp_path/"page.html").as_uri())
+        return page
+    yield open_
+    for c in contexts: c.close()
+
+
+@pytest.fixture
+def few(folder): return report.page(*report.read_items(folder))
+
+
 @pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 1280), ("light", 720), ("dark", 390), ("light", 320)])
-def test_in_a_browser(browser, html, tmp_path, scheme, width):
-    (tmp_path/"page.html").write_text(html, encoding="utf-8")
-    context = browser.new_context(viewport=dict(width=width, height=844), color_scheme=scheme, reduced_motion="reduce", offline=True)
-    page, said, asked = context.new_page(), [], []
-    page.on("console", lambda m: said.append(m.text)); page.on("pageerror", lambda e: said.append(str(e))); page.on("request", lambda r: asked.append(r.url[:40]))
-    page.goto((tmp_path/"page.html").as_uri())
+def test_in_a_browser(opened, html, scheme, width):
+    said, asked = [], []
+    def listen(page):
+        page.on("console", lambda m: said.append(m.text)); page.on("pageerror", lambda e: said.append(str(e))); page.on("request", lambda r: asked.append(r.url[:40]))
+    page = opened(html, listen, viewport=dict(width=width, height=844), color_scheme=scheme)
     page.wait_for_function("[...document.images].every(i => i.complete)")
     widths = page.evaluate("[...document.images].map(i => i.naturalWidth)")
     assert len(widths) == len(list(FIGURES.glob("*.png"))) and min(widths) > 0
@@ -247,21 +266,16 @@ def test_in_a_browser(browser, html, tmp_path, scheme, width):
     page.locator("label", has_text="all").first.click(); page.locator("label", has_text="all").last.click()
     assert len(visible()) == len(rows) and fits()
     assert not said and not [u for u in asked if not u.startswith(("file:", "data:"))], (said, asked)
-    context.close()
 
 
-def test_in_a_browser_without_script(browser, html, tmp_path):
-    (tmp_path/"page.html").write_text(html, encoding="utf-8")
-    page = browser.new_context(java_script_enabled=False).new_page()
-    page.goto((tmp_path/"page.html").as_uri())
+def test_in_a_browser_without_script(opened, few):
+    page = opened(few, java_script_enabled=False)
     assert not page.locator(".filters").is_visible() and page.locator("tr.claim").first.is_visible()
 
 
-def test_printed(browser, html, tmp_path):
+def test_printed(opened, few):
     "On paper the numbers are shown and the filter is not."
-    (tmp_path/"page.html").write_text(html, encoding="utf-8")
-    page = browser.new_context(color_scheme="dark").new_page()
-    page.goto((tmp_path/"page.html").as_uri())
+    page = opened(few, color_scheme="dark")
     page.evaluate("dispatchEvent(new Event('beforeprint'))"); page.emulate_media(media="print")
     assert page.locator("details").count() == page.locator("details[open] .pairs:visible").count() > 0 and not page.locator(".filters").is_visible()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
