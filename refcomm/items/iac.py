@@ -91,7 +91,7 @@ def grid(
         specs.append(dataclasses.replace(usual, **MODELS[model] | CHANNELS[own.pop("channel", "symbol")] | own))
     return list(dict.fromkeys(specs))
 
-# %% ../../nbs/94_items.iac.ipynb #f4f85be8
+# %% ../../nbs/94_items.iac.ipynb #4f8960c5
 ORDER = ("Supervised", "SimCLR", "SimCLR_disc", "SimCLR_kmeans", *GAMES)
 SETS = {"valid": "ILSVRC-val", "ood": "OOD set", "blobs": "Gaussian Blobs"} # ours → the paper's columns
 
@@ -105,6 +105,7 @@ def rows_of(
     game = t.augmentations.map({True: "+", False: "-"}) + "augmentations " + t.shared.map({True: "+", False: "-"}) + "shared"
     t["row"] = game.where(t.model == "game", t.model.map({"simclr": "SimCLR", "supervised": "Supervised"}))
     if "player" in t: t["row"] = t.row.mask(t.player != "game", "SimCLR_" + t.player)
+    if "augmented" in t: t["augmented"] = t.augmented.astype(bool)
     return t
 
 def best_spoken(
