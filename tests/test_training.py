@@ -56,6 +56,19 @@ def test_the_best_weights_are_left_in_the_ensemble(small):
     assert eqc.make_task(s).validate(ensemble.eval().member(0))[0].item() == pytest.approx(best)
 
 
+@pytest.mark.parametrize("keep, steps", [("best", 4), ("last", 12)])
+def test_which_weights_are_left(keep, steps):
+    "Four steps an epoch, each by the learning rate; the first of three epochs validates best."
+    e, accuracies = Ensemble([torch.nn.Linear(1, 1)]), iter([.9, .5, .4])
+    start = e.stacked[0].item()
+    settings = TrainSettings(epochs=3, batch_size=1, optimizer="sgd", lr=1., keep=keep)
+    fit(e, lambda i, g: e.map(lambda m: m.weight.sum()), lambda: dict(accuracy=torch.tensor([next(accuracies)]), loss=torch.zeros(1)), 4, settings, [0], report=lambda *_: None)
+    velocity, moved = 0., 0.
+    for _ in range(steps): velocity = .9*velocity + 1; moved += velocity
+    assert start - e.stacked[0].item() == pytest.approx(moved, rel=1e-5)
+    with pytest.raises(ConfigError, match="unknown keep 'lats': did you mean 'last'"): TrainSettings(keep="lats")
+
+
 def test_divergence_names_seed_epoch_and_way_out(small):
     with pytest.raises(TrainingDiverged, match=r"the loss of seed 5 became (nan|inf) in epoch \d.*lower lr"):
         train([small(seed=5, lr=1e30)], Context("cpu", report=lambda *_: None))
