@@ -212,7 +212,7 @@ def runs_verify():
     print(f"{len(sound)} sound, {len(bad)} damaged in {store.root}")
     if bad: raise typer.Exit(1)
 
-# %% ../nbs/95_reproduce.ipynb #1daef90e
+# %% ../nbs/95_reproduce.ipynb #63abc3fa
 @runs_app.command("plan")
 def runs_plan(
     items:list[str] = typer.Argument(None, help="items or papers; everything when none is named"),
@@ -235,8 +235,11 @@ def runs_plan(
 @runs_app.command("execute")
 def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time"), device:str = typer.Option("auto", help="auto, cpu, cuda …")):
     "Make the runs of a plan; those that are in the store are not made again."
+    from refcomm.distributed import join_processes, processes
     from refcomm.runs import execute, read_plan
-    print(f"{len(execute(read_plan(plan), jobs, device))} runs are in the store")
+    join_processes(int(os.environ.get("WORLD_SIZE", 1)))
+    n = len(execute(read_plan(plan), jobs, device))
+    if processes()[0] == 0: print(f"{n} runs are in the store")
 
 @runs_app.command("export")
 def runs_export(archive:Path):

@@ -6,7 +6,7 @@
 __all__ = ['EXECUTORS', 'Context', 'run_stack', 'local_executor', 'make_stacks', 'execute', 'frame', 'origins', 'load_spec',
            'write_plan', 'read_plan']
 
-# %% ../nbs/80_runs.ipynb #a3a72df8
+# %% ../nbs/80_runs.ipynb #e05b965b
 import concurrent.futures, contextlib, importlib, json, multiprocessing, os, shutil, threading, uuid
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from .core import ConfigError, RecordError, TrainingDiverged, WorkerDied, check_at_least, check_choice, disk_errors, n_cores, pick_device, progress_bar, write_atomic
+from .distributed import agree, processes
 from .store import Store, digest, package_commit, provenance, run_key, spec_fields
 
 # %% ../nbs/80_runs.ipynb #9f20eda8
@@ -24,7 +25,7 @@ class Context(NamedTuple):
     report:object = None # called with (share done, text)
     checkpoint_seconds:float = 60. # between checkpoints
 
-# %% ../nbs/80_runs.ipynb #9bb9a277
+# %% ../nbs/80_runs.ipynb #37982b72
 def _members(folder, missing)->list: # Specs
     "Whom the unfinished training in this folder trains; `missing` if there is none, which is written down."
     try: return [type(missing[0])(**fields) for fields in json.loads((folder/"members.json").read_text())]
@@ -41,14 +42,17 @@ def run_stack(
 )->list: # keys
     "Make the runs of a stack that the store does not hold yet. This is what executors submit."
     store, module = Store(root), importlib.import_module(type(specs[0]).__module__)
+    if processes()[0]: return _follow(specs, store, device)
     say = report if callable(report) else _reporter(report) if report else lambda done, text: None
     with disk_errors(store.root), contextlib.ExitStack() as held:
         for key in sorted(map(run_key, specs)): # always in this order, so that two drivers cannot wait for each other
             held.enter_context(store.lock(specs[0].experiment, key))
             for left in (store.root/"tmp").glob(f"{key}-*"): shutil.rmtree(left, ignore_errors=True) # from a killed writer
-        if missing := [s for s in specs if store.get(s) is None]:
-            folder = store.root/"unfinished"/f"{specs[0].experiment}-{digest([run_key(s) for s in specs])[:16]}"
-            members = _members(folder, missing)
+        missing = [s for s in specs if store.get(s) is None]
+        folder = _unfinished(store, specs)
+        members = _members(folder, missing) if missing else []
+        agree([s in members for s in specs])
+        if missing:
             package_commit() # as it is now, not when training ends
             if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
             try: results = module.run(members, Context(device, folder/"training.safetensors", say, checkpoint_seconds))
@@ -57,7 +61,17 @@ def run_stack(
             for s, result in zip(members, results):
                 if s in missing: store.put(s, result, origin)
             shutil.rmtree(folder, ignore_errors=True)
+        agree([True]) # that the records are there
     say(1., "done")
+    return [run_key(s) for s in specs]
+
+def _unfinished(store, specs): return store.root/"unfinished"/f"{specs[0].experiment}-{digest([run_key(s) for s in specs])[:16]}"
+
+def _follow(specs, store, device)->list: # keys
+    "Take part in what the first process makes; that one keeps checkpoints and writes the records."
+    if members := [s for s, wanted in zip(specs, agree([False]*len(specs))) if wanted]:
+        importlib.import_module(type(specs[0]).__module__).run(members, Context(device, _unfinished(store, specs)/"training.safetensors", lambda done, text: None))
+    agree([True])
     return [run_key(s) for s in specs]
 
 def _reporter(path):

@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'TrainSettings', 'scaled_lr', 'parameter_groups', 'save_checkpoint', 'load_checkpoint', 'Best',
            'Training', 'check_sense', 'Fit', 'fit', 'train_epoch', 'check_losses', 'finish_epoch']
 
-# %% ../nbs/60_train.ipynb #f4646191
+# %% ../nbs/60_train.ipynb #af95c079
 import json, time, warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +15,9 @@ import pandas as pd, torch
 from torch import Tensor, nn
 
 from .core import ConfigError, RecordError, TrainingDiverged, anneal, autocast, check_at_least, check_choice, generator, need, progress_bar, spec, write_atomic
+from .distributed import agree, processes, sum_over_processes
 
-# %% ../nbs/60_train.ipynb #69fa218f
+# %% ../nbs/60_train.ipynb #fed2b1c1
 OPTIMIZERS = {
     "adam": lambda params, lr: torch.optim.Adam(params, lr, fused=True),
     "adamw": lambda params, lr: torch.optim.AdamW(params, lr, fused=True),
@@ -38,7 +39,7 @@ class TrainSettings:
     precision:str = "fp32" # a name in core's `PRECISIONS`
     weight_decay:float|None = None # of matrices and filters, never of biases and norms; None: as the optimiser has it
     lr_per_epoch:bool = False # the schedule moves once an epoch, not every step
-    accumulate:int = 1 # batches whose gradients make one step
+    accumulate:int = 1 # batches whose gradients make one step, shared among processes
     drop_last:bool = False # leave out an incomplete last batch: for games whose candidates are the batch
     keep:str = "best" # the weights that training leaves: of the best validation, or "last"
 
@@ -121,16 +122,19 @@ class Best:
 
     def restore(self, ensemble): ensemble.load_full_state(self.weights)
 
-# %% ../nbs/60_train.ipynb #07f65cc1
+# %% ../nbs/60_train.ipynb #4e7cede4
 class Training:
     "Everything that changes while training, so that it can be saved and restored as one."
     def __init__(self, ensemble, settings:TrainSettings, seeds, n_items, device, lr_factors=()):
         self.ensemble, self.settings, self.seeds, self.n_items, self.batches = ensemble, settings, list(seeds), n_items, settings.batches(n_items)
         check_sense(ensemble, settings, device)
+        self.rank, self.size = processes()
+        if settings.accumulate % self.size: raise ConfigError(f"{self.size} processes cannot share the {settings.accumulate} batches of a step: make accumulate a multiple of {self.size}")
+        self.batches -= self.batches % self.size # all of them are busy in every step
         self.optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(ensemble, settings, lr_factors), settings.lr)
         self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=settings.precision == "fp16")
         self.order_generators = [generator(s, "order") for s in self.seeds]
-        self.noise_generators = [generator(s, "noise", device) for s in self.seeds]
+        self.noise_generators = [generator(s, f"noise/{self.rank}" if self.rank else "noise", device) for s in self.seeds]
         self.best, self.history = Best(ensemble), []
         self.epoch, self.step, self.lr = 0, 0, settings.lr
         self.started = self.saved = time.monotonic()
@@ -180,7 +184,7 @@ def check_sense(ensemble, settings:TrainSettings, device):
     if settings.optimizer == "schedulefree" and normed:
         raise ConfigError("optimizer 'schedulefree' validates other weights than it trains, and batch statistics do not fit them: use 'adamw', 'sgd' or 'lars' for models with batch normalisation")
 
-# %% ../nbs/60_train.ipynb #11855772
+# %% ../nbs/60_train.ipynb #16188593
 class Fit(NamedTuple):
     "What training leaves behind; the ensemble itself holds the best weights."
     history:pd.DataFrame # a row per epoch and member: epoch, member, seed, loss, accuracy, valid_loss, lr, improved, seconds
@@ -214,17 +218,18 @@ def fit(
         t.load(*found)
     bar = None if report else progress_bar(settings.epochs, "epochs", initial=t.epoch)
     say = report or (lambda done, text: (bar.set_postfix_str(text, refresh=False), bar.update(round(done*settings.epochs) - bar.n)))
-    save = (lambda: save_checkpoint(checkpoint, t.tensors(), t.meta(shape))) if checkpoint else (lambda: None)
+    save = (lambda: save_checkpoint(checkpoint, t.tensors(), t.meta(shape))) if checkpoint and t.rank == 0 else (lambda: None)
     while t.epoch < settings.epochs and t.best.active(t.epoch - 1, settings.patience).any():
         train_epoch(t, loss, device, save, checkpoint_seconds, on_progress)
         row = finish_epoch(t, validate)
         say(t.epoch/settings.epochs, f"loss {row['loss']:.4f}, validation accuracy {row['accuracy']:.4f}")
     save()
+    agree([True]) # that the last checkpoint is there
     if bar is not None: bar.close()
     if settings.keep == "best": t.best.restore(ensemble)
     return Fit(pd.DataFrame(t.history), t.best.epoch.tolist())
 
-# %% ../nbs/60_train.ipynb #e15f19ef
+# %% ../nbs/60_train.ipynb #9aa3e470
 def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress):
     "Train one epoch, or the rest of the one that was interrupted; save every `checkpoint_seconds`, between steps."
     s = t.settings
@@ -239,11 +244,13 @@ def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress):
         if on_progress: on_progress(done)
         step = t.order[:, t.step*s.batch_size : (t.step + s.accumulate)*s.batch_size].to(device)
         for p in t.ensemble.parameters(): p.grad = None
-        for indices in step.split(s.batch_size, 1):
+        batches = step.split(s.batch_size, 1)
+        for indices in batches[t.rank::t.size]:
             with autocast(s.precision, device): losses = loss(indices, t.noise_generators)
             t.scaler.scale(losses.sum() * (indices.shape[1]/step.shape[1])).backward()
             t.total += losses.detach() * indices.shape[1]
-            t.step += 1
+        t.step += len(batches)
+        sum_over_processes(*(p.grad for p in t.ensemble.parameters() if p.grad is not None))
         t.scaler.step(t.optimizer); t.scaler.update()
         if time.monotonic() - t.saved > checkpoint_seconds:
             save()
@@ -260,6 +267,7 @@ def check_losses(t, losses:Tensor):
 @torch.no_grad()
 def finish_epoch(t, validate)->dict: # means over members, for the progress line
     "Check the losses, validate, keep the best weights, and write the history."
+    sum_over_processes(t.total)
     losses = (t.total / t.order.shape[1]).cpu()
     check_losses(t, losses)
     t.mode("eval")

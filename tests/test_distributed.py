@@ -1,0 +1,72 @@
+"Two processes train what one trains, and write one record."
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from refcomm.core import ConfigError, generator, seeded_init
+from refcomm.distributed import agree, join_processes, sum_over_processes
+from refcomm.ensemble import Ensemble
+from refcomm.items import iac
+from refcomm.runs import execute, write_plan
+from refcomm.store import Store
+from refcomm.train import TrainSettings, fit
+
+X = torch.randn(44, 5, generator=generator(0, "x"))
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def trained(checkpoint=None, **changes):
+    "A linear map, eleven batches of four, two to a step: the last step has one batch, or none."
+    with seeded_init(0): e = Ensemble([torch.nn.Linear(5, 3)])
+    settings = TrainSettings(**dict(epochs=2, batch_size=4, lr=.05, accumulate=2) | changes)
+    def loss(i, generators): return e.map(lambda m, x: F.cross_entropy(m(x), x[:, :3].argmax(-1)), X[i])
+    def validate(): return {k: e.map(lambda m: F.cross_entropy(m(X), X[:, :3].argmax(-1))) for k in ("accuracy", "loss")}
+    fitted = fit(e, loss, validate, 40, settings, [0], checkpoint=checkpoint, report=lambda *_: None)
+    return fitted.history.loss.tolist(), [p.detach().clone() for p in e.parameters()]
+
+
+def one_of_two(rank, port, folder):
+    os.environ |= {k: str(v) for k, v in dict(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items()}
+    torch.set_num_threads(1)
+    expected = trained()
+    join_processes(2)
+    got = trained(os.path.join(folder, "training.safetensors"))
+    assert got[0] == pytest.approx(expected[0], rel=1e-5)
+    for a, b in zip(expected[1], got[1]): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert trained(os.path.join(folder, "training.safetensors"))[0] == got[0], "resumed at its end"
+    with pytest.raises(ConfigError, match="2 processes cannot share the 3 batches of a step"): trained(accumulate=3)
+    assert agree([rank == 0, True, False]) == [True, True, False]
+    x = torch.full((2,), rank + 1.)
+    sum_over_processes(x)
+    assert x.tolist() == [3, 3]
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    mp.spawn(one_of_two, (free_port(), str(tmp_path)), nprocs=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["training.safetensors"]
+
+
+def test_torchrun_makes_one_record(home, tmp_path):
+    spec = dataclasses.replace(iac.grid("figure3", "smoke", 1)[0], accumulate=2, augmentations=False)
+    write_plan([spec], tmp_path/"plan.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "--no-python", sys.executable, "-c",
+               "import sys; from refcomm.reproduce import main; sys.argv[0] = 'refcomm'; main()", "runs", "execute", str(tmp_path/"plan.json"), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("1 runs are in the store") == 1
+    assert execute([spec])[0].summary["last_accuracy"] > 0 and len(Store().keys()) == 1 and not list(Store().root.glob("unfinished/*"))
