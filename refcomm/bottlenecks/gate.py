@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core import ConfigError, check_choice
 from .gumbel import check_temperature, gumbel_noise
 
-# %% ../../nbs/24_bottlenecks.gate.ipynb #e65eec0b
+# %% ../../nbs/24_bottlenecks.gate.ipynb #ff97106c
 GATES = ("hard", "soft")
 
 class Gate(nn.Module):
@@ -30,11 +30,13 @@ class Gate(nn.Module):
     def forward(self,
         p:Tensor, # [...] probabilities
         noise:Tensor|None=None, # [..., 2] from `draw_noise`
+        middle:float=.5, # above which is kept without noise
     )->Tensor: # [...] 0 or 1; in between when soft
         if noise is None and self.training: raise ConfigError("a gate trains on noise: pass noise=gate.draw_noise(shape, generator)")
-        odds = 2*p - 1 if self.kind == "soft" else p.logit(1e-6)
-        if noise is not None: odds = odds + noise[..., 0] - noise[..., 1]
+        odds = self.odds(p) + (-self.odds(p.new_tensor(middle)) if noise is None else noise[..., 0] - noise[..., 1])
         soft = (odds/self.temperature).sigmoid()
         return soft if self.kind == "soft" else (odds > 0).to(soft) + (soft - soft.detach())
+
+    def odds(self, p): return 2*p - 1 if self.kind == "soft" else p.logit(1e-6)
 
     def extra_repr(self): return f"{self.kind}, temperature={self.temperature}"
