@@ -16,7 +16,7 @@ from ..agents.transformer import Transformer, ViT
 from ..agents.vision import RESNETS, make_trunk
 from .contrastive import Played, SymmetricInfoNCE, check_batch, in_batch_scores
 
-# %% ../../nbs/43_games.patch.ipynb #18b16e4c
+# %% ../../nbs/43_games.patch.ipynb #67841be2
 class PatchGame(nn.Module):
     "Speaker of patches and listener, trained together (Gupta et al. 2021)."
     def __init__(self,
@@ -26,6 +26,7 @@ class PatchGame(nn.Module):
         n_candidates:int|None=None, # per game when it is played; None: the whole batch
     ):
         super().__init__()
+        if n_candidates is not None: check_at_least("n_candidates", n_candidates, 2)
         self.speaker, self.listener, self.loss, self.n_candidates = speaker, listener, loss, n_candidates
 
     def draw_noise(self, batch, generator): return self.speaker.draw_noise(batch, generator)
