@@ -400,15 +400,15 @@ def test_a_checkpoint_of_another_speaker_is_refused(tmp_path, changes):
 def test_the_game_is_learned():
     "Images of one colour each: after a few dozen steps, one of 32 is found far more often than by chance."
     x = 2*torch.randn(32, 3, 1, 1, generator=generator(0)).expand(-1, -1, 16, 16)
-    with seeded_init(0): game = tiny(size=16, symbol="linear", vision="vit")
+    with seeded_init(0): game = tiny(size=16, symbol="linear", vision="vit", vocab_size=40, width=24, hidden=32, narrow=16)
     optimizer, losses = torch.optim.AdamW(game.parameters(), 3e-3), []
-    for i in range(80):
-        game.cool(i/80)
+    for i in range(60):
+        game.cool(i/60)
         loss = game(x, x, game.draw_noise(32, generator(i, "noise")))
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         losses.append(loss.item())
     with torch.no_grad(): played = game.eval().play(x, x)
-    assert losses[-1] < .7*losses[0] and played.accuracy > 5/32
+    assert sum(losses[-10:])/10 < 2.7 < losses[0] and played.accuracy > 3/32
 
 
 # bad input

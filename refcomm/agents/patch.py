@@ -101,7 +101,7 @@ def top_patches(
     if check_at_least("k", k, 1) > scores.shape[-1]: raise ConfigError(f"the {k} best patches were asked for, but an image has {scores.shape[-1]}")
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
 
-# %% ../../nbs/32_agents.patch.ipynb #a9989677
+# %% ../../nbs/32_agents.patch.ipynb #8ab5616d
 class Message(NamedTuple):
     "What a speaker sends, patch by patch."
     word:Tensor # [batch, n_symbols, vocab_size] one-hot, zeros where the patch is dropped
@@ -148,11 +148,9 @@ class Speaker(nn.Module):
         return torch.cat([self.bottleneck.draw_noise((*shape, l), generator).flatten(2), self.gate.draw_noise(shape, generator), self.rank.draw_noise(shape, generator)], -1)
 
     def forward(self, images, noise=None)->Message:
-        of_symbols = of_gate = of_rank = None
-        if noise is not None: of_symbols, of_gate, of_rank = noise.tensor_split((-2 - self.rank.noise_width, noise.shape[-1] - self.rank.noise_width), -1)
-        scores = self.symbol(images)
-        said = self.bottleneck(scores, None if noise is None else of_symbols.view(scores.shape))
-        n = self.symbol.n_patches
+        l, v, n = self.symbol.symbols_per_patch, self.symbol.vocab_size, self.symbol.n_patches
+        of_symbols, of_gate, of_rank = (None,)*3 if noise is None else noise.split((l*v, 2, self.rank.noise_width), -1)
+        said = self.bottleneck(self.symbol(images), None if noise is None else of_symbols.unflatten(-1, (l, v)))
         importance = soft_rank(self.rank(images, of_rank), self.strength) / n
         gate = self.gate(importance, of_gate, middle=(n + .999)/2/n)[..., None] # equal ranks, a rounding error apart, are all kept
         symbols = said.symbols.squeeze(-1).where(gate > .5, -1)
