@@ -1,5 +1,6 @@
 import os
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,13 @@ def small():
     def make(**changes):
         return EQCSpec(**{**SMALL["object"], "lr": 1e-3, "word_length": 20, **changes})
     return make
+
+
+def free_port():
+    "A port of this machine that nobody listens on."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def tiny_transformer(folder, texts):

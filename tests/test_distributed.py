@@ -2,7 +2,6 @@
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from conftest import free_port
 from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.distributed import agree, join_processes, sum_over_processes
 from refcomm.ensemble import Ensemble
@@ -21,12 +21,6 @@ from refcomm.store import Store
 from refcomm.train import TrainSettings, fit
 
 X = torch.randn(44, 5, generator=generator(0, "x"))
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def trained(checkpoint=None, **changes):

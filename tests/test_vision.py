@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 from torch import nn
 
 from refcomm.agents.vision import make_trunk, projector, symbol_embedding, vocabulary_head
+from conftest import free_port
 from refcomm.bottlenecks.gumbel import GumbelSoftmax
 from refcomm.channels import Instant
 from refcomm.core import ConfigError, generator, seeded_init
@@ -298,13 +299,6 @@ def one_of_two(rank, port):
     games[1].load_state_dict(games[0].state_dict())
     assert torch.equal(*(g.play(X[mine], Y[mine]).loss for g in games)), "a validation game is played within its own batch"
     dist.destroy_process_group()
-
-
-def free_port():
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_global_negatives_have_the_gradient_of_one_process():
