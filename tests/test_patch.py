@@ -325,8 +325,8 @@ def test_a_batch_is_played_by_itself():
     game = tiny().eval()
     x, y = views(9), views(9, seed=1)
     with torch.no_grad():
-        whole, parts = game.message(x), torch.cat([game.message(p) for p in x.split(2)])
-        assert torch.equal(whole, parts) and (whole[0] == game.message(x[:1])[0]).all()
+        whole, parts = game.send(x).symbols, torch.cat([game.send(p).symbols for p in x.split(2)])
+        assert torch.equal(whole, parts) and (whole[0] == game.send(x[:1]).symbols[0]).all()
         played = game.play(x, y)
         scores = torch.stack([torch.cosine_similarity(game.listener.read(game.send(x[i:i+1])), game.listener.see(y)) for i in range(9)])
     assert played.accuracy == (scores.argmax(-1) == torch.arange(9)).float().mean() and torch.equal(played.symbols, whole)

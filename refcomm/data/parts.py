@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['PROBES', 'ImageParts', 'image_parts', 'probe_set']
 
-# %% ../../nbs/19_data.parts.ipynb #e414e1b4
+# %% ../../nbs/19_data.parts.ipynb #f8e78472
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-from ..core import ConfigError, find_data, generator
+from ..core import ConfigError, check_at_least, find_data, generator
 from .images import LabelledImages, load_images, square
 from .objects import split
 from .shapes import ShapeWorld
 from .wordnet import class_disjoint_split, path_similarity
 
-# %% ../../nbs/19_data.parts.ipynb #c669e8d2
+# %% ../../nbs/19_data.parts.ipynb #f2db6a29
 class ImageParts(NamedTuple):
     "Images for training and testing; classes are numbered alike in all three."
     train:LabelledImages
@@ -43,7 +43,7 @@ def image_parts(
     size:int=64, # pixels on a side
     n:int|None=None, # images of the source; None: all
     ood_source:str|None=None, # images of other classes; None: hold out classes of the source
-    n_ood:int=40, # classes that are held out
+    n_ood:int=40, # classes that are held out; 0: none
 )->ImageParts:
     "Load images and part them by class and by part; the same every time."
     every = load_images(source, size, n)
@@ -52,9 +52,10 @@ def image_parts(
         ood = torch.arange(len(every.classes)) >= n_known
     names, above = _hierarchy(every)
     if not ood_source:
+        check_at_least("n_ood", n_ood, 0)
         if len(every.classes) < n_ood + 2: raise ConfigError(f"{n_ood} classes are to be held out, but {every.name} has {len(every.classes)}: lower n_ood, or bring more classes")
         ood = torch.zeros(len(names), dtype=torch.bool)
-        ood[class_disjoint_split(names, n_ood, generator(0, "ood"), **({"hypernyms": lambda name: ()} if above is None else above))["ood"]] = True
+        if n_ood: ood[class_disjoint_split(names, n_ood, generator(0, "ood"), **({"hypernyms": lambda name: ()} if above is None else above))["ood"]] = True
     known = ~ood[every.labels]
     train = torch.tensor([p == "train" for p in every.part]) & known
     if not train.any() or train.sum() == known.sum(): # the source names no parts

@@ -16,7 +16,7 @@ from ..agents.transformer import Transformer, ViT
 from ..agents.vision import RESNETS, make_trunk
 from .contrastive import Played, SymmetricInfoNCE, check_batch, in_batch_scores
 
-# %% ../../nbs/43_games.patch.ipynb #67841be2
+# %% ../../nbs/43_games.patch.ipynb #98c5a136
 class PatchGame(nn.Module):
     "Speaker of patches and listener, trained together (Gupta et al. 2021)."
     def __init__(self,
@@ -24,10 +24,12 @@ class PatchGame(nn.Module):
         listener:Listener,
         loss:SymmetricInfoNCE, # between what messages mean and what images look like
         n_candidates:int|None=None, # per game when it is played; None: the whole batch
+        length_cost:float=0., # added to the loss for every symbol that is sent
     ):
         super().__init__()
+        check_at_least("length_cost", length_cost, 0)
         if n_candidates is not None: check_at_least("n_candidates", n_candidates, 2)
-        self.speaker, self.listener, self.loss, self.n_candidates = speaker, listener, loss, n_candidates
+        self.speaker, self.listener, self.loss, self.n_candidates, self.length_cost = speaker, listener, loss, n_candidates, length_cost
 
     def draw_noise(self, batch, generator): return self.speaker.draw_noise(batch, generator)
 
@@ -35,16 +37,14 @@ class PatchGame(nn.Module):
 
     def send(self, x, noise=None)->Message: return self.speaker(x, noise)
 
-    def message(self, x)->Tensor: # [batch, n_symbols] symbols, −1 where a patch is dropped
-        return self.send(x).symbols
-
     def forward(self,
         x:Tensor, # [batch, 3, size, size] the images as the speaker sees them
         seen:Tensor, # [batch, 3, size, size] the same images, in the same order, as the listener sees them
         noise:Tensor|None=None, # from `draw_noise`
     )->Tensor: # scalar
         check_batch(x, seen)
-        return self.loss(self.listener.read(self.send(x, noise)), self.listener.see(seen))
+        loss = self.loss(self.listener.read(sent := self.send(x, noise)), self.listener.see(seen))
+        return loss + self.length_cost*sent.word.sum((1, 2)).mean() if self.length_cost else loss
 
     def play(self, x, seen, noise=None)->Played:
         "Play the batch as it is played after training: in evaluation mode, the likeliest symbols, among its own images; given noise, the gates are drawn."
@@ -53,7 +53,7 @@ class PatchGame(nn.Module):
         scores, target = in_batch_scores(self.listener.read(sent), self.listener.see(seen), n_candidates=self.n_candidates)
         return Played(F.cross_entropy(self.loss.scale*scores, target), (scores.argmax(-1) == target).float().mean(), sent.symbols)
 
-# %% ../../nbs/43_games.patch.ipynb #3bd95002
+# %% ../../nbs/43_games.patch.ipynb #18efb9ae
 PUBLIC_CODE = dict(symbol="vit", gate="soft", dropout=.1, schedule="linear", learned=True)
 
 def make_patch_game(
@@ -79,11 +79,13 @@ def make_patch_game(
     dim:int=65_536,
     negatives:str="global", # see `in_batch_scores`
     n_candidates:int|None=None, # see `PatchGame`
+    budget:str="half", # see `Speaker`
+    length_cost:float=0., # see `PatchGame`
 )->PatchGame:
     "The game of Gupta et al. (2021)."
     transformer = dict(dim=width, layers=layers, heads=heads)
     says = PatchSymbol(size, patch_size, vocab_size, symbols_per_patch, symbol, **(transformer if symbol == "vit" else {}))
-    speaker = Speaker(says, PatchRank(patch_size, rank, dropout), gate, schedule=schedule)
+    speaker = Speaker(says, PatchRank(patch_size, rank, dropout), gate, schedule=schedule, budget=budget)
     eyes = ViT(size, patch_size, **transformer) if check_choice("vision", vision, ("vit", "narrow", *RESNETS)) == "vit" else make_trunk(vision, small_stem)
     listener = Listener(Transformer(speaker.n_symbols, **transformer), eyes, vocab_size, dim, hidden, narrow, masked)
-    return PatchGame(speaker, listener, SymmetricInfoNCE(temperature, learned, negatives), n_candidates)
+    return PatchGame(speaker, listener, SymmetricInfoNCE(temperature, learned, negatives), n_candidates, length_cost)
