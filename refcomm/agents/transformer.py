@@ -42,7 +42,7 @@ def check_size(
     if images.shape[-2:] == (size, size): return images
     raise ConfigError(f"images of {images.shape[-2]} × {images.shape[-1]} pixels were shown to an agent built for {size} × {size}: resize the views, or build it for theirs")
 
-# %% ../../nbs/34_agents.transformer.ipynb #362d3bdc
+# %% ../../nbs/34_agents.transformer.ipynb #55ca1961
 class Transformer(nn.Module):
     "A transformer encoder over tokens with learned positions, after a token that stands for all of them."
     def __init__(self,
@@ -63,17 +63,26 @@ class Transformer(nn.Module):
     def forward(self,
         tokens:Tensor, # [batch, n, dim]
         seen:Tensor|None=None, # [batch, n] bool, False where a token is hidden; all are seen when None
+        places:Tensor|None=None, # [batch, n] whose position each token has; 0 … n−1 when None
     )->Tensor: # [batch, n+1, dim], CLS first
         if tokens.shape[1] >= len(self.positions): raise ConfigError(f"{tokens.shape[1]} tokens for a transformer of at most {len(self.positions) - 1}: build it with n_tokens={tokens.shape[1]}")
         hidden = None if seen is None else F.pad(seen.logical_not(), (1, 0))
-        x = torch.cat([self.first.expand(len(tokens), 1, -1), tokens], 1) + self.positions[:tokens.shape[1] + 1]
+        x = torch.cat([self.first.expand(len(tokens), 1, -1), tokens], 1) + self.positions[slice(tokens.shape[1] + 1) if places is None else F.pad(places + 1, (1, 0))]
         for layer in self.layers: x = layer(x, src_key_padding_mask=hidden)
         return self.norm(x)
 
     @property
     def dim(self): return self.positions.shape[1]
 
-# %% ../../nbs/34_agents.transformer.ipynb #fedd1514
+# %% ../../nbs/34_agents.transformer.ipynb #6547b278
+def _check_keep(keep, batch, n_patches):
+    "Refuse patches that are not there, or named twice."
+    if keep.dim() == 2 and keep.dtype == torch.int64 and len(keep) == batch and keep.shape[1]:
+        ordered = keep.sort(1).values
+        if ordered[:, 0].min() >= 0 and ordered[:, -1].max() < n_patches and (ordered.diff() > 0).all(): return keep
+        raise ConfigError(f"keep must name different patches of an image, numbered 0 … {n_patches - 1}, got {int(keep.min())} … {int(keep.max())}" + (", some of them twice" if (ordered.diff() == 0).any() else ""))
+    raise ConfigError(f"keep must be [batch, k] patch numbers, int64 and at least one for each of the {batch} images, got {keep.dtype} {list(keep.shape)}: see top_patches")
+
 class ViT(nn.Module):
     "A vision transformer (Dosovitskiy et al. 2021); `feature_dim` is its output's size."
     def __init__(self,
@@ -90,11 +99,16 @@ class ViT(nn.Module):
         self.size, self.patch_size, self.feature_dim = size, patch_size, dim
         self.embed, self.transformer = nn.Linear(3*patch_size**2, dim), Transformer(rows*columns, dim, layers, heads, pre_norm, activation)
 
-    def tokens(self, images)->Tensor: # [batch, n_patches+1, dim], CLS first
-        return self.transformer(self.embed(cut_patches(check_size(images, self.size), self.patch_size)))
+    def tokens(self, images, keep=None)->Tensor: # [batch, n_patches+1, dim], or [batch, k+1, dim] of those kept; CLS first
+        patches = cut_patches(check_size(images, self.size), self.patch_size)
+        if keep is not None: patches = patches.gather(1, _check_keep(keep, *patches.shape[:2])[..., None].expand(-1, -1, patches.shape[2]))
+        return self.transformer(self.embed(patches), places=keep)
 
-    def forward(self, images)->Tensor: # [batch, dim]
-        return self.tokens(images)[:, 0]
+    def forward(self,
+        images:Tensor, # [batch, 3, size, size]
+        keep:Tensor|None=None, # [batch, k] numbers of the patches to look at, see `top_patches`; all when None
+    )->Tensor: # [batch, dim]
+        return self.tokens(images, keep)[:, 0]
 
 # %% ../../nbs/34_agents.transformer.ipynb #8c42d73e
 class Cosines(nn.Linear):
