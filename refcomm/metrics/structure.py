@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MESSAGE_DISTANCES', 'MEANING_DISTANCES', 'STATISTICS', 'distances', 'jaccard', 'topographic_similarity', 'entropy',
-           'posdis', 'bosdis', 'Measure', 'measure']
+           'posdis', 'bosdis', 'class_pairs', 'class_correlations', 'Measure', 'measure']
 
 # %% ../../nbs/73_metrics.structure.ipynb #ba9066f7
 import functools
@@ -87,17 +87,19 @@ def distances(
     number, values = _all_pairs(_rows(x, "what is compared"), kind)
     return values.double().to(number.device)[number.long()]
 
-# %% ../../nbs/73_metrics.structure.ipynb #5134408c
+# %% ../../nbs/73_metrics.structure.ipynb #fe574b51
 def jaccard(
     a:Tensor, # [n, length] messages
     b:Tensor, # [n, length_b] messages about the same
-)->Tensor: # [n] float64 from 0 to 1
+    dropped:int=None, # what is no symbol, such as −1; None: all are
+)->Tensor: # [n] float64 from 0 to 1; 1 where both are empty
     "Similarity of each two messages as sets of symbols."
     a, b = _rows(a, "messages"), _rows(b, "messages")
     if len(a) != len(b): raise ConfigError(f"{len(a)} messages on one side and {len(b)} on the other: one of each for everything that is meant is expected")
-    def fresh(t): return ~(t[:, :, None] == t[:, None]).tril(-1).any(-1)
+    def fresh(t): return ~(t[:, :, None] == t[:, None]).tril(-1).any(-1) & (True if dropped is None else t != dropped)
     both = (fresh(a) & (a[:, :, None] == b[:, None]).any(-1)).sum(-1)
-    return both / (fresh(a).sum(-1) + fresh(b).sum(-1) - both).double()
+    either = fresh(a).sum(-1) + fresh(b).sum(-1) - both
+    return torch.where(either > 0, both / either.double(), 1.)
 
 # %% ../../nbs/73_metrics.structure.ipynb #758b00e0
 def _scores(kind, counts): # numbers of distances [n_cells], [..., n_cells] → [..., n_kinds]
@@ -221,6 +223,37 @@ def bosdis(
     "Bag-of-symbols disentanglement (Chaabouni et al. 2020)."
     symbols, attributes = _told(symbols, attributes)
     return float(_Gap(_bags(symbols), attributes).value())
+
+# %% ../../nbs/73_metrics.structure.ipynb #cbe02d3a
+def class_pairs(
+    labels:Tensor, # [n] classes from 0
+    generator:torch.Generator, # draws the images
+    n_images:int=10, # of each class at most
+)->tuple: # [n_pairs, 2] numbers of images, and [n_pairs] their class
+    "All pairs of some images of each class; none of a class with a single image."
+    check_at_least("n_images", n_images, 2, "one image makes no pair")
+    order = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
+    members = order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
+    pairs = [torch.combinations(some[:n_images]) for some in members]
+    return torch.cat(pairs), torch.arange(len(pairs), device=labels.device).repeat_interleave(torch.tensor([len(p) for p in pairs], device=labels.device))
+
+def class_correlations(
+    similarity:Tensor, # [n_pairs] of messages
+    distance:Tensor, # [n_pairs] of images
+    classes:Tensor, # [n_pairs] from `class_pairs`
+): # DataFrame: class, n_pairs, correlation, slope; NaN where all messages, or all images, of a class are equally alike
+    "How closely messages about a class are alike as its images are (Gupta et al. 2021, Figure 8)."
+    import pandas as pd
+    if not len(similarity) == len(distance) == len(classes) or not len(classes): raise ConfigError(f"{len(similarity)} similarities, {len(distance)} distances and {len(classes)} classes: one of each for every pair is expected, and at least one pair")
+    kinds, group = classes.unique(return_inverse=True)
+    n = group.bincount()
+    def mean(v): return torch.zeros(len(n), dtype=torch.double, device=v.device).index_add_(0, group, v) / n
+    def spread(v): # about the mean, NaN where there is none
+        d = v - mean(v)[group]
+        return d.where((mean(d*d) > 1e-24*mean(v*v))[group], torch.nan)
+    x, y = spread(-distance.double()), spread(similarity.double())
+    xx, xy, yy = mean(x*x), mean(x*y), mean(y*y)
+    return pd.DataFrame({"class": kinds.tolist(), "n_pairs": n.tolist(), "correlation": (xy/(xx*yy).sqrt()).tolist(), "slope": (xy/xx).tolist()})
 
 # %% ../../nbs/73_metrics.structure.ipynb #bb8964d2
 STATISTICS = {"topsim": _Pairs, "posdis": _Gap, "bosdis": lambda symbols, meanings: _Gap(_bags(symbols), meanings)}
