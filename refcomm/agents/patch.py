@@ -6,7 +6,7 @@
 __all__ = ['SYMBOLS', 'RANK_SIZES', 'BUDGETS', 'PatchSymbol', 'PatchRank', 'top_patches', 'Message', 'message_of', 'Speaker',
            'Listener']
 
-# %% ../../nbs/32_agents.patch.ipynb #614f892e
+# %% ../../nbs/32_agents.patch.ipynb #77659eb8
 import math
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..core import ConfigError, anneal, check_at_least, check_choice
 from .softrank import soft_rank
 from .transformer import Transformer, ViT, check_size, cut_patches, patch_grid, projection_head
-from .vision import make_trunk, symbol_embedding
+from .vision import GRID_SIZES, grid_trunk, symbol_embedding
 from ..bottlenecks.gate import Gate
 from ..bottlenecks.gumbel import GumbelSoftmax
 
@@ -51,33 +51,22 @@ class PatchSymbol(nn.Module):
         seen = self.look.tokens(images)[:, 1:] if isinstance(self.look, ViT) else self.look(cut_patches(images, self.patch_size)) + self.positions
         return self.speak(seen).unflatten(-1, (self.symbols_per_patch, self.vocab_size))
 
-# %% ../../nbs/32_agents.patch.ipynb #3c7c245c
-RANK_SIZES = (32, 16, 8, 4)
-
-def _dilate(block, before):
-    "Keep the resolution in a block that halved it; its input has been kept `before` times as fine already."
-    block.conv1.stride = block.downsample[0].stride = (1, 1)
-    block.conv1.dilation = block.conv1.padding = (before, before)
-    block.conv2.dilation = block.conv2.padding = (2*before, 2*before)
+# %% ../../nbs/32_agents.patch.ipynb #27692739
+RANK_SIZES = GRID_SIZES
 
 class PatchRank(nn.Module):
     "A score for each patch of an image, from the whole image (Gupta et al. 2021, §3.2)."
     def __init__(self,
         patch_size:int=32, # pixels on a side, one of `RANK_SIZES`
-        trunk:str="resnet9", # or "narrow", see `make_trunk`
+        trunk:str="resnet9", # or "narrow", see `grid_trunk`
         dropout:float=0., # share of features dropped in training; .1 in the public code
     ):
         super().__init__()
-        from torchvision.models.resnet import BasicBlock, ResNet
         check_choice("patch_size of PatchRank", patch_size, RANK_SIZES), check_choice("trunk of PatchRank", trunk, ("resnet9", "narrow"))
         if not 0 <= dropout < 1: raise ConfigError(f"dropout must be from 0 to below 1, got {dropout!r}")
         self.patch_size, self.dropout = patch_size, dropout
-        net = make_trunk("narrow") if trunk == "narrow" else ResNet(BasicBlock, [1]*4)
-        stages = [m for m in net.modules() if isinstance(m, BasicBlock)]
-        for k in range(RANK_SIZES.index(patch_size), 0, -1): _dilate(stages[-k], 2**(RANK_SIZES.index(patch_size) - k))
-        parts = dict(net.named_children())
-        self.features = nn.Sequential(*list(parts.values())[:list(parts).index("avgpool")])
-        self.feature_dim = stages[-1].bn2.num_features
+        grid = grid_trunk(trunk, patch_size)
+        self.features, self.feature_dim = nn.Sequential(*grid), grid.feature_dim
         self.score = nn.Linear(self.feature_dim, 1)
 
     @property
