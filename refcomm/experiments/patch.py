@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MODELS', 'PatchSpec', 'make_parts', 'build', 'eyes', 'views_of', 'look', 'objectives', 'settings_of', 'say', 'read',
            'play', 'most_important', 'suffice', 'symbols_of', 'classify', 'evaluate', 'run', 'load_model',
-           'top_k_accuracy']
+           'top_k_accuracy', 'detections']
 
-# %% ../../nbs/92_experiments.patch.ipynb #b4c073a2
+# %% ../../nbs/92_experiments.patch.ipynb #6a1fa5cf
 from typing import ClassVar
 
 import pandas as pd, torch
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from ..agents.patch import message_of, top_patches
 from ..agents.transformer import ViT
 from ..agents.vision import RESNETS, make_trunk
-from ..core import ConfigError, check_at_least, check_choice, generator, pick_device, seeded_init, spec, unstamped
+from ..core import ConfigError, check_at_least, check_choice, find_data, generator, pick_device, seeded_init, spec, unstamped
 from ..data.parts import ImageParts, image_parts
+from ..data.scenes import SceneWorld
 from ..data.views import random_views, view_spec
 from ..distributed import processes
 from ..ensemble import Ensemble
 from ..games.baselines import MoCo, PatchVAE, Supervised, VQVAE2
 from ..games.contrastive import cosine_similarities
 from ..games.patch import make_patch_game
+from ..metrics.detection import boxed, detect, voc07
 from ..metrics.representation import bag_of_symbols, knn_votes, top_accuracy
 from ..metrics.task import expected_accuracy, hits
 from ..runs import Context
@@ -298,3 +300,17 @@ def top_k_accuracy(
     "How often a vision transformer names images right that it sees `k` patches of."
     def right(k): return torch.cat([vit.head(vit.trunk(part, top_patches(some, k))).argmax(-1) for part, some in zip(x.split(batch), scores.split(batch))]) == labels
     return [right(k).double().mean().item() for k in ks]
+
+# %% ../../nbs/92_experiments.patch.ipynb #1471cf54
+def detections(
+    models:dict, # name → model, in evaluation mode
+    size:int=64, # pixels on a side
+    n_train:int=400, # rendered scenes; VOC07 is taken whole
+    n_test:int=200,
+    epochs:int=8,
+    seed:int=0,
+)->list: # rows: row, seed, map50
+    "Mean average precision of a detector that begins with a model's trunk (Gupta et al. 2021, Table 2)."
+    if find_data("VOCdevkit"): train, test = voc07(size).values()
+    else: world = SceneWorld(size); train, test = (boxed(world.draw(n, generator(0, name)), world.shapes) for n, name in ((n_train, "train scenes"), (n_test, "test scenes")))
+    return [dict(row=name, seed=seed, map50=detect(eyes(model), train, test, generator(seed, "detect"), epochs).map50) for name, model in models.items()]
