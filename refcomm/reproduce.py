@@ -15,8 +15,8 @@ import typer
 
 from .core import PROFILES, ConfigError, RefcommError, checkout, check_choice, data_dir, disk_errors, figures_dir, files_digest, home, n_cores, nearest, write_atomic
 
-# %% ../nbs/95_reproduce.ipynb #43ddb522
-HEADLINE = ("eqc/table5", "eqc/table7", "iac/table1", "sms/epoch30") # what `refcomm reproduce` makes when nothing is named
+# %% ../nbs/95_reproduce.ipynb #386f0fbd
+HEADLINE = ("eqc/table5", "iac/table1", "patch/figure9", "sms/epoch30") # what `refcomm reproduce` makes when nothing is named
 
 def notebooks()->dict: # item → path
     "Every reproduction notebook, in the source tree or in the installed package."
