@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'BOTTLENECKS', 'IACSpec', 'make_parts', 'build', 'pair_of_views', 'look', 'objectives', 'features',
            'players', 'play', 'probe', 'run']
 
-# %% ../../nbs/91_experiments.iac.ipynb #d474617f
+# %% ../../nbs/91_experiments.iac.ipynb #b79033ac
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from ..channels import Instant, Recurrent, make_bottleneck
 from ..core import ConfigError, check_at_least, check_choice, generator, pick_device, seeded_init, spec, unstamped
 from ..data.parts import ImageParts, image_parts, probe_set
 from ..data.views import apply_views, draw_views, gaussian_blobs, view_spec
+from ..distributed import share_statistics
 from ..ensemble import Ensemble
 from ..games.baselines import Supervised
 from ..games.contrastive import SimCLR, cosine_similarities, make_discrimination_game
@@ -242,7 +243,7 @@ def probe(
         rows += [dict(kind="similarity", data=name, correlation=_known(alike(getattr(parts, name).images))) for name in ("valid", "ood")]
     return rows
 
-# %% ../../nbs/91_experiments.iac.ipynb #282f218a
+# %% ../../nbs/91_experiments.iac.ipynb #4798fea8
 def run(
     specs, # a single Spec: batch statistics keep models apart
     context:Context, # device, checkpoint, progress
@@ -250,7 +251,7 @@ def run(
     "Train and evaluate: the experiment."
     (s,), device = specs, pick_device(context.device)
     parts = make_parts(s)
-    ensemble = Ensemble([build(s, len(parts.train.classes))]).to(device)
+    ensemble = Ensemble([share_statistics(build(s, len(parts.train.classes)), device)]).to(device)
     settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, lr=s.lr, lr_schedule="cosine", patience=s.epochs, precision=s.precision, weight_decay=s.weight_decay, lr_per_epoch=True,
                              accumulate=s.accumulate, drop_last=True, keep="last")
     fitted = fit(ensemble, *objectives(ensemble, s, parts, device), len(parts.train.images), settings, [s.seed], device, context.checkpoint, context.checkpoint_seconds, context.report)

@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'PatchSpec', 'make_parts', 'build', 'eyes', 'views_of', 'lo
            'play', 'most_important', 'suffice', 'symbols_of', 'classify', 'evaluate', 'run', 'load_model',
            'top_k_accuracy', 'detections']
 
-# %% ../../nbs/92_experiments.patch.ipynb #6a1fa5cf
+# %% ../../nbs/92_experiments.patch.ipynb #36dc4423
 from typing import ClassVar
 
 import pandas as pd, torch
@@ -20,7 +20,7 @@ from ..core import ConfigError, check_at_least, check_choice, find_data, generat
 from ..data.parts import ImageParts, image_parts
 from ..data.scenes import SceneWorld
 from ..data.views import random_views, view_spec
-from ..distributed import processes
+from ..distributed import processes, share_statistics
 from ..ensemble import Ensemble
 from ..games.baselines import MoCo, PatchVAE, Supervised, VQVAE2
 from ..games.contrastive import cosine_similarities
@@ -247,7 +247,7 @@ def classify(
         rows += score("bow", bag_of_symbols(said.cpu(), y, own.cpu(), int(max(said.max(), own.max())) + 1))
     return rows
 
-# %% ../../nbs/92_experiments.patch.ipynb #cacda426
+# %% ../../nbs/92_experiments.patch.ipynb #9125ae5b
 def evaluate(model, s:PatchSpec, parts:ImageParts, device="cpu")->tuple: # rows of metrics, tensors
     "All that is measured of a trained model."
     rows, kept = classify(model, s, parts, device), {}
@@ -265,7 +265,7 @@ def run(
     "Train and evaluate: the experiment."
     (s,), device = specs, pick_device(context.device)
     parts = make_parts(s)
-    ensemble = Ensemble([build(s, len(parts.train.classes))]).to(device)
+    ensemble = Ensemble([share_statistics(build(s, len(parts.train.classes)), device)]).to(device)
     cool = getattr(ensemble.template, "cool", None)
     history = pd.DataFrame(dict(seconds=[0.]))
     if s.model != "random":
