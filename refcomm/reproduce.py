@@ -131,12 +131,15 @@ def reproduce(
     items:list[str] = typer.Argument(None, help="items or papers, e.g. eqc/table5 or eqc; the headline items when none is named"),
     profile:str = typer.Option("cpu", help="smoke | cpu | gpu | paper"),
     jobs:int = typer.Option(0, help="runs made at a time; 0: one a core, or one on a GPU"),
+    executor:str = typer.Option(None, help="where they are made: local | slurm; REFCOMM_EXECUTOR or local when none is named"),
     parameters:list[str] = typer.Option([], "-p", help="name=value, for the notebook's parameters cell"),
     force:bool = typer.Option(False, help="execute notebooks again even when nothing has changed"),
 ):
     "Make tables and figures: papermill over the reproduction notebooks."
     import torch
+    from refcomm.executors import check_executor
     check_choice("profile", profile, PROFILES)
+    if executor: os.environ["REFCOMM_EXECUTOR"] = check_executor(executor) # read by `execute` in the notebook's kernel
     jobs = jobs or (1 if torch.cuda.is_available() or profile == "smoke" else n_cores())
     chosen, given = choose(items or []), dict(parse_parameters(parameters), profile=profile, jobs=jobs)
     for path in chosen.values(): check_parameters(path, given)
@@ -233,12 +236,13 @@ def runs_plan(
     print(write_plan([s for s in specs if store.get(s) is None], None))
 
 @runs_app.command("execute")
-def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time"), device:str = typer.Option("auto", help="auto, cpu, cuda …")):
+def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time"), device:str = typer.Option("auto", help="auto, cpu, cuda …"),
+    executor:str = typer.Option(None, help="local | slurm; REFCOMM_EXECUTOR or local when none is named")):
     "Make the runs of a plan; those that are in the store are not made again."
     from refcomm.distributed import join_processes, processes
     from refcomm.runs import execute, read_plan
     join_processes(int(os.environ.get("WORLD_SIZE", 1)))
-    n = len(execute(read_plan(plan), jobs, device))
+    n = len(execute(read_plan(plan), jobs, device, executor=executor))
     if processes()[0] == 0: print(f"{n} runs are in the store")
 
 @runs_app.command("export")

@@ -1,0 +1,134 @@
+"Runs made by submitit: the same as here, whoever is killed."
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from refcomm import reproduce
+from refcomm.core import ConfigError
+from refcomm.executors import PACKAGES
+from refcomm.experiments.eqc import EQCSpec
+from refcomm.items.eqc import SMALL
+from refcomm.runs import execute, write_plan
+from refcomm.store import Store, run_key
+
+TINY = {**SMALL["object"], "lr": 1e-3, "epochs": 40, "patience": 40}
+SPECS = [EQCSpec(word_length=w, **TINY) for w in (10, 20)] # two stacks
+LONG = {**TINY, "epochs": 5000, "patience": 5000}
+installed = {name: pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}") for name, package in PACKAGES.items()}
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/locks"), reason="needs /proc/locks")
+both = pytest.mark.parametrize("name", [pytest.param(name, marks=mark) for name, mark in installed.items()])
+
+
+def drive(code, **env):
+    "A driver of its own on the store named by REFCOMM_HOME, which hears Ctrl-C even if the tests do not."
+    head = f"from refcomm.experiments.eqc import EQCSpec\nfrom refcomm import runs, store\nTINY, LONG = {TINY!r}, {LONG!r}\nSPECS = [EQCSpec(word_length=w, **TINY) for w in (10, 20)]\n"
+    return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def makers(*specs):
+    "The processes that hold the locks of these runs."
+    locks = [Store().root/"locks"/f"eqc-{run_key(s)}.lock" for s in specs]
+    inodes = {str(p.stat().st_ino) for p in locks if p.exists()}
+    fields = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" not in line]
+    return {int(f[4]) for f in fields if f[5].split(":")[2] in inodes} - {-1}
+
+
+def wait_for(what, driver, seconds=400):
+    deadline = time.time() + seconds
+    while not (found := what()):
+        assert driver.poll() is None, driver.stderr.read()
+        if time.time() > deadline: driver.kill(); raise AssertionError("waited in vain")
+        time.sleep(.02)
+    return found
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    "What this process makes."
+    return execute(SPECS, store=Store(tmp_path_factory.mktemp("calm")), executor="local")
+
+
+def same(calm):
+    for spec, known in zip(SPECS, calm):
+        record = Store().get(spec)
+        assert record.key == known.key and record.rows == known.rows and record.history().epoch.tolist() == list(range(TINY["epochs"]))
+
+
+DYING = """
+import subprocess
+from refcomm.core import ConfigError, WorkerDied, check_choice
+from refcomm.executors import EXECUTORS
+pool = EXECUTORS[NAME](1)
+deaths = pool.submit(subprocess.check_call, ["sh", "-c", "echo died >> FOLDER/deaths; echo the last words >&2; kill -9 $PPID"])
+error = deaths.exception()
+assert isinstance(error, WorkerDied) and "died twice" in str(error) and "the last words" in str(error), error
+assert open("FOLDER/deaths").read() == "died\\n"*2
+refused = pool.submit(check_choice, "a", "b", ["c"]).exception()
+assert type(refused) is ConfigError and "raised by a worker" in refused.__notes__[0], "an error of the run itself is not tried again"
+pool.shutdown()
+"""
+
+
+@both
+def test_the_same_runs_though_a_worker_is_killed(home, tmp_path, calm, name):
+    p = drive("runs.execute(SPECS, jobs=2)\n" + DYING.replace("NAME", repr(name)).replace("FOLDER", str(tmp_path)), REFCOMM_EXECUTOR=name)
+    worker, = wait_for(lambda: makers(SPECS[1]), p)
+    assert worker != p.pid
+    os.kill(worker, signal.SIGKILL)
+    assert wait_for(lambda: makers(SPECS[1]) - {worker}, p), "another one took over"
+    assert p.wait() == 0, p.stderr.read()
+    same(calm)
+    assert not list(Store().root.glob("tmp/*"))
+
+
+@both
+def test_an_interruption_stops_what_runs_and_what_waits(home, name):
+    p = drive("runs.execute([EQCSpec(word_length=w, **LONG) for w in (10, 20)], jobs=1)", REFCOMM_EXECUTOR=name)
+    running, waiting = [EQCSpec(word_length=w, **LONG) for w in (10, 20)]
+    wait_for(lambda: makers(running), p)
+    p.send_signal(signal.SIGINT)
+    assert p.wait(60) != 0 and "KeyboardInterrupt" in p.stderr.read()
+    assert not makers(running, waiting) and Store().keys() == [] and not (Store().root/"locks"/f"eqc-{run_key(waiting)}.lock").exists()
+
+
+@installed["slurm"]
+def test_jobs_outlive_their_driver_and_the_next_one_finds_them(home, calm):
+    p = drive("runs.execute(SPECS, jobs=2)", REFCOMM_EXECUTOR="slurm")
+    workers = wait_for(lambda: len(m := makers(*SPECS)) == 2 and m, p)
+    p.kill(); p.wait()
+    assert makers(*SPECS) == workers, "they go on"
+    p = drive("runs.execute(SPECS, jobs=2)", REFCOMM_EXECUTOR="slurm")
+    assert p.wait() == 0, p.stderr.read()
+    same(calm)
+    assert not list(Store().root.glob("unfinished/*"))
+
+
+@installed["slurm"]
+def test_a_plan_on_the_command_line(home, tmp_path, calm):
+    write_plan(SPECS[:1], tmp_path/"plan.json")
+    out = subprocess.run([sys.executable, "-c", "from refcomm.reproduce import main; main()", "runs", "execute", str(tmp_path/"plan.json"), "--executor", "slurm"], capture_output=True, text=True)
+    assert "1 runs are in the store" in out.stdout, out.stderr
+    assert Store().get(SPECS[0]).rows == calm[0].rows
+
+
+def test_reproduce_tells_the_kernel(home, monkeypatch):
+    from typer.testing import CliRunner
+    monkeypatch.setenv("REFCOMM_EXECUTOR", "slurm")
+    told = []
+    monkeypatch.setattr(reproduce, "reproduce_item", lambda item, path, *a: told.append(os.environ["REFCOMM_EXECUTOR"]) or ("done", path, ""))
+    assert CliRunner().invoke(reproduce.app, ["reproduce", "eqc/table1", "--profile", "smoke", "--executor", "local"]).exit_code == 0
+    assert told == ["local"]
+
+
+@pytest.mark.parametrize("name, says", [("slurm", r"needs the package submitit: pip install 'refcomm\[slurm\]'"), ("slrum", "unknown executor 'slrum': did you mean 'slurm'")])
+def test_what_is_missing_is_named(home, monkeypatch, name, says):
+    for package in PACKAGES.values(): monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setenv("REFCOMM_EXECUTOR", name)
+    with pytest.raises(ConfigError, match=says): execute(SPECS[:1])
+    assert not home.exists(), "nothing was begun"
