@@ -1,10 +1,10 @@
-# `make reproduce` and `make test` work on a bare machine with Python >= 3.11; both reuse what they have installed.
+# `make reproduce`, `make test` and `make docs` work on a bare machine with Python >= 3.11; both reuse what they have installed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: reproduce test prepare lessons clean
+.PHONY: reproduce test docs prepare lessons clean
 
 reproduce: $(VENV)/.notebooks
 	$(BIN)/refcomm reproduce
@@ -12,16 +12,20 @@ reproduce: $(VENV)/.notebooks
 test: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/check
 
+# the site, in _docs/html: nbdev's processed notebooks through Sphinx
+docs: $(VENV)/.dev
+	$(BIN)/python .ci/docs/build.py
+
 # what a commit needs: modules and README from notebooks, notebooks without noise
 prepare: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/prepare
 
-# execute the library notebooks and the index in place, so that their small outputs are fresh
+# execute the library notebooks, the tutorials and the index in place, so that their small outputs are fresh
 lessons: $(VENV)/.dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" REFCOMM_PROGRESS=off $(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/[0-9]*.ipynb nbs/index.ipynb
+	PATH="$(CURDIR)/$(BIN):$$PATH" REFCOMM_PROGRESS=off $(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/[0-9]*.ipynb nbs/tutorials/*.ipynb nbs/index.ipynb
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info _proc _docs
 
 $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 ifneq ($(UV),)
