@@ -34,12 +34,15 @@ class Documented(Processor):
         if not exported: return
         module, docs = import_module(f"refcomm.{exported}"), []
         for cell in self.nb.cells:
-            if "export" not in cell.directives_: continue
-            for node in ast.parse(cell.source).body:
-                if _public(node): docs += [(name, *_entry(module, name)) for name in (node.name, *(f"{node.name}.{m.name}" for m in getattr(node, "body", ()) if _public(m) and ast.get_docstring(m) and isinstance(node, ast.ClassDef)))]
-                elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id[0] != "_":
-                    docs.append((node.targets[0].id, "table", ast.get_source_segment(cell.source, node), None))
+            if "export" in cell.directives_: docs += [entry for node in ast.parse(cell.source).body for entry in self.entries(module, node, cell.source)]
         self.nb.metadata["refcomm"] = dict(module=exported, docs=docs)
+
+    def entries(self, module, node, source): # of a function, of a class and its documented methods, or of values
+        if _public(node):
+            methods = [m.name for m in node.body if _public(m) and ast.get_docstring(m)] if isinstance(node, ast.ClassDef) else []
+            return [(n, *_entry(module, n)) for n in (node.name, *(f"{node.name}.{m}" for m in methods))]
+        names = ast.walk(node.targets[0]) if isinstance(node, ast.Assign) else ()
+        return [(n.id, "value", ast.get_source_segment(source, node), None) for n in names if isinstance(n, ast.Name) and n.id[0] != "_"]
 
 
 def without_hidden(cell):
@@ -176,7 +179,7 @@ class Site:
         parts, lines = sections(items, {k: title(self.notebooks[n]) for k, n in known.items()}), ["# Papers", "", "What the papers show, made again. Numbers are from the committed runs; what differs from the paper is said beside each."]
         for s in parts:
             held = sum(c["verdict"] == "held" for c in s["claims"])
-            lines += ["", f"- [{s['name']}]({s['paper']}/index.md): {len(s['items'])} tables and figures" + (f", {held} of {len(s['claims'])} claims hold" if s["claims"] else "")]
+            lines += ["", f"- [{s['name']}]({s['paper']}/index.md): {f'{len(made)} tables and figures' if (made := s['items']) else 'nothing is kept yet'}" + (f", {held} of {len(s['claims'])} claims hold" if s["claims"] else "")]
             self.paper(s, known)
         self.put("papers/index.md", "\n".join([*lines, "", tree([f"{s['paper']}/index" for s in parts])]))
 
