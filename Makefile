@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: reproduce test docs prepare lessons clean
+.PHONY: reproduce test test-lab docs prepare lessons clean
 
 reproduce: $(VENV)/.notebooks
 	$(BIN)/refcomm reproduce
@@ -15,6 +15,10 @@ test: $(VENV)/.dev
 # the site, in _docs/html: nbdev's processed notebooks through Sphinx
 docs: $(VENV)/.dev
 	$(BIN)/python .ci/docs/build.py
+
+# JupyterLab in headless Chromium, which must be on the PATH; where anything is lacking the tests are skipped and say what
+test-lab: $(VENV)/.dev $(VENV)/.browser
+	$(BIN)/python -m pytest -q -rs -m lab
 
 # what a commit needs: modules and README from notebooks, notebooks without noise
 prepare: $(VENV)/.dev
