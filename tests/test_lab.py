@@ -99,7 +99,7 @@ def run_all(lab, browser, screenshots):
     "Open a notebook of the folder, run all of it from the menu, save: the page, and the code cells that the server then has."
     pages = []
 
-    def run(file, seconds=300):
+    def run(file, seconds=900):
         pages.append(page := browser.new_page(viewport=dict(width=1400, height=1000)))
         page.set_default_timeout(1000*seconds)
         page.goto(f"{lab[0]}/lab/tree/{file}?reset")
@@ -119,13 +119,13 @@ def run_all(lab, browser, screenshots):
 def outputs(cells, kind): return [o for c in cells for o in c["outputs"] if o["output_type"] == kind]
 
 
-def check_whole(page, cells):
+def check_whole(page, cells, fewest=1):
     "Every cell ran, in order, without an error, and every figure and widget is drawn."
     assert outputs(cells, "error") == []
     assert [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1))
     figures = sum("image/png" in o.get("data", {}) for c in cells for o in c["outputs"])
     drawn = page.locator(".jp-RenderedImage img").evaluate_all("images => images.map(i => i.naturalWidth)")
-    assert len(drawn) == figures > 0 and min(drawn) > 50
+    assert len(drawn) == figures >= fewest and min(drawn, default=99) > 50
     assert page.get_by_text(re.compile("Error (displaying|creating|rendering)|Loading widget")).count() == 0
 
 
@@ -145,6 +145,41 @@ def test_a_reproduction_runs_and_shows_its_progress(run_all, lab, screenshots, n
 @pytest.mark.parametrize("name", LESSONS)
 def test_a_lesson_runs(run_all, lab, name):
     check_whole(*run_all(copy(name, lab[1])))
+
+
+def test_messages_are_explored_by_hand(run_all, lab, screenshots):
+    page, cells = run_all(copy("97_explore", lab[1]))
+    check_whole(page, cells, 0)
+    shown, (game, place, symbol) = page.locator(".widget-html .refcomm"), page.locator(".widget-text input").all()
+    game.scroll_into_view_if_needed()
+    sent, changed = shown.inner_text(), shown.locator("code.changed")
+    assert changed.count() == 0 and shown.locator("img").count() == 8
+    was = symbol.input_value()
+    symbol.fill("3" if was != "3" else "4")
+    symbol.press("Enter")
+    changed.first.wait_for()
+    assert changed.count() == 1 and shown.inner_text() != sent
+    page.screenshot(path=screenshots/"explore_changed.png")
+    page.get_by_role("button", name="as sent").click()
+    changed.wait_for(state="detached")
+    assert shown.inner_text() == sent and symbol.input_value() == was
+
+
+def test_the_receiver_is_played_by_hand(run_all, lab, screenshots):
+    page, cells = run_all(copy("98_play", lab[1]))
+    check_whole(page, cells, 0)
+    shown, target = page.locator(".widget-html .refcomm"), page.locator(".widget-html figure.target")
+    button = lambda name: page.locator(".jupyter-button").get_by_text(name, exact=True)
+    button("1").scroll_into_view_if_needed()
+    for n in (1, 2):
+        assert target.count() == 0 and shown.locator("> div img").count() == 5
+        button(str(n)).click()
+        target.wait_for()
+        assert f"of {n}; chance {n/5:.1f}" in shown.inner_text() and "you" in shown.locator("figcaption").nth(n - 1).inner_text()
+        assert button("1").is_disabled()
+        page.screenshot(path=screenshots/f"play_{n}.png")
+        button("next").click()
+        target.wait_for(state="detached")
 
 
 def test_what_fails_is_seen_to_fail(run_all, lab):
