@@ -1,4 +1,4 @@
-# `make reproduce`, `make test` and `make docs` work on a bare machine with Python >= 3.11; both reuse what they have installed.
+# `make reproduce`, `make test` and `make docs` work on a bare machine with Python >= 3.11; all reuse what they have installed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
