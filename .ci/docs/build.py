@@ -23,8 +23,9 @@ def _entry(module, name): # kind, signature with docments, docstring
     found = module
     for part in name.split("."): found = getattr(found, part)
     if isinstance(found, property): return "property", "", found.__doc__
-    kind = "class" if isinstance(found, type) else "def"
-    return kind, re.sub(r"^def \w+", f"{kind} {name}", str(DocmentText(found, maxline=110, docstring=False))), found.__doc__
+    kind, signature = "class" if isinstance(found, type) else "def", str(DocmentText(found, maxline=110, docstring=False))
+    if kind == "class": signature = re.sub(r"\)(->None)?:$", ")", signature)
+    return kind, re.sub(r"^def \w+", f"{kind} {name}", signature), found.__doc__
 
 
 class Documented(Processor):
