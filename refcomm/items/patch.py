@@ -42,7 +42,7 @@ ITEMS = { # item → models, and the fields that are varied, one after the other
 }
 TIMES = ("lr", "vocab_size", "batch_size") # fields varied as multiples of the usual
 
-# %% ../../nbs/94_items.patch.ipynb #21eff83d
+# %% ../../nbs/94_items.patch.ipynb #45214ab9
 _SMALL = dict(rank="narrow", vision="narrow", optimizer="adamw", weight_decay=.04, warmup=.1)
 SIZES = { # profile → what is smaller than published
     "smoke": _SMALL | dict(source="scenes", n_images=120, image_size=56, view_size=56, vocab_size=16, width=24, layers=1, heads=2, hidden=32, narrow=16, dim=32, queue=64, autoencoder_width=8, batch_size=32, lr=1e-3, epochs=1, test_candidates=(2, 16)),
@@ -93,6 +93,7 @@ def grid(
         usual = configure(profile, images, **MODELS[name] | budget | ({"epochs": epochs} if epochs else {}))
         each = [dict(own) for own in dict.fromkeys(tuple({k: v}.items()) for k, values in varied.items() for v in values)] or [{}]
         for own, seed in itertools.product(each, range(n_seeds)):
+            if "batch_size" in own: own = own | dict(lr=own["batch_size"]) # the rate goes with the batch (App. B)
             own = {k: type(getattr(usual, k))(v*getattr(usual, k)) if k in TIMES else v for k, v in own.items()}
             specs.append(dataclasses.replace(usual, **own, seed=seed))
     return list(dict.fromkeys(specs))
