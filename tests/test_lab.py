@@ -66,8 +66,9 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def screenshots(tmp_path_factory, request):
-    folder = tmp_path_factory.mktemp("screenshots")
+def screenshots(request):
+    folder = ROOT/"build"/"screenshots" # git ignores it, `make clean` removes it
+    folder.mkdir(parents=True, exist_ok=True)
     yield folder
     request.config.get_terminal_writer().line(f"\nscreenshots are in {folder}")
 
