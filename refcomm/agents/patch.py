@@ -92,7 +92,7 @@ def top_patches(
     if check_at_least("k", k, 1) > scores.shape[-1]: raise ConfigError(f"the {k} best patches were asked for, but an image has {scores.shape[-1]}")
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
 
-# %% ../../nbs/32_agents.patch.ipynb #086e462a
+# %% ../../nbs/32_agents.patch.ipynb #d79766de
 class Message(NamedTuple):
     "What a speaker sends, patch by patch."
     word:Tensor # [batch, n_symbols, vocab_size] one-hot, zeros where the patch is dropped
@@ -155,7 +155,7 @@ class Speaker(nn.Module):
         of_symbols, of_gate, of_rank = (None,)*3 if noise is None else noise.split((l*v, 2, self.rank.noise_width), -1)
         said = self.bottleneck(self.symbol(images), None if noise is None else of_symbols.unflatten(-1, (l, v)))
         scores = self.rank(images, of_rank)
-        importance, middle = (soft_rank(scores, self.strength) / n, (n + .999)/2/n) if self.budget == "half" else (scores.sigmoid(), .5) # equal ranks, a rounding error apart, are all kept
+        importance, middle = (soft_rank(scores, self.strength) / n, (n + .999)/2/n) if self.budget == "half" else (scores.float().sigmoid(), .5) # equal ranks, a rounding error apart, are all kept
         gate = self.gate(importance, of_gate, middle=middle)[..., None]
         symbols = said.symbols.squeeze(-1).where(gate > .5, -1)
         return Message((said.word * gate[..., None]).flatten(1, 2), symbols.flatten(1), importance)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core import ConfigError, check_choice
 from .gumbel import check_temperature, gumbel_noise
 
-# %% ../../nbs/24_bottlenecks.gate.ipynb #ff97106c
+# %% ../../nbs/24_bottlenecks.gate.ipynb #6770de82
 GATES = ("hard", "soft")
 
 class Gate(nn.Module):
@@ -37,6 +37,6 @@ class Gate(nn.Module):
         soft = (odds/self.temperature).sigmoid()
         return soft if self.kind == "soft" else (odds > 0).to(soft) + (soft - soft.detach())
 
-    def odds(self, p): return 2*p - 1 if self.kind == "soft" else p.logit(1e-6)
+    def odds(self, p): return 2*p - 1 if self.kind == "soft" else p.to(torch.promote_types(p.dtype, torch.float32)).logit(1e-6) # half precision cannot tell 1 − 1e-6 from 1
 
     def extra_repr(self): return f"{self.kind}, temperature={self.temperature}"
