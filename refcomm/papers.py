@@ -70,7 +70,7 @@ def compare(
     t["within"] = within.astype(object).where(t.published.notna(), None)
     return t[["row", "column", "published", "published_sd", "ours", "ours_sd", "n_seeds", "difference", "within", "note"]]
 
-# %% ../nbs/81_papers.ipynb #0c83ec4c
+# %% ../nbs/81_papers.ipynb #83196e13
 def side_by_side(
     comparison:pd.DataFrame, # from `compare`
     digits:int=3,
@@ -84,7 +84,7 @@ def side_by_side(
                           **{"ours ": [cell(m, s, "*" if w is False else "") for m,s,w in zip(comparison.ours, comparison.ours_sd, comparison.within)]})
     wide = c.melt(["row", "column"], ["paper", "ours "], "source").pivot(index=["row", "source"], columns="column", values="value")
     order = [(r, s) for r in dict.fromkeys(c.row) for s in ("paper", "ours ")]
-    return wide.reindex(order)[list(dict.fromkeys(c.column))].fillna("").rename(index=str.strip)
+    return wide.reindex(order)[list(dict.fromkeys(c.column))].fillna("").rename(index=lambda name: str(name).strip())
 
 # %% ../nbs/81_papers.ipynb #4dd37f86
 def differences(
