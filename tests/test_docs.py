@@ -88,6 +88,8 @@ def browser():
         launched.close()
 
 
+PATIENCE = 300_000 # milliseconds for a page: the cores are shared with other tests
+
 LOOK = """() => ({
   images: [...document.images].filter(i => { i.loading = 'eager'; return !(i.complete && i.naturalWidth) }).map(i => i.src),
   wide: document.documentElement.scrollWidth > innerWidth, page: getComputedStyle(document.body).backgroundColor })"""
@@ -96,6 +98,7 @@ LOOK = """() => ({
 def opened(browser, site, names, **context):
     "What a browser sees of some pages, and what it complains about."
     tab, trouble, seen = browser.new_context(**context).new_page(), [], {}
+    tab.set_default_timeout(PATIENCE)
     tab.on("console", lambda m: trouble.append(m.text) if m.type == "error" else None)
     tab.on("pageerror", lambda e: trouble.append(str(e)))
     tab.on("requestfailed", lambda r: trouble.append(r.url))
@@ -119,6 +122,7 @@ def test_every_page_in_a_browser(site, browser):
 
 def test_search_finds_a_module(site, browser):
     tab = browser.new_page()
+    tab.set_default_timeout(PATIENCE)
     tab.goto(f"{(site/'search.html').as_uri()}?q=quantizer")
     tab.wait_for_selector("#search-results li a")
     assert "quantize" in tab.inner_text("#search-results")

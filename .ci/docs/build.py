@@ -13,7 +13,10 @@ from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import Processor
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = {0: "Foundations", 1: "Data", 2: "Bottlenecks and channels", 3: "Agents", 4: "Games", 5: "Symbolic complexity", 6: "Training", 7: "Metrics", 8: "Runs, papers and figures", 9: "Experiments and the command line"}
+ROOMS = { # number of the first notebook → what they are about
+    0: "Foundations", 10: "Data", 20: "Bottlenecks and channels", 30: "Agents", 40: "Games", 50: "Symbolic complexity", 60: "Training",
+    70: "Metrics", 79: "Runs, papers and figures", 90: "Experiments and the command line", 97: "Explore and play",
+}
 _DEFS = (ast.FunctionDef, ast.ClassDef)
 
 
@@ -143,8 +146,9 @@ class Site:
 
     def lessons(self):
         stems, lines, pages = [n for n in self.notebooks if n[0].isdigit() and "/" not in n], ["# Lessons", "", "Each module is exported from a notebook that explains it, shows it and tests it."], []
-        for room in sorted({int(s[0]) for s in stems}):
-            own = [s for s in stems if int(s[0]) == room]
+        number = lambda stem: int(stem.split("_")[0])
+        for room, after in zip(ROOMS, [*list(ROOMS)[1:], 1000]):
+            own = [s for s in stems if room <= number(s) < after]
             for s in own: self.lesson(s, self.notebooks[s])
             listed = [f"- [{title(self.notebooks[s])}]({s}.ipynb): {summary(self.notebooks[s])}" for s in own]
             lines += ["", f"## {ROOMS[room]}", "", *listed]
