@@ -224,7 +224,7 @@ def suffice(
         rows.append(dict(kind="suffice", n_candidates=n, found=len(found)/len(each), mean=found.mean().item() if len(found) else None, median=found.median().item() if len(found) else None))
     return rows
 
-# %% ../../nbs/92_experiments.patch.ipynb #877089ad
+# %% ../../nbs/92_experiments.patch.ipynb #c3e2aa6b
 def symbols_of(model, images, s, device="cpu")->Tensor|None: # [n, n_symbols]; None where nothing is discrete
     "The symbols by which a model names images."
     if s.model == "game": return say(model, images, s, device)[0]
@@ -244,7 +244,7 @@ def classify(
     rows += score("knn", knn_votes(a, y.to(a.device), b, min(20, len(a))))
     if (said := symbols_of(model, train, s, device)) is not None:
         own = symbols_of(model, test, s, device)
-        rows += score("bow", bag_of_symbols(said.cpu(), y, own.cpu(), int(max(said.max(), own.max())) + 1))
+        rows += score("bow", bag_of_symbols(said.cpu(), y, own.cpu(), max(said.max().item(), own.max().item(), 1) + 1))
     return rows
 
 # %% ../../nbs/92_experiments.patch.ipynb #9125ae5b
