@@ -101,7 +101,7 @@ def test_games_within_a_batch(n_candidates):
         torch.testing.assert_close(e.scores(i, to_say(e, i, j)), expected, rtol=1e-4, atol=1e-4)
 
 
-SMALL = dict(size=16, patch_size=8, vocab_size=8, rank="narrow", vision="narrow", width=32, layers=1, heads=2, hidden=32, narrow=32, dim=64)
+SMALL = dict(size=16, patch_size=8, vocab_size=8, rank="thin", vision="narrow", width=32, layers=1, heads=2, hidden=32, narrow=32, dim=64)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(symbols_per_patch=2), dict(masked=True), dict(n_candidates=4), PUBLIC_CODE])

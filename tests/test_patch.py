@@ -200,7 +200,7 @@ def test_hidden_tokens_are_as_if_absent():
 def views(n, size=32, seed=0): return torch.randn(n, 3, size, size, generator=generator(seed, "images"))
 
 
-SMALL = dict(size=32, patch_size=8, vocab_size=12, rank="narrow", vision="narrow", width=12, layers=1, heads=2, hidden=16, narrow=8, dim=20)
+SMALL = dict(size=32, patch_size=8, vocab_size=12, rank="thin", vision="narrow", width=12, layers=1, heads=2, hidden=16, narrow=8, dim=20)
 
 
 def tiny(**changes): return make_patch_game(**(SMALL | changes))
@@ -210,12 +210,12 @@ def tiny(**changes): return make_patch_game(**(SMALL | changes))
 def test_every_patch_size_has_its_places(size, patch_size):
     n = (size//patch_size)**2
     x = views(2, size)
-    with seeded_init(0): s = Speaker(PatchSymbol(size, patch_size, 7, 3, hidden=8), PatchRank(patch_size, "narrow")).eval()
+    with seeded_init(0): s = Speaker(PatchSymbol(size, patch_size, 7, 3, hidden=8), PatchRank(patch_size, "thin")).eval()
     m = s(x)
     assert m.word.shape == (2, 3*n, 7) and m.importance.shape == (2, n) and (m.length >= 3).all() and (m.length % 3 == 0).all()
 
 
-@pytest.mark.parametrize("trunk", ["resnet9", "narrow"])
+@pytest.mark.parametrize("trunk", ["resnet9", "thin"])
 @pytest.mark.parametrize("coarse, fine", list(zip(RANK_SIZES, RANK_SIZES[1:])))
 def test_dilated_ranks_hold_the_coarse_ones(trunk, coarse, fine):
     x, made = views(2, 64), []
@@ -226,11 +226,12 @@ def test_dilated_ranks_hold_the_coarse_ones(trunk, coarse, fine):
 
 def test_a_score_belongs_to_its_place():
     "What changes in one corner changes the scores there the most."
-    with seeded_init(0): rank = PatchRank(16, "narrow").eval()
+    with seeded_init(0): rank = PatchRank(16, "thin").eval()
     x = views(1, 128)
     y = x.clone()
     y[..., :16, 112:] += 2
-    with torch.no_grad(): assert (rank(y) - rank(x)).abs().view(8, 8).argmax() in (6, 7, 14, 15)
+    with torch.no_grad(): change = (rank(y) - rank(x)).abs().view(8, 8)
+    assert change[:2, 6:].mean() > 4*change[4:, :4].mean() > 0
 
 
 @pytest.mark.parametrize("kind", SYMBOLS)
@@ -441,8 +442,8 @@ def test_the_game_is_learned():
     (lambda: tiny(dropout=.1).speaker.rank(views(3)), "PatchRank with dropout trains on noise"),
     (lambda: tiny().listener.read(Message(torch.zeros(2, 16, 13), torch.zeros(2, 16).long(), torch.rand(2, 16))), "the speaker has 13 symbols, the listener knows 12"),
     (lambda: tiny().listener.read(Message(torch.zeros(2, 25, 12), torch.zeros(2, 25).long(), torch.rand(2, 25))), "25 tokens for a transformer of at most 16"),
-    (lambda: Speaker(PatchSymbol(64, 16, hidden=4), PatchRank(32, "narrow")), "PatchSymbol looks at patches of 16 pixels, PatchRank at 32"),
-    (lambda: Speaker(PatchSymbol(64, 16, hidden=4), PatchRank(16, "narrow"), cooled=0.), "cooled is a share of the training"),
+    (lambda: Speaker(PatchSymbol(64, 16, hidden=4), PatchRank(32, "thin")), "PatchSymbol looks at patches of 16 pixels, PatchRank at 32"),
+    (lambda: Speaker(PatchSymbol(64, 16, hidden=4), PatchRank(16, "thin"), cooled=0.), "cooled is a share of the training"),
     (lambda: top_patches(torch.rand(2, 49), 50), "the 50 best patches were asked for, but an image has 49"),
     (lambda: top_patches(torch.rand(2, 49), 0), "k must be at least 1, got 0"),
     (lambda: soft_rank(torch.rand(3), 0.), "strength must be above 0, got 0.0"),

@@ -22,7 +22,7 @@ from ..data.scenes import SceneWorld
 from ..data.views import random_views, view_spec
 from ..distributed import processes, share_statistics
 from ..ensemble import Ensemble
-from ..games.baselines import MoCo, PatchVAE, Supervised, VQVAE2
+from ..games.baselines import MoCo, PatchVAE, Supervised, SupervisedViT, VQVAE2
 from ..games.contrastive import cosine_similarities
 from ..games.patch import make_patch_game
 from ..metrics.detection import boxed, detect, voc07
@@ -39,7 +39,7 @@ MODELS = ("game", "moco", "vqvae2", "patchvae", "supervised", "random", "vit")
 class PatchSpec:
     "One training of the game, or of what it is compared with, with one seed."
     experiment:ClassVar = "patch"
-    version:ClassVar = 1
+    version:ClassVar = 2
     model:str = "game" # a name in `MODELS`
     source:str = "imagenet" # images, see `load_images`: under REFCOMM_DATA, "imagenet/train" and "imagenet/val" with one folder a class
     n_images:int|None = None # of the source; None: all
@@ -51,6 +51,8 @@ class PatchSpec:
     vocab_size:int = 128 # symbols, V
     symbols_per_patch:int = 1 # l
     symbol:str = "mlp" # see `PatchSymbol`
+    symbol_width:int = 768 # of the layers of `PatchSymbol`
+    spread:float|None = None # of its scores before training
     rank:str = "resnet9" # see `PatchRank`
     gate:str = "hard" # see `Gate`
     dropout:float = 0. # of `PatchRank`
@@ -99,12 +101,13 @@ def build(
     "The model that a Spec names."
     with seeded_init(s.seed):
         if s.model == "game":
-            same = ("patch_size", "vocab_size", "symbols_per_patch", "symbol", "rank", "gate", "dropout", "schedule", "budget", "length_cost", "masked", "vision", "width", "layers", "heads", "hidden", "narrow", "dim", "temperature", "learned")
+            same = ("patch_size", "vocab_size", "symbols_per_patch", "symbol", "symbol_width", "spread", "rank", "gate", "dropout", "schedule", "budget", "length_cost", "masked", "vision", "width", "layers", "heads", "hidden", "narrow", "dim", "temperature", "learned")
             return make_patch_game(s.view_size, **{name: getattr(s, name) for name in same})
         if s.model == "moco": return MoCo(s.vision, queue=s.queue, momentum=s.momentum)
         if s.model == "vqvae2": return VQVAE2(width=s.autoencoder_width)
         if s.model == "patchvae": return PatchVAE(s.view_size, s.patch_size, trunk=s.vision, width=s.autoencoder_width//2)
-        return Supervised(ViT(s.view_size, s.patch_size, s.width, s.layers, s.heads) if s.model == "vit" else make_trunk(s.vision), n_classes)
+        if s.model == "vit": return SupervisedViT(ViT(s.view_size, s.patch_size, s.width, s.layers, s.heads), n_classes)
+        return Supervised(make_trunk(s.vision), n_classes)
 
 def eyes(model)->nn.Module: # maps [batch, 3, size, size] to [batch, feature_dim]
     "The trunk of a model that looks at images; the listener's, of a game."
