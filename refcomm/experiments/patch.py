@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'PatchSpec', 'make_parts', 'build', 'eyes', 'views_of', 'look', 'objectives', 'settings_of', 'say', 'read',
-           'play', 'most_important', 'suffice', 'symbols_of', 'classify', 'evaluate', 'run', 'load_model',
-           'top_k_accuracy', 'detections']
+           'found', 'play', 'most_important', 'suffice', 'symbols_of', 'classify', 'evaluate', 'run', 'load_model',
+           'top_k_accuracy', 'top_k_play', 'detections']
 
 # %% ../../nbs/92_experiments.patch.ipynb #36dc4423
 from typing import ClassVar
@@ -181,6 +181,17 @@ def read(
     vocab_size = game.speaker.symbol.vocab_size
     return torch.cat([game.listener.read(message_of(part, vocab_size)) for part in symbols.flatten(0, -2).split(batch)]).unflatten(0, symbols.shape[:-1])
 
+def found(
+    game,
+    symbols:Tensor, # [n, n_symbols] what is said of n images
+    seen:Tensor, # [n, dim] what the listener sees of them
+    s:PatchSpec,
+)->dict: # number of candidates → accuracy
+    "How often the listener finds each image among the others, at every number of candidates."
+    counts, own, meant = [n for n in s.test_candidates if n <= len(seen)], torch.arange(len(seen), device=seen.device), read(game, symbols)
+    accuracy = torch.cat([expected_accuracy(cosine_similarities(m, seen), place, counts) for m, place in zip(meant.split(512), own.split(512))]).mean(0)
+    return dict(zip(counts, accuracy.tolist()))
+
 def play(
     game,
     images:Tensor, # [n, 3, height, width] uint8
@@ -188,11 +199,9 @@ def play(
     s:PatchSpec,
     device="cpu",
 )->list: # rows of metrics
-    "Play among images, at every number of candidates."
+    "Play among images."
     seen, = look(lambda x: (game.listener.see(x),), images, s, device)
-    counts, own, meant = [n for n in s.test_candidates if n <= len(images)], torch.arange(len(images), device=seen.device), read(game, symbols)
-    accuracy = torch.cat([expected_accuracy(cosine_similarities(m, seen), place, counts) for m, place in zip(meant.split(512), own.split(512))]).mean(0)
-    return [dict(kind="play", n_candidates=n, accuracy=a) for n, a in zip(counts, accuracy.tolist())]
+    return [dict(kind="play", n_candidates=n, accuracy=a) for n, a in found(game, symbols, seen, s).items()]
 
 # %% ../../nbs/92_experiments.patch.ipynb #6b8813ac
 def most_important(
@@ -303,6 +312,20 @@ def top_k_accuracy(
     "How often a vision transformer names images right that it sees `k` patches of."
     def right(k): return torch.cat([vit.head(vit.trunk(part, top_patches(some, k))).argmax(-1) for part, some in zip(x.split(batch), scores.split(batch))]) == labels
     return [right(k).double().mean().item() for k in ks]
+
+# %% ../../nbs/92_experiments.patch.ipynb #bb7b858f
+def top_k_play(
+    game, # in evaluation mode
+    images:Tensor, # [n, 3, height, width] uint8
+    orders:dict, # name → [n, n_patches] greater for what is said first
+    ks, # numbers of patches
+    s:PatchSpec,
+    device="cpu",
+)->list: # rows: order, k, n_candidates, accuracy
+    "How often the listener finds an image when it is told of `k` patches."
+    whole, seen = look(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1), game.listener.see(x)), images, s, device)
+    return [dict(order=name, k=k, n_candidates=n, accuracy=a) for name, scores in orders.items() for k in ks
+            for n, a in found(game, most_important(whole, scores.to(whole.device), k), seen, s).items()]
 
 # %% ../../nbs/92_experiments.patch.ipynb #1471cf54
 def detections(

@@ -193,15 +193,16 @@ def play_claims(
     return [Claim("patch.above-chance", "Targets are found far above chance (tenfold) on new images.", "accuracy >= 10*chance").check(accuracy=at.accuracy.mean(), chance=100/at.n_candidates.max())]
 
 def patch_claims(
-    rows, # DataFrame: grid ("S=32", "S=16"), order ("trained", "untrained", …), k, accuracy in %
+    rows, # DataFrame: judge ("transformer", "listener"), grid ("S=32", "S=16"), order ("trained", "untrained", …), k, accuracy in %
 )->list: # checked `Claim`s
-    "What Gupta et al. (2021, §4.2) say of Figure 4."
+    "What Gupta et al. (2021, §4.2) say of Figure 4, and the same asked of the listener."
     claims = []
-    for grid, part in rows.groupby("grid", sort=False):
+    for (judge, grid), part in rows.groupby(["judge", "grid"], sort=False):
         at = part.pivot_table(index="k", columns="order", values="accuracy").sort_index()
         fewer, whole = at.iloc[:-1], at.iloc[-1].mean()
         half = at.loc[at.index[abs(at.index - at.index.max()/2).argmin()]]
-        claims += [Claim(f"patch.ranks-{grid}", f"{grid}: a vision transformer does better with the patches of the trained PatchRank than with the untrained one's, at every number of patches.", "least > 0").check(least=(fewer.trained - fewer.untrained).min()),
+        if judge == "listener": claims.append(Claim(f"patch.told-{grid}", f"{grid}: the listener does better with the patches of the trained PatchRank than with the untrained one's, at every number of patches (ours).", "least > 0").check(least=(fewer.trained - fewer.untrained).min()))
+        else: claims += [Claim(f"patch.ranks-{grid}", f"{grid}: a vision transformer does better with the patches of the trained PatchRank than with the untrained one's, at every number of patches.", "least > 0").check(least=(fewer.trained - fewer.untrained).min()),
                    Claim(f"patch.half-{grid}", f"{grid}: half of the patches keep three quarters of the accuracy.", "half >= 0.75*whole").check(half=half.trained, whole=whole)]
     return claims
 
