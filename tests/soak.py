@@ -246,7 +246,7 @@ def duplicate_key(rng, files, other):
 
 def respace(rng, files, other):
     raw = json.loads(files["record.json"])
-    return {**files, "record.json": rng.choice([json.dumps(raw), json.dumps(raw, indent=2), json.dumps(raw, indent=1, sort_keys=True), json.dumps(raw, indent=1) + "\n"]).encode()}
+    return {**files, "record.json": rng.choice([json.dumps(raw), json.dumps(raw, indent=2), json.dumps(raw, indent=1) + "\n"]).encode()}
 
 
 def nest(rng, files, other): return {**files, "record.json": b"[" * 200_000}
@@ -278,7 +278,7 @@ MUTATIONS = {
     "file deleted": drop, "all files deleted": lambda rng, files, other: {}, "folder in a file's place": folder_for_file,
     "file of another run": swap_one, "all files of another run": lambda rng, files, other: dict(other), "two files swapped": swap_within,
     "value edited": edit(change_leaf), "value made NaN": edit(not_a_number), "key removed": edit(lose_key), "checksum edited": edit(new_checksum),
-    "Spec edited, checksum made anew": edit(forged_spec), "key duplicated": duplicate_key, "white space or order of keys": respace, "nested too deeply": nest, "other encoding": recode,
+    "Spec edited, checksum made anew": edit(forged_spec), "key duplicated": duplicate_key, "white space changed": respace, "nested too deeply": nest, "other encoding": recode,
 }
 CAUGHT = {"its checksum does not match": "record's checksum", "does not match its checksum": "file's checksum", "is missing": "missing file", "is unreadable": "no record's JSON", "is foreign": "foreign Spec", "cannot read": "refused by the system"}
 
@@ -347,14 +347,14 @@ def report(facts, table, lines):
     n = sum(sum(c.values()) for c in table.values())
     accepted = sum(v for c in table.values() for h, v in c.items() if h not in CAUGHT.values())
     return "\n".join([
-        "# Soak test", "", f"`make soak` · commit {package_commit() or 'none'} · torch {torch.__version__} · {model}, 2 cores, one thread per process · {facts['minutes']:.0f} minutes · seed {facts['seed']}", "",
+        "# Soak test", "", f"`{facts['command']}` · commit {package_commit() or 'none'} · torch {torch.__version__} · {model}, 2 cores, one thread per process · {facts['minutes']:.0f} minutes · seed {facts['seed']}", "",
         "Passed: nothing was lost, doubled or believed." if not failures else "FAILED:", "", *(f"- {f}" for f in failures),
         "## Killed and resumed", "",
         f"A reproduction is a plan of {facts['stacks']} stacks ({facts['runs']} runs of all four papers at smoke's sizes, trained for longer) and the notebooks {', '.join(ITEMS)} at smoke, with two workers and a checkpoint every two seconds.",
         f"It got {facts['kills']} kill −9 at random moments: {', '.join(f'{v} × {k}' for k, v in facts['deaths'].items())}; {facts['left']} of them left a checkpoint behind.",
         f"{facts['rounds']} reproduction{'s' * (facts['rounds'] > 1)} came to the end. Of the plan's trainings {facts['begun']} were begun and {facts['resumed']} resumed from a checkpoint, for {facts['stored']} records.",
         f"{facts['equal']} of {facts['records']} records equal those of an undisturbed reproduction: Spec, rows, summary and history (its seconds left out), tensors to the byte. So do the notebooks' tables of numbers. Nothing unfinished, temporary or set aside stays behind.", "",
-        "## Damaged records", "", f"{n} damaged copies of {facts['originals']} records, looked up by their Spec: {accepted} accepted. What was not refused by the system was set aside as it was, with a warning. (Who edits a record and computes its checksums anew is believed: they guard against accidents.)", "",
+        "## Damaged records", "", f"{n} damaged copies of {facts['originals']} records, looked up by their Spec: {accepted} accepted. What was not refused by the system was set aside as it was, with a warning. Not damage: another order of keys, which reads the same. Not detectable: an edit whose author computes all checksums anew; they guard against accidents.", "",
         "| damage | " + " | ".join(hows) + " |", "|---|" + "---:|"*len(hows),
         *(f"| {kind} | " + " | ".join(str(c[h] or "") for h in hows) + " |" for kind, c in table.items()), "",
         "## Two drivers on one store", "", *(f"- {line}" for line in lines), ""])
@@ -384,7 +384,7 @@ def main(argv=None):
         places, deaths, left = disturbed(root, root/"plan.json", o.kills, rng)
         equal = sum(compare(p, calm) for p in places)
         events = lambda what: sum(len(p.events(what)) for p in places)
-        facts = dict(seed=o.seed, kills=sum(deaths.values()), deaths=deaths, left=left, rounds=len(places), begun=events("begin"), resumed=events("resume"), stored=events("store"), equal=equal,
+        facts = dict(command=" ".join(["python tests/soak.py", *(sys.argv[1:] if argv is None else argv)]), seed=o.seed, kills=sum(deaths.values()), deaths=deaths, left=left, rounds=len(places), begun=events("begin"), resumed=events("resume"), stored=events("store"), equal=equal,
                      records=len(places)*len(calm.store.keys()), originals=len(calm.store.keys()), stacks=len(make_stacks(wanted, "cpu")), runs=len(wanted), minutes=(time.time() - start)/60)
         check(facts["resumed"] > 0, "no kill hit a training with a checkpoint")
         o.out.write_text(text := report(facts, table, lines))

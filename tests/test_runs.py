@@ -166,7 +166,7 @@ def test_a_damaged_record_is_named_set_aside_and_made_again(stored):
     assert again.rows == record.rows and len(list((Store().root/"set-aside").iterdir())) == 1
 
 
-@pytest.mark.parametrize("change", [lambda raw: json.dumps(raw), lambda raw: json.dumps(raw, indent=1, sort_keys=True), lambda raw: json.dumps(raw, indent=1).replace('"rows"', '"rows": [], "rows"'), lambda raw: "["*200_000], ids=["white space", "order", "a key twice", "too deep"])
+@pytest.mark.parametrize("change", [lambda raw: json.dumps(raw), lambda raw: json.dumps(raw, indent=1).replace('"rows"', '"rows": [], "rows"'), lambda raw: "["*200_000], ids=["white space", "a key twice", "too deep"])
 def test_what_reads_the_same_but_is_not_as_written_is_set_aside(stored, change):
     spec, record = stored
     file = record.path/"record.json"
