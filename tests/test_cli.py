@@ -72,12 +72,12 @@ def test_a_plan_names_what_it_leaves_out(home):
     assert not cli("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stderr
 
 
-def test_a_plan_of_costs(home, monkeypatch):
+def test_a_plan_of_costs(home):
     "Figure 1 shows the runs of Table 5: made once, counted once; like runs tell their time, and nothing is guessed where nothing is known."
     from typer.testing import CliRunner
     def table(*args):
         out = CliRunner().invoke(reproduce.app, ["plan", *args]).output
-        return {row[0]: row[1:] for row in (re.split(r"  +", line) for line in out.splitlines()) if "/" in row[0] or row[0] == "total"}, out
+        return {row[0]: row[1:] for row in (re.split(r"  +", line.strip()) for line in out.splitlines()) if "/" in row[0] or row[0] == "total"}, out
     assert "trains nothing" in table("eqc/table1", "--profile", "smoke")[1]
     shown, out = table("eqc/table5", "eqc/figure1", "--profile", "smoke", "-p", "n_seeds=2")
     assert shown["eqc/table5"] == shown["eqc/figure1"] == shown["total"] == ["8", "0", "8", "?", "?", "8 unknown"]

@@ -51,10 +51,10 @@ def undisturbed(tmp_path_factory):
 
 def test_kill_while_training_then_resume(home, undisturbed):
     specs = [EQCSpec(seed=s, **LONG) for s in (0, 1)]
-    work = f"runs.run_stack([EQCSpec(seed=s, **LONG) for s in (0, 1)], {str(Store().root)!r}, checkpoint_seconds=0.05)"
+    work, often = "runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])", dict(REFCOMM_CHECKPOINT_SECONDS="0.05")
     deaths = 0
     for _ in range(3):
-        p = start(work)
+        p = start(work, **often)
         before = time.time()
         while p.poll() is None and not any(f.stat().st_mtime > before for f in Store().root.glob("unfinished/*/training.safetensors")): time.sleep(.02)
         time.sleep(random.Random(deaths).random()*.1)
@@ -63,7 +63,7 @@ def test_kill_while_training_then_resume(home, undisturbed):
     assert deaths >= 2 and Store().keys() == []
     folder, = Store().root.glob("unfinished/*")
     assert load_checkpoint(folder/"training.safetensors")[1]["epoch"] > 0, "something was learned before the last kill"
-    p = start(work)
+    p = start(work, **often)
     assert p.wait() == 0, p.stderr.read()
     for s, calm in zip(specs, undisturbed):
         same(Store().get(s), calm)
