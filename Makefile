@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: reproduce test test-lab docs prepare lessons clean
+.PHONY: reproduce test test-lab soak docs prepare lessons clean
 
 reproduce: $(VENV)/.notebooks
 	$(BIN)/refcomm reproduce
@@ -19,6 +19,10 @@ docs: $(VENV)/.dev
 # JupyterLab in headless Chromium, which must be on the PATH; where anything is lacking the tests are skipped and say what
 test-lab: $(VENV)/.dev $(VENV)/.browser
 	$(BIN)/python -m pytest -q -rs -m lab
+
+# some ten minutes on two cores: a reproduction killed twenty times and resumed, damaged records, two drivers on one store; writes tests/soak.md
+soak: $(VENV)/.dev
+	$(BIN)/python tests/soak.py
 
 # what a commit needs: modules and README from notebooks, notebooks without noise
 prepare: $(VENV)/.dev

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from .core import ConfigError, figures_dir, write_atomic
-from .runs import origins
+from .runs import origins, spent
 
 # %% ../nbs/82_figures.ipynb #177c3237
 def draw_table(
@@ -154,7 +154,7 @@ def save(
     footnote(figure, note, f"Profile {profile} · {data} data · seeds {', '.join(map(str, seeds)) or 'none'} · {runs}")
     if profile == "smoke": figure.text(.5, .5, "SMOKE: NOT A RESULT", fontsize=26, color="red", alpha=.35, rotation=18, ha="center", va="center")
     if profile == "smoke": claims = [{**c, "verdict": "untested"} for c in claims]
-    recipe = dict(paper=paper, item=item, title=title, profile=profile, data=data, note=note, runs=runs, seeds=seeds, claims=list(claims), command=f"refcomm reproduce {paper}/{item} --profile {profile}" + "".join(f" -p {k}={v}" for k, v in (options or {}).items() if v not in (0, "auto")))
+    recipe = dict(paper=paper, item=item, title=title, profile=profile, data=data, note=note, runs=runs, costs=spent(records) if records else {}, seeds=seeds, claims=list(claims), command=f"refcomm reproduce {paper}/{item} --profile {profile}" + "".join(f" -p {k}={v}" for k, v in (options or {}).items() if v not in (0, "auto")))
     with write_atomic(stem.with_suffix(".csv")) as tmp: numbers.to_csv(tmp, index=False, float_format="%.6g")
     with write_atomic(stem.with_suffix(".png")) as tmp: figure.savefig(tmp, format="png", dpi=dpi, bbox_inches="tight")
     with write_atomic(stem.with_suffix(".json")) as tmp: tmp.write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")

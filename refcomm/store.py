@@ -93,6 +93,8 @@ def provenance(
 # %% ../nbs/83_store.ipynb #82177124
 NAME = re.compile(r"[a-z][a-z0-9_]*/[0-9a-f]{16}/(record\.json|tensors\.safetensors|history\.parquet)")
 
+def _json(x)->bytes: return json.dumps(x, indent=1).encode()
+
 class Store:
     "Finished runs under `root/<experiment>/<key>/`."
     def __init__(self,
@@ -114,14 +116,15 @@ class Store:
         "The record, or a `RecordError` that says what is wrong with it."
         path = self.path(experiment, key)
         try:
-            raw = json.loads((path/"record.json").read_bytes())
+            data = (path/"record.json").read_bytes()
+            raw = json.loads(data)
             body = raw["body"]
-            if raw["sha256"] != digest(body): raise RecordError(f"run {experiment}/{key} was edited or is not a record: its checksum does not match")
+            if raw["sha256"] != digest(body) or data != _json(raw): raise RecordError(f"run {experiment}/{key} was edited or is not a record: its checksum does not match")
             record = RunRecord(experiment, key, body["spec"], body["rows"], body["summary"], body["provenance"], path)
             body["version"], body["experiment"], body["files"].items()
         except (FileNotFoundError, NotADirectoryError): raise RecordError(f"run {experiment}/{key} is incomplete: record.json is missing") from None
         except OSError as e: raise StoreError(f"cannot read {path}: {e}") from e
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             if isinstance(e, RecordError): raise
             raise RecordError(f"run {experiment}/{key} is unreadable: {e!r}") from None
         own = digest([body["experiment"], body["version"], body["spec"]])[:16]
@@ -170,7 +173,7 @@ class Store:
         files = {"tensors.safetensors": save({k: v.contiguous().cpu() for k,v in result.tensors.items()}), "history.parquet": history.getvalue()}
         body = dict(experiment=spec.experiment, version=spec.version, spec=spec_fields(spec), rows=result.rows, summary=result.summary, provenance=origin,
                     files={k: digest(v) for k,v in files.items()})
-        self._place(spec.experiment, run_key(spec), {**files, "record.json": json.dumps(dict(sha256=digest(body), body=body), indent=1).encode()})
+        self._place(spec.experiment, run_key(spec), {**files, "record.json": _json(dict(sha256=digest(body), body=body))})
         return self.read(spec.experiment, run_key(spec))
 
     def _place(self, experiment, key, files:dict):

@@ -1,6 +1,7 @@
 "The command line and the reproduction notebooks, as a user meets them."
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,9 @@ import pytest
 
 from refcomm import papers, reproduce
 from refcomm.core import ConfigError
+from refcomm.items.eqc import grid
+from refcomm.runs import execute
+from refcomm.store import Store
 
 
 def cli(*args, **env):
@@ -28,6 +32,10 @@ def test_list_names_every_notebook():
     (["reproduce", "-p", "n_seeds=three"], "parameter n_seeds is int, got 'three'"),
     (["reproduce", "-p", "n_seeds"], "-p takes name=value"),
     (["reproduce", "-p", "profile=gpu"], "profile has an option of its own: --profile gpu"),
+    (["plan", "eqc/tabel5"], "unknown item 'eqc/tabel5': did you mean 'eqc/table5'"),
+    (["plan", "--profile", "cpuu"], "unknown profile 'cpuu': did you mean 'cpu'"),
+    (["plan", "iac/table1", "-p", "epoch=3"], "has no parameter 'epoch': did you mean 'epochs'"),
+    (["plan", "patch/table1", "--profile", "paper"], "the real images at paper, imagenet, are not in"),
     (["runs", "show", "zzz"], "matches 0 runs"),
     (["runs", "execute", "nowhere.json"], "cannot read plan nowhere.json"),
     (["runs", "import", "nowhere.tar"], "cannot read archive nowhere.tar"),
@@ -64,6 +72,28 @@ def test_a_plan_names_what_it_leaves_out(home):
     assert not cli("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stderr
 
 
+def test_a_plan_of_costs(home):
+    "Figure 1 shows the runs of Table 5: made once, counted once; like runs tell their time, and nothing is guessed where nothing is known."
+    from typer.testing import CliRunner
+    def table(*args):
+        out = CliRunner().invoke(reproduce.app, ["plan", *args]).output
+        return {row[0]: row[1:] for row in (re.split(r"  +", line.strip()) for line in out.splitlines()) if "/" in row[0] or row[0] == "total"}, out
+    assert "trains nothing" in table("eqc/table1", "--profile", "smoke")[1]
+    shown, out = table("eqc/table5", "eqc/figure1", "--profile", "smoke", "-p", "n_seeds=2")
+    assert shown["eqc/table5"] == shown["eqc/figure1"] == shown["total"] == ["8", "0", "8", "?", "?", "8 unknown"]
+    assert "counts once" in out
+    execute(grid("table5", "smoke", 1))
+    shown, _ = table("eqc/table5", "eqc/figure1", "--profile", "smoke", "-p", "n_seeds=2")
+    assert shown["total"][:3] == ["8", "4", "4"] and shown["total"][3].endswith(" s") and shown["total"][4].endswith("KiB") and shown["total"][5] == "4 as like runs here"
+    assert table("beyond/matrix")[0]["total"] == ["0", "0", "0", "0 s", "0 B"]
+    _, out = table("eqc/table5", "sms/epoch30", "--profile", "cpu")
+    assert "12 as shipped runs of this item (cpu (x86_64, 1" in " ".join(out.split()) and "as shipped runs of other items of sms" in " ".join(out.split())
+    before = sorted(p for p in home.rglob("*"))
+    Store().root.joinpath("eqc", Store().keys()[0][1], "record.json").write_text("{}")
+    assert table("eqc/table5", "--profile", "smoke", "-p", "n_seeds=1")[0]["total"][:3] == ["4", "3", "1"]
+    assert sorted(p for p in home.rglob("*")) == before, "looking changes nothing"
+
+
 @pytest.mark.parametrize("paper", sorted({item.split("/")[0] for item in reproduce.notebooks()}))
 def test_every_notebook_at_smoke_and_nothing_twice(home, paper):
     r = cli("reproduce", paper, "--profile", "smoke")
@@ -77,6 +107,8 @@ def test_every_notebook_at_smoke_and_nothing_twice(home, paper):
         executed = json.loads((home/"executed"/"smoke"/f"{item}.ipynb").read_text())
         assert all(c["execution_count"] for c in executed["cells"] if c["cell_type"] == "code")
     seen = {p: p.stat().st_mtime_ns for p in home.rglob("*") if p.is_file()}
+    total = [row.split() for row in cli("plan", paper, "--profile", "smoke").stdout.splitlines() if row.startswith("total")][0]
+    assert total[1] == total[2] and total[3:5] == ["0", "0"], "the grid of every item is what its notebook makes"
     again = cli("reproduce", paper, "--profile", "smoke")
     assert again.stdout.count("found done") == len(items)
     assert seen == {p: p.stat().st_mtime_ns for p in home.rglob("*") if p.is_file()}, "finished work is not touched"

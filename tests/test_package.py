@@ -51,7 +51,7 @@ def test_every_package_folder_is_built():
     listed = tomllib.loads((ROOT/"pyproject.toml").read_text())["tool"]["setuptools"]
     code = {"refcomm" + "".join(f".{q}" for q in p.parent.relative_to(ROOT/"refcomm").parts) for p in (ROOT/"refcomm").rglob("__init__.py")}
     notebooks = {f"refcomm.notebooks.{'.'.join(p.parent.relative_to(ROOT/'nbs').parts)}" for d in ("papers", "benchmarks") for p in (ROOT/"nbs"/d).rglob("*.ipynb")}
-    assert set(listed["packages"]) == code | notebooks | {"refcomm.notebooks"}
+    assert set(listed["packages"]) == code | notebooks | {"refcomm.notebooks", "refcomm.recipes"}
     assert {p for p in listed["package-data"] if "notebooks" in p} == notebooks
 
 
@@ -96,7 +96,7 @@ def installed(tmp_path_factory):
 
 def test_wheel_holds_code_numbers_and_notebooks(installed):
     names = zipfile.ZipFile(installed[1]).namelist()
-    for n in ("refcomm/core.py", "refcomm/published/eqc.csv", "refcomm/published/items.csv", "refcomm/report.html.j2", "refcomm/data/intents.json", "refcomm/data/wordnet30.csv", "refcomm/data/WORDNET_LICENSE.txt", "refcomm/data/ood_synsets.txt", "refcomm/notebooks/papers/eqc/table5.ipynb", "refcomm/notebooks/benchmarks/throughput.ipynb"): assert n in names
+    for n in ("refcomm/core.py", "refcomm/published/eqc.csv", "refcomm/published/items.csv", "refcomm/report.html.j2", "refcomm/recipes/eqc_table5.json", "refcomm/data/intents.json", "refcomm/data/wordnet30.csv", "refcomm/data/WORDNET_LICENSE.txt", "refcomm/data/ood_synsets.txt", "refcomm/notebooks/papers/eqc/table5.ipynb", "refcomm/notebooks/benchmarks/throughput.ipynb"): assert n in names
     assert not [n for n in names if n.startswith(("tests", "nbs", "figures"))]
 
 
@@ -107,6 +107,8 @@ def test_wheel_works_alone(installed, tmp_path):
     assert listed.returncode == 0 and "eqc/table5" in listed.stdout, listed.stderr
     tooling = run(bin/"python", "-c", "import importlib.util as u; print([m for m in ('nbdev', 'jupyterlab', 'papermill', 'ipykernel') if u.find_spec(m)])")
     assert tooling.stdout.strip() == "[]"
+    costs = run(bin/"refcomm", "plan", "eqc/table5")
+    assert costs.returncode == 0 and "12 as shipped runs of this item" in " ".join(costs.stdout.split()), costs.stderr
     refused = run(bin/"refcomm", "reproduce", "--profile", "smoke")
     assert refused.returncode == 2 and "pip install 'refcomm[notebooks]'" in refused.stderr
     plan = run(bin/"refcomm", "runs", "plan", "eqc/table7", "--profile", "smoke", "--n-seeds", "1")

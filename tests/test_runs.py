@@ -1,6 +1,8 @@
 "The run store when processes die, disks fill up, files rot and two drivers meet."
 import errno
+import importlib
 import io
+import json
 import os
 import random
 import signal
@@ -49,10 +51,10 @@ def undisturbed(tmp_path_factory):
 
 def test_kill_while_training_then_resume(home, undisturbed):
     specs = [EQCSpec(seed=s, **LONG) for s in (0, 1)]
-    work = f"runs.run_stack([EQCSpec(seed=s, **LONG) for s in (0, 1)], {str(Store().root)!r}, checkpoint_seconds=0.05)"
+    work, often = "runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])", dict(REFCOMM_CHECKPOINT_SECONDS="0.05")
     deaths = 0
     for _ in range(3):
-        p = start(work)
+        p = start(work, **often)
         before = time.time()
         while p.poll() is None and not any(f.stat().st_mtime > before for f in Store().root.glob("unfinished/*/training.safetensors")): time.sleep(.02)
         time.sleep(random.Random(deaths).random()*.1)
@@ -61,7 +63,7 @@ def test_kill_while_training_then_resume(home, undisturbed):
     assert deaths >= 2 and Store().keys() == []
     folder, = Store().root.glob("unfinished/*")
     assert load_checkpoint(folder/"training.safetensors")[1]["epoch"] > 0, "something was learned before the last kill"
-    p = start(work)
+    p = start(work, **often)
     assert p.wait() == 0, p.stderr.read()
     for s, calm in zip(specs, undisturbed):
         same(Store().get(s), calm)
@@ -153,7 +155,7 @@ def test_no_mutation_of_a_record_is_accepted_silently(stored):
         noticed += found is None
         record.path.mkdir(parents=True, exist_ok=True)
         for g, b in whole.items(): g.write_bytes(b)
-    assert noticed > 250, "only changes to white space go unnoticed"
+    assert noticed == 300
 
 
 def test_a_damaged_record_is_named_set_aside_and_made_again(stored):
@@ -162,6 +164,14 @@ def test_a_damaged_record_is_named_set_aside_and_made_again(stored):
     with pytest.warns(UserWarning, match=f"eqc/{record.key} was edited or cut short: tensors.safetensors.*set-aside"):
         again, = execute([spec])
     assert again.rows == record.rows and len(list((Store().root/"set-aside").iterdir())) == 1
+
+
+@pytest.mark.parametrize("change", [lambda raw: json.dumps(raw), lambda raw: json.dumps(raw, indent=1).replace('"rows"', '"rows": [], "rows"'), lambda raw: "["*200_000], ids=["white space", "a key twice", "too deep"])
+def test_what_reads_the_same_but_is_not_as_written_is_set_aside(stored, change):
+    spec, record = stored
+    file = record.path/"record.json"
+    file.write_text(change(json.loads(file.read_text())))
+    with pytest.warns(UserWarning, match="(was edited|is unreadable).*set-aside"): assert Store().get(spec) is None
 
 
 @pytest.mark.parametrize("text", ['{"sha256": "0", "body": {}}', '{"body": {"rows": [NaN]}, "sha256": "0"}', "[]", "null", '{"sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a", "body": {}}'])
@@ -283,6 +293,12 @@ def test_plans_and_archives_travel(stored, tmp_path):
     assert import_runs(tmp_path/"runs.tar", other) == [("eqc", record.key)]
     same(other.get(spec), record)
     assert import_runs(tmp_path/"runs.tar", other) == []
+
+
+def test_plans_of_every_paper_are_read_back(tmp_path):
+    specs = [importlib.import_module(f"refcomm.items.{paper}").grid(item, "smoke", 1)[0] for paper, item in (("eqc", "table6"), ("iac", "table1"), ("patch", "table1"), ("sms", "epoch30"))]
+    write_plan(specs, tmp_path/"plan.json")
+    assert read_plan(tmp_path/"plan.json") == specs
 
 
 def evil(path, name, data=b"{}", kind=tarfile.REGTYPE):
