@@ -162,17 +162,20 @@ def frame(
     import pandas as pd
     return pd.DataFrame([{**r.spec, "key": r.key, **r.summary, **row} for r in records for row in r.rows])
 
+def _seconds(records): # of training, each record counted once
+    return sum(p["seconds"]/p["trained_together"] for p in {r.key: r.provenance for r in records}.values())
+
 def spent(records)->dict: # runs, epochs, seconds of training, bytes on disk, device
     "What the records have cost, each counted once."
     once = {r.key: r for r in records}.values()
-    return dict(runs=len(once), epochs=sum(r.spec["epochs"] for r in once), seconds=round(sum(r.provenance["seconds"]/r.provenance["trained_together"] for r in once), 1),
+    return dict(runs=len(once), epochs=sum(r.spec["epochs"] for r in once), seconds=round(_seconds(records), 1),
                 bytes=sum(f.stat().st_size for r in once for f in r.path.iterdir()), device=", ".join(sorted({r.provenance["device"] for r in once})))
 
 def origins(records)->str: # one line
     "Commits, devices and time that the records come from."
     ps = [r.provenance for r in records]
     pick = lambda k: ", ".join(sorted({str(p[k]) for p in ps if p[k] != ""}))
-    return f"{len({r.key for r in records})} runs · commit {pick('commit') or 'none'} · {pick('device')} · torch {pick('torch')} · {spent(records)['seconds']:.0f} s of training"
+    return f"{len({r.key for r in records})} runs · commit {pick('commit') or 'none'} · {pick('device')} · torch {pick('torch')} · {_seconds(records):.0f} s of training"
 
 # %% ../nbs/80_runs.ipynb #50cbd53d
 def load_spec(
