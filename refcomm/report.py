@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BESIDE', 'FIELDS', 'CLAIM', 'VERDICTS', 'NAMES', 'decimals', 'digits', 'comparison', 'heading', 'read_item',
-           'read_items', 'ledger', 'tally', 'label', 'section', 'sections', 'page', 'write_report']
+           'read_items', 'standing', 'ledger', 'tally', 'label', 'section', 'sections', 'page', 'write_report']
 
 # %% ../nbs/96_report.ipynb #b2feebb5
 import base64, json, os, re
@@ -40,10 +40,15 @@ def digits(
 
 BESIDE = ("row", "column", "published", "published_sd", "ours", "ours_sd", "difference", "within", "note") # columns of `papers.compare`
 
+def _interval(c, places)->str: # or how many seeds there are, where it was not kept
+    if not pd.isna(c.get("low")): return f"{digits(c.low, places)} … {digits(c.high, places)}"
+    n = c.get("n_seeds", 0)
+    return "–" if pd.isna(n) or n < 1 else "one seed" if n == 1 else f"{n:.0f} seeds"
+
 def _line(c, places, mark)->dict:
     means = {k: digits(c[k], n) for k,n in places.items()}
     sds = {f"{k}_sd": "" if pd.isna(c[f"{k}_sd"]) else digits(c[f"{k}_sd"], n) for k,n in places.items()}
-    return dict(column=c["column"], **means, **sds, difference=digits(c.difference, max(places.values()), sign=True), off=str(c.within) == "False", mark=mark)
+    return dict(column=c["column"], **means, **sds, difference=digits(c.difference, max(places.values()), sign=True), off=str(c.within) == "False", interval=_interval(c, places["ours"]), known=not pd.isna(c.get("low")), mark=mark)
 
 def comparison(
     numbers:pd.DataFrame, # of one item
@@ -112,6 +117,13 @@ def read_items(
     return items, problems
 
 # %% ../nbs/96_report.ipynb #5767d164
+def standing(
+    item:dict, # from `read_item`
+)->dict: # within, held: "3 of 4", or a dash
+    "How many numbers are near the paper's, and how many claims held."
+    c, verdicts = item["beside"], [k["verdict"] for k in item["claims"]]
+    return dict(within=f"{c['n_within']} of {c['n_compared']}" if c and c["n_compared"] else "–", held=f"{verdicts.count('holds')} of {len(verdicts)}" if verdicts else "–")
+
 def ledger(
     items, # from `read_items`
 )->list: # of claims with their verdict in a word, paper and items
@@ -177,7 +189,7 @@ def page(
     from jinja2 import Environment, StrictUndefined
     env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     env.filters.update(uri=lambda data, kind: _uri(kind, data), digits=digits, tally=tally, anchor=lambda name: name.replace("/", "-"),
-                       places=lambda values: decimals(values, 4), relation=lambda text: text.replace("<=", "≤").replace(">=", "≥"), word=VERDICTS.get)
+                       places=lambda values: decimals(values, 4), relation=lambda text: text.replace("<=", "≤").replace(">=", "≥"), word=VERDICTS.get, standing=standing)
     parts = sections(items, known or {})
     return env.from_string((resources.files("refcomm")/"report.html.j2").read_text(encoding="utf-8")).render(
         sections=parts, claims=[c for s in parts for c in s["claims"]], problems=problems, profiles=PROFILES, verdicts=list(VERDICTS.values()), version=__version__)

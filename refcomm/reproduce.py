@@ -182,7 +182,7 @@ def print_comparison(item, profile):
     for png in figures_dir(profile).glob(f"{item.replace('/', '_')}.png"):
         recipe, numbers = load_recipe(png), pd.read_csv(png.with_suffix(".csv"), dtype={"column": str})
         if {"published", "ours", "row", "column"} <= set(numbers):
-            wide = side_by_side(numbers)
+            wide = side_by_side(numbers, intervals=True)
             rows = [(a if b == "paper" else "", b, *v) for (a, b), v in zip(wide.index, wide.values)]
             columns = ("", "", *wide.columns)
             if max(map(len, wide.columns)) > 14: columns, rows = ("", *(" ".join(i) for i in wide.index)), [(c, *v) for c, v in zip(wide.columns, wide.T.values)]

@@ -204,6 +204,32 @@ def test_differences_are_those_of_the_numbers(html):
         if not pd.isna(r.difference): assert abs(float(line["difference"].replace("−", "-")) - r.difference) <= .0005 + 1e-9
 
 
+def test_intervals_are_shown_where_they_were_kept(html, folder):
+    for item in report.read_items(FIGURES)[0]:
+        if not item["beside"]: continue
+        numbers = pd.read_csv(FIGURES/f"{item['name'].replace('/', '_')}.csv")
+        lines = [line for t in item["beside"]["tables"] for line in t["lines"]]
+        shown = {True: sorted(line["interval"] for line in lines if line["known"]), False: {line["interval"] for line in lines if not line["known"]}}
+        low = numbers.low if "low" in numbers else pd.Series(dtype=float)
+        assert len(shown[True]) == low.notna().sum() and all(" … " in i for i in shown[True]) and shown[False] <= {"–", "one seed", "3 seeds"}
+        if low.notna().any(): assert (numbers.low <= numbers.ours)[low.notna()].all() and (numbers.ours <= numbers.high)[low.notna()].all()
+    assert "95 % interval" in html and "seeds are drawn again" in html
+    t = pd.read_csv(folder/"eqc_table5.csv").assign(low=.1234, high=.5678)
+    t.loc[0, ["low", "high"]] = float("nan")
+    t.to_csv(folder/"eqc_table5.csv", index=False)
+    page = Reader(report.page(*report.read_items(folder)))
+    assert page.texts.count("0.123 … 0.568") == len(t) - 1 and page.texts.count("3 seeds") == 1
+    t.drop(columns=["low", "high"]).to_csv(folder/"eqc_table5.csv", index=False)
+    assert Reader(report.page(*report.read_items(folder))).texts.count("3 seeds") == len(t), "made before intervals were kept"
+
+
+def test_the_readme_shows_the_tables(html):
+    readme, items = (ROOT/"README.md").read_text(encoding="utf-8"), report.read_items(FIGURES)[0]
+    for i in items: assert f"| {i['profile']} | {report.standing(i)['within']} | {report.standing(i)['held']} | {i['runs'].split(' · ')[0]} | `{i['command']}` |" in readme, i["name"]
+    n = report.tally(report.ledger(items))
+    assert f"{n['held']} held, {n['failed']} failed, {n['untested']} untested" in readme
+
+
 @pytest.fixture(scope="module")
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -122,11 +122,12 @@ def best_spoken(
 def play_rows(
     records, # from `runs.execute`
     augmented:bool=False, # whether agents see augmented views at test time, too
-): # DataFrame: row, column, n_candidates, seed, accuracy in %, chance
+): # DataFrame: row, column, n_candidates, seed, accuracy in %, n_targets, chance
     "Accuracy in the game, by set and number of candidates."
     t = rows_of(records, "play")
     t = best_spoken(t[(t.augmented == augmented) & ~t.player.str.startswith("kmeans")], "accuracy")
-    return t.assign(column=t.data.map(SETS), accuracy=100*t.accuracy, chance=100/t.n_candidates)
+    n_targets = t.n_valid.where(t.data == "valid", t.n_ood_images.where(t.data == "ood", t.n_blobs))
+    return t.assign(column=t.data.map(SETS), accuracy=100*t.accuracy, n_targets=n_targets, chance=100/t.n_candidates)
 
 def protocol_rows(
     records, # from `runs.execute`
