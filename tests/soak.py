@@ -4,6 +4,7 @@ A reproduction is a plan of long runs and then two notebooks. It is killed at ra
 bit by bit, what an undisturbed one leaves. Then stored records are damaged in many ways, none of which may pass unnoticed, and two drivers work on one store."""
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -83,7 +84,15 @@ class Place:
             except OSError: pass
         return found
 
-    def kernels(self): return [pid for pid, line in self.processes().items() if "ipykernel" in line]
+    def wait_for_work(self, driver):
+        "Until a checkpoint or a record has been written, or a notebook is being executed: however slow the machine is, most kills shall cost something."
+        begun, stored = time.time(), len(self.events("store"))
+        def written():
+            for p in self.store.root.glob("unfinished/*/training.safetensors"):
+                with contextlib.suppress(FileNotFoundError):
+                    if p.stat().st_mtime > begun: return True
+            return len(self.events("store")) > stored or any("ipykernel" in line for line in self.processes().values())
+        while driver.poll() is None and not written(): time.sleep(.1)
 
     def events(self, what): return [line.split()[1] for line in self.log.read_text().splitlines() if line.startswith(what + " ")]
 
@@ -135,8 +144,7 @@ def disturbed(root, plan, n_kills, rng):
             driver = place.start()
             try:
                 if sum(deaths.values()) < n_kills:
-                    early, seen = rng.random() < .2, place.log.read_text()
-                    while not early and driver.poll() is None and place.log.read_text() == seen and not place.kernels(): time.sleep(.1)
+                    if rng.random() < .8: place.wait_for_work(driver)
                     driver.wait(rng.uniform(0, 12))
                 else: driver.wait()
             except subprocess.TimeoutExpired:
