@@ -150,7 +150,7 @@ def reproduce(
     items:list[str] = typer.Argument(None, help="items or papers, e.g. eqc/table5 or eqc; the headline items when none is named"),
     profile:str = typer.Option("cpu", help="smoke | cpu | gpu | paper"),
     jobs:int = typer.Option(0, help="runs made at a time; 0: one a core, or one on a GPU"),
-    executor:str = typer.Option(None, help="where they are made: local | slurm; REFCOMM_EXECUTOR or local when none is named"),
+    executor:str = typer.Option(None, help="where they are made: local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
     parameters:list[str] = typer.Option([], "-p", help="name=value, for the notebook's parameters cell"),
     force:bool = typer.Option(False, help="execute notebooks again even when nothing has changed"),
 ):
@@ -282,7 +282,7 @@ def runs_plan(
 
 @runs_app.command("execute")
 def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time"), device:str = typer.Option("auto", help="auto, cpu, cuda …"),
-    executor:str = typer.Option(None, help="local | slurm; REFCOMM_EXECUTOR or local when none is named")):
+    executor:str = typer.Option(None, help="local | slurm | ray; REFCOMM_EXECUTOR or local when none is named")):
     "Make the runs of a plan; those that are in the store are not made again."
     from refcomm.distributed import join_processes, processes
     from refcomm.runs import execute, read_plan

@@ -1,4 +1,4 @@
-"Runs made by submitit: the same as here, whoever is killed."
+"Runs made by submitit and Ray: the same as here, whoever is killed."
 import importlib.util
 import os
 import signal
@@ -16,18 +16,43 @@ from refcomm.experiments.eqc import EQCSpec
 from refcomm.items.eqc import SMALL
 from refcomm.runs import execute, write_plan
 from refcomm.store import Store, run_key
+from refcomm.train import load_checkpoint
 
 TINY = {**SMALL["object"], "lr": 1e-3, "epochs": 40, "patience": 40}
 SPECS = [EQCSpec(word_length=w, **TINY) for w in (10, 20)] # two stacks
+SHORT = {**TINY, "epochs": 100, "patience": 100}
 LONG = {**TINY, "epochs": 5000, "patience": 5000}
 installed = {name: pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}") for name, package in PACKAGES.items()}
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/locks"), reason="needs /proc/locks")
 both = pytest.mark.parametrize("name", [pytest.param(name, marks=mark) for name, mark in installed.items()])
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    "Environment in which Ray's dozen processes import in half the time, without the grammar of internationalised addresses, and stay on 127.0.0.1."
+    folder = tmp_path_factory.mktemp("quick")
+    (folder/"rfc3987_syntax.py").write_text("raise ImportError")
+    return {"PYTHONPATH": str(folder), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_ADDRESS": "", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def two_nodes(quick):
+    "Environment with the address of a Ray cluster of two nodes, each with one core and, so it says, one GPU."
+    from refcomm.executors import _start_ray
+    with pytest.MonkeyPatch.context() as m:
+        for k, v in quick.items(): m.setenv(k, v)
+        first = _start_ray(1, 1)
+        second = _start_ray(1, 1, first.gcs_address)
+    yield {**quick, "RAY_ADDRESS": first.gcs_address}
+    for node in (second, first): node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+
+
+def cluster(name, request): return request.getfixturevalue("two_nodes") if name == "ray" else {}
+
+
 def drive(code, **env):
     "A driver of its own on the store named by REFCOMM_HOME, which hears Ctrl-C even if the tests do not."
-    head = f"from refcomm.experiments.eqc import EQCSpec\nfrom refcomm import runs, store\nTINY, LONG = {TINY!r}, {LONG!r}\nSPECS = [EQCSpec(word_length=w, **TINY) for w in (10, 20)]\n"
+    head = f"from refcomm.experiments.eqc import EQCSpec\nfrom refcomm import runs, store\nTINY, SHORT, LONG = {TINY!r}, {SHORT!r}, {LONG!r}\nSPECS = [EQCSpec(word_length=w, **TINY) for w in (10, 20)]\n"
     return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
@@ -37,6 +62,20 @@ def makers(*specs):
     inodes = {str(p.stat().st_ino) for p in locks if p.exists()}
     fields = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" not in line]
     return {int(f[4]) for f in fields if f[5].split(":")[2] in inodes} - {-1}
+
+
+def parent(pid): return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def alive(pid):
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError: return False
+
+
+def descendants(pid):
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        yield int(child)
+        yield from descendants(int(child))
 
 
 def wait_for(what, driver, seconds=400):
@@ -76,8 +115,8 @@ pool.shutdown()
 
 
 @both
-def test_the_same_runs_though_a_worker_is_killed(home, tmp_path, calm, name):
-    p = drive("runs.execute(SPECS, jobs=2)\n" + DYING.replace("NAME", repr(name)).replace("FOLDER", str(tmp_path)), REFCOMM_EXECUTOR=name)
+def test_the_same_runs_though_a_worker_is_killed(home, tmp_path, calm, name, request):
+    p = drive("runs.execute(SPECS, jobs=2)\n" + DYING.replace("NAME", repr(name)).replace("FOLDER", str(tmp_path)), REFCOMM_EXECUTOR=name, **cluster(name, request))
     worker, = wait_for(lambda: makers(SPECS[1]), p)
     assert worker != p.pid
     os.kill(worker, signal.SIGKILL)
@@ -88,12 +127,14 @@ def test_the_same_runs_though_a_worker_is_killed(home, tmp_path, calm, name):
 
 
 @both
-def test_an_interruption_stops_what_runs_and_what_waits(home, name):
-    p = drive("runs.execute([EQCSpec(word_length=w, **LONG) for w in (10, 20)], jobs=1)", REFCOMM_EXECUTOR=name)
+def test_an_interruption_stops_what_runs_and_what_waits(home, name, quick):
+    p = drive("runs.execute([EQCSpec(word_length=w, **LONG) for w in (10, 20)], jobs=1)", REFCOMM_EXECUTOR=name, **quick)
     running, waiting = [EQCSpec(word_length=w, **LONG) for w in (10, 20)]
     wait_for(lambda: makers(running), p)
+    started = [*descendants(p.pid)]
     p.send_signal(signal.SIGINT)
     assert p.wait(60) != 0 and "KeyboardInterrupt" in p.stderr.read()
+    assert not [pid for pid in started if alive(pid)], "Ray's own processes are gone, too"
     assert not makers(running, waiting) and Store().keys() == [] and not (Store().root/"locks"/f"eqc-{run_key(waiting)}.lock").exists()
 
 
@@ -107,6 +148,39 @@ def test_jobs_outlive_their_driver_and_the_next_one_finds_them(home, calm):
     assert p.wait() == 0, p.stderr.read()
     same(calm)
     assert not list(Store().root.glob("unfinished/*"))
+
+
+@installed["ray"]
+def test_ray_uses_all_nodes_and_the_next_driver_continues(home, two_nodes):
+    work = f"""
+from refcomm.executors import EXECUTORS
+pool = EXECUTORS["ray"](4)
+assert pool.submit(eval, "__import__('ray').get_runtime_context().get_assigned_resources()").result() == dict(CPU=1, GPU=.5), "two share a GPU"
+for f in [pool.submit(runs.run_stack, [EQCSpec(word_length=w, **SHORT)], {str(Store().root)!r}, "cpu", None, 0.) for w in (10, 20)]: f.result()
+pool.shutdown()
+"""
+    specs = [EQCSpec(word_length=w, **SHORT) for w in (10, 20)]
+    states = lambda: [load_checkpoint(f)[1]["epoch"] for f in Store().root.glob("unfinished/*/training.safetensors")]
+    p = drive(work, **two_nodes)
+    workers = wait_for(lambda: len(states()) == 2 and min(states()) > 0 and makers(*specs), p)
+    assert len({parent(w) for w in workers}) == 2, "one on each node"
+    p.kill(); p.wait()
+    deadline = time.time() + 60
+    while makers(*specs) and time.time() < deadline: time.sleep(.1)
+    assert not makers(*specs), "they end with their driver"
+    done = [[row["seconds"] for row in load_checkpoint(f)[1]["history"]] for f in Store().root.glob("unfinished/*/training.safetensors")]
+    assert len(done) == 2 and Store().keys() == []
+    p = drive(work, **two_nodes)
+    assert p.wait() == 0, p.stderr.read()
+    for h in (Store().get(s).history() for s in specs):
+        assert h.epoch.tolist() == list(range(SHORT["epochs"])) and any(h.seconds.tolist()[:len(d)] == d for d in done), "no epoch was done twice"
+
+
+@installed["ray"]
+def test_an_address_without_a_cluster(home, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    with pytest.raises(ConfigError, match="no Ray cluster at RAY_ADDRESS=nowhere: .*; start one with `ray start --head`"): execute(SPECS[:1], executor="ray")
+    assert not list(Store().root.glob("tmp/*"))
 
 
 @installed["slurm"]
