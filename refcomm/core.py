@@ -6,8 +6,8 @@
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError', 'WorkerDied',
            'StoreError', 'nearest', 'check_choice', 'check_at_least', 'need', 'fetch_weights', 'spec', 'generator',
            'seeded_init', 'anneal', 'pick_device', 'n_cores', 'autocast', 'home', 'checkout', 'figures_dir', 'data_dir',
-           'data_folders', 'find_data', 'disk_errors', 'fsync_dir', 'write_atomic', 'content_digest', 'files_digest',
-           'cached_tensor', 'stamped', 'unstamped', 'progress_bar']
+           'data_folders', 'find_data', 'read_parquet', 'disk_errors', 'fsync_dir', 'write_atomic', 'content_digest',
+           'files_digest', 'cached_tensor', 'stamped', 'unstamped', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #94a934ea
 import contextlib, dataclasses, difflib, errno, functools, hashlib, importlib, io, json, math, os, sys, warnings
@@ -211,6 +211,19 @@ def find_data(
     paths = [Path(f"{name}{suffix}").expanduser() for suffix in suffixes]
     tried = [p for path in paths for p in ([path] if path.is_absolute() else [folder/path for folder in data_folders()])]
     return next((p for p in tried if p.exists()), None)
+
+# %% ../nbs/00_core.ipynb #7be0c5a2
+def read_parquet(
+    path, # one file
+    made_by:str="", # what writes such files, for the message
+    pick=None, # names of its columns → those to read; all when None
+): # pyarrow table
+    "The rows of a parquet file, or the way out where there is none or it is damaged."
+    import pyarrow as pa, pyarrow.parquet as pq
+    if not Path(path).is_file(): raise ConfigError(f"no file {path}" + (f": make it with {made_by}" if made_by else ""))
+    try:
+        with pq.ParquetFile(path) as file: return file.read(pick and pick(file.schema_arrow.names))
+    except (pa.ArrowException, OSError) as e: raise ConfigError(f"{path} cannot be read as parquet ({str(e).splitlines()[0]}): fetch or make it again") from None
 
 # %% ../nbs/00_core.ipynb #14a8bac7
 @contextlib.contextmanager

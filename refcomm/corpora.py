@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .core import ConfigError, check_choice, content_digest, disk_errors, fsync_dir, write_atomic
+from .core import ConfigError, check_choice, content_digest, disk_errors, fsync_dir, read_parquet, write_atomic
 from .metrics.protocol import symbol_counts
 from .metrics.structure import bosdis, entropy, posdis
 from .runs import load_spec
-from .store import RunRecord
+from .store import RunRecord, defined
 
 # %% ../nbs/84_corpora.ipynb #50c74455
 class Corpus(NamedTuple):
@@ -57,7 +57,7 @@ def describe(
 )->dict: # numbers; None where one is undefined
     "How large a corpus is, and how its messages are made."
     whole, positions = entropy(corpus.messages)
-    known = lambda x: None if x != x else round(x, 6)
+    known = lambda x: defined(round(x, 6))
     numbers = dict(n_messages=len(corpus.messages), message_length=corpus.messages.shape[1], n_unique_messages=len(symbol_counts(corpus.messages)[0]),
         n_symbols=len(corpus.messages.unique()), symbol_bits=known(float(entropy(corpus.messages.flatten())[0])), message_bits=known(float(whole)), position_bits=[known(b) for b in positions.tolist()])
     if corpus.meanings is None: return numbers
@@ -90,10 +90,7 @@ def load_corpus(
     path, # a file that `save_corpus` wrote
 )->Corpus:
     "Read a corpus back, checked."
-    import pyarrow as pa, pyarrow.parquet as pq
-    if not Path(path).is_file(): raise ConfigError(f"no file {path}: make it with save_corpus")
-    try: table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as e: raise ConfigError(f"{path} cannot be read as parquet ({str(e).splitlines()[0]}): fetch or make it again") from None
+    table = read_parquet(path, "save_corpus")
     try: stored = json.loads((table.schema.metadata or {})[b"refcomm.corpus"]); about, digest = dict(stored["about"]), stored["digest"]
     except (KeyError, ValueError, TypeError): about = None
     if about is None or "message" not in table.column_names: raise ConfigError(f"{path} is a parquet file but not a corpus: write it with save_corpus")

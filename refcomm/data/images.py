@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import ConfigError, check_at_least, check_choice, content_digest, data_dir, data_folders, find_data, generator, n_cores, nearest, progress_bar
+from ..core import ConfigError, check_at_least, check_choice, content_digest, data_dir, data_folders, find_data, generator, n_cores, nearest, progress_bar, read_parquet
 from .objects import draw_distinct
 from .scenes import SceneWorld
 from .shapes import ShapeWorld
@@ -105,17 +105,14 @@ def _folder(path)->_Source:
 
 def _parquet(path, image_column, label_column)->_Source:
     "A parquet file with encoded images, or a folder of them."
-    import pyarrow, pyarrow.parquet as pq
     rows, names, wnids = [], {}, {}
     for file in [path] if path.is_file() else sorted(path.glob("*.parquet")):
-        try:
-            table = pq.ParquetFile(file)
-            columns = table.schema_arrow.names
-            wanted = [check_choice(f"column of {file.name}", c, columns) for c in (image_column, label_column)]
-            extra = [next((c for c in options if c in columns), None) for options in (("name", "category"), ("split",), ("wnid",))]
-            read = table.read(columns=list({c for c in wanted + extra if c})).to_pydict()
-        except (OSError, pyarrow.ArrowInvalid) as e: raise ConfigError(f"{file} cannot be read as parquet ({e}): fetch or write it again") from None
-        images, labels, called, split, ids = (read[c] if c else [""]*table.metadata.num_rows for c in wanted + extra)
+        def wanted(columns):
+            own = [check_choice(f"column of {file.name}", c, columns) for c in (image_column, label_column)]
+            return own + [next((c for c in options if c in columns), None) for options in (("name", "category"), ("split",), ("wnid",))]
+        table = read_parquet(file, pick=lambda columns: list({c for c in wanted(columns) if c}))
+        read = table.to_pydict()
+        images, labels, called, split, ids = (read[c] if c else [""]*len(table) for c in wanted(table.column_names))
         names |= {l: c for l, c in zip(labels, called) if c}
         wnids |= {l: i for l, i in zip(labels, ids) if i}
         rows += [(x, l, _PARTS.get(s, str(s or "")), f"{file.name} row {i}") for i, (x, l, s) in enumerate(zip(images, labels, split))]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import ConfigError, check_at_least, check_choice, content_digest, find_data, generator, nearest
+from ..core import ConfigError, check_at_least, check_choice, content_digest, find_data, generator, nearest, read_parquet
 from .images import number_classes
 from .objects import draw_distinct
 
@@ -104,7 +104,7 @@ BANKING77 = dict(path="mteb/banking77", revision="0fd18e25b25c072e09e0d92ab615fd
 def _from_file(path, split):
     "A table from a .parquet or .csv file, or the rows of one of its splits."
     import pandas as pd
-    try: frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str, keep_default_na=False)
+    try: frame = read_parquet(path).to_pandas() if path.suffix == ".parquet" else pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as e: raise ConfigError(f"cannot read sentences from {path}: {e}") from None
     if split is None: return frame
     if "split" not in frame: raise ConfigError(f"split {split!r} asked for, but {path} has no column 'split': add one, or leave split=None")

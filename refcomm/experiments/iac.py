@@ -25,7 +25,7 @@ from ..metrics.protocol import normalized_mutual_information, permutation_test, 
 from ..metrics.representation import Clusters, linear_probe, similarity_correlation
 from ..metrics.task import expected_accuracy, n_unique
 from ..runs import Context
-from ..store import RunResult, packed
+from ..store import RunResult, defined, packed
 from ..train import TrainSettings, fit
 
 # %% ../../nbs/91_experiments.iac.ipynb #def2143a
@@ -184,8 +184,6 @@ def players(
     return [*(f"disc {layer}" for layer in "hsz"), *clusters], say
 
 # %% ../../nbs/91_experiments.iac.ipynb #eaa7ee59
-def _known(value): return None if value != value else value # what is undefined stays out of records
-
 def _protocol(symbols, images, s, parts, where)->list: # rows
     "How messages, and the symbols at each of their positions, agree with classes."
     rows, measures = [], dict(nmi=normalized_mutual_information)
@@ -195,7 +193,7 @@ def _protocol(symbols, images, s, parts, where)->list: # rows
         row = dict(kind="protocol", **where, position=position, n_symbols=n_unique(said.view(len(said), -1)))
         for name, statistic in measures.items():
             test = permutation_test(statistic, said, images.labels, generator(0, "deals"), s.n_permutations, len(images.classes))
-            row |= {name: _known(test.value), f"{name}_p": _known(test.p)}
+            row |= {name: defined(test.value), f"{name}_p": defined(test.p)}
         rows.append(row)
     return rows
 
@@ -240,7 +238,7 @@ def probe(
         rows.append(dict(kind="probe", data=name, measure="accuracy" if y.dim() == 1 else "mAP", score=found.score, strength=found.strength, n_train=len(train), n_test=len(test)))
     if model.trunks[0] is not model.trunks[1]:
         alike = lambda images: similarity_correlation(*(features(model, images[:1000], s, device, of) for of in (0, 1)))
-        rows += [dict(kind="similarity", data=name, correlation=_known(alike(getattr(parts, name).images))) for name in ("valid", "ood")]
+        rows += [dict(kind="similarity", data=name, correlation=defined(alike(getattr(parts, name).images))) for name in ("valid", "ood")]
     return rows
 
 # %% ../../nbs/91_experiments.iac.ipynb #4798fea8

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 
-from ..core import ConfigError, check_at_least, check_choice, write_atomic
+from ..core import ConfigError, check_at_least, check_choice, read_parquet, write_atomic
 from ..data.shapes import ATTRIBUTES, ShapeWorld
 from .complexity import min_symbols
 from .sampling import AttributeGames
@@ -50,10 +50,7 @@ def save_games(
 # %% ../../nbs/53_sms.datasets.ipynb #cfee4de7
 def _table(path):
     "The rows of a file of games and what its metadata say."
-    import pyarrow as pa, pyarrow.parquet as pq
-    if not Path(path).is_file(): raise ConfigError(f"no file {path}: make it with save_games")
-    try: table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as e: raise ConfigError(f"{path} cannot be read as parquet ({str(e).splitlines()[0]}): fetch or make it again") from None
+    table = read_parquet(path, "save_games")
     try: about = json.loads((table.schema.metadata or {})[b"refcomm.games"])
     except (KeyError, ValueError): about = {}
     if not {"n_values", "n_distractors", "n_attributes"} <= set(about) or not {"target", "distractors", "min_symbols", "split"} <= set(table.column_names):
