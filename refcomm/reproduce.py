@@ -151,14 +151,17 @@ def reproduce(
     profile:str = typer.Option("cpu", help="smoke | cpu | gpu | paper"),
     jobs:int = typer.Option(0, help="runs made at a time; 0: one a core, or one on a GPU"),
     executor:str = typer.Option(None, help="where they are made: local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
+    logger:str = typer.Option(None, help="to watch them: csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
     parameters:list[str] = typer.Option([], "-p", help="name=value, for the notebook's parameters cell"),
     force:bool = typer.Option(False, help="execute notebooks again even when nothing has changed"),
 ):
     "Make tables and figures: papermill over the reproduction notebooks."
     import torch
     from refcomm.executors import check_executor
+    from refcomm.loggers import check_logger
     check_choice("profile", profile, PROFILES)
     if executor: os.environ["REFCOMM_EXECUTOR"] = check_executor(executor) # read by `execute` in the notebook's kernel
+    if logger: os.environ["REFCOMM_LOGGER"] = check_logger(logger)
     jobs = jobs or (1 if torch.cuda.is_available() or profile == "smoke" else n_cores())
     chosen, given = choose(items or []), dict(parse_parameters(parameters), profile=profile, jobs=jobs)
     for path in chosen.values(): check_parameters(path, given)
@@ -282,12 +285,13 @@ def runs_plan(
 
 @runs_app.command("execute")
 def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time"), device:str = typer.Option("auto", help="auto, cpu, cuda …"),
-    executor:str = typer.Option(None, help="local | slurm | ray; REFCOMM_EXECUTOR or local when none is named")):
+    executor:str = typer.Option(None, help="local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
+    logger:str = typer.Option(None, help="csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named")):
     "Make the runs of a plan; those that are in the store are not made again."
     from refcomm.distributed import join_processes, processes
     from refcomm.runs import execute, read_plan
     join_processes(int(os.environ.get("WORLD_SIZE", 1)))
-    n = len(execute(read_plan(plan), jobs, device, executor=executor))
+    n = len(execute(read_plan(plan), jobs, device, executor=executor, logger=logger))
     if processes()[0] == 0: print(f"{n} runs are in the store")
 
 @runs_app.command("export")

@@ -16,6 +16,7 @@ import torch
 from .core import ConfigError, RecordError, TrainingDiverged, WorkerDied, check_at_least, check_choice, disk_errors, pick_device, progress_bar, write_atomic
 from .distributed import agree, processes
 from .executors import EXECUTORS, check_executor
+from .loggers import StackLogs, check_logger
 from .store import Store, digest, package_commit, provenance, run_key, spec_fields
 
 # %% ../nbs/80_runs.ipynb #9f20eda8
@@ -25,6 +26,7 @@ class Context(NamedTuple):
     checkpoint:Path|None = None # where to keep the state of unfinished training
     report:object = None # called with (share done, text)
     checkpoint_seconds:float = 60. # between checkpoints
+    log:object = None # called with rows of the history, as `fit` does
 
 # %% ../nbs/80_runs.ipynb #37982b72
 def _members(folder, missing)->list: # Specs
@@ -46,10 +48,12 @@ def run_stack(
     root, # the store's folder
     device:str="auto",
     report=None, # called with (share done, text); a path makes it write there
+    logger:str|None=None, # a name in `LOGGERS`
     checkpoint_seconds:float|None=None, # between checkpoints of unfinished training; None: `checkpoint_interval`
 )->list: # keys
     "Make the runs of a stack that the store does not hold yet. This is what executors submit."
     store, module, interval = Store(root), importlib.import_module(type(specs[0]).__module__), checkpoint_interval() if checkpoint_seconds is None else checkpoint_seconds
+    check_logger(logger)
     if processes()[0]: return _follow(specs, store, device)
     say = report if callable(report) else _reporter(report) if report else lambda done, text: None
     with disk_errors(store.root), contextlib.ExitStack() as held:
@@ -63,11 +67,13 @@ def run_stack(
         if missing:
             package_commit() # as it is now, not when training ends
             if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-            try: results = module.run(members, Context(device, folder/"training.safetensors", say, interval))
-            except (ConfigError, TrainingDiverged): shutil.rmtree(folder, ignore_errors=True); raise
-            origin = provenance(pick_device(device), float(results[0].history["seconds"].sum()), len(members))
-            for s, result in zip(members, results):
-                if s in missing: store.put(s, result, origin)
+            with StackLogs(logger, [(s.experiment, run_key(s), spec_fields(s)) for s in members]) as logs:
+                try: results = module.run(members, Context(device, folder/"training.safetensors", say, interval, logs.epochs))
+                except (ConfigError, TrainingDiverged): shutil.rmtree(folder, ignore_errors=True); raise
+                origin = provenance(pick_device(device), float(results[0].history["seconds"].sum()), len(members))
+                for s, result in zip(members, results):
+                    if s in missing: store.put(s, result, origin)
+                logs.finish(results)
             shutil.rmtree(folder, ignore_errors=True)
         agree([True]) # that the records are there
     say(1., "done")
@@ -105,6 +111,7 @@ def execute(
     device:str="auto",
     store:Store|None=None, # the default store when None
     executor=None, # a name in `EXECUTORS`, REFCOMM_EXECUTOR or "local" when None; or your own concurrent.futures.Executor, which is left running
+    logger:str|None=None, # a name in `LOGGERS`; REFCOMM_LOGGER when None, and nothing is logged without one
     desc:str="runs",
 )->list: # one `RunRecord` per Spec, in order
     "Make every run that the store lacks, and return the records of all."
@@ -112,32 +119,33 @@ def execute(
     check_at_least("jobs", jobs, 1)
     executor = executor or os.environ.get("REFCOMM_EXECUTOR") or "local"
     if isinstance(executor, str): check_executor(executor)
+    logger = check_logger(logger or os.environ.get("REFCOMM_LOGGER"))
     found = {s: store.get(s) for s in dict.fromkeys(specs)}
     stacks = [stack for stack in make_stacks(found, device) if None in map(found.get, stack)]
     if stacks:
         with progress_bar(sum(map(len, stacks)), desc, unit="run", bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} {unit}s [{elapsed}<{remaining}{postfix}]") as bar:
-            if jobs == 1 and executor == "local": _inline(stacks, store, device, bar)
-            elif not isinstance(executor, str): _submit(stacks, store, device, bar, executor)
+            if jobs == 1 and executor == "local": _inline(stacks, store, device, logger, bar)
+            elif not isinstance(executor, str): _submit(stacks, store, device, logger, bar, executor)
             else:
                 pool = EXECUTORS[executor](min(jobs, len(stacks)))
-                try: _submit(stacks, store, device, bar, pool)
+                try: _submit(stacks, store, device, logger, bar, pool)
                 finally: pool.shutdown(wait=True, cancel_futures=True)
     records = [found[s] or store.get(s) for s in specs]
     if None in records: raise RecordError(f"run {run_key(specs[records.index(None)])} vanished from {store.root} while others were made: is another process cleaning it?")
     return records
 
-def _inline(stacks, store, device, bar):
+def _inline(stacks, store, device, logger, bar):
     for stack in stacks:
         done = bar.n
         def say(share, text): bar.set_postfix_str(text, refresh=False); bar.update(done + share*len(stack) - bar.n)
-        run_stack(stack, store.root, device, say)
+        run_stack(stack, store.root, device, say, logger)
 
-def _submit(stacks, store, device, bar, pool):
+def _submit(stacks, store, device, logger, bar, pool):
     folder = store.root/"tmp"/f"progress-{uuid.uuid4().hex}"
     with disk_errors(folder): folder.mkdir(parents=True)
     futures = []
     try:
-        futures = [pool.submit(run_stack, s, str(store.root), device, str(folder/str(i))) for i,s in enumerate(stacks)]
+        futures = [pool.submit(run_stack, s, str(store.root), device, str(folder/str(i)), logger) for i,s in enumerate(stacks)]
         while pending := [f for f in futures if not f.done()]:
             concurrent.futures.wait(pending, timeout=1, return_when="FIRST_EXCEPTION")
             bar.update(sum(_share(folder/str(i))*len(s) for i,s in enumerate(stacks)) - bar.n)

@@ -221,6 +221,7 @@ def fit(
     report=None, # called with (share done, text); a progress bar when None
     on_progress=None, # called with the share done before every step: temperature schedules
     lr_factors=(), # (beginning of a parameter's name, factor on the learning rate) pairs: pretrained parts learn slower
+    log=None, # called with rows of the history: those of a checkpoint first, then each epoch's, of members that have not stopped
 )->Fit:
     "Train `ensemble` in place and leave it with the weights that `settings.keep` names."
     t = Training(ensemble, settings, seeds, n_items, device, lr_factors)
@@ -231,10 +232,13 @@ def fit(
         t.load(*found)
     bar = None if report else progress_bar(settings.epochs, "epochs", initial=t.epoch)
     say = report or (lambda done, text: (bar.set_postfix_str(text, refresh=False), bar.update(round(done*settings.epochs) - bar.n)))
+    tell = lambda rows: log and log([r for r in rows if r["epoch"] <= t.best.epoch[r["member"]] + settings.patience])
     save = (lambda: save_checkpoint(checkpoint, t.tensors(), t.meta(shape))) if checkpoint and t.rank == 0 else (lambda: None)
+    tell(t.history)
     while t.epoch < settings.epochs and t.best.active(t.epoch - 1, settings.patience).any():
         train_epoch(t, loss, device, save, checkpoint_seconds, on_progress)
         row = finish_epoch(t, validate)
+        tell(t.history[-ensemble.n_members:])
         say(t.epoch/settings.epochs, f"loss {row['loss']:.4f}, validation accuracy {row['accuracy']:.4f}")
     save()
     agree([True]) # that the last checkpoint is there

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,7 +16,8 @@ from conftest import free_port
 from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.distributed import agree, join_processes, sum_over_processes
 from refcomm.ensemble import Ensemble
-from refcomm.items import iac
+from refcomm.experiments.patch import settings_of
+from refcomm.items import iac, patch
 from refcomm.runs import execute, write_plan
 from refcomm.store import Store
 from refcomm.train import TrainSettings, fit
@@ -55,12 +57,23 @@ def test_two_processes_train_what_one_trains(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["training.safetensors"]
 
 
-def test_torchrun_makes_one_record(home, tmp_path):
-    spec = dataclasses.replace(iac.grid("figure3", "smoke", 1)[0], accumulate=2, augmentations=False)
-    write_plan([spec], tmp_path/"plan.json")
+def test_torchrun_makes_one_record_of_each_run(home, tmp_path):
+    "Noise differs from process to process, the games do not: a patch game among the 16 images of one process would lose a fifth less."
+    specs = [dataclasses.replace(iac.grid("figure3", "smoke", 1)[0], accumulate=2, augmentations=False), patch.grid("figure9", "smoke", 1)[0]]
+    write_plan(specs, tmp_path/"plan.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "--no-python", sys.executable, "-c",
-               "import sys; from refcomm.reproduce import main; sys.argv[0] = 'refcomm'; main()", "runs", "execute", str(tmp_path/"plan.json"), "--device", "cpu"]
+               "import sys; from refcomm.reproduce import main; sys.argv[0] = 'refcomm'; main()", "runs", "execute", str(tmp_path/"plan.json"), "--device", "cpu", "--logger", "csv"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("1 runs are in the store") == 1
-    assert execute([spec])[0].summary["last_accuracy"] > 0 and len(Store().keys()) == 1 and not list(Store().root.glob("unfinished/*"))
+    assert done.stdout.count("2 runs are in the store") == 1 and len(Store().keys()) == 2 and not list(Store().root.glob("unfinished/*"))
+    for record, alone in zip(execute(specs), execute(specs, store=Store(tmp_path/"alone"), device="cpu")):
+        ours, known = record.history(), alone.history()
+        assert ours[["epoch", "lr"]].equals(known[["epoch", "lr"]]) and ours.loss.tolist() == pytest.approx(known.loss.tolist(), rel=.1)
+        played = [[(r.get("data"), r.get("augmented"), r["n_candidates"]) for r in each.rows if r["kind"] == "play"] for each in (record, alone)]
+        assert played[0] == played[1] != []
+        assert pd.read_csv(home/"logs"/"csv"/record.experiment/record.key/"metrics.csv").loss.dropna().tolist() == ours.loss.tolist(), "the first process logs"
+
+
+def test_a_batch_of_images_is_split_evenly(monkeypatch):
+    monkeypatch.setattr("refcomm.experiments.patch.processes", lambda: (0, 3))
+    with pytest.raises(ConfigError, match="3 processes cannot share batches of 32: make batch_size a multiple of 3"): settings_of(patch.configure("smoke"))

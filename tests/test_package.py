@@ -27,7 +27,7 @@ state, threads, argv, dtype, grad = torch.random.get_rng_state(), torch.get_num_
 before = set(sys.modules)
 import refcomm, refcomm.core, refcomm.channels, refcomm.games.referential, refcomm.sms.complexity, refcomm.runs, refcomm.experiments.eqc, refcomm.papers, refcomm.figures, refcomm.report, refcomm.reproduce
 assert torch.equal(state, torch.random.get_rng_state()) and threads == torch.get_num_threads() and argv == sys.argv and dtype == torch.get_default_dtype() and grad
-heavy = {m for m in set(sys.modules) - before if m.split('.')[0] in ('transformers', 'datasets', 'torchvision', 'matplotlib', 'seaborn', 'papermill', 'nbdev', 'fastcore', 'IPython', 'vector_quantize_pytorch', 'numba', 'sklearn', 'PIL', 'jinja2')}
+heavy = {m for m in set(sys.modules) - before if m.split('.')[0] in ('transformers', 'datasets', 'torchvision', 'matplotlib', 'seaborn', 'papermill', 'nbdev', 'fastcore', 'IPython', 'vector_quantize_pytorch', 'numba', 'sklearn', 'PIL', 'jinja2', 'tensorboard', 'wandb', 'mlflow')}
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -202,7 +202,7 @@ def train(
     settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, lr=s.lr, patience=s.patience, precision=s.precision)
     pretrained = [("sender.0.", s.encoder_lr), ("receiver.0.", s.encoder_lr)] if s.fine_tune else []
     fitted = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [x.seed for x in specs], device,
-                 context.checkpoint, context.checkpoint_seconds, context.report, lr_factors=pretrained)
+                 context.checkpoint, context.checkpoint_seconds, context.report, lr_factors=pretrained, log=context.log)
     return ensemble, fitted
 
 # %% ../../nbs/90_experiments.eqc.ipynb #66ae4d7a

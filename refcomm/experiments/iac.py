@@ -252,7 +252,7 @@ def run(
     ensemble = Ensemble([share_statistics(build(s, len(parts.train.classes)), device)]).to(device)
     settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, lr=s.lr, lr_schedule="cosine", patience=s.epochs, precision=s.precision, weight_decay=s.weight_decay, lr_per_epoch=True,
                              accumulate=s.accumulate, drop_last=True, keep="last")
-    fitted = fit(ensemble, *objectives(ensemble, s, parts, device), len(parts.train.images), settings, [s.seed], device, context.checkpoint, context.checkpoint_seconds, context.report)
+    fitted = fit(ensemble, *objectives(ensemble, s, parts, device), len(parts.train.images), settings, [s.seed], device, context.checkpoint, context.checkpoint_seconds, context.report, log=context.log)
     ensemble.eval()
     model = ensemble.member(0)
     rows, sent = play(model, s, parts, device) if s.model != "supervised" else ([], {})

@@ -281,7 +281,7 @@ def run(
     cool = getattr(ensemble.template, "cool", None)
     history = pd.DataFrame(dict(seconds=[0.]))
     if s.model != "random":
-        history = fit(ensemble, *objectives(ensemble, s, parts, device), len(parts.train.images), settings_of(s), [s.seed], device, context.checkpoint, context.checkpoint_seconds, context.report, cool).member(0, s.epochs)
+        history = fit(ensemble, *objectives(ensemble, s, parts, device), len(parts.train.images), settings_of(s), [s.seed], device, context.checkpoint, context.checkpoint_seconds, context.report, cool, log=context.log).member(0, s.epochs)
     ensemble.eval()
     model = ensemble.member(0)
     if cool: cool(1.)

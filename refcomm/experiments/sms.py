@@ -146,7 +146,7 @@ def run(
     task = make_task(s, device)
     ensemble = Ensemble([build(x, task) for x in specs]).to(device)
     settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, lr=s.lr, patience=s.epochs, precision=s.precision)
-    fitted = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [x.seed for x in specs], device, context.checkpoint, context.checkpoint_seconds, context.report)
+    fitted = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [x.seed for x in specs], device, context.checkpoint, context.checkpoint_seconds, context.report, log=context.log)
     rows, symbols = evaluate(ensemble, s, task)
     results = []
     for m in range(len(specs)):
