@@ -121,13 +121,14 @@ def execute(
     if isinstance(executor, str): check_executor(executor)
     logger = check_logger(logger or os.environ.get("REFCOMM_LOGGER"))
     found = {s: store.get(s) for s in dict.fromkeys(specs)}
-    stacks = [stack for stack in make_stacks(found, device) if None in map(found.get, stack)]
+    every = make_stacks(found, device)
+    stacks = [stack for stack in every if None in map(found.get, stack)]
     if stacks:
         with progress_bar(sum(map(len, stacks)), desc, unit="run", bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} {unit}s [{elapsed}<{remaining}{postfix}]") as bar:
             if jobs == 1 and executor == "local": _inline(stacks, store, device, logger, bar)
             elif not isinstance(executor, str): _submit(stacks, store, device, logger, bar, executor)
             else:
-                pool = EXECUTORS[executor](min(jobs, len(stacks)))
+                pool = EXECUTORS[executor](min(jobs, len(every))) # not of those left: a resumed run has the threads that it was begun with
                 try: _submit(stacks, store, device, logger, bar, pool)
                 finally: pool.shutdown(wait=True, cancel_futures=True)
     records = [found[s] or store.get(s) for s in specs]

@@ -20,7 +20,7 @@ from refcomm.train import load_checkpoint
 
 TINY = {**SMALL["object"], "lr": 1e-3, "epochs": 40, "patience": 40}
 SPECS = [EQCSpec(word_length=w, **TINY) for w in (10, 20)] # two stacks
-SHORT = {**TINY, "epochs": 100, "patience": 100}
+SHORT = {**TINY, "epochs": 400, "patience": 400} # both of two are at work at some time, though workers may start many seconds apart
 LONG = {**TINY, "epochs": 5000, "patience": 5000}
 installed = {name: pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}") for name, package in PACKAGES.items()}
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/locks"), reason="needs /proc/locks")

@@ -71,7 +71,8 @@ def test_the_probe_chooses_on_the_part_kept_back_and_refits_on_all():
     assert probe.strength == max(k for k, v in probe.tried.items() if v == max(probe.tried.values())) and list(probe.tried) == [1, .1, .01, .001, .0001]
     z = (x - x[:200].mean(0)) / x[:200].std(0)
     w, b = fit_linear(z[:200], y[:200], 4, probe.strength)
-    assert probe.score == ((z[200:] @ w + b).argmax(-1) == y[200:]).double().mean().item()
+    refitted = ((z[200:] @ w + b).argmax(-1) == y[200:]).double().mean().item()
+    assert probe.score == pytest.approx(refitted, abs=1.5/400), "but for a tie, which rounding may break either way"
     assert torch.allclose(probe.weights, w, atol=1e-2)
     same, other = (linear_probe(x[:200], y[:200], x[200:], y[200:], generator(s)) for s in (0, 1))
     assert torch.equal(same.weights, probe.weights) and same.tried == probe.tried != other.tried
