@@ -130,7 +130,7 @@ def fidelity(
     "What differs from the paper."
     names = ("image_size", "view_size", "patch_size", "symbol_width", "spread", "rank", "vision", "width", "layers", "hidden", "narrow", "dim", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "epochs", "precision")
     changed = [f"images: {data_name(specs)} (paper: ILSVRC-2012)", *differences(specs, vars(PatchSpec()) | dict(patch_size="32/16"), names, dict(batch_size="512 on 4 GPUs"))]
-    return (f"{', '.join(changed)}. S counts pixels of an image of 224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14. Of the text's settings, temperatures of the cosines (0.07), width of hidden layers and weight decay are not stated: they are the public code's, or ours. "
+    return (f"{', '.join(changed)}. S counts pixels of an image of 224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14. Of the text's settings, temperatures of the cosines (0.07), width of hidden layers, how layers begin (spread) and weight decay are not stated: they are the public code's, or ours. "
             + ("PatchVAE with S=16 is left out, as its decoder costs a processor more than all others together. " if any(s.model == "patchvae" for s in specs) and all(s.view_size//s.patch_size == 7 for s in specs if s.model == "patchvae") else "") +
             "Accuracy is the mean over all draws of the distractors; training ends after the last epoch, no epoch is chosen.")
 
