@@ -20,7 +20,7 @@ from refcomm.train import load_checkpoint
 
 TINY = {**SMALL["object"], "lr": 1e-3, "epochs": 40, "patience": 40}
 SPECS = [EQCSpec(word_length=w, **TINY) for w in (10, 20)] # two stacks
-SHORT = {**TINY, "epochs": 400, "patience": 400} # both of two are at work at some time, though workers may start many seconds apart
+SHORT = {**TINY, "epochs": 100, "patience": 100}
 LONG = {**TINY, "epochs": 5000, "patience": 5000}
 installed = {name: pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}") for name, package in PACKAGES.items()}
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/locks"), reason="needs /proc/locks")
@@ -156,7 +156,7 @@ def test_ray_uses_all_nodes_and_the_next_driver_continues(home, two_nodes):
 from refcomm.executors import EXECUTORS
 pool = EXECUTORS["ray"](4)
 assert pool.submit(eval, "__import__('ray').get_runtime_context().get_assigned_resources()").result() == dict(CPU=1, GPU=.5), "two share a GPU"
-for f in [pool.submit(runs.run_stack, [EQCSpec(word_length=w, **SHORT)], {str(Store().root)!r}, "cpu", None, 0.) for w in (10, 20)]: f.result()
+for f in [pool.submit(runs.run_stack, [EQCSpec(word_length=w, **SHORT)], {str(Store().root)!r}, "cpu", None, None, 0.) for w in (10, 20)]: f.result()
 pool.shutdown()
 """
     specs = [EQCSpec(word_length=w, **SHORT) for w in (10, 20)]
