@@ -353,6 +353,7 @@ def report(facts, table, lines):
     hows = [h for h in (*CAUGHT.values(), *sorted({h for c in table.values() for h in c} - set(CAUGHT.values()))) if any(c[h] for c in table.values())]
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     n = sum(sum(c.values()) for c in table.values())
+    rest = "What does not hold is under FAILED, above; " if failures else "So do the notebooks' tables of numbers. Nothing unfinished, half-written or set aside stays behind; "
     accepted = sum(v for c in table.values() for h, v in c.items() if h not in CAUGHT.values())
     return "\n".join([
         "# Soak test", "", f"`{facts['command']}` · commit {package_commit() or 'none'} · torch {torch.__version__} · {model}, 2 cores, one thread per process · {facts['minutes']:.0f} minutes · seed {facts['seed']}", "",
@@ -361,7 +362,7 @@ def report(facts, table, lines):
         f"A reproduction is a plan of {facts['stacks']} stacks ({facts['runs']} runs of all four papers at smoke's sizes, trained for longer) and the notebooks {', '.join(ITEMS)} at smoke, with two workers and a checkpoint every two seconds.",
         f"It got {facts['kills']} kill −9 at random moments: {', '.join(f'{v} × {k}' for k, v in facts['deaths'].items())}; {facts['left']} of them left a checkpoint behind.",
         f"{facts['rounds']} reproduction{'s' * (facts['rounds'] > 1)} came to the end. Of the plan's trainings {facts['begun']} were begun and {facts['resumed']} resumed from a checkpoint, for {facts['stored']} records.",
-        f"{facts['equal']} of {facts['records']} records equal those of an undisturbed reproduction: Spec, rows, summary and history (its seconds left out), tensors to the byte. So do the notebooks' tables of numbers. Nothing unfinished, half-written or set aside stays behind; tmp/ keeps {facts['progress']} folders in which drivers that were killed watched their workers, until `refcomm runs clean`.", "",
+        f"{facts['equal']} of {facts['records']} records equal those of an undisturbed reproduction: Spec, rows, summary and history (its seconds left out), tensors to the byte. {rest}tmp/ keeps {facts['progress']} folders in which drivers that were killed watched their workers, until `refcomm runs clean`.", "",
         "## Damaged records", "", f"{n} damaged copies of {facts['originals']} records, looked up by their Spec: {accepted} accepted. What was not refused by the system was set aside as it was, with a warning. Not damage: another order of keys, which reads the same. Not detectable: an edit whose author computes all checksums anew; they guard against accidents.", "",
         "| damage | " + " | ".join(hows) + " |", "|---|" + "---:|"*len(hows),
         *(f"| {kind} | " + " | ".join(str(c[h] or "") for h in hows) + " |" for kind, c in table.items()), "",
