@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .core import ConfigError, check_choice, content_digest, disk_errors, fsync_dir, read_parquet, write_atomic
+from .core import ConfigError, check_choice
+from .files import content_digest, disk_errors, fsync_dir, read_parquet, write_atomic
 from .metrics.protocol import symbol_counts
 from .metrics.structure import bosdis, entropy, posdis
 from .runs import load_spec

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from .core import checkout, pick_device
+from .core import pick_device
+from .files import checkout
 from .store import Store, digest, run_key, spec_fields
 
 # %% ../nbs/85_costs.ipynb #fa7a64dd

@@ -13,7 +13,8 @@ from unittest.mock import patch
 
 import torch
 
-from .core import ConfigError, WorkerDied, check_choice, disk_errors, n_cores, need
+from .core import ConfigError, WorkerDied, check_choice, n_cores, need
+from .files import disk_errors
 from .store import Store
 
 # %% ../nbs/79_executors.ipynb #1f92028e

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import ConfigError, figures_dir, write_atomic
+from .core import ConfigError
+from .files import figures_dir, write_atomic
 from .runs import origins, spent
 
 # %% ../nbs/82_figures.ipynb #177c3237

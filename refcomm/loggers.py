@@ -10,7 +10,8 @@ __all__ = ['LOGGERS', 'MEASURED', 'CSVLog', 'TensorBoardLog', 'WandbLog', 'MLflo
 import contextlib, csv, importlib.util, json, os, re, shutil, time, warnings
 from pathlib import Path
 
-from .core import ConfigError, check_choice, home
+from .core import ConfigError, check_choice
+from .files import home
 
 # %% ../nbs/62_loggers.ipynb #b1df32a2
 def _fresh(folder:Path)->Path:

@@ -14,8 +14,9 @@ from pathlib import Path
 import pandas as pd
 
 from . import __version__
-from .core import PROFILES, ConfigError, StoreError, check_choice, write_atomic
+from .core import PROFILES, ConfigError, StoreError, check_choice
 from .figures import load_recipe
+from .files import write_atomic
 from .papers import PAPERS, contents, published
 
 # %% ../nbs/96_report.ipynb #11a1e9df

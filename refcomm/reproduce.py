@@ -14,7 +14,8 @@ from pathlib import Path
 
 import typer
 
-from .core import PROFILES, ConfigError, RefcommError, checkout, check_choice, data_dir, disk_errors, figures_dir, files_digest, home, n_cores, nearest, write_atomic
+from .core import PROFILES, ConfigError, RefcommError, check_choice, n_cores, nearest
+from .files import checkout, data_dir, disk_errors, figures_dir, files_digest, home, write_atomic
 
 # %% ../nbs/95_reproduce.ipynb #386f0fbd
 HEADLINE = ("eqc/table5", "iac/table1", "patch/figure9", "sms/epoch30") # what `refcomm reproduce` makes when nothing is named

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from .core import ConfigError, RecordError, TrainingDiverged, WorkerDied, check_at_least, check_choice, disk_errors, pick_device, progress_bar, write_atomic
+from .core import ConfigError, RecordError, TrainingDiverged, WorkerDied, check_at_least, check_choice, pick_device, progress_bar
 from .distributed import agree, processes
 from .executors import EXECUTORS, check_executor
+from .files import disk_errors, write_atomic
 from .loggers import StackLogs, check_logger
 from .store import Store, digest, package_commit, provenance, run_key, spec_fields
 
@@ -74,7 +75,7 @@ def run_stack(
                 for s, result in zip(members, results):
                     if s in missing: store.put(s, result, origin)
                 logs.finish(results)
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True) # if nothing is missing, too: who made it may have died right here
         agree([True]) # that the records are there
     say(1., "done")
     return [run_key(s) for s in specs]
@@ -122,7 +123,7 @@ def execute(
     logger = check_logger(logger or os.environ.get("REFCOMM_LOGGER"))
     found = {s: store.get(s) for s in dict.fromkeys(specs)}
     every = make_stacks(found, device)
-    stacks = [stack for stack in every if None in map(found.get, stack)]
+    stacks = [stack for stack in every if None in map(found.get, stack) or _unfinished(store, stack).exists()]
     if stacks:
         with progress_bar(sum(map(len, stacks)), desc, unit="run", bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} {unit}s [{elapsed}<{remaining}{postfix}]") as bar:
             if jobs == 1 and executor == "local": _inline(stacks, store, device, logger, bar)

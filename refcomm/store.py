@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from .core import RecordError, StoreError, disk_errors, fsync_dir, home, write_atomic
+from .core import RecordError, StoreError
+from .files import disk_errors, fsync_dir, home, write_atomic
 
 # %% ../nbs/83_store.ipynb #1ee1955c
 def spec_fields(spec)->dict: # JSON-able fields

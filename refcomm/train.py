@@ -14,8 +14,9 @@ from typing import NamedTuple
 import pandas as pd, torch
 from torch import Tensor, nn
 
-from .core import ConfigError, RecordError, TrainingDiverged, anneal, autocast, check_at_least, check_choice, generator, need, progress_bar, spec, write_atomic
+from .core import ConfigError, RecordError, TrainingDiverged, anneal, autocast, check_at_least, check_choice, generator, need, progress_bar, spec
 from .distributed import agree, processes, sum_over_processes
+from .files import write_atomic
 
 # %% ../nbs/60_train.ipynb #016a5ebe
 OPTIMIZERS = {
@@ -163,7 +164,7 @@ class Training:
 
     def meta(self, shape):
         groups = [{k: v for k,v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        return dict(epoch=self.epoch, step=self.step, history=self.history, scaler=self.scaler.state_dict(), groups=groups, shape=shape)
+        return dict(epoch=self.epoch, step=self.step, lr=self.lr, history=self.history, scaler=self.scaler.state_dict(), groups=groups, shape=shape)
 
     def mode(self,
         name:str, # "train" or "eval"
@@ -185,7 +186,7 @@ class Training:
         for k in ("accuracy", "loss", "epoch"): setattr(self.best, k, tensors[f"best_{k}"])
         self.ensemble.load_full_state({k[6:]: v for k,v in tensors.items() if k.startswith("model.")})
         self.order, self.total = tensors["order"], tensors["total"].to(self.total.device)
-        self.epoch, self.step, self.history = meta["epoch"], meta["step"], meta["history"]
+        self.epoch, self.step, self.lr, self.history = (meta[k] for k in ("epoch", "step", "lr", "history"))
         self.scaler.load_state_dict(meta["scaler"])
 
 # %% ../nbs/60_train.ipynb #39d0c3bf
@@ -226,7 +227,7 @@ def fit(
     "Train `ensemble` in place and leave it with the weights that `settings.keep` names."
     t = Training(ensemble, settings, seeds, n_items, device, lr_factors)
     if len(t.seeds) != ensemble.n_members: raise ConfigError(f"{ensemble.n_members} members need as many seeds, got {len(t.seeds)}")
-    shape = dict(n_items=n_items, seeds=t.seeds, settings=repr(settings), lr_factors=[list(f) for f in lr_factors], parameters=[list(p.shape) for p in ensemble.parameters()])
+    shape = dict(layout=2, n_items=n_items, seeds=t.seeds, settings=repr(settings), lr_factors=[list(f) for f in lr_factors], parameters=[list(p.shape) for p in ensemble.parameters()])
     if checkpoint and (found := load_checkpoint(checkpoint)):
         if found[1]["shape"] != json.loads(json.dumps(shape)): raise RecordError(f"checkpoint {checkpoint} belongs to another model, data or setting: delete it, or give this training another path")
         t.load(*found)

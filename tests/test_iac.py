@@ -4,11 +4,12 @@ import dataclasses
 import pytest
 import torch
 
-from refcomm.core import ConfigError, generator, stamped
+from refcomm.core import ConfigError, generator
 from refcomm.data.parts import image_parts, probe_set
 from refcomm.data.shapes import ShapeWorld
 from refcomm.ensemble import Ensemble
 from refcomm.experiments import iac
+from refcomm.files import stamped
 from refcomm.games.contrastive import in_batch_scores
 from refcomm.items import iac as grids
 from refcomm.metrics.task import expected_accuracy

@@ -4,9 +4,10 @@ import dataclasses
 import pytest
 import torch
 
-from refcomm.core import ConfigError, RecordError, generator, stamped
+from refcomm.core import ConfigError, RecordError, generator
 from refcomm.data.shapes import ShapeWorld
 from refcomm.experiments import patch
+from refcomm.files import stamped
 from refcomm.games.contrastive import cosine_similarities
 from refcomm.items import patch as grids
 from refcomm.metrics.task import hits

@@ -11,7 +11,8 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from refcomm.core import ConfigError, find_data, generator
+from refcomm.core import ConfigError, generator
+from refcomm.files import find_data
 from refcomm.metrics.representation import Clusters, fit_linear, knn, linear_probe, mean_average_precision, similarity_correlation
 
 

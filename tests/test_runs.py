@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from refcomm import core
+from refcomm import core, files
 from refcomm.core import ConfigError, RecordError, StoreError
 from refcomm.experiments.eqc import EQCSpec
 from refcomm.items.eqc import SMALL
@@ -93,6 +93,22 @@ runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])""")
     assert p.wait() == 0, p.stderr.read()
     for s, calm in zip(specs, undisturbed): same(Store().get(s), calm)
     assert not list((Store().root/"tmp").iterdir()), "the half-written record is gone"
+
+
+def test_kill_between_the_last_record_and_the_end(home, undisturbed):
+    work = "runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])"
+    p = start(f"""
+import os, signal
+real = runs.shutil.rmtree
+def deadly(path, **k): os.kill(os.getpid(), signal.SIGKILL) if "unfinished" in str(path) and store.Store().keys() else real(path, **k)
+runs.shutil.rmtree = deadly
+{work}""")
+    assert p.wait() == -signal.SIGKILL
+    assert len(Store().keys()) == 2 and list(Store().root.glob("unfinished/*"))
+    p = start(work)
+    assert p.wait() == 0, p.stderr.read()
+    assert not list(Store().root.glob("unfinished/*")), "the next driver clears up"
+    for s, calm in enumerate(undisturbed): same(Store().get(EQCSpec(seed=s, **LONG)), calm)
 
 
 def test_two_processes_share_the_work(home, tmp_path):
@@ -267,7 +283,7 @@ def test_full_disk_is_one_clear_error(home, tmp_path, monkeypatch):
 def test_a_device_that_is_really_full(tmp_path):
     (tmp_path/f".x.csv.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(StoreError, match="the disk is full"):
-        with core.write_atomic(tmp_path/"x.csv") as tmp: tmp.write_text("numbers")
+        with files.write_atomic(tmp_path/"x.csv") as tmp: tmp.write_text("numbers")
     assert os.listdir(tmp_path) == []
 
 

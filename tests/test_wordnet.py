@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from refcomm.core import ConfigError, find_data, generator
+from refcomm.core import ConfigError, generator
 from refcomm.data import wordnet
 from refcomm.data.wordnet import ascents, class_disjoint_split, hypernyms, ood_synsets, path_similarity, synset
+from refcomm.files import find_data
 
 SHIPPED = sorted(wordnet._shipped())
 LEAVES = sorted(set(SHIPPED) - {h for w in SHIPPED for h in hypernyms(w)})

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import ConfigError, cached_tensor, check_at_least, content_digest, files_digest, home, need, pick_device, progress_bar, seeded_init
+from ..core import ConfigError, check_at_least, need, pick_device, progress_bar, seeded_init
+from ..files import cached_tensor, content_digest, files_digest, home
 
 # %% ../../nbs/15_data.embeddings.ipynb #85db898d
 def _checked(texts, what="texts")->list:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from ..core import (ConfigError, cached_tensor, check_at_least, check_choice, content_digest, fetch_weights, find_data, generator, home, need, pick_device,
-                          progress_bar, seeded_init)
+from ..core import ConfigError, check_at_least, check_choice, fetch_weights, generator, need, pick_device, progress_bar, seeded_init
 from .images import LabelledImages, load_images, missing_data, number_classes
+from ..files import cached_tensor, content_digest, find_data, home
 
 # %% ../../nbs/14_data.features.ipynb #11b0cb11
 class Features(NamedTuple):

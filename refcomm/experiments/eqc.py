@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from ..agents.encoders import InformedSender, LinearEncoder
 from ..bottlenecks.quantize import LearnedQuantizer, UniformQuantizer
 from ..channels import CHANNELS, make_bottleneck, make_channel
-from ..core import ConfigError, check_at_least, check_choice, data_dir, find_data, generator, pick_device, seeded_init, spec, stamped, unstamped
+from ..core import ConfigError, check_at_least, check_choice, generator, pick_device, seeded_init, spec
 from ..data.embeddings import SentenceEncoder, embed
 from ..data.features import load_features
 from ..data.objects import ObjectWorld, split
 from ..data.sentences import load_sentences
 from ..ensemble import Ensemble
+from ..files import data_dir, find_data, stamped, unstamped
 from ..games.referential import ReferentialGame, check_game
 from ..games.tasks import ClassTask, ItemTask, ObjectTask, objectives
 from ..metrics.task import hits, n_unique

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ..agents.vision import RESNETS, make_trunk, projector
 from ..channels import Instant, Recurrent, make_bottleneck
-from ..core import ConfigError, check_at_least, check_choice, generator, pick_device, seeded_init, spec, unstamped
+from ..core import ConfigError, check_at_least, check_choice, generator, pick_device, seeded_init, spec
 from ..data.parts import ImageParts, image_parts, probe_set
 from ..data.views import apply_views, draw_views, gaussian_blobs, view_spec
 from ..distributed import share_statistics
 from ..ensemble import Ensemble
+from ..files import unstamped
 from ..games.baselines import Supervised
 from ..games.contrastive import SimCLR, cosine_similarities, make_discrimination_game
 from ..metrics.protocol import normalized_mutual_information, permutation_test, within_symbol_similarity

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from ..agents.patch import message_of, top_patches
 from ..agents.transformer import ViT
 from ..agents.vision import RESNETS, make_trunk
-from ..core import ConfigError, check_at_least, check_choice, find_data, generator, pick_device, seeded_init, spec, unstamped
+from ..core import ConfigError, check_at_least, check_choice, generator, pick_device, seeded_init, spec
 from ..data.parts import ImageParts, image_parts
 from ..data.scenes import SceneWorld
 from ..data.views import random_views, view_spec
 from ..distributed import processes, share_statistics
 from ..ensemble import Ensemble
+from ..files import find_data, unstamped
 from ..games.baselines import MoCo, PatchVAE, Supervised, SupervisedViT, VQVAE2
 from ..games.contrastive import cosine_similarities
 from ..games.patch import make_patch_game

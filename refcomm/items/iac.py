@@ -10,8 +10,9 @@ __all__ = ['MODELS', 'MAIN', 'GAMES', 'ITEMS', 'CHANNELS', 'SIZES', 'EMBEDDED', 
 # %% ../../nbs/94_items.iac.ipynb #2332dfbb
 import dataclasses, itertools
 
-from ..core import PROFILES, ConfigError, check_at_least, check_choice, data_dir, find_data, stamped
+from ..core import PROFILES, ConfigError, check_at_least, check_choice
 from ..experiments.iac import IACSpec
+from ..files import data_dir, find_data, stamped
 from ..papers import Claim, differences
 from ..runs import frame
 

@@ -10,8 +10,9 @@ __all__ = ['MODELS', 'OURS', 'FINE', 'LEFT_OUT', 'COMPARED', 'ITEMS', 'TIMES', '
 # %% ../../nbs/94_items.patch.ipynb #a5f516c3
 import dataclasses, itertools
 
-from ..core import PROFILES, ConfigError, check_at_least, check_choice, data_dir, find_data, stamped
+from ..core import PROFILES, ConfigError, check_at_least, check_choice
 from ..experiments.patch import PatchSpec
+from ..files import data_dir, find_data, stamped
 from ..papers import Claim, differences
 from ..runs import frame
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 
-from ..core import ConfigError, check_at_least, check_choice, read_parquet, write_atomic
+from ..core import ConfigError, check_at_least, check_choice
 from ..data.shapes import ATTRIBUTES, ShapeWorld
+from ..files import read_parquet, write_atomic
 from .complexity import min_symbols
 from .sampling import AttributeGames
 
