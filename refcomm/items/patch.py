@@ -201,9 +201,9 @@ def patch_claims(
     for (judge, grid), part in rows.groupby(["judge", "grid"], sort=False):
         at = part.pivot_table(index="k", columns="order", values="accuracy").sort_index()
         fewer, whole = at.iloc[:-1], at.iloc[-1].mean()
-        half = at.loc[at.index[abs(at.index - at.index.max()/2).argmin()]]
-        if judge == "listener": claims.append(Claim(f"patch.told-{grid}", f"{grid}: the listener does better with the patches of the trained PatchRank than with the untrained one's, at every number of patches (ours).", "least > 0").check(least=(fewer.trained - fewer.untrained).min()))
-        else: claims += [Claim(f"patch.ranks-{grid}", f"{grid}: a vision transformer does better with the patches of the trained PatchRank than with the untrained one's, at every number of patches.", "least > 0").check(least=(fewer.trained - fewer.untrained).min()),
+        half, least = at.loc[at.index[abs(at.index - at.index.max()/2).argmin()]], (fewer.trained - fewer.untrained).min()
+        if judge == "listener": claims.append(Claim(f"patch.told-{grid}", f"{grid}: the listener does better with the patches of the trained PatchRank than with the untrained one's, at every number of patches (ours).", "least > 0").check(least=least))
+        else: claims += [Claim(f"patch.ranks-{grid}", f"{grid}: a vision transformer does better with the patches of the trained PatchRank than with the untrained one's, at every number of patches.", "least > 0").check(least=least),
                    Claim(f"patch.half-{grid}", f"{grid}: half of the patches keep three quarters of the accuracy.", "half >= 0.75*whole").check(half=half.trained, whole=whole)]
     return claims
 
