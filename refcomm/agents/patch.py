@@ -133,7 +133,7 @@ class Speaker(nn.Module):
         symbol:PatchSymbol, # or what else maps images to [batch, n_patches, symbols_per_patch, vocab_size]
         rank:PatchRank, # maps images to [batch, n_patches]
         gate:str="hard", # see `Gate`; "soft" in the public code
-        strength:float=1., # of the soft ranks
+        strength:float=1., # of the soft ranks, as in the public code: ranks are hard where scores are this far apart; near 0, ranks decide from the first step on
         budget:str="half", # "half": ranks decide, and about half of the patches are kept; "learned": each score decides for its patch (ours)
         temperatures:tuple=(5., 1.), # of the symbols, first and last
         schedule:str="cosine", # from one to the other, see core's `anneal`; "linear" in the public code

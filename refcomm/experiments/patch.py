@@ -55,6 +55,7 @@ class PatchSpec:
     symbol_width:int = 768 # of the layers of `PatchSymbol`
     spread:float|None = None # of its scores before training
     rank:str = "resnet9" # see `PatchRank`
+    strength:float = 1. # of the soft ranks, see `Speaker`
     gate:str = "hard" # see `Gate`
     dropout:float = 0. # of `PatchRank`
     schedule:str = "cosine" # of the symbols' temperature, from 5 to 1 in half of the training
@@ -102,7 +103,7 @@ def build(
     "The model that a Spec names."
     with seeded_init(s.seed):
         if s.model == "game":
-            same = ("patch_size", "vocab_size", "symbols_per_patch", "symbol", "symbol_width", "spread", "rank", "gate", "dropout", "schedule", "budget", "length_cost", "masked", "vision", "width", "layers", "heads", "hidden", "narrow", "dim", "temperature", "learned")
+            same = ("patch_size", "vocab_size", "symbols_per_patch", "symbol", "symbol_width", "spread", "rank", "strength", "gate", "dropout", "schedule", "budget", "length_cost", "masked", "vision", "width", "layers", "heads", "hidden", "narrow", "dim", "temperature", "learned")
             return make_patch_game(s.view_size, **{name: getattr(s, name) for name in same})
         if s.model == "moco": return MoCo(s.vision, queue=s.queue, momentum=s.momentum)
         if s.model == "vqvae2": return VQVAE2(width=s.autoencoder_width)

@@ -65,6 +65,7 @@ def make_patch_game(
     symbol_width:int=768, # of the layers of `PatchSymbol`
     spread:float|None=None, # see `PatchSymbol`
     rank:str="resnet9", # see `PatchRank`
+    strength:float=1., # of the soft ranks, see `Speaker`
     vision:str="resnet18", # the listener's: "vit", or see `make_trunk`
     gate:str="hard", # see `Gate`
     dropout:float=0., # of `PatchRank`
@@ -87,7 +88,7 @@ def make_patch_game(
     "The game of Gupta et al. (2021)."
     transformer = dict(dim=width, layers=layers, heads=heads)
     says = PatchSymbol(size, patch_size, vocab_size, symbols_per_patch, symbol, symbol_width, spread, **(transformer if symbol == "vit" else {}))
-    speaker = Speaker(says, PatchRank(patch_size, rank, dropout), gate, schedule=schedule, budget=budget)
+    speaker = Speaker(says, PatchRank(patch_size, rank, dropout), gate, strength, schedule=schedule, budget=budget)
     eyes = ViT(size, patch_size, **transformer) if check_choice("vision", vision, ("vit", "narrow", *RESNETS)) == "vit" else make_trunk(vision, small_stem)
     listener = Listener(Transformer(speaker.n_symbols, **transformer), eyes, vocab_size, dim, hidden, narrow, masked)
     return PatchGame(speaker, listener, SymmetricInfoNCE(temperature, learned, negatives), n_candidates, length_cost)

@@ -45,11 +45,11 @@ ITEMS = { # item → models, and the fields that are varied, one after the other
 TIMES = ("lr", "vocab_size", "batch_size", "epochs") # fields varied as multiples of the usual
 
 # %% ../../nbs/94_items.patch.ipynb #9c39502f
-_SMALL = dict(rank="thin", symbol_width=192, spread=3., vision="narrow", optimizer="adamw", weight_decay=.04, warmup=.1)
+_SMALL = dict(rank="thin", strength=.05, symbol_width=192, spread=3., vision="narrow", optimizer="adamw", weight_decay=.04, warmup=.1)
 SIZES = { # profile → what is smaller than published
     "smoke": _SMALL | dict(source="scenes", n_images=120, image_size=56, view_size=56, vocab_size=16, width=24, layers=1, heads=2, hidden=32, narrow=16, dim=32, queue=64, autoencoder_width=8, batch_size=32, lr=1e-3, epochs=1, test_candidates=(2, 16)),
     "cpu": _SMALL | dict(source="scenes", n_images=2000, image_size=64, view_size=56, width=64, layers=2, heads=2, hidden=256, narrow=128, dim=1024, queue=1024, momentum=.99, autoencoder_width=32, batch_size=128, lr=5e-4, epochs=30, test_candidates=(2, 16, 128)),
-    "gpu": dict(source="scenes", spread=3., layers=6, dim=8192, queue=4096, momentum=.99, batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=.04, warmup=.1, precision="bf16", test_candidates=(2, 16, 128, 512)),
+    "gpu": dict(source="scenes", strength=.05, spread=3., layers=6, dim=8192, queue=4096, momentum=.99, batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=.04, warmup=.1, precision="bf16", test_candidates=(2, 16, 128, 512)),
     "paper": {},
 }
 DETECTION = { # profile → how trunks are fine-tuned on boxes; VOC07, where it is, is taken whole
@@ -129,9 +129,9 @@ def fidelity(
     specs, # PatchSpecs of one item
 )->str: # one sentence for each kind of difference
     "What differs from the paper."
-    names = ("image_size", "view_size", "patch_size", "symbol_width", "spread", "rank", "vision", "width", "layers", "hidden", "narrow", "dim", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "epochs", "precision")
+    names = ("image_size", "view_size", "patch_size", "symbol_width", "spread", "rank", "strength", "vision", "width", "layers", "hidden", "narrow", "dim", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "epochs", "precision")
     changed = [f"images: {data_name(specs)} (paper: ILSVRC-2012)", *differences(specs, vars(PatchSpec()) | dict(patch_size="32/16"), names, dict(batch_size="512 on 4 GPUs"))]
-    return (f"{', '.join(changed)}. S counts pixels of an image of 224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14. Of the text's settings, temperatures of the cosines (0.07), width of hidden layers, how layers begin (spread) and weight decay are not stated: they are the public code's, or ours. "
+    return (f"{', '.join(changed)}. S counts pixels of an image of 224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14. Of the text's settings, temperatures of the cosines (0.07), width of hidden layers, how layers begin (spread), the strength of soft ranks and weight decay are not stated: they are the public code's, or ours. "
             + ("PatchVAE with S=16 is left out, as its decoder costs a processor more than all others together. " if any(s.model == "patchvae" for s in specs) and all(s.view_size//s.patch_size == 7 for s in specs if s.model == "patchvae") else "") +
             "Accuracy is the mean over all draws of the distractors; training ends after the last epoch, no epoch is chosen.")
 
