@@ -168,9 +168,10 @@ def extract_features(
     checked = lambda x: check_features(Features(x, images.labels, images.classes, f"{images.name}, {called}"), min_members=1)
     if not cache or called == "pixels": return checked(extract(images.images))
     folder = home()/"cache"/"features"/content_digest(images.digest, key, _VERSION)
-    with progress_bar(n, f"features: {called}") as bar:
-        x = cached_tensor(folder.with_suffix(".safetensors"), lambda: checked(_blocks(images.images, block, extract, folder, bar)).x, "features")
-        shutil.rmtree(folder, ignore_errors=True)
+    def extracted():
+        with progress_bar(n, f"features: {called}") as bar: return checked(_blocks(images.images, block, extract, folder, bar)).x
+    x = cached_tensor(folder.with_suffix(".safetensors"), extracted, "features")
+    shutil.rmtree(folder, ignore_errors=True)
     return checked(x)
 
 # %% ../../nbs/14_data.features.ipynb #128abcff
