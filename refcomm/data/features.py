@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from ..core import ConfigError, check_at_least, check_choice, fetch_weights, generator, need, pick_device, progress_bar, seeded_init
-from .images import LabelledImages, load_images, missing_data, number_classes
 from ..files import cached_tensor, content_digest, find_data, home
+from .images import LabelledImages, load_images, missing_data, number_classes
 
 # %% ../../nbs/14_data.features.ipynb #11b0cb11
 class Features(NamedTuple):

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..core import ConfigError, check_at_least, check_choice, generator, n_cores, nearest, progress_bar
+from ..files import content_digest, data_dir, data_folders, find_data, read_parquet
 from .objects import draw_distinct
 from .scenes import SceneWorld
 from .shapes import ShapeWorld
 from .wordnet import WNID
-from ..files import content_digest, data_dir, data_folders, find_data, read_parquet
 
 # %% ../../nbs/12_data.images.ipynb #b169de70
 class LabelledImages(NamedTuple):

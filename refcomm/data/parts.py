@@ -13,11 +13,11 @@ from torch import Tensor
 import torch.nn.functional as F
 
 from ..core import ConfigError, check_at_least, generator
+from ..files import find_data
 from .images import LabelledImages, load_images, square
 from .objects import split
 from .shapes import ShapeWorld
 from .wordnet import class_disjoint_split, path_similarity
-from ..files import find_data
 
 # %% ../../nbs/19_data.parts.ipynb #f2db6a29
 class ImageParts(NamedTuple):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..core import ConfigError, check_at_least, check_choice, generator, nearest
+from ..files import content_digest, find_data, read_parquet
 from .images import number_classes
 from .objects import draw_distinct
-from ..files import content_digest, find_data, read_parquet
 
 # %% ../../nbs/13_data.sentences.ipynb #dd3ddd62
 _PART = re.compile(r"\[(?P<alternatives>[^][]*)\]|\{(?P<slot>\w+)\}|(?P<literal>[^][{}|]+)")

@@ -45,11 +45,12 @@ ITEMS = { # item → models, and the fields that are varied, one after the other
 TIMES = ("lr", "vocab_size", "batch_size", "epochs") # fields varied as multiples of the usual
 
 # %% ../../nbs/94_items.patch.ipynb #9c39502f
-_SMALL = dict(rank="thin", strength=.05, symbol_width=192, spread=3., vision="narrow", optimizer="adamw", weight_decay=.04, warmup=.1)
+_EARLY = dict(spread=3., strength=.05) # names and ranks that count from the first step on, for trainings shorter than published
+_SMALL = _EARLY | dict(rank="thin", symbol_width=192, vision="narrow", optimizer="adamw", weight_decay=.04, warmup=.1)
 SIZES = { # profile → what is smaller than published
     "smoke": _SMALL | dict(source="scenes", n_images=120, image_size=56, view_size=56, vocab_size=16, width=24, layers=1, heads=2, hidden=32, narrow=16, dim=32, queue=64, autoencoder_width=8, batch_size=32, lr=1e-3, epochs=1, test_candidates=(2, 16)),
     "cpu": _SMALL | dict(source="scenes", n_images=2000, image_size=64, view_size=56, width=64, layers=2, heads=2, hidden=256, narrow=128, dim=1024, queue=1024, momentum=.99, autoencoder_width=32, batch_size=128, lr=5e-4, epochs=30, test_candidates=(2, 16, 128)),
-    "gpu": dict(source="scenes", strength=.05, spread=3., layers=6, dim=8192, queue=4096, momentum=.99, batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=.04, warmup=.1, precision="bf16", test_candidates=(2, 16, 128, 512)),
+    "gpu": _EARLY | dict(source="scenes", layers=6, dim=8192, queue=4096, momentum=.99, batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=.04, warmup=.1, precision="bf16", test_candidates=(2, 16, 128, 512)),
     "paper": {},
 }
 DETECTION = { # profile → how trunks are fine-tuned on boxes; VOC07, where it is, is taken whole
