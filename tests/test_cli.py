@@ -20,8 +20,18 @@ def cli(*args, **env):
     return subprocess.run([sys.executable, "-c", "from refcomm.reproduce import main; main()", *args], capture_output=True, text=True, env={**os.environ, **env})
 
 
-def test_list_names_every_notebook():
-    out = cli("list").stdout
+@pytest.fixture
+def command(capsys, monkeypatch):
+    "The command in this process, which has imported already."
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["refcomm", *args])
+        with pytest.raises(SystemExit) as end: reproduce.main()
+        return subprocess.CompletedProcess(args, end.value.code, *capsys.readouterr())
+    return call
+
+
+def test_list_names_every_notebook(command):
+    out = command("list").stdout
     assert all(item in out for item in reproduce.notebooks()) and "headline" in out
 
 
@@ -40,36 +50,41 @@ def test_list_names_every_notebook():
     (["runs", "execute", "nowhere.json"], "cannot read plan nowhere.json"),
     (["runs", "import", "nowhere.tar"], "cannot read archive nowhere.tar"),
 ])
-def test_a_wrong_argument_is_one_line_and_exit_2(home, args, says):
-    r = cli(*args)
-    assert r.returncode == 2 and says in r.stderr and "Traceback" not in r.stderr and len(r.stderr.strip().splitlines()) == 1
+def test_a_wrong_argument_is_one_line_and_exit_2(home, command, args, says):
+    r = command(*args)
+    assert r.returncode == 2 and not r.stdout and says in r.stderr and len(r.stderr.strip().splitlines()) == 1
 
 
-def test_runs_commands(home, tmp_path):
-    plan = cli("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stdout
+def test_a_process_of_its_own_says_the_same(home):
+    r = cli("runs", "show", "zzz")
+    assert r.returncode == 2 and r.stderr.startswith("refcomm: ") and len(r.stderr.strip().splitlines()) == 1
+
+
+def test_runs_commands(home, command, tmp_path):
+    plan = command("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stdout
     assert len(json.loads(plan)) == 4
     (tmp_path/"plan.json").write_text(plan)
-    assert "4 runs are in the store" in cli("runs", "execute", str(tmp_path/"plan.json")).stdout
-    assert cli("runs", "list").stdout.startswith("4 runs in")
-    assert "4 sound, 0 damaged" in cli("runs", "verify").stdout
-    assert json.loads(cli("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stdout) == []
-    assert "4 runs written" in cli("runs", "export", str(tmp_path/"runs.tar")).stdout
+    assert "4 runs are in the store" in command("runs", "execute", str(tmp_path/"plan.json")).stdout
+    assert command("runs", "list").stdout.startswith("4 runs in")
+    assert "4 sound, 0 damaged" in command("runs", "verify").stdout
+    assert json.loads(command("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stdout) == []
+    assert "4 runs written" in command("runs", "export", str(tmp_path/"runs.tar")).stdout
     record = next((home/"runs").glob("eqc/*/record.json"))
-    assert json.loads(cli("runs", "show", record.parent.name).stdout)["run"] == f"eqc/{record.parent.name}"
+    assert json.loads(command("runs", "show", record.parent.name).stdout)["run"] == f"eqc/{record.parent.name}"
     record.write_text("{}")
-    bad = cli("runs", "verify")
+    bad = command("runs", "verify")
     assert bad.returncode == 1 and f"eqc/{record.parent.name} is unreadable" in bad.stdout
-    assert "3 runs in" in cli("runs", "list").stdout and "3 runs written" in cli("runs", "export", str(tmp_path/"sound.tar")).stdout
-    assert "0 runs remain" in cli("runs", "clean", "--all", "--yes").stdout
-    assert "4 new runs" in cli("runs", "import", str(tmp_path/"runs.tar")).stdout
-    assert "4 sound" in cli("runs", "verify").stdout
+    assert "3 runs in" in command("runs", "list").stdout and "3 runs written" in command("runs", "export", str(tmp_path/"sound.tar")).stdout
+    assert "0 runs remain" in command("runs", "clean", "--all", "--yes").stdout
+    assert "4 new runs" in command("runs", "import", str(tmp_path/"runs.tar")).stdout
+    assert "4 sound" in command("runs", "verify").stdout
 
 
-def test_a_plan_names_what_it_leaves_out(home):
-    r = cli("runs", "plan", "beyond", "benchmarks/views", "eqc/table5", "--profile", "smoke", "--n-seeds", "1")
+def test_a_plan_names_what_it_leaves_out(home, command):
+    r = command("runs", "plan", "beyond", "benchmarks/views", "eqc/table5", "--profile", "smoke", "--n-seeds", "1")
     assert len(json.loads(r.stdout)) == 4 and len(r.stderr.splitlines()) == 1
     assert "only the notebook knows its runs, if it has any: benchmarks/views, beyond/matrix, beyond/quantisers;" in r.stderr
-    assert not cli("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stderr
+    assert not command("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stderr
 
 
 def test_a_plan_of_costs(home):
