@@ -9,7 +9,7 @@ import time
 import pandas as pd
 import pytest
 
-from refcomm import papers, reproduce
+from refcomm import catalogue, papers, reproduce
 from refcomm.core import ConfigError
 from refcomm.items.eqc import grid
 from refcomm.runs import execute
@@ -32,7 +32,7 @@ def command(capsys, monkeypatch):
 
 def test_list_names_every_notebook(command):
     out = command("list").stdout
-    assert all(item in out for item in reproduce.notebooks()) and "headline" in out
+    assert all(item in out for item in catalogue.notebooks()) and "headline" in out
 
 
 @pytest.mark.parametrize("args, says", [
@@ -109,11 +109,11 @@ def test_a_plan_of_costs(home):
     assert sorted(p for p in home.rglob("*")) == before, "looking changes nothing"
 
 
-@pytest.mark.parametrize("paper", sorted({item.split("/")[0] for item in reproduce.notebooks()}))
+@pytest.mark.parametrize("paper", sorted({item.split("/")[0] for item in catalogue.notebooks()}))
 def test_every_notebook_at_smoke_and_nothing_twice(home, paper):
     r = cli("reproduce", paper, "--profile", "smoke")
     assert r.returncode == 0, r.stdout + r.stderr
-    figures, items = home/"smoke-figures", [item for item in reproduce.notebooks() if item.startswith(f"{paper}/")]
+    figures, items = home/"smoke-figures", [item for item in catalogue.notebooks() if item.startswith(f"{paper}/")]
     for item in items:
         stem = item.replace("/", "_")
         recipe = json.loads((figures/f"{stem}.json").read_text())

@@ -6,7 +6,7 @@ import torch
 
 from refcomm.core import ConfigError, RecordError, generator
 from refcomm.data.shapes import ShapeWorld
-from refcomm.experiments import patch
+from refcomm.experiments import patch, patch_probes
 from refcomm.files import stamped
 from refcomm.games.contrastive import cosine_similarities
 from refcomm.items import patch as grids
@@ -48,7 +48,7 @@ def test_a_message_read_from_its_symbols_is_the_message_sent(parts, game):
 def test_the_most_important_symbols_against_a_loop(k):
     g = generator(k)
     symbols, importance = torch.randint(-1, 9, (20, 49), generator=g), torch.rand(20, 49, generator=g)
-    for row, scores, kept in zip(symbols, importance, patch.most_important(symbols, importance, k)):
+    for row, scores, kept in zip(symbols, importance, patch_probes.most_important(symbols, importance, k)):
         best = sorted((i for i in range(49) if row[i] >= 0), key=lambda i: -scores[i])[:k]
         assert [i for i in range(49) if kept[i] >= 0] == sorted(best) and all(kept[i] == row[i] for i in best)
 
@@ -57,11 +57,11 @@ def test_how_many_suffice_against_a_loop(parts, game):
     s = tiny()
     images = parts.valid.images[:16]
     symbols, importance = patch.say(game, images, s)
-    rows = patch.suffice(game, images, symbols, importance, s)
+    rows = patch_probes.suffice(game, images, symbols, importance, s)
     seen, = patch.look(lambda x: (game.listener.see(x),), images, s)
     own, longest = torch.arange(16), int((symbols >= 0).sum(1).max())
     with torch.no_grad():
-        won = [hits(cosine_similarities(patch.read(game, patch.most_important(symbols, importance, k)), seen), own, [2, 16], generator(0, "distractors")) for k in range(1, longest + 1)]
+        won = [hits(cosine_similarities(patch.read(game, patch_probes.most_important(symbols, importance, k)), seen), own, [2, 16], generator(0, "distractors")) for k in range(1, longest + 1)]
     for c, n in enumerate((2, 16)):
         needed = []
         for i in range(16):
@@ -127,4 +127,4 @@ def test_more_patches_than_there_are(parts):
     s = tiny("ViT (S=32)")
     vit = patch.build(s, 10).eval()
     x, = patch.look(lambda x: (x,), parts.valid.images, s)
-    with pytest.raises(ConfigError, match="the 50 best patches were asked for, but an image has 49"): patch.top_k_accuracy(vit, x, parts.valid.labels, torch.rand(len(x), 49), [50])
+    with pytest.raises(ConfigError, match="the 50 best patches were asked for, but an image has 49"): patch_probes.top_k_accuracy(vit, x, parts.valid.labels, torch.rand(len(x), 49), [50])

@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from refcomm import report, reproduce
+from refcomm import catalogue, report, reproduce
 from refcomm.core import ConfigError, StoreError
 from refcomm.figures import save
 from refcomm.papers import PAPERS, contents
 
 FIGURES = ROOT/"figures"
-KNOWN = {item: reproduce.title(path) for item, path in reproduce.notebooks().items()}
+KNOWN = {item: catalogue.title(path) for item, path in catalogue.notebooks().items()}
 
 
 class Reader(HTMLParser):

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'PatchSpec', 'make_parts', 'build', 'eyes', 'views_of', 'look', 'objectives', 'settings_of', 'say', 'read',
-           'found', 'play', 'most_important', 'suffice', 'symbols_of', 'classify', 'evaluate', 'run', 'load_model',
-           'top_k_accuracy', 'top_k_play', 'detections']
+           'found', 'play', 'symbols_of', 'classify', 'evaluate', 'run', 'load_model']
 
 # %% ../../nbs/92_experiments.patch.ipynb #36dc4423
 from typing import ClassVar
@@ -13,22 +12,20 @@ from typing import ClassVar
 import pandas as pd, torch
 from torch import Tensor, nn
 
-from ..agents.patch import message_of, top_patches
+from ..agents.patch import message_of
 from ..agents.transformer import ViT
 from ..agents.vision import RESNETS, make_trunk
 from ..core import ConfigError, check_at_least, check_choice, generator, pick_device, seeded_init, spec
 from ..data.parts import ImageParts, image_parts
-from ..data.scenes import SceneWorld
 from ..data.views import random_views, view_spec
 from ..distributed import processes, share_statistics
 from ..ensemble import Ensemble
-from ..files import find_data, unstamped
+from ..files import unstamped
 from ..games.baselines import MoCo, PatchVAE, Supervised, SupervisedViT, VQVAE2
 from ..games.contrastive import cosine_similarities
 from ..games.patch import make_patch_game
-from ..metrics.detection import boxed, detect, voc07
 from ..metrics.representation import bag_of_symbols, knn_votes, top_accuracy
-from ..metrics.task import expected_accuracy, hits
+from ..metrics.task import expected_accuracy
 from ..runs import Context
 from ..store import RunRecord, RunResult
 from ..train import TrainSettings, fit
@@ -205,39 +202,6 @@ def play(
     seen, = look(lambda x: (game.listener.see(x),), images, s, device)
     return [dict(kind="play", n_candidates=n, accuracy=a) for n, a in found(game, symbols, seen, s).items()]
 
-# %% ../../nbs/92_experiments.patch.ipynb #6b8813ac
-def most_important(
-    symbols:Tensor, # [n, n_symbols], −1 where a patch is dropped
-    importance:Tensor, # [n, n_patches]
-    k:int, # how many are kept
-)->Tensor: # [n, n_symbols] the others dropped
-    "The `k` symbols of each message that stand for the most important patches."
-    of_symbols = importance.repeat_interleave(symbols.shape[1]//importance.shape[1], 1).masked_fill(symbols < 0, -torch.inf)
-    order = of_symbols.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return symbols.where((order < k) & (symbols >= 0), -1)
-
-def suffice(
-    game,
-    images:Tensor, # [n, 3, height, width] uint8
-    symbols:Tensor, # [n, n_symbols]
-    importance:Tensor, # [n, n_patches]
-    s:PatchSpec,
-    device="cpu",
-    most:int=512, # images
-)->list: # rows: accuracy at every length, and the fewest symbols that suffice
-    "Cut messages shorter and shorter."
-    images, symbols, importance = images[:most], symbols[:most], importance[:most]
-    seen, = look(lambda x: (game.listener.see(x),), images, s, device)
-    counts, own = [n for n in s.test_candidates if n <= len(images)], torch.arange(len(images), device=seen.device)
-    lengths = list(range(1, int((symbols >= 0).sum(1).max()) + 1))
-    won = torch.stack([hits(cosine_similarities(read(game, most_important(symbols, importance, k)), seen), own, counts, generator(0, "distractors", seen.device)) for k in lengths])
-    rows = [dict(kind="kept", n_symbols=k, n_candidates=n, accuracy=a) for k, each in zip(lengths, won.double().mean(1).tolist()) for n, a in zip(counts, each)]
-    needed = len(lengths) + 1 - won.flip(0).long().cumprod(0).sum(0) # [n, counts]; one more than there are: never
-    for n, each in zip(counts, needed.T):
-        found = each[each <= len(lengths)].double()
-        rows.append(dict(kind="suffice", n_candidates=n, found=len(found)/len(each), mean=found.mean().item() if len(found) else None, median=found.median().item() if len(found) else None))
-    return rows
-
 # %% ../../nbs/92_experiments.patch.ipynb #c3e2aa6b
 def symbols_of(model, images, s, device="cpu")->Tensor|None: # [n, n_symbols]; None where nothing is discrete
     "The symbols by which a model names images."
@@ -300,45 +264,3 @@ def load_model(
     model.load_state_dict({k.removeprefix("weights/"): v for k, v in record.tensors().items() if k.startswith("weights/")})
     if hasattr(model, "cool"): model.cool(1.)
     return model.eval()
-
-# %% ../../nbs/92_experiments.patch.ipynb #65efa0ad
-@torch.no_grad()
-def top_k_accuracy(
-    vit:Supervised, # over a `ViT`, in evaluation mode
-    x:Tensor, # [n, 3, size, size] views
-    labels:Tensor, # [n] classes
-    scores:Tensor, # [n, n_patches] greater for what is shown first
-    ks, # numbers of patches
-    batch:int=256, # images at a time
-)->list: # accuracy at each
-    "How often a vision transformer names images right that it sees `k` patches of."
-    def right(k): return torch.cat([vit.head(vit.trunk(part, top_patches(some, k))).argmax(-1) for part, some in zip(x.split(batch), scores.split(batch))]) == labels
-    return [right(k).double().mean().item() for k in ks]
-
-# %% ../../nbs/92_experiments.patch.ipynb #bb7b858f
-def top_k_play(
-    game, # in evaluation mode
-    images:Tensor, # [n, 3, height, width] uint8
-    orders:dict, # name → [n, n_patches] greater for what is said first
-    ks, # numbers of patches
-    s:PatchSpec,
-    device="cpu",
-)->list: # rows: order, k, n_candidates, accuracy
-    "How often the listener finds an image when it is told of `k` patches."
-    whole, seen = look(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1), game.listener.see(x)), images, s, device)
-    return [dict(order=name, k=k, n_candidates=n, accuracy=a) for name, scores in orders.items() for k in ks
-            for n, a in found(game, most_important(whole, scores.to(whole.device), k), seen, s).items()]
-
-# %% ../../nbs/92_experiments.patch.ipynb #1471cf54
-def detections(
-    models:dict, # name → model, in evaluation mode
-    size:int=64, # pixels on a side
-    n_train:int=400, # rendered scenes; VOC07 is taken whole
-    n_test:int=200,
-    epochs:int=8,
-    seed:int=0,
-)->list: # rows: row, seed, map50
-    "Mean average precision of a detector that begins with a model's trunk (Gupta et al. 2021, Table 2)."
-    if find_data("VOCdevkit"): train, test = voc07(size).values()
-    else: world = SceneWorld(size); train, test = (boxed(world.draw(n, generator(0, name)), world.shapes) for n, name in ((n_train, "train scenes"), (n_test, "test scenes")))
-    return [dict(row=name, seed=seed, map50=detect(eyes(model), train, test, generator(seed, "detect"), epochs).map50) for name, model in models.items()]
