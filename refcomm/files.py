@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['home', 'checkout', 'figures_dir', 'data_dir', 'data_folders', 'find_data', 'read_parquet', 'disk_errors', 'fsync_dir',
-           'write_atomic', 'content_digest', 'files_digest', 'cached_tensor', 'stamped', 'unstamped']
+           'write_atomic', 'content_digest', 'files_digest', 'cached_tensor', 'save_checkpoint', 'load_checkpoint',
+           'stamped', 'unstamped']
 
 # %% ../nbs/02_files.ipynb #02f11e52
 import contextlib, errno, hashlib, json, os, warnings
@@ -155,6 +156,25 @@ def cached_tensor(
         x = compute().cpu().contiguous()
         with write_atomic(path) as tmp: save_file({"x": x}, tmp, dict(digest=content_digest(x)))
     return x
+
+# %% ../nbs/02_files.ipynb #02fa5a26
+def save_checkpoint(path, tensors:dict, meta:dict):
+    "Write tensors and JSON-able `meta` to one safetensors file, atomically."
+    from safetensors.torch import save
+    data = save({k: v.detach().contiguous().cpu() for k,v in tensors.items()}, {"meta": json.dumps(meta)})
+    with write_atomic(path) as tmp: tmp.write_bytes(data)
+
+def load_checkpoint(path)->tuple: # (tensors, meta), or None when there is no readable checkpoint
+    "Read what `save_checkpoint` wrote; an unreadable file is set aside with a warning."
+    from safetensors import SafetensorError, safe_open
+    path = Path(path)
+    if not path.exists(): return None
+    try:
+        with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["meta"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as e:
+        aside = path.with_suffix(".unreadable")
+        path.replace(aside)
+        warnings.warn(f"checkpoint {path} is unreadable ({e}); moved to {aside.name}, training starts again")
 
 # %% ../nbs/02_files.ipynb #dddfef73
 def stamped(

@@ -13,10 +13,10 @@ from refcomm import reproduce
 from refcomm.core import ConfigError
 from refcomm.executors import PACKAGES
 from refcomm.experiments.eqc import EQCSpec
+from refcomm.files import load_checkpoint
 from refcomm.items.eqc import SMALL
 from refcomm.runs import execute, write_plan
 from refcomm.store import Store, run_key
-from refcomm.train import load_checkpoint
 
 TINY = {**SMALL["object"], "lr": 1e-3, "epochs": 40, "patience": 40}
 SPECS = [EQCSpec(word_length=w, **TINY) for w in (10, 20)] # two stacks

@@ -19,10 +19,10 @@ import torch
 from refcomm import core, files
 from refcomm.core import ConfigError, RecordError, StoreError
 from refcomm.experiments.eqc import EQCSpec
+from refcomm.files import load_checkpoint
 from refcomm.items.eqc import SMALL
 from refcomm.runs import execute, read_plan, write_plan
 from refcomm.store import Store, export_runs, import_runs, run_key
-from refcomm.train import load_checkpoint
 
 LONG = {**SMALL["object"], "lr": 1e-3, "word_length": 20, "epochs": 200, "patience": 200}
 
