@@ -21,7 +21,8 @@ from ..data.views import random_views, view_spec
 from ..distributed import processes, share_statistics
 from ..ensemble import Ensemble
 from ..files import unstamped
-from ..games.baselines import MoCo, PatchVAE, Supervised, SupervisedViT, VQVAE2
+from ..games.autoencoders import PatchVAE, VQVAE2
+from ..games.baselines import MoCo, Supervised, SupervisedViT
 from ..games.contrastive import cosine_similarities
 from ..games.patch import make_patch_game
 from ..metrics.representation import bag_of_symbols, knn_votes, top_accuracy
