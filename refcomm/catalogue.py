@@ -6,7 +6,7 @@
 __all__ = ['HEADLINE', 'notebooks', 'choose', 'title', 'parse_parameters', 'parameters_of', 'check_parameters', 'item_runs']
 
 # %% ../nbs/94_catalogue.ipynb #97bb3fdf
-import importlib, importlib.util, inspect, json
+import ast, importlib, importlib.util, inspect, json
 from pathlib import Path
 
 from .core import ConfigError, nearest
@@ -54,7 +54,6 @@ def parameters_of(
     path, # the notebook
 )->dict: # name → default
     "What its parameters cell sets."
-    import ast
     cell = next(c for c in json.loads(Path(path).read_text(encoding="utf-8"))["cells"] if "parameters" in c["metadata"].get("tags", []))
     return {n.target.id: ast.literal_eval(n.value) for n in ast.parse("".join(cell["source"])).body if isinstance(n, ast.AnnAssign)}
 

@@ -1,6 +1,8 @@
 import os
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,18 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("REFCOMM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("REFCOMM_FIGURES", str(tmp_path / "figures"))
     return tmp_path / "home"
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    "`refcomm …` in this process, which has imported already."
+    from refcomm.reproduce import main
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["refcomm", *map(str, args)])
+        with pytest.raises(SystemExit) as end: main()
+        return subprocess.CompletedProcess(args, end.value.code or 0, *capsys.readouterr())
+    return call
 
 
 @pytest.fixture

@@ -20,16 +20,6 @@ def cli(*args, **env):
     return subprocess.run([sys.executable, "-c", "from refcomm.reproduce import main; main()", *args], capture_output=True, text=True, env={**os.environ, **env})
 
 
-@pytest.fixture
-def command(capsys, monkeypatch):
-    "The command in this process, which has imported already."
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["refcomm", *args])
-        with pytest.raises(SystemExit) as end: reproduce.main()
-        return subprocess.CompletedProcess(args, end.value.code, *capsys.readouterr())
-    return call
-
-
 def test_list_names_every_notebook(command):
     out = command("list").stdout
     assert all(item in out for item in catalogue.notebooks()) and "headline" in out

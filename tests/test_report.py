@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from refcomm import catalogue, report, reproduce
+from refcomm import catalogue, report
 from refcomm.core import ConfigError, StoreError
 from refcomm.figures import save
 from refcomm.papers import PAPERS, contents
@@ -56,16 +56,6 @@ def folder(tmp_path):
     for name in ("eqc_table5", "eqc_figure4", "sms_figure2"):
         for p in FIGURES.glob(f"{name}.*"): shutil.copy(p, d)
     return d
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    "`refcomm …` in this process: exit code, stdout and stderr."
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["refcomm", *map(str, args)])
-        with pytest.raises(SystemExit) as stop: reproduce.main()
-        return stop.value.code or 0, *capsys.readouterr()
-    return run
 
 
 def edit(path, **changes): path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -162,32 +152,32 @@ def test_a_damaged_item_is_named_and_left_out(folder, spoil, says):
     assert len([a for a in page.all("aside") if a["class"] == "problems"]) == 1
 
 
-def test_smoke_is_never_a_result(home, cli):
+def test_smoke_is_never_a_result(home, command):
     "Smoke figures stay out, wherever they lie."
     import matplotlib.pyplot as plt
     made = save("eqc", "table1", pd.DataFrame(dict(x=[1])), plt.figure(), [], "smoke", "eqc Table 1: toy", "none")
-    code, out, err = cli("report", "--figures", made.parent, "--out", home/"page.html")
+    r = command("report", "--figures", made.parent, "--out", home/"page.html")
     page = Reader((home/"page.html").read_text())
-    assert code == 0 and out.startswith("0 items") and "eqc_table1 was made at smoke" in err and not page.all("img") and not page.all("article")
-    assert cli("report", "--out", home/"none.html")[0] == 2, "the folder for results is empty"
+    assert r.returncode == 0 and r.stdout.startswith("0 items") and "eqc_table1 was made at smoke" in r.stderr and not page.all("img") and not page.all("article")
+    assert command("report", "--out", home/"none.html").returncode == 2, "the folder for results is empty"
 
 
-def test_the_command(home, tmp_path, cli, html):
+def test_the_command(home, tmp_path, command, html):
     a, b = tmp_path/"a.html", tmp_path/"new"/"b.html"
-    code, out, err = cli("report", "--figures", FIGURES, "--out", a)
-    assert code == 0 and str(a) in out and not err
-    assert cli("report", "--figures", FIGURES, "--out", b)[0] == 0 and a.read_bytes() == b.read_bytes()
+    r = command("report", "--figures", FIGURES, "--out", a)
+    assert r.returncode == 0 and str(a) in r.stdout and not r.stderr
+    assert command("report", "--figures", FIGURES, "--out", b).returncode == 0 and a.read_bytes() == b.read_bytes()
     assert a.read_text(encoding="utf-8") == html
     here = subprocess.run([sys.executable, "-c", "from refcomm.reproduce import main; main()", "report"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "REFCOMM_FIGURES": str(FIGURES)})
     assert here.returncode == 0 and (tmp_path/"refcomm-report.html").read_bytes() == a.read_bytes(), here.stderr
 
 
-def test_bad_input_is_one_line(home, tmp_path, cli):
+def test_bad_input_is_one_line(home, tmp_path, command):
     (tmp_path/"file").write_text("")
     for args, says in ((["--out", tmp_path/"a.html"], "no figures in"), (["--figures", tmp_path/"none", "--out", tmp_path/"a.html"], "name another folder with --figures"),
                        (["--figures", FIGURES, "--out", tmp_path/"file"/"a.html"], "name another file with --out"), (["--figures", FIGURES, "--out", tmp_path], "name another file with --out")):
-        code, out, err = cli("report", *args)
-        assert code == 2 and says in err and not out and len(err.strip().splitlines()) == 1, err
+        r = command("report", *args)
+        assert r.returncode == 2 and says in r.stderr and not r.stdout and len(r.stderr.strip().splitlines()) == 1, r.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"], "nothing half-written is left"
     with pytest.raises(ConfigError, match="no figures in"): report.write_report(tmp_path/"a.html", tmp_path/"none")
     with pytest.raises(StoreError, match="Is a directory; name another file"): report.write_report(tmp_path, FIGURES)

@@ -21,7 +21,7 @@ from ..data.views import random_views, view_spec
 from ..distributed import processes, share_statistics
 from ..ensemble import Ensemble
 from ..files import unstamped
-from ..games.autoencoders import PatchVAE, VQVAE2
+from ..games.vae import PatchVAE, VQVAE2
 from ..games.baselines import MoCo, Supervised, SupervisedViT
 from ..games.contrastive import cosine_similarities
 from ..games.patch import make_patch_game

@@ -48,8 +48,8 @@ def suffice(
     rows = [dict(kind="kept", n_symbols=k, n_candidates=n, accuracy=a) for k, each in zip(lengths, won.double().mean(1).tolist()) for n, a in zip(counts, each)]
     needed = len(lengths) + 1 - won.flip(0).long().cumprod(0).sum(0) # [n, counts]; one more than there are: never
     for n, each in zip(counts, needed.T):
-        found = each[each <= len(lengths)].double()
-        rows.append(dict(kind="suffice", n_candidates=n, found=len(found)/len(each), mean=found.mean().item() if len(found) else None, median=found.median().item() if len(found) else None))
+        enough = each[each <= len(lengths)].double()
+        rows.append(dict(kind="suffice", n_candidates=n, found=len(enough)/len(each), mean=enough.mean().item() if len(enough) else None, median=enough.median().item() if len(enough) else None))
     return rows
 
 # %% ../../nbs/92_experiments.patch_probes.ipynb #65efa0ad

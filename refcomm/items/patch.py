@@ -45,7 +45,7 @@ ITEMS = { # item → models, and the fields that are varied, one after the other
 TIMES = ("lr", "vocab_size", "batch_size", "epochs") # fields varied as multiples of the usual
 
 # %% ../../nbs/94_items.patch.ipynb #9c39502f
-_EARLY = dict(spread=3., strength=.05) # names, and ranks of 49 patches, that count from the first step on, for trainings shorter than published
+_EARLY = dict(spread=3., strength=.05) # names and ranks that count from the first step on, for trainings shorter than published; `configure` lowers the strength for more patches
 _SMALL = _EARLY | dict(rank="thin", symbol_width=192, vision="narrow", optimizer="adamw", weight_decay=.04, warmup=.1)
 SIZES = { # profile → what is smaller than published
     "smoke": _SMALL | dict(source="scenes", n_images=120, image_size=56, view_size=56, vocab_size=16, width=24, layers=1, heads=2, hidden=32, narrow=16, dim=32, queue=64, autoencoder_width=8, batch_size=32, lr=1e-3, epochs=1, test_candidates=(2, 16)),
@@ -79,7 +79,7 @@ def configure(
     "One Spec at the sizes of a profile."
     base = SIZES[check_choice("profile", profile, PROFILES)] | images_of(profile, "embedded" if profile == "smoke" else images)
     usual = PatchSpec(**base)
-    finer = {} if profile == "paper" else dict(strength=usual.strength*(7/side)**2) # scores of more patches lie closer
+    finer = {} if profile == "paper" else dict(strength=usual.strength*(7/side)**2) # more ranks, closer together
     return dataclasses.replace(usual, **{**finer, "patch_size": usual.view_size//side, **fields})
 
 def grid(
