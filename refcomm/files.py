@@ -133,6 +133,12 @@ def _stored(path)->torch.Tensor|None:
         return x if stored["digest"] == content_digest(x) else None
     except (SafetensorError, OSError, KeyError, TypeError): return None
 
+def _set_aside(path, ending)->Path:
+    "Give a file that is not to be trusted another ending."
+    aside = path.with_suffix(ending)
+    with disk_errors(aside), contextlib.suppress(FileNotFoundError): path.replace(aside)
+    return aside
+
 def cached_tensor(
     path, # a .safetensors file, named after all that the tensor depends on
     compute, # () → tensor, called when the file is absent or damaged
@@ -150,8 +156,7 @@ def cached_tensor(
     with held:
         if (x := _stored(path)) is not None: return x
         if path.exists():
-            aside = path.with_suffix(".damaged")
-            with disk_errors(aside), contextlib.suppress(FileNotFoundError): path.replace(aside)
+            aside = _set_aside(path, ".damaged")
             warnings.warn(f"the stored {what} {path} are damaged: set aside as {aside.name}, and made again")
         x = compute().cpu().contiguous()
         with write_atomic(path) as tmp: save_file({"x": x}, tmp, dict(digest=content_digest(x)))
@@ -172,8 +177,7 @@ def load_checkpoint(path)->tuple|None: # tensors and meta; None when there is no
     try:
         with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["meta"])
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
-        aside = path.with_suffix(".unreadable")
-        with disk_errors(aside): path.replace(aside)
+        aside = _set_aside(path, ".unreadable")
         warnings.warn(f"checkpoint {path} is unreadable ({e}); moved to {aside.name}, training starts again")
 
 # %% ../nbs/02_files.ipynb #dddfef73

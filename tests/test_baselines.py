@@ -15,8 +15,8 @@ from refcomm.agents.vision import GRID_SIZES, grid_trunk, make_trunk
 from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.distributed import join_processes
 from refcomm.ensemble import Ensemble
-from refcomm.games.vae import PatchVAE, VQVAE2, edge_weights, kl_bernoulli, kl_gaussian, kl_uniform
 from refcomm.games.baselines import MoCo
+from refcomm.games.vae import PatchVAE, VQVAE2, edge_weights, kl_bernoulli, kl_gaussian, kl_uniform
 from refcomm.train import TrainSettings, fit
 
 

@@ -42,7 +42,7 @@ def test_list_names_every_notebook(command):
 ])
 def test_a_wrong_argument_is_one_line_and_exit_2(home, command, args, says):
     r = command(*args)
-    assert r.returncode == 2 and not r.stdout and says in r.stderr and len(r.stderr.strip().splitlines()) == 1
+    assert r.returncode == 2 and not r.stdout and says in r.stderr and "Traceback" not in r.stderr and len(r.stderr.strip().splitlines()) == 1
 
 
 def test_a_process_of_its_own_says_the_same(home):

@@ -79,8 +79,8 @@ def configure(
     "One Spec at the sizes of a profile."
     base = SIZES[check_choice("profile", profile, PROFILES)] | images_of(profile, "embedded" if profile == "smoke" else images)
     usual = PatchSpec(**base)
-    finer = {} if profile == "paper" else dict(strength=usual.strength*(7/side)**2) # more ranks, closer together
-    return dataclasses.replace(usual, **{**finer, "patch_size": usual.view_size//side, **fields})
+    share = 1 if profile == "paper" else (7/side)**2 # more ranks, closer together
+    return dataclasses.replace(usual, patch_size=usual.view_size//side, strength=usual.strength*share, **fields)
 
 def grid(
     item:str, # a name in `ITEMS`
