@@ -75,8 +75,8 @@ def estimate(
     known:Recorded,
     recipes:dict, # from `shipped`
 )->Cost:
-    "Median of like runs, else of the shipped item, else of the paper's shipped items."
-    k, at = kind(spec.experiment, spec_fields(spec)), {i: r for i, r in recipes.items() if r["profile"] == profile and r.get("costs", {}).get("runs")}
+    "Median of like runs, else of the shipped item, else of the paper's shipped items; what was shipped with other images than the usual says little of these."
+    k, at = kind(spec.experiment, spec_fields(spec)), {i: r for i, r in recipes.items() if r["profile"] == profile and r.get("costs", {}).get("runs") and " -p images=" not in r.get("command", "")}
     others = [r for i, r in at.items() if i.startswith(item.split("/")[0] + "/")]
     own, of = ([at[item]], "this item") if item in at else (others, f"other items of {item.split('/')[0]}")
     seconds, sizes, basis = known.seconds.get(k), known.bytes.get(k), "as like runs here"

@@ -38,6 +38,7 @@ def draw_table(
         c.set_facecolor("#dfe4ea" if i == 0 else "#f4f6f8" if groups[i-1] % 2 else "white")
         if j < table.index.nlevels: c.set_text_props(ha="left")
     if title: ax.set_title(title, loc="left", fontsize=10, weight="bold")
+    if any(c.endswith("*") for row in cells for c in row): ax.annotate("* more than two joint standard deviations from the paper", (0, 0), (0, -4), xycoords="axes fraction", textcoords="offset points", va="top", fontsize=7)
     return fig
 
 def footnote(
@@ -152,7 +153,7 @@ def save(
     "Write `<paper>_<item>.png`, `.csv` and `.json` to the figures folder of the profile."
     stem = figures_dir(profile)/f"{paper}_{item}"
     runs, seeds = origins(records) if records else "no training", sorted({r.spec["seed"] for r in records})
-    footnote(figure, note, f"Profile {profile} · {data} data · seeds {', '.join(map(str, seeds)) or 'none'} · {runs}")
+    footnote(figure, note, f"Profile {profile} · data: {data} · seeds {', '.join(map(str, seeds)) or 'none'} · {runs}")
     if profile == "smoke": figure.text(.5, .5, "SMOKE: NOT A RESULT", fontsize=26, color="red", alpha=.35, rotation=18, ha="center", va="center")
     if profile == "smoke": claims = [{**c, "verdict": "untested"} for c in claims]
     recipe = dict(paper=paper, item=item, title=title, profile=profile, data=data, note=note, runs=runs, costs=spent(records) if records else {}, seeds=seeds, claims=list(claims), command=f"refcomm reproduce {paper}/{item} --profile {profile}" + "".join(f" -p {k}={v}" for k, v in (options or {}).items() if v not in (0, "auto")))

@@ -185,7 +185,8 @@ def origins(records)->str: # one line
     "Commits, devices and time that the records come from."
     ps = [r.provenance for r in records]
     pick = lambda k: ", ".join(sorted({str(p[k]) for p in ps if p[k] != ""}))
-    return f"{len({r.key for r in records})} runs · commit {pick('commit') or 'none'} · {pick('device')} · torch {pick('torch')} · {_seconds(records):.0f} s of training"
+    n = len({r.key for r in records})
+    return f"{n} run{'s'*(n > 1)} · commit {pick('commit') or 'none'} · {pick('device')} · torch {pick('torch')} · {_seconds(records):.0f} s of training"
 
 # %% ../nbs/80_runs.ipynb #50cbd53d
 def load_spec(

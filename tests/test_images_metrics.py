@@ -18,7 +18,7 @@ from refcomm.agents.transformer import ViT, cut_patches
 from refcomm.agents.vision import make_trunk
 from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.metrics import images as looks
-from refcomm.metrics.images import PERCEPTUAL, edge_density, grey_entropy, patch_means, perceptual_distance, rank_correlation, saliency
+from refcomm.metrics.images import PERCEPTUAL, best_perceptual, edge_density, grey_entropy, patch_means, perceptual_distance, rank_correlation, saliency
 from refcomm.metrics.representation import bag_of_symbols, knn, knn_votes, top_accuracy
 from refcomm.metrics.structure import class_correlations, class_pairs, jaccard
 
@@ -227,11 +227,29 @@ def test_xgradcam_is_its_formula(name, frozen):
 def test_saliency_refuses():
     pytest.importorskip("pytorch_grad_cam")
     x, plain = torch.rand(2, 3, 16, 16), nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    for make, says in [(lambda: saliency(plain, x, torch.zeros(2).long()), "Sequential has no stage called layer4: name the last convolutional one by layer="),
+    for make, says in [(lambda: saliency(plain, x, torch.zeros(2).long()), "Sequential has no stages called layer1 … layer4: name the last convolutional one by layer="),
                        (lambda: saliency(plain, x, torch.tensor([0, 2]), layer="0"), "a label in 0 … 1, got 2 in 0 … 2"), (lambda: saliency(plain, x, torch.tensor([0]), layer="0"), "each of 2 images needs a label"),
                        (lambda: saliency(plain, x, torch.zeros(2).long(), layer="conv"), "unknown layer 'conv'")]:
         with pytest.raises(ConfigError, match=says): make()
     assert saliency(plain, x, torch.tensor([0, 1]), layer="0").shape == (2, 16, 16)
+
+
+def test_saliency_of_as_many_places_as_there_are_patches():
+    pytest.importorskip("pytorch_grad_cam")
+    x, y = torch.rand(3, 3, 56, 56, generator=generator(0)), torch.tensor([0, 1, 1])
+    with seeded_init(0): model = nn.Sequential(make_trunk("narrow"), nn.Linear(192, 2))
+    for places, layer in ((1, "0.layer4"), (3, "0.layer3"), (7, "0.layer2"), (8, "0.layer1")): assert torch.equal(saliency(model, x, y, places=places), saliency(model, x, y, layer))
+    with pytest.raises(ConfigError, match="maps of 15 × 15 places were asked for, but those of the finest stage have 14 on a side"): saliency(model, x, y, places=15)
+
+
+def test_the_best_distance_that_needs_no_download(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert best_perceptual() == "trunk"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    assert best_perceptual() == "efficientnet"
+    (tmp_path/"checkpoints").mkdir(), (tmp_path/"checkpoints"/"vgg16-397923af.pth").touch()
+    assert best_perceptual() == "lpips"
 
 
 def test_patches_of_maps_are_numbered_as_those_of_images():

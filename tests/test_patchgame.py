@@ -40,8 +40,19 @@ def test_a_message_read_from_its_symbols_is_the_message_sent(parts, game):
     symbols, importance = patch.say(game, parts.valid.images, s)
     direct, = patch.look(lambda x: (game.listener.read(game.send(x)),), parts.valid.images, s)
     assert torch.allclose(patch.read(game, symbols), direct, atol=1e-4)
-    assert torch.allclose(patch.read(game, symbols.view(2, -1, 49)).flatten(0, 1), direct, atol=1e-4)
     assert torch.equal(symbols < 0, importance < (49 + .999)/2/49), "what ranks below the middle is dropped"
+
+
+def test_a_message_through_a_soft_gate_is_read_with_its_weights(parts):
+    s = tiny(gate="soft")
+    game = patch.build(s).eval()
+    said, direct, seen = patch.look(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1), game.listener.read(game.send(x)), game.listener.see(x)), parts.valid.images, s)
+    weights = patch.weigh(game, parts.valid.images, s)
+    assert 0 < weights.min() < weights.max() < 1
+    assert torch.allclose(patch.read(game, said, weights), direct, atol=1e-4) and not torch.allclose(patch.read(game, said), direct, atol=1e-2)
+    assert {r["n_candidates"]: r["accuracy"] for r in patch.play(game, parts.valid.images, s)} == patch.found(direct, seen, s)
+    told, = {r["accuracy"] for r in patch_probes.top_k_play(game, parts.valid.images, dict(flat=torch.zeros(len(said), 49)), [49], s) if r["n_candidates"] == 2}
+    assert told == pytest.approx(patch.found(direct, seen, s)[2])
 
 
 @pytest.mark.parametrize("k", [1, 5, 49])
