@@ -42,7 +42,7 @@ ITEMS = { # item → models, and the fields that are varied, one after the other
     "figure6": ((OURS,), dict(lr=(.1, 1, 10), symbols_per_patch=(1, 2), vocab_size=(.125, 1, 4))),
     "table3": ((OURS,), dict(jitter=(True, False), crops=(True, False))),
     "table4": ((OURS,), dict(batch_size=(.25, .5, 1))),
-    "budget": ((OURS,), dict(length_cost=(0., .001, .003, .006, .01))),
+    "budget": ((OURS,), dict(length_cost=(0., .003, .03, .3))),
 }
 TIMES = ("lr", "vocab_size", "batch_size", "epochs") # fields varied as multiples of the usual
 
