@@ -40,6 +40,7 @@ def test_a_message_read_from_its_symbols_is_the_message_sent(parts, game):
     symbols, importance = patch.say(game, parts.valid.images, s)
     direct, = patch.look(lambda x: (game.listener.read(game.send(x)),), parts.valid.images, s)
     assert torch.allclose(patch.read(game, symbols), direct, atol=1e-4)
+    assert torch.allclose(patch.read(game, symbols.view(2, -1, 49)).flatten(0, 1), direct, atol=1e-4)
     assert torch.equal(symbols < 0, importance < (49 + .999)/2/49), "what ranks below the middle is dropped"
 
 

@@ -183,14 +183,17 @@ def weigh(
 @torch.no_grad()
 def read(
     game,
-    symbols:Tensor, # [n, n_symbols], −1 where nothing is sent
-    weights:Tensor|None=None, # [n, n_symbols] of their words, from `weigh`
+    symbols:Tensor, # [..., n_symbols], −1 where nothing is sent
+    weights:Tensor|None=None, # as `symbols`, of their words, from `weigh`; None: 1
     batch:int=1024, # messages at a time
-)->Tensor: # [n, dim]
+)->Tensor: # [..., dim]
     "What the listener takes from messages of symbols alone."
-    vocab_size, weights = game.speaker.symbol.vocab_size, torch.ones_like(symbols, dtype=torch.float32) if weights is None else weights
-    heavy = lambda message, w: message._replace(word=message.word*w[..., None])
-    return torch.cat([game.listener.read(heavy(message_of(part, vocab_size), w)) for part, w in zip(symbols.split(batch), weights.split(batch))])
+    weights = torch.ones_like(symbols, dtype=torch.float32) if weights is None else weights
+    def meaning(part, weight):
+        message = message_of(part, game.speaker.symbol.vocab_size)
+        return game.listener.read(message._replace(word=message.word*weight[..., None]))
+    parts = zip(*(t.flatten(0, -2).split(batch) for t in (symbols, weights)))
+    return torch.cat([meaning(*part) for part in parts]).unflatten(0, symbols.shape[:-1])
 
 def found(
     meant:Tensor, # [n, dim] what messages about n images mean to the listener

@@ -138,7 +138,7 @@ def saliency(
     stages = [name for name in names if re.fullmatch("layer[1-4]", name.rpartition(".")[2])] if layer is None else [check_choice("layer", layer, names)]
     if not stages: raise ConfigError(f"{type(classifier).__name__} has no stages called layer1 … layer4: name the last convolutional one by layer=, such as {names[-1]!r}" if names else "a classifier without modules has no layer")
     sides = {}
-    for name in stages: net.get_submodule(name).register_forward_hook(lambda module, given, out, name=name: sides.update({name: min(out.shape[2:])}))
+    for name in stages: net.get_submodule(name).register_forward_hook(lambda module, given, out, name=name: sides.update({name: min(out.shape[2:], default=0)}))
     with torch.no_grad(): n_classes = net(images[:1]).shape[-1]
     fine = [name for name in stages if sides.get(name, 0) >= places]
     if not fine: raise ConfigError(f"maps of {places} × {places} places were asked for, but those of the finest stage have {max(sides.values(), default=0)} on a side: lower places, or show larger images")
