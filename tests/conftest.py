@@ -1,8 +1,10 @@
+import io
 import os
 import re
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,15 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("REFCOMM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("REFCOMM_FIGURES", str(tmp_path / "figures"))
     return tmp_path / "home"
+
+
+@pytest.fixture
+def shipped_figures(tmp_path):
+    "The figures as they were committed: `make reproduce` writes over those in the folder. Without git, the folder."
+    found = subprocess.run(["git", "archive", "--format=zip", "HEAD", "figures"], cwd=ROOT, capture_output=True)
+    if found.returncode: return ROOT / "figures"
+    zipfile.ZipFile(io.BytesIO(found.stdout)).extractall(tmp_path / "shipped")
+    return tmp_path / "shipped" / "figures"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import time
 import pandas as pd
 import pytest
 
-from refcomm import catalogue, papers, reproduce
+from refcomm import catalogue, costs, papers, reproduce
 from refcomm.core import ConfigError
 from refcomm.items.eqc import grid
 from refcomm.runs import execute
@@ -77,9 +77,11 @@ def test_a_plan_names_what_it_leaves_out(home, command):
     assert not command("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stderr
 
 
-def test_a_plan_of_costs(home):
+def test_a_plan_of_costs(home, shipped_figures, monkeypatch):
     "Figure 1 shows the runs of Table 5: made once, counted once; like runs tell their time, and nothing is guessed where nothing is known."
     from typer.testing import CliRunner
+    recipes = costs.shipped(shipped_figures)
+    monkeypatch.setattr(costs, "shipped", lambda: recipes)
     def table(*args):
         out = CliRunner().invoke(reproduce.app, ["plan", *args]).output
         return {row[0]: row[1:] for row in (re.split(r"  +", line.strip()) for line in out.splitlines()) if "/" in row[0] or row[0] == "total"}, out
