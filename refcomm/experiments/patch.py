@@ -38,7 +38,6 @@ MODELS = ("game", "moco", "vqvae2", "patchvae", "supervised", "random", "vit")
 class PatchSpec:
     "One training of the game, or of what it is compared with, with one seed."
     experiment:ClassVar = "patch"
-    version:ClassVar = 2
     model:str = "game" # a name in `MODELS`
     source:str = "imagenet" # images, see `load_images`: under REFCOMM_DATA, "imagenet/train" and "imagenet/val" with one folder a class
     n_images:int|None = None # of the source; None: all
@@ -71,7 +70,7 @@ class PatchSpec:
     learned:bool = False # whether that temperature is trained
     queue:int = 65_536 # keys that MoCo tells apart
     momentum:float = .999 # of MoCo's slow weights
-    autoencoder_width:int = 128
+    autoencoder_width:int = 128 # of VQ-VAE-2; PatchVAE's decoder has half of it, and its parts' appearance an eighth
     batch_size:int = 512 # of a step; processes share it
     optimizer:str = "sgd"
     lr:float = 1e-4
@@ -82,6 +81,9 @@ class PatchSpec:
     precision:str = "fp32"
     test_candidates:tuple = (2, 16, 128, 512)
     seed:int = 0
+
+    @property
+    def version(self): return 3 if self.model == "patchvae" else 2 # one more whenever a model with the same fields would be another
 
     def __post_init__(self):
         check_choice("model", self.model, MODELS), check_choice("vision", self.vision, ("vit", "narrow", *RESNETS))
@@ -105,7 +107,7 @@ def build(
             return make_patch_game(s.view_size, **{name: getattr(s, name) for name in same})
         if s.model == "moco": return MoCo(s.vision, queue=s.queue, momentum=s.momentum)
         if s.model == "vqvae2": return VQVAE2(width=s.autoencoder_width)
-        if s.model == "patchvae": return PatchVAE(s.view_size, s.patch_size, trunk=s.vision, width=s.autoencoder_width//2)
+        if s.model == "patchvae": return PatchVAE(s.view_size, s.patch_size, code_dim=max(1, s.autoencoder_width//8), trunk=s.vision, width=s.autoencoder_width//2)
         if s.model == "vit": return SupervisedViT(ViT(s.view_size, s.patch_size, s.width, s.layers, s.heads), n_classes)
         return Supervised(make_trunk(s.vision), n_classes)
 
