@@ -59,7 +59,7 @@ class Ensemble(nn.Module):
         "Apply `fn` to every member with its own slice of each argument; what `fn` closes over is shared."
         call = lambda params, *a: functional_call(self._call[0], {k: params[i] for k,i in self._places}, (fn, *a), tie_weights=False)
         if self.n_members == 1:
-            out = call([p[0] for p in self.stacked], *tree_map(lambda a: a[0] if isinstance(a, Tensor) else a, args))
+            out = call([p.squeeze(0) for p in self.stacked], *tree_map(lambda a: a[0] if isinstance(a, Tensor) else a, args))
             return tuple(o[None] for o in out) if isinstance(out, tuple) else out[None]
         return vmap(call, in_dims=(0, *tree_map(lambda a: 0 if isinstance(a, Tensor) else None, args)))(list(self.stacked), *args)
 
