@@ -157,7 +157,7 @@ def _start_ray(cpus, gpus=None, head=None):
             super().start_ray_processes()
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     with _loopback():
-        return Lean(RayParams(num_cpus=cpus, num_gpus=gpus, gcs_address=head, object_store_memory=80*2**20, runtime_env_agent_port=port, min_worker_port=0, max_worker_port=0,
+        return Lean(RayParams(num_cpus=cpus, num_gpus=gpus, gcs_address=head, object_store_memory=80*2**20, runtime_env_agent_port=port, dashboard_agent_listen_port=0, min_worker_port=0, max_worker_port=0,
             no_monitor=True, include_log_monitor=False), head=not head, shutdown_at_exit=True, spawn_reaper=True)
 
 # %% ../nbs/79_executors.ipynb #5c1d7e17
