@@ -70,7 +70,7 @@ class PatchSpec:
     learned:bool = False # whether that temperature is trained
     queue:int = 65_536 # keys that MoCo tells apart
     momentum:float = .999 # of MoCo's slow weights
-    autoencoder_width:int = 128 # of VQ-VAE-2; PatchVAE's decoder has half of it, and its parts' appearance an eighth
+    autoencoder_width:int = 128 # of VQ-VAE-2, with four times as many symbols; PatchVAE's decoder has half of it, and its parts' appearance an eighth
     batch_size:int = 512 # of a step; processes share it
     optimizer:str = "sgd"
     lr:float = 1e-4
@@ -83,7 +83,7 @@ class PatchSpec:
     seed:int = 0
 
     @property
-    def version(self): return 3 if self.model == "patchvae" else 2 # one more whenever a model with the same fields would be another
+    def version(self): return 3 if self.model in ("vqvae2", "patchvae") else 2 # one more whenever a model with the same fields would be another
 
     def __post_init__(self):
         check_choice("model", self.model, MODELS), check_choice("vision", self.vision, ("vit", "narrow", *RESNETS))
@@ -106,7 +106,7 @@ def build(
             same = ("patch_size", "vocab_size", "symbols_per_patch", "symbol", "symbol_width", "spread", "rank", "strength", "gate", "dropout", "schedule", "budget", "length_cost", "masked", "vision", "width", "layers", "heads", "hidden", "narrow", "dim", "temperature", "learned")
             return make_patch_game(s.view_size, **{name: getattr(s, name) for name in same})
         if s.model == "moco": return MoCo(s.vision, queue=s.queue, momentum=s.momentum)
-        if s.model == "vqvae2": return VQVAE2(width=s.autoencoder_width)
+        if s.model == "vqvae2": return VQVAE2(codebook_size=4*s.autoencoder_width, code_dim=s.autoencoder_width//2, width=s.autoencoder_width, hidden=max(1, s.autoencoder_width//4))
         if s.model == "patchvae": return PatchVAE(s.view_size, s.patch_size, code_dim=max(1, s.autoencoder_width//8), trunk=s.vision, width=s.autoencoder_width//2)
         if s.model == "vit": return SupervisedViT(ViT(s.view_size, s.patch_size, s.width, s.layers, s.heads), n_classes)
         return Supervised(make_trunk(s.vision), n_classes)
