@@ -131,12 +131,13 @@ def rows_of(
     records, # from `runs.execute`
     kind:str, # "play", "knn" or "bow"
 ): # DataFrame: metric rows of one kind, with the paper's names in the column "row", accuracy in %, and n_targets
-    "Name every model as the paper does."
+    "Name every model as the paper does, and in its order."
     t = frame(records)
     t = t[t["kind"] == kind].dropna(axis=1, how="all").copy()
     names = {(m.get("model", "game"), m.get("side")): name for name, m in MODELS.items()}
     side = (t.view_size // t.patch_size).where(t.model.isin(("game", "patchvae", "vit")) & (t.view_size // t.patch_size == 14))
     t["row"] = [names[m, None if s != s else int(s)] for m, s in zip(t.model, side)]
+    t = t.sort_values("row", key=lambda row: row.map(list(MODELS).index), kind="stable")
     if "accuracy" in t: t["accuracy"], t["n_targets"] = 100*t.accuracy, t.n_valid
     if "top" in t: t["column"] = "Top-" + t.top.astype(int).astype(str)
     return t
