@@ -140,3 +140,22 @@ def test_more_patches_than_there_are(parts):
     vit = patch.build(s, 10).eval()
     x, = patch.look(lambda x: (x,), parts.valid.images, s)
     with pytest.raises(ConfigError, match="the 50 best patches were asked for, but an image has 49"): patch_probes.top_k_accuracy(vit, x, parts.valid.labels, torch.rand(len(x), 49), [50])
+
+
+def test_untrained_ranks_differ(parts, game):
+    several = patch_probes.untrained_importance(tiny(), parts.valid.images, 3)
+    assert torch.equal(several[0], patch.say(game, parts.valid.images, tiny())[1])
+    assert several.shape == (3, len(parts.valid.images), 49) and len({a.sum().item() for a in several.argmax(-1)}) == 3
+    with pytest.raises(ConfigError, match="n must be at least 1, got 0"): patch_probes.untrained_importance(tiny(), parts.valid.images, 0)
+
+
+def test_detectors_side_by_side_are_those_trained_one_after_the_other(monkeypatch):
+    monkeypatch.setattr("refcomm.executors.n_cores", lambda: 2) # a thread for each
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    first = {name: patch.build(tiny("Random", seed=k), 5).eval() for k, name in enumerate(("one", "another"))}
+    try: alone, beside = (patch_probes.detections(first, "scenes", 32, 48, 16, 3, seed=3, jobs=jobs) for jobs in (1, 2))
+    finally: torch.set_num_threads(threads)
+    assert [(r["row"], r["seed"]) for r in beside] == [("one", 3), ("another", 3)]
+    assert beside[0]["map50"] != beside[1]["map50"]
+    assert beside == alone

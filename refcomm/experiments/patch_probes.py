@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..agents.patch import top_patches
-from ..core import check_at_least, check_choice, generator
+from ..core import check_at_least, check_choice, generator, pick_device
 from ..data.scenes import SceneWorld
 from .patch import PatchSpec, build, eyes, found, look, read, say, weigh
+from ..executors import local_executor
 from ..files import find_data
 from ..games.baselines import Supervised
 from ..games.contrastive import cosine_similarities
@@ -130,8 +131,13 @@ def detections(
     n_test:int=200,
     epochs:int=8,
     seed:int=0,
+    device="cpu",
+    jobs:int=1, # detectors trained at a time, in processes of their own if more than one
 )->list: # rows: row, seed, map50
     "Mean average precision of a detector that begins with a model's trunk (Gupta et al. 2021, Table 2)."
+    if jobs > 1 and len(models) > 1:
+        with local_executor(min(jobs, len(models))) as pool: each = pool.map(detections, *zip(*(({name: model}, boxes, size, n_train, n_test, epochs, seed, device) for name, model in models.items())))
+        return [row for rows in each for row in rows]
     if boxed_by(boxes) == "voc07": train, test = voc07(size).values()
     else: world = SceneWorld(size); train, test = (boxed(world.draw(n, generator(0, name)), world.shapes) for n, name in ((n_train, "train scenes"), (n_test, "test scenes")))
-    return [dict(row=name, seed=seed, map50=detect(eyes(model), train, test, generator(seed, "detect"), epochs).map50) for name, model in models.items()]
+    return [dict(row=name, seed=seed, map50=detect(eyes(model).to(pick_device(device)), train, test, generator(seed, "detect"), epochs).map50) for name, model in models.items()]
