@@ -187,6 +187,19 @@ def test_a_transformer_is_torchs(pre_norm):
     assert not torch.equal(*(layer.linear1.weight for layer in t.layers)), "each layer has a beginning of its own"
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("pre_norm, activation", [(False, "relu"), (True, "gelu")])
+def test_the_first_token_alone_is_the_first_of_all(pre_norm, activation, layers):
+    "Numbers and gradients, with and without hidden tokens and places of their own."
+    with seeded_init(0): t = Transformer(6, 24, layers, 3, pre_norm, activation)
+    x, seen, places = torch.randn(2, 4, 24, generator=generator(0)), torch.tensor([[1, 0, 1, 1], [0]*4]).bool(), torch.tensor([[5, 0, 2, 1], [3, 2, 1, 0]])
+    for args in ((None, None), (seen, None), (None, places), (seen, places)):
+        out = [f(x, *args) for f in (t.summary, lambda *a: t(*a)[:, 0])]
+        torch.testing.assert_close(*out, atol=1e-5, rtol=1e-5)
+        pairs = zip(*(torch.autograd.grad(o.sin().sum(), list(t.parameters())) for o in out))
+        for ours, theirs in pairs: torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
 def test_hidden_tokens_are_as_if_absent():
     "With equal positions for all, hiding tokens is leaving them out."
     with seeded_init(0): t = Transformer(6, 24, 2)

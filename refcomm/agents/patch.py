@@ -193,8 +193,7 @@ class Listener(nn.Module):
         "What each message means."
         width, known = message.word.shape[-1], self.embed.in_features
         if width != known: raise ConfigError(f"the speaker has {width} symbols, the listener knows {known}: build both with the same vocab_size")
-        tokens = self.language(self.embed(message.word), message.sent if self.masked else None)
-        return self.project_language(tokens[:, 0])
+        return self.project_language(self.language.summary(self.embed(message.word), message.sent if self.masked else None))
 
     def see(self,
         images:Tensor, # [batch, 3, size, size]

@@ -44,6 +44,15 @@ def check_size(
     raise ConfigError(f"images of {images.shape[-2]} × {images.shape[-1]} pixels were shown to an agent built for {size} × {size}: resize the views, or build it for theirs")
 
 # %% ../../nbs/34_agents.transformer.ipynb #55ca1961
+def _of_first(layer, x, hidden):
+    "What an encoder layer makes of the first token, [batch, 1, dim]: all others are looked at, but not thought about any further."
+    y = layer.norm1(x) if layer.norm_first else x
+    one = x[:, :1] + layer.self_attn(y[:, :1], y, y, key_padding_mask=hidden, need_weights=False)[0]
+    think = lambda z: layer.linear2(layer.activation(layer.linear1(z)))
+    if layer.norm_first: return one + think(layer.norm2(one))
+    one = layer.norm1(one)
+    return layer.norm2(one + think(one))
+
 class Transformer(nn.Module):
     "A transformer encoder over tokens with learned positions, after a token that stands for all of them."
     def __init__(self,
@@ -66,11 +75,25 @@ class Transformer(nn.Module):
         seen:Tensor|None=None, # [batch, n] bool, False where a token is hidden; all are seen when None
         places:Tensor|None=None, # [batch, n] whose position each token has; 0 … n−1 when None
     )->Tensor: # [batch, n+1, dim], CLS first
-        if tokens.shape[1] >= len(self.positions): raise ConfigError(f"{tokens.shape[1]} tokens for a transformer of at most {len(self.positions) - 1}: build it with n_tokens={tokens.shape[1]}")
-        hidden = None if seen is None else F.pad(seen.logical_not(), (1, 0))
-        x = torch.cat([self.first.expand(len(tokens), 1, -1), tokens], 1) + self.positions[slice(tokens.shape[1] + 1) if places is None else F.pad(places + 1, (1, 0))]
+        x, hidden = self._placed(tokens, seen, places)
         for layer in self.layers: x = layer(x, src_key_padding_mask=hidden)
         return self.norm(x)
+
+    def summary(self,
+        tokens:Tensor, # [batch, n, dim]
+        seen:Tensor|None=None, # as above
+        places:Tensor|None=None, # as above
+    )->Tensor: # [batch, dim]
+        "CLS alone: what nobody asks for, the other tokens of the last layer, is not computed."
+        x, hidden = self._placed(tokens, seen, places)
+        *below, last = self.layers
+        for layer in below: x = layer(x, src_key_padding_mask=hidden)
+        return self.norm(_of_first(last, x, hidden))[:, 0]
+
+    def _placed(self, tokens, seen, places): # [batch, n+1, dim], and [batch, n+1] True where a token is hidden, or None
+        if tokens.shape[1] >= len(self.positions): raise ConfigError(f"{tokens.shape[1]} tokens for a transformer of at most {len(self.positions) - 1}: build it with n_tokens={tokens.shape[1]}")
+        hidden = None if seen is None else F.pad(seen.logical_not(), (1, 0))
+        return torch.cat([self.first.expand(len(tokens), 1, -1), tokens], 1) + self.positions[slice(tokens.shape[1] + 1) if places is None else F.pad(places + 1, (1, 0))], hidden
 
     @property
     def dim(self): return self.positions.shape[1]
@@ -100,16 +123,19 @@ class ViT(nn.Module):
         self.size, self.patch_size, self.feature_dim = size, patch_size, dim
         self.embed, self.transformer = nn.Linear(3*patch_size**2, dim), Transformer(rows*columns, dim, layers, heads, pre_norm, activation)
 
-    def tokens(self, images, keep=None)->Tensor: # [batch, n_patches+1, dim], or [batch, k+1, dim] of those kept; CLS first
+    def _embedded(self, images, keep): # [batch, n_patches, dim], or [batch, k, dim] of those kept
         patches = cut_patches(check_size(images, self.size), self.patch_size)
         if keep is not None: patches = patches.gather(1, _check_keep(keep, *patches.shape[:2])[..., None].expand(-1, -1, patches.shape[2]))
-        return self.transformer(self.embed(patches), places=keep)
+        return self.embed(patches)
+
+    def tokens(self, images, keep=None)->Tensor: # [batch, n_patches+1, dim], or [batch, k+1, dim] of those kept; CLS first
+        return self.transformer(self._embedded(images, keep), places=keep)
 
     def forward(self,
         images:Tensor, # [batch, 3, size, size]
         keep:Tensor|None=None, # [batch, k] numbers of the patches to look at, see `top_patches`; all when None
     )->Tensor: # [batch, dim]
-        return self.tokens(images, keep)[:, 0]
+        return self.transformer.summary(self._embedded(images, keep), places=keep)
 
 # %% ../../nbs/34_agents.transformer.ipynb #81919d35
 class PretrainedViT(nn.Module):

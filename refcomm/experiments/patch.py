@@ -187,7 +187,7 @@ def read(
     game,
     symbols:Tensor, # [..., n_symbols], −1 where nothing is sent
     weights:Tensor|None=None, # as `symbols`, of their words, from `weigh`; None: 1
-    batch:int=1024, # messages at a time
+    batch:int=64, # messages at a time
 )->Tensor: # [..., dim]
     "What the listener takes from messages of symbols alone."
     weights = torch.ones_like(symbols, dtype=torch.float32) if weights is None else weights

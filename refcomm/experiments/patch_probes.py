@@ -74,7 +74,7 @@ def top_k_accuracy(
     labels:Tensor, # [n] classes
     scores:Tensor, # [n, n_patches] greater for what is shown first
     ks, # numbers of patches
-    batch:int=256, # images at a time
+    batch:int=64, # images at a time
 )->list: # accuracy at each
     "How often a vision transformer names images right that it sees `k` patches of."
     def right(k): return torch.cat([vit.head(vit.trunk(part, top_patches(some, k))).argmax(-1) for part, some in zip(x.split(batch), scores.split(batch))]) == labels
