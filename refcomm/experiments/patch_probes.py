@@ -61,7 +61,7 @@ def untrained_importance(
     images:Tensor, # [n, 3, height, width] uint8
     n:int, # how many networks
     device="cpu",
-)->Tensor: # [n networks, n, n_patches] the first that of the Spec's own seed
+)->Tensor: # [n, images, n_patches], the first network that of the Spec's own seed
     "What PatchRanks hold to be important before any training, each with first weights of its own."
     first = (build(dataclasses.replace(s, seed=s.seed + k)).to(device).eval() for k in range(check_at_least("n", n, 1)))
     return torch.stack([say(game, images, s, device)[1] for game in first])
