@@ -320,8 +320,9 @@ def test_all_patches_in_any_order_are_the_image(pre_norm, gradient):
     with torch.set_grad_enabled(gradient):
         full = model(images)
         assert torch.allclose(model(images, order), full, atol=1e-5) and torch.equal(model(images, None), full)
-        by_hand = model.transformer(model.embed(cut_patches(images, 8)))[:, 0]
-        assert torch.allclose(full, by_hand, atol=1e-5) # the last layer is computed for CLS alone
+        parts = model.embed(cut_patches(images, 8))
+        assert torch.equal(full, model.transformer.summary(parts)) and torch.equal(model.tokens(images), model.transformer(parts))
+        assert torch.allclose(full, model.transformer(parts)[:, 0], atol=1e-5) # the same sums in another order
         few = top_patches(torch.rand(5, 16, generator=generator(2)), 3)
         assert torch.allclose(model(images, few), model(images, few.flip(1)), atol=1e-5) and (model(images, few) - full).abs().amax(1).min() > 1e-3
 

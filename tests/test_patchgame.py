@@ -143,10 +143,10 @@ def test_more_patches_than_there_are(parts):
 
 
 def test_untrained_ranks_differ(parts, game):
-    several = patch_probes.untrained_importance(tiny(), parts.valid.images, 3)
+    several = patch.untrained_importance(tiny(), parts.valid.images, 3)
     assert torch.equal(several[0], patch.say(game, parts.valid.images, tiny())[1])
     assert several.shape == (3, len(parts.valid.images), 49) and len({a.sum().item() for a in several.argmax(-1)}) == 3
-    with pytest.raises(ConfigError, match="n must be at least 1, got 0"): patch_probes.untrained_importance(tiny(), parts.valid.images, 0)
+    with pytest.raises(ConfigError, match="n must be at least 1, got 0"): patch.untrained_importance(tiny(), parts.valid.images, 0)
 
 
 def test_detectors_side_by_side_are_those_trained_one_after_the_other(monkeypatch):

@@ -81,8 +81,8 @@ class Transformer(nn.Module):
 
     def summary(self,
         tokens:Tensor, # [batch, n, dim]
-        seen:Tensor|None=None, # as above
-        places:Tensor|None=None, # as above
+        seen:Tensor|None=None, # as for `forward`
+        places:Tensor|None=None, # as for `forward`
     )->Tensor: # [batch, dim]
         "CLS alone: what nobody asks for, the other tokens of the last layer, is not computed."
         x, hidden = self._placed(tokens, seen, places)
