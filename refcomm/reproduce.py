@@ -47,9 +47,9 @@ def reproduce_item(
     state_file.unlink(missing_ok=True)
     with disk_errors(executed): executed.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("REFCOMM_PROGRESS", "text")
-    quiet = ["--IPKernelApp.log_level=40"]
+    own = ["--IPKernelApp.log_level=40", "--IPKernelApp.ignore_cwd=True"] # the kernel imports what this process has imported, whatever the working folder holds
     try:
-        with disk_errors(executed): papermill.execute_notebook(str(path), str(executed), parameters, progress_bar=False, stderr_file=sys.stderr, kernel_name="python3", extra_arguments=quiet)
+        with disk_errors(executed): papermill.execute_notebook(str(path), str(executed), parameters, progress_bar=False, stderr_file=sys.stderr, kernel_name="python3", extra_arguments=own)
     except papermill.PapermillExecutionError as e: return "failed", executed, f"{e.ename}: {e.evalue}"
     except (DeadKernelError, RefcommError) as e: return "failed", executed, str(e)
     with write_atomic(state_file) as tmp: tmp.write_text(json.dumps(_state(item, path, parameters, profile)))

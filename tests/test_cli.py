@@ -143,6 +143,12 @@ def test_a_dead_kernel_is_a_failed_item(home, tmp_path):
     assert status == "failed" and "died" in message
 
 
+def test_a_working_folder_with_another_refcomm_changes_nothing(home, tmp_path, monkeypatch):
+    (tmp_path/"refcomm").mkdir(); (tmp_path/"refcomm"/"__init__.py").write_text("raise ImportError('that of the working folder')")
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.reproduce_item("toy/x", toy(tmp_path/"x.ipynb", SAVE), dict(profile="smoke", jobs=1))[::2] == ("done", "")
+
+
 def test_kill_between_notebooks_then_continue(home):
     "Killed when the first of two notebooks is done: the second call does the second only."
     work = ["-c", "from refcomm.reproduce import main; main()", "reproduce", "eqc/table1", "eqc/table4", "--profile", "smoke"]
