@@ -148,7 +148,7 @@ def save(
     claims=(), # verdicts from `papers.Claim.check`
     data:str="embedded", # where the data came from
     dpi:int=110,
-    options:dict|None=None, # the notebook's parameters that the command should repeat; 0 and "auto" are left out
+    options:dict|None=None, # the notebook's parameters that the command should repeat; defaults (0, "auto", one seed) are left out
 )->Path: # the picture
     "Write `<paper>_<item>.png`, `.csv` and `.json` to the figures folder of the profile."
     stem = figures_dir(profile)/f"{paper}_{item}"
@@ -156,7 +156,7 @@ def save(
     footnote(figure, note, f"Profile {profile} · data: {data} · seeds {', '.join(map(str, seeds)) or 'none'} · {runs}")
     if profile == "smoke": figure.text(.5, .5, "SMOKE: NOT A RESULT", fontsize=26, color="red", alpha=.35, rotation=18, ha="center", va="center")
     if profile == "smoke": claims = [{**c, "verdict": "untested"} for c in claims]
-    recipe = dict(paper=paper, item=item, title=title, profile=profile, data=data, note=note, runs=runs, costs=spent(records) if records else {}, seeds=seeds, claims=list(claims), command=f"refcomm reproduce {paper}/{item} --profile {profile}" + "".join(f" -p {k}={v}" for k, v in (options or {}).items() if v not in (0, "auto")))
+    recipe = dict(paper=paper, item=item, title=title, profile=profile, data=data, note=note, runs=runs, costs=spent(records) if records else {}, seeds=seeds, claims=list(claims), command=f"refcomm reproduce {paper}/{item} --profile {profile}" + "".join(f" -p {k}={v}" for k, v in (options or {}).items() if v not in (0, "auto") and (k, v) != ("n_seeds", 1)))
     with write_atomic(stem.with_suffix(".csv")) as tmp: numbers.to_csv(tmp, index=False, float_format="%.6g")
     with write_atomic(stem.with_suffix(".png")) as tmp: figure.savefig(tmp, format="png", dpi=dpi, bbox_inches="tight")
     with write_atomic(stem.with_suffix(".json")) as tmp: tmp.write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")
