@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from .core import ConfigError, RecordError, TrainingDiverged, WorkerDied, check_at_least, check_choice, pick_device, progress_bar
+from .core import ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, pick_device, progress_bar
 from .distributed import agree, processes
-from .executors import EXECUTORS, check_executor
+from .executors import EXECUTORS, check_executor, named_deaths
 from .files import disk_errors, write_atomic
 from .loggers import StackLogs, check_logger
 from .store import Store, digest, package_commit, provenance, run_key, spec_fields
@@ -147,15 +147,14 @@ def _submit(stacks, store, device, logger, bar, pool):
     with disk_errors(folder): folder.mkdir(parents=True)
     futures = []
     try:
-        futures = [pool.submit(run_stack, s, str(store.root), device, str(folder/str(i)), logger) for i,s in enumerate(stacks)]
-        while pending := [f for f in futures if not f.done()]:
-            concurrent.futures.wait(pending, timeout=1, return_when="FIRST_EXCEPTION")
-            bar.update(sum(_share(folder/str(i))*len(s) for i,s in enumerate(stacks)) - bar.n)
-            if any(f.done() and f.exception() for f in futures): break
-        for f in futures: f.done() and f.result()
-    except concurrent.futures.BrokenExecutor as e:
-        raise WorkerDied("a process that was making runs died: killed, or out of memory; run again to continue where it was, with fewer jobs if memory is short") from e
-    else: bar.update(sum(map(len, stacks)) - bar.n)
+        with named_deaths("making runs", "run again to continue where it was"):
+            futures = [pool.submit(run_stack, s, str(store.root), device, str(folder/str(i)), logger) for i,s in enumerate(stacks)]
+            while pending := [f for f in futures if not f.done()]:
+                concurrent.futures.wait(pending, timeout=1, return_when="FIRST_EXCEPTION")
+                bar.update(sum(_share(folder/str(i))*len(s) for i,s in enumerate(stacks)) - bar.n)
+                if any(f.done() and f.exception() for f in futures): break
+            for f in futures: f.done() and f.result()
+        bar.update(sum(map(len, stacks)) - bar.n)
     finally:
         for f in futures: f.cancel()
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,10 +1,10 @@
 "The experiment of PatchGame: what is measured of messages, what is resumed, what is refused."
-import dataclasses
+import dataclasses, os
 
 import pytest
 import torch
 
-from refcomm.core import ConfigError, RecordError, generator
+from refcomm.core import ConfigError, RecordError, WorkerDied, generator
 from refcomm.data.shapes import ShapeWorld
 from refcomm.experiments import patch, patch_probes
 from refcomm.files import stamped
@@ -159,3 +159,12 @@ def test_detectors_side_by_side_are_those_trained_one_after_the_other(monkeypatc
     assert [(r["row"], r["seed"]) for r in beside] == [("one", 3), ("another", 3)]
     assert beside[0]["map50"] != beside[1]["map50"]
     assert beside == alone
+
+
+class Deadly(torch.nn.Module):
+    "Ends whatever process receives it."
+    def __reduce__(self): return os._exit, (1,)
+
+
+def test_a_detector_whose_process_dies_is_named():
+    with pytest.raises(WorkerDied, match="a process that was training detectors died"): patch_probes.detections(dict(one=Deadly(), another=Deadly()), "scenes", 32, 8, 8, 1, jobs=2)

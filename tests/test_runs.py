@@ -353,7 +353,7 @@ def test_a_truncated_archive(tmp_path):
 def test_a_killed_worker_is_named_and_the_next_driver_continues(home, undisturbed):
     p = start("""
 import os, threading
-import refcomm.runs as r
+from refcomm.core import WorkerDied
 def killer():
     import glob, signal, subprocess, time
     while not glob.glob(str(store.Store().root/"unfinished"/"*"/"members.json")): time.sleep(.02)
@@ -362,7 +362,7 @@ def killer():
 if __name__ == "__main__":
     threading.Thread(target=killer, daemon=True).start()
     try: runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)], jobs=2)
-    except runs.WorkerDied as e: assert "run again to continue" in str(e)
+    except WorkerDied as e: assert "run again to continue" in str(e)
     else: raise AssertionError("nobody noticed")""")
     assert p.wait() == 0, p.stderr.read()
     assert Store().keys() == []

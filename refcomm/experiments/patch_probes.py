@@ -13,7 +13,7 @@ from ..agents.patch import top_patches
 from ..core import check_choice, generator, pick_device
 from ..data.scenes import SceneWorld
 from .patch import PatchSpec, eyes, found, look, read, weigh
-from ..executors import local_executor
+from ..executors import local_executor, named_deaths
 from ..files import find_data
 from ..games.baselines import Supervised
 from ..games.contrastive import cosine_similarities
@@ -122,8 +122,9 @@ def detections(
 )->list: # rows: row, seed, map50
     "Mean average precision of a detector that begins with a model's trunk (Gupta et al. 2021, Table 2)."
     if jobs > 1 and len(models) > 1:
-        with local_executor(min(jobs, len(models))) as pool: each = [pool.submit(detections, {name: model}, boxes, size, n_train, n_test, epochs, seed, device) for name, model in models.items()]
-        return [row for one in each for row in one.result()]
+        with named_deaths("training detectors"), local_executor(min(jobs, len(models))) as pool:
+            each = [pool.submit(detections, {name: model}, boxes, size, n_train, n_test, epochs, seed, device) for name, model in models.items()]
+            return [row for one in each for row in one.result()]
     if boxed_by(boxes) == "voc07": train, test = voc07(size).values()
     else: world = SceneWorld(size); train, test = (boxed(world.draw(n, generator(0, name)), world.shapes) for n, name in ((n_train, "train scenes"), (n_test, "test scenes")))
     return [dict(row=name, seed=seed, map50=detect(eyes(model).to(pick_device(device)), train, test, generator(seed, "detect"), epochs).map50) for name, model in models.items()]
