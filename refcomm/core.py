@@ -26,7 +26,7 @@ class RecordError(RefcommError):
     "A stored run, checkpoint or archive is incomplete, edited or foreign."
 
 class WorkerDied(RefcommError):
-    "A process that was making runs was killed."
+    "A worker process was killed, or the memory was not enough for it."
 
 class StoreError(RefcommError, OSError):
     "The disk refused: read-only, full, or not writable."
