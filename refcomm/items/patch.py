@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'OURS', 'FINE', 'LEFT_OUT', 'COMPARED_EPOCHS', 'COMPARED', 'ITEMS', 'TIMES', 'VARIANTS', 'SIZES',
-           'DETECTION', 'SOURCES', 'boxes_of', 'images_of', 'configure', 'grid', 'rows_of', 'epochs_of', 'fidelity',
-           'data_name', 'table_claims', 'ablation_claims', 'speed_claims', 'play_claims', 'patch_claims',
+           'DETECTION', 'SOURCES', 'boxes_of', 'images_of', 'configure', 'grid', 'rows_of', 'epochs_of', 'varying',
+           'fidelity', 'data_name', 'table_claims', 'ablation_claims', 'speed_claims', 'play_claims', 'patch_claims',
            'message_claims']
 
 # %% ../../nbs/94_items.patch.ipynb #a5f516c3
@@ -150,6 +150,14 @@ def epochs_of(
     import pandas as pd
     return pd.concat([r.history().assign(epoch=lambda h: h.epoch + 1, accuracy=lambda h: 100*h.accuracy, **{k: r.spec[k] for k in fields}) for r in records], ignore_index=True)
 
+def varying(
+    epochs, # from `epochs_of`
+    field:str, # "lr", "symbols_per_patch" or "vocab_size"
+): # DataFrame: those rows of it
+    "Only runs that differ in nothing else from the usual one, whose values are the commonest."
+    others = [k for k in ("lr", "symbols_per_patch", "vocab_size") if k != field]
+    return epochs[(epochs[others] == epochs[others].mode().iloc[0]).all(axis=1)]
+
 # %% ../../nbs/94_items.patch.ipynb #5f4638c7
 def fidelity(
     specs, # PatchSpecs of one item
@@ -204,15 +212,12 @@ def speed_claims(
     epochs, # from `epochs_of`
 )->list: # checked `Claim`s
     "What Gupta et al. (2021, §4.5) say of Figure 6."
-    mean = lambda field: epochs.groupby(field).accuracy.mean().sort_index()
-    usual = {k: epochs[k].mode().iloc[0] for k in ("lr", "symbols_per_patch", "vocab_size")}
-    only = lambda field: epochs[(epochs[[k for k in usual if k != field]] == [usual[k] for k in usual if k != field]).all(axis=1)]
-    faster = lambda field: (m := only(field).groupby(field).accuracy.mean().sort_index()).diff().min() if only(field)[field].nunique() > 1 else float("nan")
-    last = only("lr")[only("lr").epoch == epochs.epoch.max()].groupby("lr").accuracy.mean().sort_index()
+    faster = lambda field: m.diff().min() if len(m := varying(epochs, field).groupby(field).accuracy.mean()) > 1 else float("nan")
+    last = varying(epochs[epochs.epoch == epochs.epoch.max()], "lr").groupby("lr").accuracy.mean()
     return [
         Claim("patch.vocabulary", "A larger vocabulary reaches accuracy faster (mean over epochs).", "gain > 0").check(gain=faster("vocab_size")),
         Claim("patch.length", "More symbols per patch reach accuracy faster (mean over epochs).", "gain > 0").check(gain=faster("symbols_per_patch")),
-        Claim("patch.rates", "Too low and too high learning rates are detrimental.", "usual > low and usual > high").check(usual=last.get(usual["lr"], float("nan")), low=last.iloc[0] if len(last) > 2 else float("nan"), high=last.iloc[-1] if len(last) > 2 else float("nan")),
+        Claim("patch.rates", "Too low and too high learning rates are detrimental.", "usual > low and usual > high").check(usual=last.get(epochs.lr.mode().iloc[0], float("nan")), low=last.iloc[0] if len(last) > 2 else float("nan"), high=last.iloc[-1] if len(last) > 2 else float("nan")),
     ]
 
 def play_claims(
