@@ -37,7 +37,7 @@ def shipped_figures(tmp_path):
 @pytest.fixture
 def command(capsys, monkeypatch):
     "`refcomm …` in this process, which has imported already."
-    from refcomm.reproduce import main
+    from refcomm.cli import main
 
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["refcomm", *map(str, args)])
@@ -49,8 +49,8 @@ def command(capsys, monkeypatch):
 @pytest.fixture
 def small():
     "An Object game of 256 objects that trains in a second."
-    from refcomm.experiments.eqc import EQCSpec
-    from refcomm.items.eqc import SMALL
+    from refcomm.papers.eqc.run import EQCSpec
+    from refcomm.papers.eqc.items import SMALL
 
     def make(**changes):
         return EQCSpec(**{**SMALL["object"], "lr": 1e-3, "word_length": 20, **changes})

@@ -28,7 +28,8 @@ def log(what, *words):
 
 
 if LOG: # this file is also the drivers' main module, which their workers import, too
-    from refcomm import runs, store
+    from refcomm.runs import execute as runs
+    from refcomm.runs import store
 
     members, put = runs._members, store.Store.put
 
@@ -48,7 +49,10 @@ ITEMS = ("eqc/table5", "patch/figure9")
 
 def specs(share=1.):
     "Seven stacks of all four papers at smoke's sizes, `share` of about half a minute each on a core."
-    from refcomm.items import eqc, iac, patch, sms
+    from refcomm.papers.eqc import items as eqc
+    from refcomm.papers.iac import items as iac
+    from refcomm.papers.patch import items as patch
+    from refcomm.papers.sms import items as sms
     n = lambda epochs: max(1, round(share*epochs))
     longer = lambda specs, epochs, **fields: [dataclasses.replace(s, epochs=n(epochs), **fields) for s in specs]
     return [*longer(eqc.configure("CN-Inst", "smoke", seeds=(0, 1)), 1200, patience=1200), *longer(eqc.configure("GS-RNN", "smoke", seeds=(0, 1)), 450, patience=450),
@@ -61,7 +65,7 @@ class Place:
     every = []
 
     def __init__(self, root, name, plan):
-        from refcomm.store import Store
+        from refcomm.runs.store import Store
         self.root, self.plan, self.mark = root/name, plan, uuid.uuid4().hex
         self.every.append(self)
         self.root.mkdir()
@@ -105,7 +109,7 @@ class Place:
 
 def drive(plan, items):
     "One reproduction, as a user would type it."
-    from refcomm import reproduce
+    from refcomm import cli
     try:
         reproduce.app(["runs", "execute", plan, "--jobs", "2", "--device", "cpu"], standalone_mode=False)
         if items: sys.exit(reproduce.app(["reproduce", *items, "--profile", "smoke", "--jobs", "2"], standalone_mode=False) or 0)
@@ -205,7 +209,7 @@ def not_a_number(rng, raw):
 
 
 def forged_spec(rng, raw):
-    from refcomm.store import digest
+    from refcomm.runs.store import digest
     raw["body"]["spec"]["seed"] += 1 + rng.randrange(1000)
     raw["sha256"] = digest(raw["body"])
 
@@ -295,8 +299,8 @@ CAUGHT = {"its checksum does not match": "record's checksum", "does not match it
 def mutated(calm, root, n, rng): # kind → how it was caught → how often
     "Damage copies of records, and look for them as a reproduction does."
     from refcomm.core import RecordError, StoreError
-    from refcomm.runs import load_spec
-    from refcomm.store import Store
+    from refcomm.runs.execute import load_spec
+    from refcomm.runs.store import Store
     whole = {k: {f.name: f.read_bytes() for f in sorted(calm.store.path(*k).iterdir())} for k in calm.store.keys()}
     store, table = Store(root/"mutated"), collections.defaultdict(collections.Counter)
     kinds, keys = list(MUTATIONS), list(whole)
@@ -349,7 +353,7 @@ def two_drivers(root, plan, calm, rng):
 
 
 def report(facts, table, lines):
-    from refcomm.store import package_commit
+    from refcomm.runs.store import package_commit
     import torch
     hows = [h for h in (*CAUGHT.values(), *sorted({h for c in table.values() for h in c} - set(CAUGHT.values()))) if any(c[h] for c in table.values())]
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
@@ -377,7 +381,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     o = parser.parse_args(argv)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2]) # two workers share two cores: one thread each
-    from refcomm.runs import make_stacks, write_plan
+    from refcomm.runs.execute import make_stacks, write_plan
     signal.signal(signal.SIGTERM, lambda *a: sys.exit("stopped"))
     start, rng, root = time.time(), random.Random(o.seed), Path(tempfile.mkdtemp(prefix="soak-"))
     wanted, few = specs(o.share), specs(o.share/10)

@@ -10,14 +10,14 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from conftest import free_port
-from refcomm.agents.patch import PatchRank
+from refcomm.agents.patches import PatchRank
 from refcomm.agents.vision import GRID_SIZES, grid_trunk, make_trunk
 from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.distributed import join_processes
-from refcomm.ensemble import Ensemble
+from refcomm.training.ensemble import Ensemble
 from refcomm.games.baselines import MoCo
 from refcomm.games.vae import PatchVAE, VQVAE2, edge_weights, kl_bernoulli, kl_gaussian, kl_uniform
-from refcomm.train import TrainSettings, fit
+from refcomm.training.loop import TrainSettings, fit
 
 
 def views(n, size=32, seed=0): return torch.randn(n, 3, size, size, generator=generator(seed, "images"))

@@ -9,15 +9,18 @@ import time
 import pandas as pd
 import pytest
 
-from refcomm import catalogue, costs, papers, reproduce
+from refcomm.publish import catalogue
+from refcomm.runs import costs
+from refcomm.papers import evidence
+from refcomm import cli
 from refcomm.core import ConfigError
-from refcomm.items.eqc import grid
-from refcomm.runs import execute
-from refcomm.store import Store
+from refcomm.papers.eqc.items import grid
+from refcomm.runs.execute import execute
+from refcomm.runs.store import Store
 
 
 def cli(*args, **env):
-    return subprocess.run([sys.executable, "-c", "from refcomm.reproduce import main; main()", *args], capture_output=True, text=True, env={**os.environ, **env})
+    return subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", *args], capture_output=True, text=True, env={**os.environ, **env})
 
 
 def test_list_names_every_notebook(command):
@@ -121,7 +124,7 @@ def test_every_notebook_at_smoke_and_nothing_twice(home, paper):
     assert seen == {p: p.stat().st_mtime_ns for p in home.rglob("*") if p.is_file()}, "finished work is not touched"
 
 
-SAVE = "import pandas as pd, matplotlib.pyplot as plt\nfrom refcomm import figures\nfigures.save('toy', 'x', pd.DataFrame(dict(a=[1])), plt.figure(), [], profile, 'Toy', 'none')"
+SAVE = "import pandas as pd, matplotlib.pyplot as plt\nfrom refcomm.publish import figures\nfigures.save('toy', 'x', pd.DataFrame(dict(a=[1])), plt.figure(), [], profile, 'Toy', 'none')"
 
 
 def toy(path, code):
@@ -151,7 +154,7 @@ def test_a_working_folder_with_another_refcomm_changes_nothing(home, tmp_path, m
 
 def test_kill_between_notebooks_then_continue(home):
     "Killed when the first of two notebooks is done: the second call does the second only."
-    work = ["-c", "from refcomm.reproduce import main; main()", "reproduce", "eqc/table1", "eqc/table4", "--profile", "smoke"]
+    work = ["-c", "from refcomm.cli import main; main()", "reproduce", "eqc/table1", "eqc/table4", "--profile", "smoke"]
     p = subprocess.Popen([sys.executable, *work], env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     done = home/"executed"/"smoke"/"eqc"/"table1.json"
     while not done.exists() and p.poll() is None: time.sleep(.01)
@@ -200,6 +203,6 @@ def test_published_numbers_are_whole():
     checks = [("eqc", "table5", "GS-RNN", "1000", .442), ("eqc", "table6", "QT-Inst", "100", .962), ("eqc", "table7", "GS-Inst", "77", .035), ("eqc", "table8", "QT-Inst", "77", .925),
               ("eqc", "table3", "Sent-Cls", "Recurrent/GS", 125), ("iac", "table1", "SimCLR_disc", "OOD set", 47.4), ("patch", "table1", "MoCo-v2 (R18)", "Top-1", 36.8)]
     for paper, item, row, column, value in checks:
-        t = papers.published(paper, item).set_index(["row", "column"])
+        t = evidence.published(paper, item).set_index(["row", "column"])
         assert t.loc[(row, column), "mean"] == value, (paper, item, row, column)
-    with pytest.raises(ConfigError, match="did you mean 'patch'"): papers.published("pach")
+    with pytest.raises(ConfigError, match="did you mean 'patch'"): evidence.published("pach")

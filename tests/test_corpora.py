@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from refcomm.core import ConfigError, StoreError, generator
 from refcomm.corpora import describe, from_record, load_corpus, load_elcc, make_corpus, save_corpus, save_elcc
-from refcomm.store import RunResult, Store
+from refcomm.runs.store import RunResult, Store
 
 
 def some(n=40, length=3, seed=0, **about):
@@ -154,7 +154,8 @@ def test_a_refusing_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_runs_become_corpora(tmp_path, small):
-    from refcomm.experiments import eqc, sms
+    from refcomm.papers.eqc import run as eqc
+    from refcomm.papers.sms import run as sms
     from refcomm.games.referential import EveryObject
     store, g = Store(tmp_path/"runs"), generator(0)
     put = lambda s, **tensors: store.put(s, RunResult([], {}, [], tensors), dict(commit="abc"))
@@ -174,9 +175,9 @@ def test_runs_become_corpora(tmp_path, small):
 
 def test_the_meanings_of_a_run_are_what_its_games_were_about(small):
     "Train for real: the protocol is about what `meanings` says."
-    from refcomm.experiments import eqc
+    from refcomm.papers.eqc import run as eqc
     from refcomm.metrics.structure import measure
-    from refcomm.runs import Context
+    from refcomm.runs.execute import Context
     s = small(bottleneck="quantized", alphabet_size=4, epochs=1)
     result, = eqc.run([s], Context("cpu"))
     found = measure("topsim", result.tensors["alphabet_4"].flatten(1), eqc.meanings(s), generator(0), 0, 99, message_distance="hamming")
@@ -184,8 +185,8 @@ def test_the_meanings_of_a_run_are_what_its_games_were_about(small):
 
 
 def test_runs_that_say_nothing_are_refused(tmp_path):
-    from refcomm.experiments.iac import IACSpec
-    from refcomm.experiments.sms import SMSSpec
+    from refcomm.papers.iac.run import IACSpec
+    from refcomm.papers.sms.run import SMSSpec
     store, sent = Store(tmp_path/"runs"), torch.zeros(5, 2, dtype=torch.uint8)
     put = lambda s, **tensors: store.put(s, RunResult([], {}, [], tensors), {})
     with pytest.raises(ConfigError, match="what messages of iac runs are about is not in their Spec"): from_record(put(IACSpec(), sent=sent))

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from conftest import free_port
 from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.distributed import agree, join_processes, sum_over_processes
-from refcomm.ensemble import Ensemble
-from refcomm.experiments.patch import settings_of
-from refcomm.items import iac, patch
-from refcomm.runs import execute, write_plan
-from refcomm.store import Store
-from refcomm.train import TrainSettings, fit
+from refcomm.training.ensemble import Ensemble
+from refcomm.papers.patch.run import settings_of
+from refcomm.papers.iac import items as iac
+from refcomm.papers.patch import items as patch
+from refcomm.runs.execute import execute, write_plan
+from refcomm.runs.store import Store
+from refcomm.training.loop import TrainSettings, fit
 
 X = torch.randn(44, 5, generator=generator(0, "x"))
 
@@ -62,7 +63,7 @@ def test_torchrun_makes_one_record_of_each_run(home, tmp_path):
     specs = [dataclasses.replace(iac.grid("figure3", "smoke", 1)[0], accumulate=2, augmentations=False), patch.grid("figure9", "smoke", 1)[0]]
     write_plan(specs, tmp_path/"plan.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "--no-python", sys.executable, "-c",
-               "import sys; from refcomm.reproduce import main; sys.argv[0] = 'refcomm'; main()", "runs", "execute", str(tmp_path/"plan.json"), "--device", "cpu", "--logger", "csv"]
+               "import sys; from refcomm.cli import main; sys.argv[0] = 'refcomm'; main()", "runs", "execute", str(tmp_path/"plan.json"), "--device", "cpu", "--logger", "csv"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 runs are in the store") == 1 and len(Store().keys()) == 2 and not list(Store().root.glob("unfinished/*"))
@@ -75,5 +76,5 @@ def test_torchrun_makes_one_record_of_each_run(home, tmp_path):
 
 
 def test_a_batch_of_images_is_split_evenly(monkeypatch):
-    monkeypatch.setattr("refcomm.experiments.patch.processes", lambda: (0, 3))
+    monkeypatch.setattr("refcomm.papers.patch.run.processes", lambda: (0, 3))
     with pytest.raises(ConfigError, match="3 processes cannot share batches of 32: make batch_size a multiple of 3"): settings_of(patch.configure("smoke"))

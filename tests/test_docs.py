@@ -45,7 +45,7 @@ def test_every_notebook_and_every_export_is_there(site):
         html = (site/"api"/f"{module}.html").read_text()
         shown = {m.lower() for m in re.findall(r'id="(?:def|class)-([\w-]+)"', html)}
         for name in importlib.import_module(f"refcomm.{module}").__all__: assert f"{module}.{name}".lower().replace(".", "-").replace("_", "-") in shown, f"{module}.{name}"
-    assert "#| export" not in (site/"lessons"/"25_channels.html").read_text()
+    assert "#| export" not in (site/"lessons"/"27_channels.html").read_text()
 
 
 def test_items_show_their_figure_recipe_and_claims(site):
@@ -114,7 +114,7 @@ def test_every_page_in_a_browser(site, browser):
     names = sorted(str(p.relative_to(site)) for p in site.rglob("*.html"))
     seen, trouble = opened(browser, site, names)
     assert not trouble and not [n for n, s in seen.items() if s["images"] or s["wide"]]
-    some = ["index.html", "lessons/22_bottlenecks.quantize.html", "papers/eqc/table5.html", "api/channels.html", "glossary.html"]
+    some = ["index.html", "lessons/24_bottlenecks.quantize.html", "papers/eqc/table5.html", "api/channels.html", "glossary.html"]
     phone, trouble = opened(browser, site, some, viewport=dict(width=390, height=800), color_scheme="dark")
     assert not trouble and not [n for n, s in phone.items() if s["images"] or s["wide"]]
     assert phone["index.html"]["page"] != seen["index.html"]["page"] # dark is dark

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from refcomm import reproduce
+from refcomm import cli
 from refcomm.core import ConfigError
-from refcomm.executors import PACKAGES
-from refcomm.experiments.eqc import EQCSpec
+from refcomm.runs.executors import PACKAGES
+from refcomm.papers.eqc.run import EQCSpec
 from refcomm.files import load_checkpoint
-from refcomm.items.eqc import SMALL
-from refcomm.runs import execute, write_plan
-from refcomm.store import Store, run_key
+from refcomm.papers.eqc.items import SMALL
+from refcomm.runs.execute import execute, write_plan
+from refcomm.runs.store import Store, run_key
 
 TINY = {**SMALL["object"], "lr": 1e-3, "epochs": 40, "patience": 40}
 SPECS = [EQCSpec(word_length=w, **TINY) for w in (10, 20)] # two stacks
@@ -38,7 +38,7 @@ def quick(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_nodes(quick):
     "Environment with the address of a Ray cluster of two nodes, each with one core and, so it says, one GPU."
-    from refcomm.executors import _start_ray
+    from refcomm.runs.executors import _start_ray
     with pytest.MonkeyPatch.context() as m:
         for k, v in quick.items(): m.setenv(k, v)
         first = _start_ray(1, 1)
@@ -52,7 +52,7 @@ def cluster(name, request): return request.getfixturevalue("two_nodes") if name 
 
 def drive(code, **env):
     "A driver of its own on the store named by REFCOMM_HOME, which hears Ctrl-C even if the tests do not."
-    head = f"from refcomm.experiments.eqc import EQCSpec\nfrom refcomm import runs, store\nTINY, SHORT, LONG = {TINY!r}, {SHORT!r}, {LONG!r}\nSPECS = [EQCSpec(word_length=w, **TINY) for w in (10, 20)]\n"
+    head = f"from refcomm.papers.eqc.run import EQCSpec\nfrom refcomm.runs import execute as runs; from refcomm.runs import store\nTINY, SHORT, LONG = {TINY!r}, {SHORT!r}, {LONG!r}\nSPECS = [EQCSpec(word_length=w, **TINY) for w in (10, 20)]\n"
     return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
@@ -102,7 +102,7 @@ def same(calm):
 DYING = """
 import subprocess
 from refcomm.core import ConfigError, WorkerDied, check_choice
-from refcomm.executors import EXECUTORS
+from refcomm.runs.executors import EXECUTORS
 pool = EXECUTORS[NAME](1)
 deaths = pool.submit(subprocess.check_call, ["sh", "-c", "echo died >> FOLDER/deaths; echo the last words >&2; kill -9 $PPID"])
 error = deaths.exception()
@@ -153,7 +153,7 @@ def test_jobs_outlive_their_driver_and_the_next_one_finds_them(home, calm):
 @installed["ray"]
 def test_ray_uses_all_nodes_and_the_next_driver_continues(home, two_nodes):
     work = f"""
-from refcomm.executors import EXECUTORS
+from refcomm.runs.executors import EXECUTORS
 pool = EXECUTORS["ray"](4)
 assert pool.submit(eval, "__import__('ray').get_runtime_context().get_assigned_resources()").result() == dict(CPU=1, GPU=.5), "two share a GPU"
 for f in [pool.submit(runs.run_stack, [EQCSpec(word_length=w, **SHORT)], {str(Store().root)!r}, "cpu", None, None, 0.) for w in (10, 20)]: f.result()
@@ -186,7 +186,7 @@ def test_an_address_without_a_cluster(home, monkeypatch):
 @installed["slurm"]
 def test_a_plan_on_the_command_line(home, tmp_path, calm):
     write_plan(SPECS[:1], tmp_path/"plan.json")
-    out = subprocess.run([sys.executable, "-c", "from refcomm.reproduce import main; main()", "runs", "execute", str(tmp_path/"plan.json"), "--executor", "slurm"], capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", "runs", "execute", str(tmp_path/"plan.json"), "--executor", "slurm"], capture_output=True, text=True)
     assert "1 runs are in the store" in out.stdout, out.stderr
     assert Store().get(SPECS[0]).rows == calm[0].rows
 

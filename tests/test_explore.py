@@ -15,12 +15,12 @@ from refcomm.bottlenecks.continuous import Continuous
 from refcomm.channels import make_bottleneck, make_channel
 from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.data.objects import ObjectWorld, one_hot
-from refcomm.explore import Explorer, codebook, explore, explore_games, explore_patches, explore_views, game_html, look_html, places_shown, static_page
+from refcomm.interact.explore import Explorer, codebook, explore, explore_games, explore_patches, explore_views, game_html, look_html, places_shown, static_page
 from refcomm.games.contrastive import DiscriminationGame
-from refcomm.games.patch import PUBLIC_CODE, make_patch_game
+from refcomm.games.patchgame import PUBLIC_CODE, make_patch_game
 from refcomm.games.referential import EveryObject, ReferentialGame
 from refcomm.games.tasks import Valued
-from refcomm.play import Match, match_html, play
+from refcomm.interact.play import Match, match_html, play
 
 WORLD = ObjectWorld(3, 3)
 SIZES = {"gumbel": dict(alphabet_size=6), "reinforce": dict(alphabet_size=6), "quantized": dict(alphabet_size=3, word_length=5), "fsq": dict(alphabet_size=4, word_length=5), "vq": dict(alphabet_size=4, word_length=5),

@@ -7,14 +7,14 @@ import torch
 from refcomm.core import ConfigError, generator
 from refcomm.data.parts import image_parts, probe_set
 from refcomm.data.shapes import ShapeWorld
-from refcomm.ensemble import Ensemble
-from refcomm.experiments import iac
+from refcomm.training.ensemble import Ensemble
+from refcomm.papers.iac import run as iac
 from refcomm.files import stamped
 from refcomm.games.contrastive import in_batch_scores
-from refcomm.items import iac as grids
+from refcomm.papers.iac import items as grids
 from refcomm.metrics.task import expected_accuracy
-from refcomm.runs import Context, execute
-from refcomm.store import Store
+from refcomm.runs.execute import Context, execute
+from refcomm.runs.store import Store
 
 QUIET = Context("cpu", None, lambda *a: None)
 

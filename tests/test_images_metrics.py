@@ -13,7 +13,7 @@ from sklearn.naive_bayes import ComplementNB
 from sklearn.pipeline import make_pipeline
 from torch import nn
 
-from refcomm.agents.patch import top_patches
+from refcomm.agents.patches import top_patches
 from refcomm.agents.transformer import ViT, cut_patches
 from refcomm.agents.vision import make_trunk
 from refcomm.core import ConfigError, generator, seeded_init

@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 
 from conftest import ROOT, free_port
-from refcomm.papers import PAPERS
+from refcomm.papers.evidence import PAPERS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LACKING = [why for lacks, why in [(not importlib.util.find_spec("jupyterlab"), "jupyterlab: pip install 'refcomm[notebooks]'"),
@@ -20,7 +20,7 @@ LACKING = [why for lacks, why in [(not importlib.util.find_spec("jupyterlab"), "
                                   (not CHROMIUM, "a browser on the PATH: apt-get install chromium")] if lacks]
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(bool(LACKING), reason=f"needs {' and '.join(LACKING)}")]
 REPRODUCTIONS = sorted(str(p.relative_to(ROOT/"nbs").with_suffix("")) for paper in PAPERS for p in (ROOT/"nbs"/"papers"/paper).glob("*.ipynb"))
-LESSONS = ["40_games.referential", "41_games.contrastive", "43_games.patch", "50_sms.complexity"]
+LESSONS = ["38_games.referential", "40_games.contrastive", "41_games.patchgame", "59_sms.complexity"]
 STATE = """() => {
   const panel = window.jupyterapp?.shell.currentWidget;
   const cells = Array.from(panel?.content?.model?.cells ?? []).filter(c => c.type == 'code').map(c => c.toJSON());
@@ -152,7 +152,7 @@ def test_a_lesson_runs(run_all, lab, name):
 
 
 def test_messages_are_explored_by_hand(run_all, lab, screenshots):
-    page, cells = run_all(copy("97_explore", lab[1]))
+    page, cells = run_all(copy("75_interact.explore", lab[1]))
     check_whole(page, cells, 0)
     shown, (game, place, symbol) = page.locator(".widget-html .refcomm"), page.locator(".widget-text input").all()
     game.scroll_into_view_if_needed()
@@ -170,7 +170,7 @@ def test_messages_are_explored_by_hand(run_all, lab, screenshots):
 
 
 def test_the_receiver_is_played_by_hand(run_all, lab, screenshots):
-    page, cells = run_all(copy("98_play", lab[1]))
+    page, cells = run_all(copy("76_interact.play", lab[1]))
     check_whole(page, cells, 0)
     shown, target = page.locator(".widget-html .refcomm"), page.locator(".widget-html figure.target")
     button = lambda name: page.locator(".jupyter-button").get_by_text(name, exact=True)

@@ -11,15 +11,16 @@ import pandas as pd
 import pytest
 import torch
 
-from refcomm import reproduce
+from refcomm import cli
 from refcomm.core import ConfigError
-from refcomm.experiments.eqc import EQCSpec
-from refcomm.items import patch, sms
-from refcomm.items.eqc import SMALL
-from refcomm.loggers import LOGGERS, MEASURED, CSVLog
-from refcomm.runs import execute, run_stack
-from refcomm.store import Store, run_key
-from refcomm.train import train_epoch
+from refcomm.papers.eqc.run import EQCSpec
+from refcomm.papers.patch import items as patch
+from refcomm.papers.sms import items as sms
+from refcomm.papers.eqc.items import SMALL
+from refcomm.training.loggers import LOGGERS, MEASURED, CSVLog
+from refcomm.runs.execute import execute, run_stack
+from refcomm.runs.store import Store, run_key
+from refcomm.training.loop import train_epoch
 
 SPECS = [EQCSpec(seed=s, lr=1e-3, **{**SMALL["object"], "epochs": 4}) for s in (0, 1)] # one stack
 names = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.skipif(n != "csv" and importlib.util.find_spec(n) is None, reason=f"needs {n}")) for n in LOGGERS])
@@ -106,9 +107,9 @@ def test_a_stack_killed_and_resumed_logs_each_run_whole(home, monkeypatch, calm,
         if len(done) == 3: raise PowerCut
         train_epoch(t, *a); done.append(t.epoch)
         if len(done) == 2: a[2]() # the last checkpoint; one more epoch is logged after it
-    monkeypatch.setattr("refcomm.train.train_epoch", cut)
+    monkeypatch.setattr("refcomm.training.loop.train_epoch", cut)
     with pytest.raises(PowerCut): execute(SPECS, logger=name)
-    monkeypatch.setattr("refcomm.train.train_epoch", train_epoch)
+    monkeypatch.setattr("refcomm.training.loop.train_epoch", train_epoch)
     records = execute(SPECS, logger=name)
     assert done == [0, 1, 2] and not list(home.glob("logs/csv" if name != "csv" else "logs/wandb"))
     for record, known in zip(records, calm):

@@ -25,7 +25,7 @@ def test_import_has_no_side_effect():
 import sys, torch
 state, threads, argv, dtype, grad = torch.random.get_rng_state(), torch.get_num_threads(), list(sys.argv), torch.get_default_dtype(), torch.is_grad_enabled()
 before = set(sys.modules)
-import refcomm, refcomm.core, refcomm.channels, refcomm.games.referential, refcomm.sms.complexity, refcomm.runs, refcomm.experiments.eqc, refcomm.papers, refcomm.figures, refcomm.report, refcomm.reproduce
+import refcomm, refcomm.core, refcomm.channels, refcomm.games.referential, refcomm.sms.complexity, refcomm.runs.execute, refcomm.papers.eqc.run, refcomm.papers.evidence, refcomm.publish.figures, refcomm.publish.report, refcomm.cli
 assert torch.equal(state, torch.random.get_rng_state()) and threads == torch.get_num_threads() and argv == sys.argv and dtype == torch.get_default_dtype() and grad
 heavy = {m for m in set(sys.modules) - before if m.split('.')[0] in ('transformers', 'datasets', 'torchvision', 'matplotlib', 'seaborn', 'papermill', 'nbdev', 'fastcore', 'IPython', 'vector_quantize_pytorch', 'numba', 'sklearn', 'PIL', 'jinja2', 'tensorboard', 'wandb', 'mlflow')}
 assert not heavy, heavy
@@ -96,7 +96,7 @@ def installed(tmp_path_factory):
 
 def test_wheel_holds_code_numbers_and_notebooks(installed):
     names = zipfile.ZipFile(installed[1]).namelist()
-    for n in ("refcomm/core.py", "refcomm/published/eqc.csv", "refcomm/published/items.csv", "refcomm/report.html.j2", "refcomm/recipes/eqc_table5.json", "refcomm/data/intents.json", "refcomm/data/wordnet30.csv", "refcomm/data/WORDNET_LICENSE.txt", "refcomm/data/ood_synsets.txt", "refcomm/notebooks/papers/eqc/table5.ipynb", "refcomm/notebooks/benchmarks/throughput.ipynb"): assert n in names
+    for n in ("refcomm/core.py", "refcomm/papers/eqc/published.csv", "refcomm/papers/items.csv", "refcomm/publish/report.html.j2", "refcomm/recipes/eqc_table5.json", "refcomm/data/intents.json", "refcomm/data/wordnet30.csv", "refcomm/data/WORDNET_LICENSE.txt", "refcomm/data/ood_synsets.txt", "refcomm/notebooks/papers/eqc/table5.ipynb", "refcomm/notebooks/benchmarks/throughput.ipynb"): assert n in names
     assert not [n for n in names if n.startswith(("tests", "nbs", "figures"))]
 
 

@@ -5,15 +5,15 @@ from hypothesis import given, strategies as st
 from sklearn.isotonic import isotonic_regression
 from torch import nn
 
-from refcomm.agents.patch import RANK_SIZES, SYMBOLS, Listener, Message, PatchRank, PatchSymbol, Speaker, top_patches
+from refcomm.agents.patches import RANK_SIZES, SYMBOLS, Listener, Message, PatchRank, PatchSymbol, Speaker, top_patches
 from refcomm.agents.softrank import block_means, pool_violators, soft_rank
 from refcomm.agents.transformer import Transformer, ViT, cut_patches, patch_grid, projection_head
 from refcomm.agents.vision import make_trunk
 from refcomm.bottlenecks.gate import Gate
 from refcomm.core import ConfigError, RecordError, anneal, generator, seeded_init
-from refcomm.ensemble import Ensemble
-from refcomm.games.patch import PUBLIC_CODE, make_patch_game
-from refcomm.train import TrainSettings, fit
+from refcomm.training.ensemble import Ensemble
+from refcomm.games.patchgame import PUBLIC_CODE, make_patch_game
+from refcomm.training.loop import TrainSettings, fit
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -6,13 +6,13 @@ import torch
 
 from refcomm.core import ConfigError, RecordError, WorkerDied, generator
 from refcomm.data.shapes import ShapeWorld
-from refcomm.experiments import patch, patch_probes
+from refcomm.papers.patch import run as patch, probes as patch_probes
 from refcomm.files import stamped
 from refcomm.games.contrastive import cosine_similarities
-from refcomm.items import patch as grids
+from refcomm.papers.patch import items as grids
 from refcomm.metrics.task import hits
-from refcomm.runs import Context, execute
-from refcomm.store import Store
+from refcomm.runs.execute import Context, execute
+from refcomm.runs.store import Store
 
 QUIET = Context("cpu", None, lambda *a: None)
 
@@ -150,7 +150,7 @@ def test_untrained_ranks_differ(parts, game):
 
 
 def test_detectors_side_by_side_are_those_trained_one_after_the_other(monkeypatch):
-    monkeypatch.setattr("refcomm.executors.n_cores", lambda: 2) # a thread for each
+    monkeypatch.setattr("refcomm.runs.executors.n_cores", lambda: 2) # a thread for each
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     first = {name: patch.build(tiny("Random", seed=k), 5).eval() for k, name in enumerate(("one", "another"))}

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from refcomm import catalogue, report
+from refcomm.publish import catalogue, report
 from refcomm.core import ConfigError, StoreError
-from refcomm.figures import save
-from refcomm.papers import PAPERS, contents
+from refcomm.publish.figures import save
+from refcomm.papers.evidence import PAPERS, contents
 
 FIGURES = ROOT/"figures"
 KNOWN = {item: catalogue.title(path) for item, path in catalogue.notebooks().items()}
@@ -168,7 +168,7 @@ def test_the_command(home, tmp_path, command, html):
     assert r.returncode == 0 and str(a) in r.stdout and not r.stderr
     assert command("report", "--figures", FIGURES, "--out", b).returncode == 0 and a.read_bytes() == b.read_bytes()
     assert a.read_text(encoding="utf-8") == html
-    here = subprocess.run([sys.executable, "-c", "from refcomm.reproduce import main; main()", "report"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "REFCOMM_FIGURES": str(FIGURES)})
+    here = subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", "report"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "REFCOMM_FIGURES": str(FIGURES)})
     assert here.returncode == 0 and (tmp_path/"refcomm-report.html").read_bytes() == a.read_bytes(), here.stderr
 
 

@@ -18,18 +18,18 @@ import torch
 
 from refcomm import core, files
 from refcomm.core import ConfigError, RecordError, StoreError
-from refcomm.experiments.eqc import EQCSpec
+from refcomm.papers.eqc.run import EQCSpec
 from refcomm.files import load_checkpoint
-from refcomm.items.eqc import SMALL
-from refcomm.runs import execute, read_plan, write_plan
-from refcomm.store import Store, export_runs, import_runs, run_key
+from refcomm.papers.eqc.items import SMALL
+from refcomm.runs.execute import execute, read_plan, write_plan
+from refcomm.runs.store import Store, export_runs, import_runs, run_key
 
 LONG = {**SMALL["object"], "lr": 1e-3, "word_length": 20, "epochs": 200, "patience": 200}
 
 
 def start(code, **env):
     "A process of its own that works on the store named by REFCOMM_HOME."
-    head = f"import torch; torch.set_num_threads(1)\nfrom refcomm.experiments.eqc import EQCSpec\nfrom refcomm import runs, store, train\nLONG = {LONG!r}\n"
+    head = f"import torch; torch.set_num_threads(1)\nfrom refcomm.papers.eqc.run import EQCSpec\nfrom refcomm.runs import execute as runs; from refcomm.runs import store; from refcomm.training import loop as train\nLONG = {LONG!r}\n"
     return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
 
 
@@ -114,7 +114,7 @@ runs.shutil.rmtree = deadly
 def test_two_processes_share_the_work(home, tmp_path):
     log = tmp_path/"trained.log"
     work = f"""
-import refcomm.experiments.eqc as eqc
+import refcomm.papers.eqc.run as eqc
 real = eqc.run
 def counted(specs, context):
     with open({str(log)!r}, "a") as f: print(*[runs.run_key(s) for s in specs], file=f)
@@ -254,7 +254,7 @@ else: raise AssertionError("it fitted")""")
 
 
 def test_cleaning_waits_for_live_runs(stored):
-    from refcomm.reproduce import runs_clean
+    from refcomm.cli import runs_clean
     spec, record = stored
     held = subprocess.Popen([sys.executable, "-c", f"from filelock import FileLock; import time\nwith FileLock({str(Store().root/'locks'/f'eqc-{record.key}.lock')!r}): print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True)
     held.stdout.readline()
@@ -312,7 +312,7 @@ def test_plans_and_archives_travel(stored, tmp_path):
 
 
 def test_plans_of_every_paper_are_read_back(tmp_path):
-    specs = [importlib.import_module(f"refcomm.items.{paper}").grid(item, "smoke", 1)[0] for paper, item in (("eqc", "table6"), ("iac", "table1"), ("patch", "table1"), ("sms", "epoch30"))]
+    specs = [importlib.import_module(f"refcomm.papers.{paper}.items").grid(item, "smoke", 1)[0] for paper, item in (("eqc", "table6"), ("iac", "table1"), ("patch", "table1"), ("sms", "epoch30"))]
     write_plan(specs, tmp_path/"plan.json")
     assert read_plan(tmp_path/"plan.json") == specs
 

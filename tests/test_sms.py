@@ -9,11 +9,11 @@ from refcomm.agents.encoders import LinearEncoder
 from refcomm.bottlenecks.reinforce import Reinforce, score_function_loss
 from refcomm.channels import Recurrent
 from refcomm.core import ConfigError, generator, seeded_init
-from refcomm.experiments import sms
+from refcomm.papers.sms import run as sms
 from refcomm.games.tasks import Valued
-from refcomm.items import sms as grids
+from refcomm.papers.sms import items as grids
 from refcomm.metrics.protocol import effective_number, exchange, information
-from refcomm.runs import Context
+from refcomm.runs.execute import Context
 
 QUIET = Context("cpu", None, lambda *a: None)
 

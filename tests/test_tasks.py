@@ -11,11 +11,11 @@ from refcomm.agents.encoders import Drawn, Fixed, InformedSender, LinearEncoder,
 from refcomm.bottlenecks.quantize import LearnedQuantizer, UniformQuantizer
 from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.data.objects import split
-from refcomm.experiments import eqc
-from refcomm.items import eqc as grids
+from refcomm.papers.eqc import run as eqc
+from refcomm.papers.eqc import items as grids
 from refcomm.games.referential import draw_other_classes
 from refcomm.games.tasks import ItemTask
-from refcomm.runs import Context, execute
+from refcomm.runs.execute import Context, execute
 
 QUIET = Context("cpu", report=lambda *_: None)
 

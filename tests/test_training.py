@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from refcomm.core import ConfigError, RecordError, TrainingDiverged
-from refcomm.ensemble import Ensemble
-from refcomm.experiments import eqc
-from refcomm.runs import Context, execute
-from refcomm.store import Store
-from refcomm.train import TrainSettings, fit
+from refcomm.training.ensemble import Ensemble
+from refcomm.papers.eqc import run as eqc
+from refcomm.runs.execute import Context, execute
+from refcomm.runs.store import Store
+from refcomm.training.loop import TrainSettings, fit
 
 KINDS = [dict(bottleneck="continuous"), dict(bottleneck="gumbel", alphabet_size=10, word_length=1), dict(bottleneck="quantized", alphabet_size=4),
          dict(channel="recurrent", message_length=2, bottleneck="gumbel", alphabet_size=5, word_length=1), dict(channel="recurrent", message_length=2, cell="gru"),

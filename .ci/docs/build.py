@@ -14,8 +14,8 @@ from nbdev.process import Processor
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = { # number of the first notebook → what they are about
-    0: "Foundations", 10: "Data", 20: "Bottlenecks and channels", 30: "Agents", 40: "Games", 50: "Symbolic complexity", 60: "Training",
-    70: "Metrics", 79: "Runs, papers and figures", 90: "Experiments and the command line", 97: "Explore and play",
+    0: "Foundations", 10: "Data", 22: "Bottlenecks and channels", 30: "Agents", 38: "Games", 50: "Metrics", 58: "Symbolic complexity",
+    65: "Training", 70: "Runs, corpora and play", 80: "Papers", 95: "Publishing and the command line",
 }
 _DEFS = (ast.FunctionDef, ast.ClassDef)
 
@@ -177,7 +177,7 @@ class Site:
 
     def papers(self):
         "Each paper's items: the figure that is kept, what made it, the claims it decides, and the notebook."
-        from refcomm.report import read_items, sections
+        from refcomm.publish.report import read_items, sections
         items, problems = read_items(ROOT/"figures")
         if problems: raise SystemExit("\n".join(problems))
         known = {place(n).removeprefix("papers/"): n for n in self.notebooks if place(n).startswith("papers/")}
