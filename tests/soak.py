@@ -111,9 +111,9 @@ def drive(plan, items):
     "One reproduction, as a user would type it."
     from refcomm import cli
     try:
-        reproduce.app(["runs", "execute", plan, "--jobs", "2", "--device", "cpu"], standalone_mode=False)
-        if items: sys.exit(reproduce.app(["reproduce", *items, "--profile", "smoke", "--jobs", "2"], standalone_mode=False) or 0)
-    except reproduce.RefcommError as e: sys.exit(f"refcomm: {e}")
+        cli.app(["runs", "execute", plan, "--jobs", "2", "--device", "cpu"], standalone_mode=False)
+        if items: sys.exit(cli.app(["reproduce", *items, "--profile", "smoke", "--jobs", "2"], standalone_mode=False) or 0)
+    except cli.RefcommError as e: sys.exit(f"refcomm: {e}")
 
 
 failures = []

@@ -19,7 +19,7 @@ from refcomm.runs.execute import execute
 from refcomm.runs.store import Store
 
 
-def cli(*args, **env):
+def shell(*args, **env):
     return subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", *args], capture_output=True, text=True, env={**os.environ, **env})
 
 
@@ -49,7 +49,7 @@ def test_a_wrong_argument_is_one_line_and_exit_2(home, command, args, says):
 
 
 def test_a_process_of_its_own_says_the_same(home):
-    r = cli("runs", "show", "zzz")
+    r = shell("runs", "show", "zzz")
     assert r.returncode == 2 and r.stderr.startswith("refcomm: ") and len(r.stderr.strip().splitlines()) == 1
 
 
@@ -86,7 +86,7 @@ def test_a_plan_of_costs(home, shipped_figures, monkeypatch):
     recipes = costs.shipped(shipped_figures)
     monkeypatch.setattr(costs, "shipped", lambda: recipes)
     def table(*args):
-        out = CliRunner().invoke(reproduce.app, ["plan", *args]).output
+        out = CliRunner().invoke(cli.app, ["plan", *args]).output
         return {row[0]: row[1:] for row in (re.split(r"  +", line.strip()) for line in out.splitlines()) if "/" in row[0] or row[0] == "total"}, out
     assert "trains nothing" in table("eqc/table1", "--profile", "smoke")[1]
     shown, out = table("eqc/table5", "eqc/figure1", "--profile", "smoke", "-p", "n_seeds=2")
@@ -106,7 +106,7 @@ def test_a_plan_of_costs(home, shipped_figures, monkeypatch):
 
 @pytest.mark.parametrize("paper", sorted({item.split("/")[0] for item in catalogue.notebooks()}))
 def test_every_notebook_at_smoke_and_nothing_twice(home, paper):
-    r = cli("reproduce", paper, "--profile", "smoke")
+    r = shell("reproduce", paper, "--profile", "smoke")
     assert r.returncode == 0, r.stdout + r.stderr
     figures, items = home/"smoke-figures", [item for item in catalogue.notebooks() if item.startswith(f"{paper}/")]
     for item in items:
@@ -117,9 +117,9 @@ def test_every_notebook_at_smoke_and_nothing_twice(home, paper):
         executed = json.loads((home/"executed"/"smoke"/f"{item}.ipynb").read_text())
         assert all(c["execution_count"] for c in executed["cells"] if c["cell_type"] == "code")
     seen = {p: p.stat().st_mtime_ns for p in home.rglob("*") if p.is_file()}
-    total = [row.split() for row in cli("plan", paper, "--profile", "smoke").stdout.splitlines() if row.startswith("total")][0]
+    total = [row.split() for row in shell("plan", paper, "--profile", "smoke").stdout.splitlines() if row.startswith("total")][0]
     assert total[1] == total[2] and total[3:5] == ["0", "0"], "the grid of every item is what its notebook makes"
-    again = cli("reproduce", paper, "--profile", "smoke")
+    again = shell("reproduce", paper, "--profile", "smoke")
     assert again.stdout.count("found done") == len(items)
     assert seen == {p: p.stat().st_mtime_ns for p in home.rglob("*") if p.is_file()}, "finished work is not touched"
 
@@ -135,21 +135,21 @@ def toy(path, code):
 
 
 def test_a_failing_notebook_is_kept_and_named(home, tmp_path):
-    status, executed, message = reproduce.reproduce_item("toy/bad", toy(tmp_path/"bad.ipynb", "1/0"), dict(profile="smoke", jobs=1))
+    status, executed, message = cli.reproduce_item("toy/bad", toy(tmp_path/"bad.ipynb", "1/0"), dict(profile="smoke", jobs=1))
     assert status == "failed" and message == "ZeroDivisionError: division by zero" and "ZeroDivisionError" in executed.read_text()
-    status, *_ = reproduce.reproduce_item("toy/bad", tmp_path/"bad.ipynb", dict(profile="smoke", jobs=1))
+    status, *_ = cli.reproduce_item("toy/bad", tmp_path/"bad.ipynb", dict(profile="smoke", jobs=1))
     assert status == "failed", "a failure is not found done"
 
 
 def test_a_dead_kernel_is_a_failed_item(home, tmp_path):
-    status, _, message = reproduce.reproduce_item("toy/dead", toy(tmp_path/"dead.ipynb", "import os; os.kill(os.getpid(), 9)"), dict(profile="smoke", jobs=1))
+    status, _, message = cli.reproduce_item("toy/dead", toy(tmp_path/"dead.ipynb", "import os; os.kill(os.getpid(), 9)"), dict(profile="smoke", jobs=1))
     assert status == "failed" and "died" in message
 
 
 def test_a_working_folder_with_another_refcomm_changes_nothing(home, tmp_path, monkeypatch):
     (tmp_path/"refcomm").mkdir(); (tmp_path/"refcomm"/"__init__.py").write_text("raise ImportError('that of the working folder')")
     monkeypatch.chdir(tmp_path)
-    assert reproduce.reproduce_item("toy/x", toy(tmp_path/"x.ipynb", SAVE), dict(profile="smoke", jobs=1))[::2] == ("done", "")
+    assert cli.reproduce_item("toy/x", toy(tmp_path/"x.ipynb", SAVE), dict(profile="smoke", jobs=1))[::2] == ("done", "")
 
 
 def test_kill_between_notebooks_then_continue(home):
@@ -161,40 +161,40 @@ def test_kill_between_notebooks_then_continue(home):
     p.kill(); p.wait()
     assert done.exists() and not done.with_stem("table4").exists()
     made = (home/"smoke-figures"/"eqc_table1.png").stat().st_mtime_ns
-    out = cli("reproduce", "eqc/table1", "eqc/table4", "--profile", "smoke").stdout
+    out = shell("reproduce", "eqc/table1", "eqc/table4", "--profile", "smoke").stdout
     assert out.count("found done") == 1 and (home/"smoke-figures"/"eqc_table1.png").stat().st_mtime_ns == made
 
 
 def test_an_unwritable_figures_folder_is_named(home, tmp_path):
     (tmp_path/"file").write_text("")
-    status, _, message = reproduce.reproduce_item("toy/x", toy(tmp_path/"x.ipynb", f"import os; os.environ['REFCOMM_HOME'] = {str(tmp_path/'file')!r}\n" + SAVE), dict(profile="smoke", jobs=1))
+    status, _, message = cli.reproduce_item("toy/x", toy(tmp_path/"x.ipynb", f"import os; os.environ['REFCOMM_HOME'] = {str(tmp_path/'file')!r}\n" + SAVE), dict(profile="smoke", jobs=1))
     assert status == "failed" and message.startswith("StoreError: cannot write")
 
 
 def test_a_changed_figure_or_parameter_is_made_again(home, tmp_path):
     nb, p = toy(tmp_path/"x.ipynb", SAVE), dict(profile="smoke", jobs=1)
-    assert [reproduce.reproduce_item("toy/x", nb, p)[0] for _ in range(2)] == ["done", "found done"]
-    assert reproduce.reproduce_item("toy/x", nb, dict(p, jobs=2))[0] == "found done", "jobs change no result"
+    assert [cli.reproduce_item("toy/x", nb, p)[0] for _ in range(2)] == ["done", "found done"]
+    assert cli.reproduce_item("toy/x", nb, dict(p, jobs=2))[0] == "found done", "jobs change no result"
     (home/"smoke-figures"/"toy_x.csv").write_text("edited")
-    assert reproduce.reproduce_item("toy/x", nb, p)[0] == "done"
-    assert reproduce.reproduce_item("toy/x", toy(nb, SAVE + "\n"), p)[0] == "done"
+    assert cli.reproduce_item("toy/x", nb, p)[0] == "done"
+    assert cli.reproduce_item("toy/x", toy(nb, SAVE + "\n"), p)[0] == "done"
 
 
 def test_other_data_are_made_again(home, tmp_path, monkeypatch):
     nb, p, data = toy(tmp_path/"x.ipynb", SAVE), dict(profile="smoke", jobs=1), tmp_path/"data"
     monkeypatch.delenv("REFCOMM_DATA", raising=False)
-    assert [reproduce.reproduce_item("toy/x", nb, p)[0] for _ in range(2)] == ["done", "found done"]
+    assert [cli.reproduce_item("toy/x", nb, p)[0] for _ in range(2)] == ["done", "found done"]
     data.mkdir(); (data/"banking77.csv").write_text("text,category")
     monkeypatch.setenv("REFCOMM_DATA", str(data))
-    assert [reproduce.reproduce_item("toy/x", nb, p)[0] for _ in range(2)] == ["done", "found done"]
+    assert [cli.reproduce_item("toy/x", nb, p)[0] for _ in range(2)] == ["done", "found done"]
     (data/"banking77.csv").write_text("text,category\na,b")
-    assert reproduce.reproduce_item("toy/x", nb, p)[0] == "done"
+    assert cli.reproduce_item("toy/x", nb, p)[0] == "done"
 
 
 def test_exit_code_is_1_when_a_notebook_fails(home, monkeypatch):
     from typer.testing import CliRunner
-    monkeypatch.setattr(reproduce, "reproduce_item", lambda item, path, *a: ("failed", path, "boom"))
-    r = CliRunner().invoke(reproduce.app, ["reproduce", "eqc/table1", "--profile", "smoke"])
+    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, *a: ("failed", path, "boom"))
+    r = CliRunner().invoke(cli.app, ["reproduce", "eqc/table1", "--profile", "smoke"])
     assert r.exit_code == 1 and "failed: boom" in r.output
 
 

@@ -195,8 +195,8 @@ def test_reproduce_tells_the_kernel(home, monkeypatch):
     from typer.testing import CliRunner
     monkeypatch.setenv("REFCOMM_EXECUTOR", "slurm")
     told = []
-    monkeypatch.setattr(reproduce, "reproduce_item", lambda item, path, *a: told.append(os.environ["REFCOMM_EXECUTOR"]) or ("done", path, ""))
-    assert CliRunner().invoke(reproduce.app, ["reproduce", "eqc/table1", "--profile", "smoke", "--executor", "local"]).exit_code == 0
+    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, *a: told.append(os.environ["REFCOMM_EXECUTOR"]) or ("done", path, ""))
+    assert CliRunner().invoke(cli.app, ["reproduce", "eqc/table1", "--profile", "smoke", "--executor", "local"]).exit_code == 0
     assert told == ["local"]
 
 

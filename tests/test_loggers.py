@@ -136,8 +136,8 @@ def test_workers_and_kernels_hear_of_it(home, monkeypatch):
     from typer.testing import CliRunner
     monkeypatch.setenv("REFCOMM_LOGGER", "")
     told = []
-    monkeypatch.setattr(reproduce, "reproduce_item", lambda item, path, *a: told.append(os.environ["REFCOMM_LOGGER"]) or ("done", path, ""))
-    assert CliRunner().invoke(reproduce.app, ["reproduce", "eqc/table1", "--profile", "smoke", "--logger", "csv"]).exit_code == 0
+    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, *a: told.append(os.environ["REFCOMM_LOGGER"]) or ("done", path, ""))
+    assert CliRunner().invoke(cli.app, ["reproduce", "eqc/table1", "--profile", "smoke", "--logger", "csv"]).exit_code == 0
     assert told == ["csv"]
     with ThreadPoolExecutor(1) as pool: records = execute([dataclasses.replace(SPECS[0], word_length=w, epochs=1) for w in (10, 20)], executor=pool)
     for r in records: check("csv", home, r)
@@ -148,7 +148,7 @@ def test_what_cannot_be_logged_with_is_named_first(home, monkeypatch, name, says
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(ConfigError, match=says): execute(SPECS, logger=name)
     with pytest.raises(ConfigError, match=says): run_stack(SPECS, Store().root, logger=name)
-    with pytest.raises(ConfigError, match=says): reproduce.reproduce(["eqc/table1"], profile="smoke", jobs=1, executor=None, logger=name, parameters=[], force=False)
+    with pytest.raises(ConfigError, match=says): cli.reproduce(["eqc/table1"], profile="smoke", jobs=1, executor=None, logger=name, parameters=[], force=False)
     assert not home.exists(), "nothing was begun"
 
 

@@ -74,7 +74,8 @@ def item_runs(
 )->list|None: # Specs; None where only the notebook knows them
     "The runs that an item needs."
     paper, name = item.split("/")
-    module = importlib.import_module(f"refcomm.papers.{paper}.items") if importlib.util.find_spec(f"refcomm.papers.{paper}.items") else None
-    if not module or name not in module.ITEMS: return None
+    if not importlib.util.find_spec(f"refcomm.papers.{paper}"): return None
+    module = importlib.import_module(f"refcomm.papers.{paper}.items")
+    if name not in module.ITEMS: return None
     known = inspect.signature(module.grid).parameters
     return module.grid(name, **{k: v for k, v in parameters.items() if k in known})
