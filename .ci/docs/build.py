@@ -131,7 +131,7 @@ class Site:
     def notebook(self, name, cells=None):
         "A notebook's page, with links."
         nb, here = self.notebooks[name], self.notebooks[name]["metadata"].get("refcomm", {}).get("module")
-        cells = [dict(c, source=self.links(text(c), here)) if c["cell_type"] == "markdown" else c for c in cells or nb["cells"]]
+        cells = [dict(c, source=self.links(text(c), here)) if c["cell_type"] == "markdown" else c for c in (cells or nb["cells"]) if c.get("id") != "kept-figure"]
         self.put(f"{place(name)}.ipynb", json.dumps(dict(nb, metadata={"kernelspec": nb["metadata"]["kernelspec"]}, cells=cells), ensure_ascii=False))
 
     def home(self):

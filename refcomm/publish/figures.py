@@ -14,6 +14,7 @@ import pandas as pd
 from ..core import ConfigError
 from ..files import figures_dir, write_atomic
 from ..runs.execute import origins, spent
+from .style import AXES, MAP, line_styles
 
 # %% ../../nbs/95_publish.figures.ipynb #177c3237
 def draw_table(
@@ -54,17 +55,18 @@ def footnote(
 def curves(
     rows:pd.DataFrame, # columns x, y, line and, for the band, several y per x
     x:str, y:str, line:str, # column names
-    styles:dict|None=None, # line → matplotlib arguments
+    styles:dict|None=None, # line → matplotlib arguments, over those of `line_styles`
     ax=None,
 ):
-    "One line per value of `line`, mean with a band of one standard deviation."
+    "One line per value of `line`: the mean, in a band of one standard deviation."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3.4))[1]
+    looks = line_styles(rows[line].dropna().unique())
     for name, part in rows.groupby(line, sort=False):
         mean, sd = part.groupby(x)[y].mean(), part.groupby(x)[y].std().fillna(0)
-        drawn, = ax.plot(mean.index, mean, label=name, **(styles or {}).get(name, {}))
+        drawn, = ax.plot(mean.index, mean, label=name, **looks[str(name)] | (styles or {}).get(name, {}))
         ax.fill_between(mean.index, mean - sd, mean + sd, color=drawn.get_color(), alpha=.15, lw=0)
-    ax.set_xlabel(x.replace("_", " ")); ax.set_ylabel(y.replace("_", " "))
+    ax.set(xlabel=AXES.get(x, x.replace("_", " ")), ylabel=AXES.get(y, y.replace("_", " ")))
     ax.grid(alpha=.3); ax.legend(fontsize=8)
     return ax
 
@@ -78,7 +80,7 @@ def heatmap(
     "A labelled heatmap, every cell printed."
     import matplotlib.pyplot as plt, seaborn as sns
     ax = ax or plt.subplots(figsize=(5, 3.6))[1]
-    sns.heatmap(grid, annot=True, fmt=fmt, cmap="viridis", cbar=False, annot_kws=dict(size=7.5), ax=ax, **kwargs)
+    sns.heatmap(grid, annot=True, fmt=fmt, cmap=MAP, cbar=False, annot_kws=dict(size=7.5), ax=ax, **kwargs)
     ax.set_title(title, fontsize=9)
     return ax
 
@@ -117,7 +119,7 @@ def gallery(
 # %% ../../nbs/95_publish.figures.ipynb #2a513638
 def heat_maps(
     images, # [n, 3, height, width] uint8
-    maps, # [n, rows, columns] from 0 (blue) to 1 (red)
+    maps, # [n, rows, columns] from 0 (dark) to 1 (light)
     titles, # one for each
     width:int=6, # images in a row, at most
 ): # matplotlib figure
@@ -130,7 +132,7 @@ def heat_maps(
     for k, (image, map, title) in enumerate(zip(images, maps, titles)):
         plain, under = (axes[2*(k//width) + i, k % width] for i in (0, 1))
         for ax in (plain, under): ax.imshow(image.permute(1, 2, 0).cpu(), extent=(0, 1, 0, 1))
-        drawn = under.imshow(map.cpu(), cmap="jet", alpha=.5, vmin=0, vmax=1, extent=(0, 1, 0, 1), interpolation="nearest")
+        drawn = under.imshow(map.cpu(), cmap=MAP, alpha=.55, vmin=0, vmax=1, extent=(0, 1, 0, 1), interpolation="nearest")
         plain.set_title(title, fontsize=8, pad=3)
     fig.colorbar(drawn, ax=axes, shrink=.6, label="importance")
     return fig

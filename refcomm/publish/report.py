@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .. import __version__
+from . import __version__
 from ..core import PROFILES, ConfigError, StoreError, check_choice
 from .figures import load_recipe
 from ..files import write_atomic
