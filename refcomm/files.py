@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['home', 'checkout', 'figures_dir', 'data_dir', 'data_folders', 'find_data', 'read_parquet', 'disk_errors', 'fsync_dir',
-           'write_atomic', 'content_digest', 'files_digest', 'cached_tensor', 'save_checkpoint', 'load_checkpoint',
-           'stamped', 'unstamped']
+           'write_atomic', 'write_together', 'content_digest', 'files_digest', 'cached_tensor', 'save_checkpoint',
+           'load_checkpoint', 'stamped', 'unstamped']
 
 # %% ../nbs/02_files.ipynb #02f11e52
 import contextlib, errno, hashlib, json, os, warnings
@@ -102,6 +102,33 @@ def write_atomic(
             os.replace(tmp, path)
             fsync_dir(path.parent)
         finally: tmp.unlink(missing_ok=True)
+
+# %% ../nbs/02_files.ipynb #3cdc7ef0
+def write_together(
+    files:dict, # path → bytes; the last one says that the others are there
+):
+    "Make or replace some files of one folder: all of them, or none."
+    *others, last = map(Path, files)
+    kept, put = {p: p.read_bytes() for p in (*others, last) if p.is_file()}, []
+    try:
+        with contextlib.ExitStack() as waiting:
+            waiting.enter_context(_published(last, files, put))
+            for path in reversed(others): waiting.enter_context(_published(path, files, put))
+            with disk_errors(last): last.unlink(missing_ok=True)
+    except BaseException:
+        for path in {*put, last}:
+            if path in kept:
+                with write_atomic(path) as tmp: tmp.write_bytes(kept[path])
+            elif path in put: path.unlink()
+        raise
+
+@contextlib.contextmanager
+def _published(path, files, put):
+    "Write a file under another name now, and give it its own at the end."
+    with write_atomic(path) as tmp:
+        tmp.write_bytes(files[path])
+        yield
+    put.append(path)
 
 # %% ../nbs/02_files.ipynb #1e81aa53
 def content_digest(
