@@ -14,7 +14,7 @@ from pathlib import Path
 import typer
 
 from .publish.catalogue import HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of, parse_parameters, title
-from .core import PROFILES, ConfigError, RefcommError, check_choice, n_cores
+from .core import PROFILES, ConfigError, RefcommError, check_choice, from_json, n_cores, printable
 from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic
 
 # %% ../nbs/98_cli.ipynb #5e713891
@@ -37,7 +37,7 @@ def reproduce_item(
     executed = home()/"executed"/profile/f"{item}.ipynb"
     state_file = executed.with_suffix(".json")
     if not force and state_file.is_file() and executed.is_file():
-        try: known = json.loads(state_file.read_text())
+        try: known = from_json(state_file.read_text("utf-8"))
         except ValueError: known = {}
         if known == _state(item, path, parameters, profile) and known["outputs"]: return "found done", executed, ""
     try:
@@ -52,7 +52,7 @@ def reproduce_item(
         with disk_errors(executed): papermill.execute_notebook(str(path), str(executed), parameters, progress_bar=False, stderr_file=sys.stderr, kernel_name="python3", extra_arguments=own)
     except papermill.PapermillExecutionError as e: return "failed", executed, f"{e.ename}: {e.evalue}"
     except (DeadKernelError, RefcommError) as e: return "failed", executed, str(e)
-    with write_atomic(state_file) as tmp: tmp.write_text(json.dumps(_state(item, path, parameters, profile)))
+    with write_atomic(state_file) as tmp: tmp.write_text(json.dumps(_state(item, path, parameters, profile)), encoding="utf-8")
     return "done", executed, ""
 
 # %% ../nbs/98_cli.ipynb #511564c5
@@ -67,9 +67,11 @@ def _console():
 def print_table(title, columns, rows):
     "A table on the terminal."
     from rich.table import Table
-    t = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for c in columns: t.add_column(c, overflow="fold")
-    for r in rows: t.add_row(*map(str, r))
+    from rich.text import Text
+    plain = lambda text: Text(printable(text))
+    t = Table(title=title and plain(title), title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for c in columns: t.add_column(plain(c), overflow="fold")
+    for r in rows: t.add_row(*map(plain, r))
     _console().print(t)
 
 @app.command("list")
@@ -123,7 +125,7 @@ def print_comparison(item, profile):
             columns = ("", "", *wide.columns)
             if max(map(len, wide.columns)) > 14: columns, rows = ("", *(" ".join(i) for i in wide.index)), [(c, *v) for c, v in zip(wide.columns, wide.T.values)]
             print_table(f"\n{recipe['title']} [profile {recipe['profile']}; * differs by more than two joint sd]", columns, rows)
-        for c in recipe["claims"]: print(f"  {c['verdict']:8} {c['statement']}  [{c['evidence']}; {', '.join(f'{k}={v:g}' for k,v in c['numbers'].items())}]")
+        for c in recipe["claims"]: print(printable(f"  {c['verdict']:8} {c['statement']}  [{c['evidence']}; {', '.join(f'{k}={v:g}' for k,v in c['numbers'].items())}]"))
 
 # %% ../nbs/98_cli.ipynb #71aa0c05
 @app.command("plan")
@@ -257,6 +259,7 @@ def runs_clean(everything:bool = typer.Option(False, "--all", help="finished run
 
 def main():
     "The `refcomm` command: refusals are one line on stderr and exit code 2."
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace") # names with letters that the terminal lacks
     try: app()
     except RefcommError as e:
         print(f"refcomm: {e}", file=sys.stderr)

@@ -6,10 +6,10 @@
 __all__ = ['HEADLINE', 'notebooks', 'choose', 'title', 'parse_parameters', 'parameters_of', 'check_parameters', 'item_runs']
 
 # %% ../../nbs/96_publish.catalogue.ipynb #97bb3fdf
-import ast, importlib, importlib.util, inspect, json
+import ast, importlib, importlib.util, inspect, json, math
 from pathlib import Path
 
-from ..core import ConfigError, nearest
+from ..core import ConfigError, from_json, nearest
 from ..files import checkout
 
 # %% ../../nbs/96_publish.catalogue.ipynb #386f0fbd
@@ -46,7 +46,7 @@ def parse_parameters(
         name, eq, value = pair.partition("=")
         if not eq: raise ConfigError(f"-p takes name=value, got {pair!r}")
         if name in ("profile", "jobs"): raise ConfigError(f"{name} has an option of its own: --{name} {value}")
-        try: parsed[name] = json.loads(value)
+        try: parsed[name] = from_json(value)
         except ValueError: parsed[name] = value
     return parsed
 
