@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['expanded', 'home', 'checkout', 'figures_dir', 'data_dir', 'data_folders', 'find_data', 'read_parquet', 'disk_errors',
-           'fsync_dir', 'write_atomic', 'write_together', 'content_digest', 'files_digest', 'cached_tensor',
-           'save_checkpoint', 'load_checkpoint', 'stamped', 'unstamped']
+           'fsync_dir', 'make_folder', 'write_atomic', 'write_together', 'content_digest', 'files_digest',
+           'cached_tensor', 'save_checkpoint', 'load_checkpoint', 'stamped', 'unstamped']
 
 # %% ../nbs/01_files.ipynb #02f11e52
-import contextlib, errno, hashlib, json, os, re, warnings
+import contextlib, errno, hashlib, json, os, re, warnings, secrets
 from pathlib import Path
 
 import torch
@@ -97,24 +97,41 @@ def disk_errors(
         raise StoreError(f"cannot write {path}: {ways.get(e.errno, e)}") from e
 
 def fsync_dir(path):
-    "Force a folder's entries to the disk."
+    "Force a folder's entries to the disk, where system and file system can."
+    if os.name == "nt": return
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS): raise
     finally: os.close(fd)
+
+def make_folder(
+    path, # may be there already
+)->Path:
+    "Make a folder and those above it, and force what is new to the disk."
+    path = Path(path)
+    new = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for p in reversed(new): fsync_dir(p.parent)
+    return path
 
 # %% ../nbs/01_files.ipynb #bb4c276e
 @contextlib.contextmanager
 def write_atomic(
     path, # the file to make or replace
 ):
-    "Yield a temporary path beside `path`; rename it into place on success, delete it on failure."
+    "Yield the path of a new, empty file beside `path`, of a random name; rename it into place on success, delete it on failure."
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp, no_link = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp"), getattr(os, "O_NOFOLLOW", 0)
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
+        made = os.open(tmp, os.O_CREAT | os.O_EXCL | os.O_WRONLY | no_link, 0o666)
         try:
+            os.close(made)
             yield tmp
-            with open(tmp, "rb") as f: os.fsync(f.fileno())
+            fd = os.open(tmp, os.O_RDWR | no_link)
+            try: os.fsync(fd)
+            finally: os.close(fd)
             os.replace(tmp, path)
             fsync_dir(path.parent)
         finally: tmp.unlink(missing_ok=True)

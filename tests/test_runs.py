@@ -279,14 +279,6 @@ def test_full_disk_is_one_clear_error(home, tmp_path, monkeypatch):
     assert not [f for f in (tmp_path/"home").rglob("*") if f.is_file() and f.suffix != ".lock"], "nothing half-written stays behind"
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_device_that_is_really_full(tmp_path):
-    (tmp_path/f".x.csv.{os.getpid()}.tmp").symlink_to("/dev/full")
-    with pytest.raises(StoreError, match="the disk is full"):
-        with files.write_atomic(tmp_path/"x.csv") as tmp: tmp.write_text("numbers")
-    assert os.listdir(tmp_path) == []
-
-
 @pytest.mark.parametrize("code, says", [(errno.EROFS, "read-only: set REFCOMM_HOME"), (errno.EACCES, "permission denied: set REFCOMM_HOME")])
 def test_unwritable_folders_are_one_clear_error(home, monkeypatch, code, says):
     def refuse(self, *a, **k): raise OSError(code, os.strerror(code), str(self))

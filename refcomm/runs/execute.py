@@ -92,7 +92,7 @@ def _follow(specs, store, device)->list: # keys
 def _reporter(path):
     "Write progress to a file, for a driver that watches it."
     def say(done, text):
-        tmp = Path(f"{path}.{os.getpid()}")
+        tmp = Path(f"{path}.{uuid.uuid4().hex}")
         with contextlib.suppress(OSError): tmp.write_text(json.dumps([done, text])); os.replace(tmp, path) # a lost report is no reason to stop
     return say
 
