@@ -34,13 +34,14 @@ from ..store import RunRecord, RunResult
 from ..train import TrainSettings, fit
 
 # %% ../../nbs/92_experiments.patch.ipynb #b89e583c
-MODELS = ("game", "moco", "vqvae2", "patchvae", "supervised", "random", "vit")
+MODELS = ("game", "moco", "vqvae2", "patchvae", "supervised", "vit")
 
 @spec
 class PatchSpec:
     "One training of the game, or of what it is compared with, with one seed."
     experiment:ClassVar = "patch"
     model:str = "game" # a name in `MODELS`
+    trained:bool = True # whether its weights are; if not, only the statistics of its batch normalisation are made
     source:str = "imagenet" # images, see `load_images`: under REFCOMM_DATA, "imagenet/train" and "imagenet/val" with one folder a class
     n_images:int|None = None # of the source; None: all
     image_size:int = 256 # pixels on a side, in memory
@@ -52,7 +53,7 @@ class PatchSpec:
     symbols_per_patch:int = 1 # l
     symbol:str = "mlp" # see `PatchSymbol`
     symbol_width:int = 768 # of the layers of `PatchSymbol`
-    spread:float|None = None # of its scores before training
+    norm:str|None = None # of its scores, see `PatchSymbol`
     rank:str = "resnet9" # see `PatchRank`
     strength:float = 1. # of the soft ranks, see `Speaker`
     gate:str = "hard" # see `Gate`
@@ -85,7 +86,7 @@ class PatchSpec:
     seed:int = 0
 
     @property
-    def version(self): return 3 if self.model in ("vqvae2", "patchvae") else 2 # one more whenever a model with the same fields would be another
+    def version(self): return 4 # one more whenever a model with the same fields would be another
 
     def __post_init__(self):
         check_choice("model", self.model, MODELS), check_choice("vision", self.vision, ("vit", "narrow", *RESNETS))
@@ -105,7 +106,7 @@ def build(
     "The model that a Spec names."
     with seeded_init(s.seed):
         if s.model == "game":
-            same = ("patch_size", "vocab_size", "symbols_per_patch", "symbol", "symbol_width", "spread", "rank", "strength", "gate", "dropout", "schedule", "budget", "length_cost", "masked", "vision", "width", "layers", "heads", "hidden", "narrow", "dim", "temperature", "learned")
+            same = ("patch_size", "vocab_size", "symbols_per_patch", "symbol", "symbol_width", "norm", "rank", "strength", "gate", "dropout", "schedule", "budget", "length_cost", "masked", "vision", "width", "layers", "heads", "hidden", "narrow", "dim", "temperature", "learned")
             return make_patch_game(s.view_size, **{name: getattr(s, name) for name in same})
         if s.model == "moco": return MoCo(s.vision, queue=s.queue, momentum=s.momentum)
         if s.model == "vqvae2": return VQVAE2(codebook_size=4*s.autoencoder_width, code_dim=s.autoencoder_width//2, width=s.autoencoder_width, hidden=max(1, s.autoencoder_width//4))
@@ -157,6 +158,23 @@ def objectives(
         played = [ensemble.member(0).play(*batch) for batch in batches]
         return dict(accuracy=torch.stack([p.accuracy for p in played]).mean().nan_to_num(0.)[None], loss=torch.stack([p.loss for p in played]).mean()[None])
     return loss, validate
+
+@torch.no_grad()
+def settle(
+    ensemble:Ensemble, # of one untrained model
+    loss, # from `objectives`
+    n:int, # number of training images
+    s:PatchSpec,
+    device,
+):
+    "Give batch normalisation the statistics of the views of one epoch; no weight is changed."
+    norms = [m for m in ensemble.eval().template.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None
+        m.train()
+    order, draws = torch.randperm(n, generator=generator(s.seed, "order")), generator(s.seed, "noise", device)
+    for idx in order.split(s.batch_size)[:max(1, n//s.batch_size)] if norms else (): loss(idx[None].to(device), [draws])
 
 def settings_of(s:PatchSpec)->TrainSettings:
     "How a Spec is trained, by one process or by several that share its batches."
@@ -272,7 +290,8 @@ def run(
     ensemble = Ensemble([share_statistics(build(s, len(parts.train.classes)), device)]).to(device)
     cool = getattr(ensemble.template, "cool", None)
     history = pd.DataFrame(dict(seconds=[0.]))
-    if s.model != "random":
+    if not s.trained: settle(ensemble, objectives(ensemble, s, parts, device)[0], len(parts.train.images), s, device)
+    else:
         history = fit(ensemble, *objectives(ensemble, s, parts, device), len(parts.train.images), settings_of(s), [s.seed], device, context.checkpoint, context.checkpoint_seconds, context.report, cool, log=context.log).member(0, s.epochs)
     ensemble.eval()
     model = ensemble.member(0)

@@ -29,16 +29,21 @@ MODELS = { # name in the paper's tables → what differs from the defaults
     "Ours (R18, S=16)": dict(side=14),
     "Ours (R18, S=32)": {},
     "Supervised": dict(model="supervised"),
-    "Random": dict(model="random"),
+    "Random": dict(model="supervised", trained=False),
+    "Untrained (VQ-VAE2)": dict(model="vqvae2", trained=False),
+    "Untrained (PatchVAE, S=32)": dict(model="patchvae", trained=False),
+    "Untrained (ours, S=16)": dict(side=14, trained=False),
+    "Untrained (ours, S=32)": dict(trained=False),
     "ViT (S=16)": dict(model="vit", side=14),
     "ViT (S=32)": dict(model="vit"),
 }
 OURS, FINE = "Ours (R18, S=32)", "Ours (R18, S=16)"
+UNTRAINED = tuple(name for name, own in MODELS.items() if not own.get("trained", True))
 LEFT_OUT = {"cpu": ("PatchVAE (R18, S=16)",)} # profile → models that would take a processor half an hour
 COMPARED_EPOCHS = {"cpu": 20} # profile → epochs where models are compared, if fewer than usual
-COMPARED = (FINE, "PatchVAE (R18, S=16)", "VQ-VAE2", "PatchVAE (R18, S=32)", OURS, "MoCo-v2 (R18)", "Supervised", "Random") # the longest trainings first, so that no processor waits for one at the end
+COMPARED = (FINE, "PatchVAE (R18, S=16)", "VQ-VAE2", "PatchVAE (R18, S=32)", OURS, "MoCo-v2 (R18)", "Supervised", *UNTRAINED) # the longest trainings first, so that no processor waits for one at the end
 ITEMS = { # item → models, and the fields that are varied, one after the other
-    "table1": (COMPARED, {}), "table2": (tuple(m for m in COMPARED if m != "VQ-VAE2"), {}), "table5": (COMPARED, {}),
+    "table1": (COMPARED, {}), "table2": (tuple(m for m in COMPARED if "VQ-VAE2" not in m), {}), "table5": (COMPARED, {}),
     "figure4": (("ViT (S=16)", FINE, OURS, "ViT (S=32)", "Supervised"), {}),
     "figure11": ((OURS, "Supervised"), {}),
     **{f"figure{k}": ((OURS,), {}) for k in (3, 5, 7, 8, 9, 10, 12)}, "suffice": ((OURS,), {}),
@@ -50,7 +55,7 @@ ITEMS = { # item → models, and the fields that are varied, one after the other
 TIMES = ("lr", "vocab_size", "batch_size", "epochs") # fields varied as multiples of the usual
 
 # %% ../../nbs/94_items.patch.ipynb #9c39502f
-_EARLY = dict(spread=3., strength=.05) # names and ranks that count from the first step on, for trainings shorter than published; `configure` lowers the strength for more patches
+_EARLY = dict(norm="batch", strength=.05) # names and ranks that count from the first step on, for trainings shorter than published; `configure` lowers the strength for more patches
 VARIANTS = { # what is trained → fields that differ from the text
     "text": {},
     "code": PUBLIC_CODE | dict(optimizer="adamw", lr=2e-4, weight_decay=.04, weight_decay_end=.4, precision="fp16"), # the rate for 512 images
@@ -134,9 +139,9 @@ def rows_of(
     "Name every model as the paper does, and in its order."
     t = frame(records)
     t = t[t["kind"] == kind].dropna(axis=1, how="all").copy()
-    names = {(m.get("model", "game"), m.get("side")): name for name, m in MODELS.items()}
+    names = {(m.get("model", "game"), m.get("side"), m.get("trained", True)): name for name, m in MODELS.items()}
     side = (t.view_size // t.patch_size).where(t.model.isin(("game", "patchvae", "vit")) & (t.view_size // t.patch_size == 14))
-    t["row"] = [names[m, None if s != s else int(s)] for m, s in zip(t.model, side)]
+    t["row"] = [names[m, None if s != s else int(s), trained] for m, s, trained in zip(t.model, side, t.trained)]
     t = t.sort_values("row", key=lambda row: row.map(list(MODELS).index), kind="stable")
     if "accuracy" in t: t["accuracy"], t["n_targets"] = 100*t.accuracy, t.n_valid
     if "top" in t: t["column"] = "Top-" + t.top.astype(int).astype(str)
@@ -163,11 +168,12 @@ def fidelity(
     specs, # PatchSpecs of one item
 )->str: # one sentence for each kind of difference
     "What differs from the paper."
-    names = ("image_size", "view_size", "patch_size", "symbol_width", "spread", "rank", "strength", "vision", "width", "layers", "hidden", "narrow", "dim", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "epochs", "precision")
+    names = ("image_size", "view_size", "patch_size", "symbol_width", "norm", "rank", "strength", "vision", "width", "layers", "hidden", "narrow", "dim", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "epochs", "precision")
     models = {s.model for s in specs}
     names += (("queue", "momentum") if "moco" in models else ()) + (("autoencoder_width",) if models & {"vqvae2", "patchvae"} else ())
     changed = [f"images: {data_name(specs)} (paper: ILSVRC-2012)", *differences(specs, vars(PatchSpec()) | dict(patch_size="32/16"), names, dict(batch_size="512 on 4 GPUs"))]
-    return (f"{', '.join(changed)}. S counts pixels of an image of 224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14. Of the text's settings, temperatures of the cosines (0.07), width of hidden layers, how layers begin (spread), the strength of soft ranks and weight decay are not stated: they are the public code's, or ours. "
+    normed = "Scores of symbols are normalised over the patches of a batch (norm), which the text does not have: without it most of what differs between patches is brightness, and a short training uses few symbols. " if {s.norm for s in specs if s.model == "game"} - {None} else ""
+    return (f"{', '.join(changed)}. S counts pixels of an image of 224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14. {normed}Of the text's settings, temperatures of the cosines (0.07), width of hidden layers, the strength of soft ranks and weight decay are not stated: they are the public code's, or ours. "
             + ("VQ-VAE-2 and PatchVAE reconstruct the speaker's views. " if models & {"vqvae2", "patchvae"} else "")
             + ("PatchVAE with S=16 is left out, as it would take a processor half an hour. " if any(s.model == "patchvae" for s in specs) and all(s.view_size//s.patch_size == 7 for s in specs if s.model == "patchvae") else "") +
             "Accuracy is the mean over all draws of the distractors; training ends after the last epoch, no epoch is chosen.")
