@@ -33,7 +33,7 @@ class PatchSymbol(nn.Module):
         symbols_per_patch:int=1, # l
         kind:str="mlp", # "mlp": two hidden layers, each patch alone; the public code's "linear" (with positions) and "vit" (in context, its default)
         hidden:int=768, # width of the hidden layers
-        spread:float|None=None, # standard deviation of the scores before training (of Gumbel noise: 1.28); None leaves the layers as PyTorch makes them, at about 0.1
+        norm:str|None=None, # "batch": scores are normalised over the patches of a batch, to begin with a standard deviation of 3 (of Gumbel noise: 1.28)
         **vit, # dim, layers and heads of `ViT`
     ):
         super().__init__()
@@ -46,21 +46,15 @@ class PatchSymbol(nn.Module):
         if kind == "vit": between = [nn.Linear(self.look.feature_dim, hidden), nn.ReLU()]
         else: between = [nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()] if kind == "mlp" else []
         self.speak = nn.Sequential(*between, nn.Linear(hidden, symbols_per_patch*vocab_size))
-        if spread is not None: self._raise_voice(spread)
-
-    def _raise_voice(self, spread):
-        "Let variance through all layers (He et al. 2015), and scores begin with a standard deviation of `spread`."
-        if not spread > 0: raise ConfigError(f"spread must be above 0, got {spread!r}: with 3, patches have names that stand out from the noise before training")
-        layers = [m for m in (self.look, *self.speak) if isinstance(m, nn.Linear)]
-        for m in layers:
-            nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
-            nn.init.zeros_(m.bias)
-        with torch.no_grad(): layers[-1].weight *= spread/2**.5
+        self.norm = None if norm is None else nn.BatchNorm1d(symbols_per_patch*vocab_size)
+        if norm is not None: check_choice("norm of PatchSymbol", norm, ("batch",)), nn.init.constant_(self.norm.weight, 3.)
 
     def forward(self, images)->Tensor: # [batch, n_patches, symbols_per_patch, vocab_size]
         check_size(images, self.size)
         seen = self.look.tokens(images)[:, 1:] if isinstance(self.look, ViT) else self.look(cut_patches(images, self.patch_size)) + self.positions
-        return self.speak(seen).unflatten(-1, (self.symbols_per_patch, self.vocab_size))
+        scores = self.speak(seen)
+        if self.norm is not None: scores = self.norm(scores.flatten(0, 1)).view_as(scores)
+        return scores.unflatten(-1, (self.symbols_per_patch, self.vocab_size))
 
 # %% ../../nbs/34_agents.patches.ipynb #27692739
 RANK_SIZES, RANK_TRUNKS = GRID_SIZES, ("resnet9", "thin")

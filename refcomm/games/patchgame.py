@@ -63,7 +63,7 @@ def make_patch_game(
     symbols_per_patch:int=1, # l
     symbol:str="mlp", # see `PatchSymbol`
     symbol_width:int=768, # of the layers of `PatchSymbol`
-    spread:float|None=None, # see `PatchSymbol`
+    norm:str|None=None, # of the symbols' scores, see `PatchSymbol`
     rank:str="resnet9", # see `PatchRank`
     strength:float=1., # of the soft ranks, see `Speaker`
     vision:str="resnet18", # the listener's: "vit", or see `make_trunk`
@@ -87,7 +87,7 @@ def make_patch_game(
 )->PatchGame:
     "The game of Gupta et al. (2021)."
     transformer = dict(dim=width, layers=layers, heads=heads)
-    says = PatchSymbol(size, patch_size, vocab_size, symbols_per_patch, symbol, symbol_width, spread, **(transformer if symbol == "vit" else {}))
+    says = PatchSymbol(size, patch_size, vocab_size, symbols_per_patch, symbol, symbol_width, norm, **(transformer if symbol == "vit" else {}))
     speaker = Speaker(says, PatchRank(patch_size, rank, dropout), gate, strength, schedule=schedule, budget=budget)
     eyes = ViT(size, patch_size, **transformer) if check_choice("vision", vision, ("vit", "narrow", *RESNETS)) == "vit" else make_trunk(vision, small_stem)
     listener = Listener(Transformer(speaker.n_symbols, **transformer), eyes, vocab_size, dim, hidden, narrow, masked)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..core import ConfigError, anneal, check_at_least, check_choice, need
 from ..agents.transformer import check_size, patch_grid
-from ..agents.vision import grid_trunk
+from ..agents.vision import GRID_SIZES, make_trunk
 from ..bottlenecks.gumbel import gumbel_noise
 from .baselines import Baseline
 
@@ -141,10 +141,10 @@ class PatchVAE(Baseline):
     "Autoencoder whose code is where parts are and how each looks (Gupta et al. 2020)."
     def __init__(self,
         size:int=224, # pixels on a side of the images
-        patch_size:int=32, # pixels on a side of a place, see `grid_trunk`
+        patch_size:int=32, # pixels on a side of a place, one of `GRID_SIZES`
         parts:int=64, # symbols
         code_dim:int=16, # numbers that say how a part looks
-        trunk:str="resnet18", # see `grid_trunk`
+        trunk:str="resnet18", # see `make_trunk`
         occurrence:str="bernoulli", # "bernoulli": any number of parts in a place; "categorical": one
         weights:tuple=(1., 10.), # of the divergences of appearance and occurrence
         temperatures:tuple=(1., .1), # of the occurrence, first and last
@@ -157,11 +157,13 @@ class PatchVAE(Baseline):
         if not 0 < cooled <= 1: raise ConfigError(f"cooled is a share of the training, above 0 and at most 1: got {cooled!r}")
         self.size, self.patch_size, self.parts, self.code_dim = size, patch_size, check_at_least("parts", parts, 2, "one part says nothing of where it is"), code_dim
         self.occurrence, self.weights, self.temperatures, self.cooled, self.edges = check_choice("occurrence", occurrence, OCCURRENCES), weights, temperatures, cooled, edges
-        grid = grid_trunk(trunk, patch_size)
-        self.grid = patch_grid(size, size, patch_size)
-        self.trunk = nn.Sequential(OrderedDict(**dict(grid.named_children()), avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
-        self.trunk.feature_dim = grid.feature_dim
-        self.say = _same(grid.feature_dim, parts*(1 + 2*code_dim))
+        finer = GRID_SIZES[0] // check_choice("patch_size", patch_size, GRID_SIZES)
+        net, self.grid = make_trunk(trunk), patch_grid(size, size, patch_size)
+        stages = {k: m for k, m in net.named_children() if k not in ("avgpool", "flatten", "fc")}
+        self.trunk = nn.Sequential(OrderedDict(**stages, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
+        dim = self.trunk.feature_dim = net.feature_dim
+        self.divide = nn.Sequential(nn.Conv2d(dim, dim*finer**2, 1), nn.PixelShuffle(finer)) if finer > 1 else nn.Identity()
+        self.say = _same(dim, parts*(1 + 2*code_dim))
         self.decoder = _grow(parts*code_dim, width, patch_size.bit_length() - 1)
         self.cool(0.)
 
@@ -186,7 +188,7 @@ class PatchVAE(Baseline):
     )->Parts:
         check_size(x, self.size)
         p, d = self.parts, self.code_dim
-        logits, mean, spread = self.say(self.trunk[:-2](x)).float().flatten(2).split((p, p*d, p*d), 1)
+        logits, mean, spread = self.say(self.divide(self.trunk[:-2](x))[..., :self.grid[0], :self.grid[1]]).float().flatten(2).split((p, p*d, p*d), 1)
         here = self.probability(logits).detach()[:, :, None]
         pool = lambda v, absent: ((v.unflatten(1, (p, d))*here).sum(-1) + 1e-7*absent) / (here.sum(-1) + 1e-7)
         return Parts(logits, pool(mean, 0), pool(spread.exp().clamp(1e-7, 1e7), 1))

@@ -136,11 +136,11 @@ def knn(
 
 # %% ../../nbs/52_metrics.representation.ipynb #54236949
 def top_accuracy(
-    scores:Tensor, # [n, n_classes] greater the likelier
+    scores:Tensor, # [n, n_classes] greater the likelier; −inf for no guess, as is 0 where none is negative: a class without a vote
     labels:Tensor, # [n] classes from 0
     k:int=1, # guesses that are allowed
 )->float: # from 0 to 1
-    "How often the right class is among the `k` best (Top-k accuracy)."
+    "How often the right class is among the `k` best that are guessed at all (Top-k accuracy)."
     if scores.dim() != 2 or not len(scores) or labels.shape != (len(scores),): raise ConfigError(f"scores must be [n, n_classes] and labels [n], got {list(scores.shape)} and {list(labels.shape)}")
     n_classes, own = scores.shape[1], labels.long()[:, None]
     if check_at_least("k", k, 1) > n_classes: raise ConfigError(f"Top-{k} accuracy of {n_classes} classes says nothing: choose k from 1 to {n_classes}")
@@ -148,7 +148,8 @@ def top_accuracy(
     if scores.isnan().any(): raise ConfigError("scores contain NaN: they cannot be ranked")
     score = scores.gather(1, own)
     ahead = (scores > score) | (scores == score) & (torch.arange(n_classes, device=scores.device) < own)
-    return (ahead.sum(1) < k).double().mean().item()
+    guessed = score.squeeze(1) > (0 if (scores >= 0).all() else -torch.inf)
+    return ((ahead.sum(1) < k) & guessed).double().mean().item()
 
 # %% ../../nbs/52_metrics.representation.ipynb #730f4ca8
 def _counts(symbols, vocab_size):
