@@ -104,8 +104,12 @@ def _folder(path)->_Source:
     files, labels, part = zip(*found)
     return _Source(lambda i: _open(files[i]), lambda i: files[i].relative_to(path), labels, {}, part, f"folder: {path.name}")
 
+def _part_of(file)->str: # "train", "valid", "test", or "" where its name says none
+    "The part that a file's name names, such as train-00000-of-00001.parquet or tiny_imagenet_val.parquet."
+    return next((_PARTS[word] for word in re.split(r"[^a-z]+", file.stem.lower()) if word in _PARTS), "")
+
 def _parquet(path, image_column, label_column)->_Source:
-    "A parquet file with encoded images, or a folder of them."
+    "A parquet file with encoded images, or a folder of them; without a column `split`, files are parts by their names."
     rows, names, wnids = [], {}, {}
     for file in [path] if path.is_file() else sorted(path.glob("*.parquet")):
         def wanted(columns):
@@ -113,7 +117,7 @@ def _parquet(path, image_column, label_column)->_Source:
             return own + [next((c for c in options if c in columns), None) for options in (("name", "category"), ("split",), ("wnid",))]
         table = read_parquet(file, pick=lambda columns: list({c for c in wanted(columns) if c}))
         read = table.to_pydict()
-        images, labels, called, split, ids = (read[c] if c else [""]*len(table) for c in wanted(table.column_names))
+        images, labels, called, split, ids = (read[c] if c else [empty]*len(table) for c, empty in zip(wanted(table.column_names), ("", "", "", _part_of(file) if path.is_dir() else "", "")))
         names |= {l: c for l, c in zip(labels, called) if c}
         wnids |= {l: i for l, i in zip(labels, ids) if i}
         rows += [(x, l, _PARTS.get(s, str(s or "")), f"{file.name} row {i}") for i, (x, l, s) in enumerate(zip(images, labels, split))]
