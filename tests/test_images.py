@@ -83,6 +83,10 @@ def test_folder_and_parquet_of_the_same_images_are_equal(six, data):
     assert folder.digest == parquet.digest == parts.digest == strings.digest
     assert [x.name for x in (folder, parquet, parts, strings)] == ["folder: pets", "parquet: pets", "parquet: parts", "parquet: strings"]
     assert parquet.part == parts.part == ["train", "valid", "odd"]*2 and strings.part == folder.part == [""]*6
+    (data/"named").mkdir()
+    for name, rows in (("pets_train_0", table[:2]), ("validation-00000-of-00001", table[2:5]), ("training_set", table[5:])): rows.drop(columns="split").to_parquet(data/"named"/f"{name}.parquet")
+    named = load_images("named", size=16)
+    assert named.part == ["train"]*3 + ["valid"]*3 # the folder's files in the order of their names: pets, training, validation
 
 
 def test_wordnet_ids_come_along(six, data):

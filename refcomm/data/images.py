@@ -172,8 +172,12 @@ def _folder(path)->_Source:
     files, labels, part = zip(*found)
     return _Source(lambda i: _open(files[i]), lambda i: files[i].relative_to(path), labels, {}, part, f"folder: {path.name}")
 
+def _part_of(file)->str: # "train", "valid", "test", or "" where its name says none
+    "The part that a file's name names, such as train-00000-of-00001.parquet or tiny_imagenet_val.parquet."
+    return next((_PARTS[word] for word in re.split(r"[^a-z]+", file.stem.lower()) if word in _PARTS), "")
+
 def _parquet(path, image_column, label_column)->_Source:
-    "A parquet file with encoded images, or a folder of them."
+    "A parquet file with encoded images, or a folder of them; without a column `split`, files are parts by their names."
     rows, names, wnids, folder = [], {}, {}, path.parent if path.is_file() else path
     for file in [path] if path.is_file() else sorted(path.glob("*.parquet")):
         def wanted(columns):
@@ -181,7 +185,8 @@ def _parquet(path, image_column, label_column)->_Source:
             return own + [next((c for c in options if c in columns), None) for options in (("name", "category"), ("split",), ("wnid",))]
         table = read_parquet(file, pick=lambda columns: list({c for c in wanted(columns) if c}))
         read, named = table.to_pydict(), _class_names(table, label_column)
-        images, labels, called, split, ids = (read[c] if c else [""]*len(table) for c in wanted(table.column_names))
+        empty = ("", "", "", _part_of(file) if path.is_dir() else "", "")
+        images, labels, called, split, ids = (read[c] if c else [e]*len(table) for c, e in zip(wanted(table.column_names), empty))
         names |= dict(enumerate(named)) | {l: c for l, c in zip(labels, called) if c}
         wnids |= {l: i for l, i in zip(labels, ids) if i}
         rows += [(x, l, _PARTS.get(s, str(s or "")), f"{file.name} row {i}") for i, (x, l, s) in enumerate(zip(images, labels, split))]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['information', 'effective_number', 'exchange', 'cooccurrence', 'normalized_mutual_information',
-           'within_symbol_similarity', 'PermutationTest', 'permutation_test', 'symbol_counts', 'images_by_symbol']
+           'adjusted_mutual_information', 'within_symbol_similarity', 'PermutationTest', 'permutation_test',
+           'symbol_counts', 'images_by_symbol']
 
 # %% ../../nbs/51_metrics.protocol.ipynb #d8676197
 import math
@@ -93,6 +94,15 @@ def normalized_mutual_information(
     h_symbols, h_classes = entropy(table.sum(-1), -1), entropy(table.sum(-2), -1)
     shared = h_symbols + h_classes - entropy(table, (-1, -2))
     return (2*shared / (h_symbols + h_classes)).clamp(0, 1)
+
+def adjusted_mutual_information(
+    table:Tensor, # [n_symbols, n_classes] counts
+)->float: # 0 on average where symbols are dealt to targets by chance, 1 where symbols are classes
+    "Mutual information of symbols and classes, less what chance gives, over the most that could be left (AMI, Vinh et al. 2010; mean entropy)."
+    from sklearn.metrics import adjusted_mutual_info_score
+    symbols, classes = table.nonzero(as_tuple=True)
+    if len(classes.unique()) < 2: raise ConfigError("AMI needs labels of at least 2 classes: nothing can be told about one")
+    return float(adjusted_mutual_info_score(*(x.repeat_interleave(table[symbols, classes]).cpu().numpy() for x in (symbols, classes))))
 
 def within_symbol_similarity(
     table:Tensor, # [..., n_symbols, n_classes] counts
