@@ -55,5 +55,9 @@ class Continuous(Bottleneck):
     "Send `word_length` real numbers in [0, 1] (Carmeli et al. 2023, §2.2: CN)."
     def __init__(self,
         word_length:int=100, # numbers in a word
-    ): super().__init__(word_length)
-    def forward(self, x, noise=None): return Sent(minmax_normalize(x), None)
+        normalize:bool=True, # scale each word to [0, 1]; if not, send it as it is
+    ):
+        super().__init__(word_length)
+        self.normalize = normalize
+
+    def forward(self, x, noise=None): return Sent(minmax_normalize(x) if self.normalize else x, None)
