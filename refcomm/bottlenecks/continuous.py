@@ -30,6 +30,7 @@ class Sent(NamedTuple):
     symbols:Tensor|None # [..., n_symbols] integers below alphabet_size, or None when nothing is discrete
     loss:Tensor|None = None # a bottleneck's own training loss (VQ's commitment), or None
     log_prob:Tensor|None = None # [...] of what was drawn, where the sender learns from the outcome alone (REINFORCE), or None
+    lengths:Tensor|None = None # [batch] words before the end, of channels whose messages end; symbols are −1 from there on
 
 class Bottleneck(nn.Module):
     "Base of all bottlenecks: `forward(x, noise=None) -> Sent`."
