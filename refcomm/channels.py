@@ -6,7 +6,7 @@
 __all__ = ['CELLS', 'BOTTLENECKS', 'CHANNELS', 'Channel', 'Instant', 'WordCell', 'Recurrent', 'make_bottleneck', 'make_channel']
 
 # %% ../nbs/27_channels.ipynb #1d5995f1
-import math
+import math, pkgutil
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +160,7 @@ def _words(parts): return torch.stack(parts, 1)
 
 # %% ../nbs/27_channels.ipynb #2b95c678
 BOTTLENECKS = {"continuous": Continuous, "gumbel": GumbelSoftmax, "quantized": UniformQuantizer, "fsq": FSQ, "vq": VQ, "learned": LearnedQuantizer, "reinforce": Reinforce}
-CHANNELS = {"instant": Instant, "recurrent": Recurrent}
+CHANNELS = {"instant": Instant, "recurrent": Recurrent, "ending": "refcomm.ending:Ending"} # a name is resolved when it is used
 
 def make_bottleneck(
     name:str, # a name in `BOTTLENECKS`
@@ -175,4 +175,5 @@ def make_channel(
     **kwargs, # the channel's arguments
 )->Channel:
     "A channel by name over any bottleneck."
-    return CHANNELS[check_choice("channel", name, CHANNELS)](bottleneck, **kwargs)
+    make = CHANNELS[check_choice("channel", name, CHANNELS)]
+    return (pkgutil.resolve_name(make) if isinstance(make, str) else make)(bottleneck, **kwargs)

@@ -30,6 +30,7 @@ class Sent(NamedTuple):
     symbols:Tensor|None # [..., n_symbols] integers below alphabet_size, or None when nothing is discrete
     loss:Tensor|None = None # a bottleneck's own training loss (VQ's commitment), or None
     log_prob:Tensor|None = None # [...] of what was drawn, where the sender learns from the outcome alone (REINFORCE), or None
+    lengths:Tensor|None = None # [batch] words before the end, of channels whose messages end; symbols are −1 from there on
 
 class Bottleneck(nn.Module):
     "Base of all bottlenecks: `forward(x, noise=None) -> Sent`."
@@ -55,5 +56,9 @@ class Continuous(Bottleneck):
     "Send `word_length` real numbers in [0, 1] (Carmeli et al. 2023, §2.2: CN)."
     def __init__(self,
         word_length:int=100, # numbers in a word
-    ): super().__init__(word_length)
-    def forward(self, x, noise=None): return Sent(minmax_normalize(x), None)
+        normalize:bool=True, # scale each word to [0, 1]; if not, send it as it is
+    ):
+        super().__init__(word_length)
+        self.normalize = normalize
+
+    def forward(self, x, noise=None): return Sent(minmax_normalize(x) if self.normalize else x, None)

@@ -28,17 +28,20 @@ class UniformQuantizer(Bottleneck):
         word_length:int=100, # symbols in a word
         when:str="always", # "always": in training (straight-through) and at inference; "inference": only there
         grid:str="exact", # "exact": alphabet_size levels; "paper": the printed S = 1/|v|, alphabet_size+1 levels
+        gradient:str="straight-through", # through the rounding in training; "none": its true gradient, 0, so that nothing before it learns
+        normalize:bool=True, # scale each word to [0, 1]; if not, what lies outside is clipped
     ):
         super().__init__(word_length)
         check_at_least("alphabet_size", alphabet_size, 2, "one level carries nothing")
         check_choice("when", when, ("always", "inference")), check_choice("grid", grid, ("exact", "paper"))
         self.steps = alphabet_size - (grid == "exact")
-        self.alphabet_size, self.when = self.steps + 1, when
+        self.alphabet_size, self.when, self.normalize = self.steps + 1, when, normalize
+        self.gradient = check_choice("gradient", gradient, ("straight-through", "none"))
 
     def forward(self, x, noise=None):
-        word = minmax_normalize(x)
-        if self.training and self.when == "inference": return Sent(word, None)
-        level = round_ste(word * self.steps)
+        word = minmax_normalize(x) if self.normalize else x.clamp(0, 1)
+        if self.training and self.when == "inference": return Sent(word if self.normalize else x, None)
+        level = round_ste(word * self.steps) if self.gradient == "straight-through" else (word.detach() * self.steps).round()
         return Sent(level / self.steps, level.detach().long())
 
 # %% ../../nbs/24_bottlenecks.quantize.ipynb #2c96b4c3

@@ -107,7 +107,9 @@ class ReferentialGame(nn.Module):
         candidates, # features, or what has `scores(receiver, z)`
     )->Tensor: # [batch, n_candidates]
         "How well each candidate fits each message, up to a constant per game."
-        z = self.channel.receive(words)
+        return self.judge(self.channel.receive(words), candidates)
+
+    def judge(self, z, candidates)->Tensor: # [batch, n_candidates] scores for what was understood, [batch, dim]
         return candidates.scores(self.receiver, z) if hasattr(candidates, "scores") else dot_scores(self.receiver, z, candidates)
 
     def forward(self,
@@ -117,11 +119,13 @@ class ReferentialGame(nn.Module):
         noise:Tensor|None=None, # from `channel.draw_noise`
     )->Tensor: # scalar
         "Mean cross-entropy of the target among the candidates, plus the bottleneck's own loss; a sender that draws its symbols learns from each game's."
+        def lose(z, reduction="none"):
+            if hasattr(candidates, "loss"): return candidates.loss(self.receiver, z, target, reduction)
+            return F.cross_entropy(self.judge(z, candidates), target, reduction=reduction)
         sent = self.send(x, noise)
-        reduction = "mean" if sent.log_prob is None else "none"
-        if hasattr(candidates, "loss"): loss = candidates.loss(self.receiver, self.channel.receive(sent.word), target, reduction)
-        else: loss = F.cross_entropy(self.scores(sent.word, candidates), target, reduction=reduction)
-        if sent.log_prob is not None: loss = loss.mean() + score_function_loss(loss, sent.log_prob)
+        if sent.lengths is not None: loss = self.channel.weigh(sent, lose)
+        else: loss = lose(self.channel.receive(sent.word), "mean" if sent.log_prob is None else "none")
+        loss = loss.mean() if sent.log_prob is None else loss.mean() + score_function_loss(loss, sent.log_prob)
         return loss if sent.loss is None else loss + sent.loss
 
 # %% ../../nbs/38_games.referential.ipynb #542a789f

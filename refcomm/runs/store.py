@@ -18,8 +18,9 @@ from ..files import disk_errors, fsync_dir, home, write_atomic
 
 # %% ../../nbs/70_runs.store.ipynb #1ee1955c
 def spec_fields(spec)->dict: # JSON-able fields
-    "A Spec's fields as they are stored."
-    return json.loads(json.dumps(dataclasses.asdict(spec)))
+    "A Spec's fields as they are stored; those that its `later` names only where they are not as by default, so that older runs keep their keys."
+    added = {f.name: f.default for f in dataclasses.fields(spec) if f.name in getattr(spec, "later", ())}
+    return json.loads(json.dumps({k: v for k,v in dataclasses.asdict(spec).items() if k not in added or v != added[k]}))
 
 def digest(
     x, # bytes, or anything that JSON can hold

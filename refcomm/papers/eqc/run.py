@@ -36,6 +36,7 @@ class EQCSpec:
     "One training of one configuration with one seed."
     experiment:ClassVar = "eqc"
     version:ClassVar = 2
+    later:ClassVar = ("gradient", "normalize") # see `spec_fields`
     game:str = "object" # a name in `GAMES`
     data:str = "" # a source of `load_features` or `load_sentences`; "#…" is the content that was meant
     encoder:str = "" # a trunk or a sentence encoder
@@ -62,6 +63,8 @@ class EQCSpec:
     straight_through:bool = False
     grid:str = "exact"
     when:str = "always" # of "quantized" and FSQ: "always", or rounded at "inference" only
+    gradient:str = "straight-through" # of "quantized", through the rounding; "none": the sender stays as initialised
+    normalize:bool = True # of "continuous" and "quantized": each word is scaled to [0, 1]
     symbol_width:int = 1 # of VQ and learned levels: numbers that one symbol stands for
     n_negatives:int|None = None # distractors in training; None: every other object
     pool:int|None = None # items that a training batch draws its games from; None: all
@@ -84,6 +87,8 @@ class EQCSpec:
         if self.channel == "instant" and self.message_length != 1: raise ConfigError(f"an instant channel sends one word, got message_length={self.message_length}")
         check_choice("when", self.when, ("always", "inference"))
         if self.when != "always" and self.bottleneck not in ("quantized", "fsq"): raise ConfigError(f"when={self.when!r} is for the bottlenecks 'quantized' and 'fsq', got {self.bottleneck!r}")
+        if check_choice("gradient", self.gradient, ("straight-through", "none")) == "none" and self.bottleneck != "quantized": raise ConfigError(f"gradient='none' is for bottleneck='quantized', got {self.bottleneck!r}")
+        if not self.normalize and self.bottleneck not in ("continuous", "quantized"): raise ConfigError(f"normalize=False is for the bottlenecks 'continuous' and 'quantized', got {self.bottleneck!r}")
         for width in (self.symbol_width, *self.fitted):
             check_at_least("symbol_width", width, 1)
             if self.word_length % width: raise ConfigError(f"word_length={self.word_length} numbers cannot be cut into symbols of {width}: choose a divisor")
@@ -169,9 +174,9 @@ def build(
 )->ReferentialGame: # with weights drawn from the Spec's seed
     "The agents and their channel (Carmeli et al. 2023, Table 4)."
     sizes = {
-        "continuous": dict(word_length=s.word_length),
+        "continuous": dict(word_length=s.word_length, normalize=s.normalize),
         "gumbel": dict(alphabet_size=s.alphabet_size, temperature=s.temperature, straight_through=s.straight_through),
-        "quantized": dict(alphabet_size=s.alphabet_size, word_length=s.word_length, grid=s.grid, when=s.when),
+        "quantized": dict(alphabet_size=s.alphabet_size, word_length=s.word_length, grid=s.grid, when=s.when, gradient=s.gradient, normalize=s.normalize),
         "fsq": dict(alphabet_size=s.alphabet_size, word_length=s.word_length, when=s.when),
         **dict.fromkeys(("vq", "learned"), dict(alphabet_size=s.alphabet_size, word_length=s.word_length // s.symbol_width, symbol_width=s.symbol_width)),
     }[s.bottleneck]
@@ -222,7 +227,7 @@ def _quantizers(ensemble, s, task)->dict: # (alphabet, symbol width if fitted) �
     "The trained bottleneck, and for a continuous run the quantisers tried at inference; a symbol of width k has alphabetᵏ levels."
     trained = ensemble.template.channel.bottleneck
     if s.bottleneck != "continuous": return {(trained.alphabet_size, None): trained}
-    tried = {(None, None): trained, **{(v, None): UniformQuantizer(v, s.word_length, grid=s.grid) for v in s.alphabets}}
+    tried = {(None, None): trained, **{(v, None): UniformQuantizer(v, s.word_length, grid=s.grid, normalize=s.normalize) for v in s.alphabets}}
     if s.fitted: words = ensemble.map(lambda g: g.send(task.seen("train")).word)[0]
     for width in s.fitted:
         for v in s.alphabets: tried[v, width] = LearnedQuantizer(v**width, s.word_length//width, width).fit(words).to(words.device)

@@ -1,0 +1,113 @@
+"""Messages that end, beside numbers that a run of EGG gave (facebookresearch/EGG, commit 54eb11c) and a slow reference."""
+from pathlib import Path
+
+import pytest, torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from refcomm.agents.encoders import LinearEncoder
+from refcomm.bottlenecks.gumbel import GumbelSoftmax
+from refcomm.bottlenecks.quantize import UniformQuantizer
+from refcomm.bottlenecks.reinforce import Reinforce
+from refcomm.core import generator, seeded_init
+from refcomm.data.objects import ObjectWorld, split
+from refcomm.ending import SPEAKERS, Ending, end_shares
+from refcomm.training.ensemble import Ensemble
+from refcomm.games.referential import ReferentialGame
+from refcomm.games.tasks import ObjectTask, objectives
+from refcomm.training.loop import TrainSettings, fit
+
+EGG = load_file(Path(__file__).parent/"reference"/"egg_recurrent.safetensors")
+PLACES = { # EGG's names → ours
+    "sender.agent.fc": "sender", "sender.hidden_to_output": "channel.speak", "sender.embedding": "channel.speaker.words.embed", "sender.sos_embedding": "channel.speaker.first",
+    "sender.cell": "channel.speaker.words.cell", "sender.cells.0": "channel.speaker.words.cell", "receiver.cell": "channel.listener.words.cell", "receiver.embedding": "channel.listener.words.embed",
+    "receiver.encoder.cell": "channel.listener.words.cell", "receiver.encoder.embedding": "channel.listener.words.embed", "receiver.agent.fc": "receiver",
+}
+
+def ours(name):
+    head = max((k for k in PLACES if name == k or name.startswith(k + ".")), key=len)
+    return PLACES[head] + name[len(head):].removesuffix("_l0")
+
+def numbers(key): return {k.removeprefix(key): v for k, v in EGG.items() if k.startswith(key)}
+
+def game_like(n, cell, bottleneck):
+    game = ReferentialGame(nn.Linear(7, 6), Ending(bottleneck, 3, hidden=6, embedding=4, cell=cell, length_cost=.3), nn.Linear(7, 6))
+    places, embeddings = dict(game.named_parameters()), ("sender.embedding.weight", "receiver.encoder.embedding.weight")
+    weights = {k.removeprefix("weight/"): v for k, v in n.items() if k.startswith("weight/")}
+    with torch.no_grad():
+        for name, value in weights.items():
+            looked_up = name in embeddings and places[ours(name)].shape != value.shape # EGG's REINFORCE agents look symbols up in a table
+            places[ours(name)].copy_(value.T if looked_up else value)
+            if looked_up: places[ours(name).replace("weight", "bias")].zero_()
+    return game, places
+
+@pytest.mark.parametrize("cell", ("rnn", "gru", "lstm"))
+@pytest.mark.parametrize("kind", ("soft", "hard"))
+def test_equals_egg_word_by_word(cell, kind):
+    n = numbers(f"{cell}/{kind}/")
+    game, places = game_like(n, cell, GumbelSoftmax(5, temperature=.8, straight_through=kind == "hard"))
+    sent = game.send(n["x"], n["noise"])
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    close(sent.word, n["message"])
+    each = torch.stack([game.judge(z, n["seen"]) for z in game.channel.listener(sent.word).unbind(1)], 1)
+    close(each, n["output"])
+    close((game.channel.shares(sent.word) * torch.arange(1., 5)).sum(1), n["length"]) # EGG counts the end
+    loss = game(n["x"], n["labels"], n["seen"], n["noise"])
+    close(loss + .3, n["loss"]) # and charges for it
+    loss.backward()
+    for name in (k.removeprefix("grad/") for k in n if k.startswith("grad/")): close(places[ours(name)].grad, n[f"grad/{name}"])
+    sent = game.eval().send(n["x"])
+    close(sent.lengths + 1., n["eval_length"])
+    for word, theirs, length in zip(sent.word, n["eval_message"], sent.lengths): assert torch.equal(word[:length + 1], theirs[:length + 1])
+    close((game.scores(sent.word, n["seen"]).argmax(1) == n["labels"]).float(), n["eval_accuracy"])
+    assert len(set(sent.lengths.tolist())) > 1
+
+def test_equals_egg_where_symbols_are_drawn():
+    n = numbers("gru/drawn/")
+    game, _ = game_like(n, "gru", Reinforce(5, entropy_weight=.5))
+    forced = 1e4*F.one_hot(n["message"][:, :3], 5).float()
+    sent = game.send(n["x"], forced)
+    torch.testing.assert_close(sent.lengths + 1, n["length"])
+    torch.testing.assert_close(sent.log_prob, n["log_prob"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(game.scores(sent.word, n["seen"]), n["output"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sent.loss, -.5*(n["entropy"] / n["length"].clamp(max=3)).mean()) # per word drawn; EGG counts the certain end, too
+    losses = game.channel.weigh(sent, lambda z: F.cross_entropy(game.judge(z, n["seen"]), n["labels"], reduction="none"))
+    torch.testing.assert_close(losses, F.cross_entropy(n["output"], n["labels"], reduction="none") + .3*(n["length"] - 1), rtol=1e-4, atol=1e-5)
+
+def test_shares_are_those_of_all_ways_to_end():
+    ends = torch.rand(50, 5, generator=generator(0), dtype=torch.double)
+    ends[:, -1] = 1
+    for row, shares in zip(ends.tolist(), end_shares(ends).tolist()):
+        left = 1.
+        for e, share in zip(row, shares):
+            assert share == pytest.approx(left*e, abs=1e-12)
+            left -= share
+
+def make(cell="gru", bottleneck=GumbelSoftmax, sizes={"alphabet_size": 8}, seed=0, **kwargs):
+    with seeded_init(seed): return ReferentialGame(LinearEncoder(10, 32), Ending(bottleneck(**sizes), 3, hidden=32, embedding=16, cell=cell, **kwargs), LinearEncoder(10, 32))
+
+def task(n_negatives=None):
+    world = ObjectWorld(2, 5)
+    return ObjectTask(world, split(world.size, dict(train=15, valid=5, test=5), generator(0)), n_negatives)
+
+@pytest.mark.parametrize("cell, bottleneck, sizes, n_negatives", [
+    ("lstm", GumbelSoftmax, dict(alphabet_size=8), 4), ("transformer", GumbelSoftmax, dict(alphabet_size=8), None),
+    ("rnn", GumbelSoftmax, dict(alphabet_size=8, straight_through=True), None), ("gru", Reinforce, dict(alphabet_size=8, entropy_weight=.01), 4),
+    ("transformer", UniformQuantizer, dict(alphabet_size=3, word_length=4), 4)])
+def test_stacked_games_train_as_single_ones(cell, bottleneck, sizes, n_negatives):
+    t, settings = task(n_negatives), TrainSettings(epochs=2, batch_size=5, lr=.1, optimizer="sgd") # Adam would blow up the rounding of gradients that are 0, such as those of a bias of all keys
+    def trained(seeds):
+        e = Ensemble([make(cell, bottleneck, sizes, s) for s in seeds])
+        return e, fit(e, *objectives(e, t), t.n_train, settings, seeds)
+    both, together = trained([0, 1])
+    one, alone = trained([1])
+    assert together.history[together.history.member == 1].loss.tolist() == pytest.approx(alone.history.loss.tolist(), rel=1e-4)
+    for a, b in zip(both.member(1).parameters(), one.member(0).parameters()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+def test_what_follows_the_end_is_not_heard():
+    game = make().eval()
+    sent = game.send(torch.randn(200, 10, generator=generator(0)) * 5)
+    assert sent.lengths.unique().numel() > 1
+    for word, symbols, length in zip(sent.word, sent.symbols, sent.lengths):
+        assert word[length:, 0].eq(1).all() and symbols[:length].ge(1).all() and symbols[length:].eq(-1).all()
