@@ -1,4 +1,4 @@
-"""Write README.md from nbs/index.ipynb: code is marked as Python, and links lead from the root of the repository.   usage: python .ci/readme.py"""
+"""Write README.md from nbs/index.ipynb, with code marked as Python and links from the root, and figures/README.md from the recipes there.   usage: python .ci/readme.py"""
 from pathlib import Path
 
 import nbformat
@@ -15,4 +15,14 @@ def readme(): # markdown
     return MarkdownExporter(config=TAGS).from_notebook_node(nb)[0].replace("](../", "](")
 
 
-if __name__ == "__main__": (ROOT/"README.md").write_text(readme().strip() + "\n", encoding="utf-8")
+def results(): # markdown
+    from refcomm.publish.report import read_items
+    from refcomm.publish.results import results_page
+    items, problems = read_items(ROOT/"figures")
+    if problems: raise SystemExit("\n".join(problems))
+    return results_page(items)
+
+
+if __name__ == "__main__":
+    (ROOT/"README.md").write_text(readme().strip() + "\n", encoding="utf-8")
+    (ROOT/"figures"/"README.md").write_text(results(), encoding="utf-8")
