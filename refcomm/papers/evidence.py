@@ -28,7 +28,7 @@ def published(
     item:str|None=None, # "table5", "text" …; everything when None
 )->pd.DataFrame: # item, row, column, mean, sd, printed, note
     "The numbers that a paper printed."
-    path = resources.files("refcomm.papers.evidence")/check_choice('paper', paper, PAPERS)/"published.csv"
+    path = resources.files("refcomm.papers")/check_choice('paper', paper, PAPERS)/"published.csv"
     with path.open(encoding="utf-8") as f:
         table = pd.read_csv(f, dtype={k: str for k in ("item", "row", "column", "printed", "note")}, keep_default_na=False, na_values={"mean": [""], "sd": [""]})
     if item is None: return table
@@ -40,7 +40,7 @@ def contents(
     paper:str, # a name in `PAPERS`
 )->pd.DataFrame: # item, kind ("result" or "drawing"), title
     "The tables and figures of a paper, in its order of figures, then tables."
-    with (resources.files("refcomm.papers.evidence")/"items.csv").open(encoding="utf-8") as f: table = pd.read_csv(f)
+    with (resources.files("refcomm.papers")/"items.csv").open(encoding="utf-8") as f: table = pd.read_csv(f)
     return table[table["paper"] == check_choice("paper", paper, PAPERS)].drop(columns="paper").reset_index(drop=True)
 
 # %% ../../nbs/80_papers.evidence.ipynb #5d0c81ab

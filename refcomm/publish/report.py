@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import __version__
+import refcomm
 from ..core import PROFILES, ConfigError, StoreError, check_choice
 from .figures import load_recipe
 from ..files import write_atomic
@@ -193,7 +193,7 @@ def page(
                        places=lambda values: decimals(values, 4), relation=lambda text: text.replace("<=", "≤").replace(">=", "≥"), word=VERDICTS.get, standing=standing)
     parts = sections(items, known or {})
     return env.from_string((resources.files("refcomm.publish")/"report.html.j2").read_text(encoding="utf-8")).render(
-        sections=parts, claims=[c for s in parts for c in s["claims"]], problems=problems, profiles=PROFILES, verdicts=list(VERDICTS.values()), version=__version__)
+        sections=parts, claims=[c for s in parts for c in s["claims"]], problems=problems, profiles=PROFILES, verdicts=list(VERDICTS.values()), version=refcomm.__version__)
 
 def write_report(
     out, # the file to write

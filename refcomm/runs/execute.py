@@ -193,7 +193,7 @@ def load_spec(
     fields:dict, # as in a plan or a record
 ):
     "The Spec of an experiment of this package, from stored fields."
-    folder = Path(importlib.import_module("refcomm.papers.evidence").__file__).parent
+    folder = Path(importlib.import_module("refcomm.papers").__file__).parent
     check_choice("experiment", experiment, sorted(p.parent.name for p in folder.glob("*/run.py")))
     named = vars(importlib.import_module(f"refcomm.papers.{experiment}.run")).values()
     return next(x for x in named if getattr(x, "experiment", None) == experiment)(**fields)
