@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import ConfigError, check_at_least, check_choice, spec
+from ..core import ConfigError, check_at_least, check_choice, same_device, spec
 from . import pixels
 
 # %% ../../nbs/16_data.views.ipynb #789218b2
@@ -173,7 +173,7 @@ def apply_views(
     "The views that were drawn."
     _check_images(images)
     if len(drawn.box) != len(images): raise ConfigError(f"{len(drawn.box)} views were drawn for {len(images)} images: draw_views takes their number")
-    if drawn.box.device != images.device: raise ConfigError(f"the views were drawn on {drawn.box.device} for images on {images.device}: give a generator on {images.device}")
+    if not same_device(drawn.box.device, images.device): raise ConfigError(f"the views were drawn on {drawn.box.device} for images on {images.device}: give a generator on {images.device}")
     if (drawn.box[:, :2] + drawn.box[:, 2:] > drawn.box.new_tensor(images.shape[2:])).any():
         raise ConfigError(f"boxes reach beyond the images of {images.shape[2]} × {images.shape[3]} pixels: give draw_views their height and width")
     views = torch.empty(len(images), 3, spec.size, spec.size, device=images.device)
@@ -192,7 +192,7 @@ def random_views(
 )->Tensor: # [n, 3, size, size] normalised
     "A random view of each image; call it twice for two."
     _check_images(images)
-    if generator.device != images.device: raise ConfigError(f"the generator is on {generator.device}, the images on {images.device}: make it with generator(seed, stream, images.device)")
+    if not same_device(generator.device, images.device): raise ConfigError(f"the generator is on {generator.device}, the images on {images.device}: make it with generator(seed, stream, images.device)")
     return apply_views(images, draw_views(len(images), *images.shape[2:], spec, generator), spec)
 
 # %% ../../nbs/16_data.views.ipynb #951aa9b7
