@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError', 'WorkerDied',
            'StoreError', 'nearest', 'check_choice', 'check_at_least', 'need', 'fetch_weights', 'spec', 'generator',
-           'seeded_init', 'anneal', 'device_fault', 'pick_device', 'same_device', 'n_cores', 'autocast', 'progress_bar']
+           'seeded_init', 'anneal', 'device_fault', 'pick_device', 'same_device', 'n_cores', 'autocast', 'constant',
+           'progress_bar']
 
 # %% ../nbs/00_core.ipynb #94a934ea
 import contextlib, dataclasses, difflib, functools, hashlib, importlib, io, math, os, sys, warnings
@@ -201,6 +202,16 @@ def autocast(
     "The context in which the forward pass runs; `fp32` changes nothing."
     dtype = PRECISIONS[check_choice("precision", precision, PRECISIONS)]
     return torch.autocast(torch.device(device).type, dtype=dtype) if dtype else contextlib.nullcontext()
+
+# %% ../nbs/00_core.ipynb #67c20792
+@functools.lru_cache(1024)
+def constant(
+    values, # a number, or tuples of numbers
+    device, # where they are needed
+    dtype=torch.float32,
+): # tensor of the shape of `values`; the same one every time, not to be changed in place
+    "Fixed numbers on a device, copied there once."
+    with torch.inference_mode(False): return torch.tensor(values, dtype=dtype, device=device)
 
 # %% ../nbs/00_core.ipynb #0770fbbc
 def progress_bar(
