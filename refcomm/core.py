@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'printable', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError',
            'WorkerDied', 'StoreError', 'nearest', 'check_choice', 'check_at_least', 'need', 'from_json',
-           'fetch_weights', 'spec', 'generator', 'seeded_init', 'anneal', 'pick_device', 'n_cores', 'autocast',
-           'progress_bar']
+           'fetch_weights', 'spec', 'generator', 'seeded_init', 'anneal', 'device_fault', 'pick_device', 'same_device',
+           'n_cores', 'autocast', 'constant', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #94a934ea
-import contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, sys
+import contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, sys, warnings
 
 import torch
 
@@ -164,19 +164,50 @@ PROFILES = {
     "paper": "everything as printed",
 }
 
+# %% ../nbs/00_core.ipynb #51f868b0
+def device_fault(
+    device, # where a step is tried
+)->str: # what went wrong; empty where nothing did
+    "Train a small network for one step on a device and compare with the CPU."
+    def step(d):
+        with seeded_init(0): net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5)).to(d)
+        drawn = torch.rand(4, 5, generator=generator(0, device=d), device=d).argsort(-1)
+        scores = net(torch.linspace(-1, 1, 768, device=d).view(4, 3, 8, 8)).gather(1, drawn.sort(-1).values)
+        torch.nn.functional.cross_entropy(scores.cumsum(-1), drawn.sort(-1).values[:, 2]).backward()
+        return [scores.detach().cpu(), *(p.grad.cpu() for p in net.parameters())]
+    try: apart = max((a - b).abs().max().item() for a, b in zip(step("cpu"), step(device)))
+    except Exception as e: return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    return "" if apart < 1e-3 else f"its numbers differ from the CPU's by {apart:.2g}"
+
+@functools.lru_cache
+def _mps_computes()->bool:
+    "Whether Apple's GPU passes; if not, one warning says why."
+    why = device_fault("mps")
+    if why: warnings.warn(f"device 'auto' leaves Apple's GPU (mps) unused and takes the CPU: {why}")
+    return not why
+
 # %% ../nbs/00_core.ipynb #40d89392
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def pick_device(
     name:str="auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
 )->torch.device:
-    "The device called `name`; `auto` takes a GPU when there is one."
-    if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
+    "The device called `name`, with its number; `auto` takes a GPU when there is one, and Apple's where it computes as the CPU does."
+    if name == "auto": name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and _mps_computes() else "cpu"
     try: device = torch.device(name)
     except RuntimeError: raise ConfigError(f"unknown device {name!r}: {nearest(name, ['auto', 'cpu', 'cuda', 'mps'])}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r} asked for, but PyTorch sees no GPU: use device='cpu' or 'auto'")
-    return device
+    return device if device.index is not None or device.type != "cuda" else torch.device("cuda", torch.cuda.current_device())
+
+def same_device(
+    a, # a device or its name
+    b, # another
+)->bool:
+    "Whether two devices are one: a GPU without a number is the current one."
+    a, b = (torch.device(d) for d in (a, b))
+    number = lambda d: d.index if d.index is not None else torch.cuda.current_device() if d.type == "cuda" and torch.cuda.is_available() else 0
+    return a.type == b.type and number(a) == number(b)
 
 def n_cores()->int:
     "Processor cores that this process may use."
@@ -189,6 +220,16 @@ def autocast(
     "The context in which the forward pass runs; `fp32` changes nothing."
     dtype = PRECISIONS[check_choice("precision", precision, PRECISIONS)]
     return torch.autocast(torch.device(device).type, dtype=dtype) if dtype else contextlib.nullcontext()
+
+# %% ../nbs/00_core.ipynb #67c20792
+@functools.lru_cache(1024)
+def constant(
+    values, # a number, or tuples of numbers
+    device, # where they are needed
+    dtype=torch.float32,
+): # tensor of the shape of `values`; the same one every time, not to be changed in place
+    "Fixed numbers on a device, copied there once."
+    with torch.inference_mode(False): return torch.tensor(values, dtype=dtype, device=device)
 
 # %% ../nbs/00_core.ipynb #0770fbbc
 def progress_bar(

@@ -6,7 +6,7 @@ from sklearn.isotonic import isotonic_regression
 from torch import nn
 
 from refcomm.agents.patches import RANK_SIZES, SYMBOLS, Listener, Message, PatchRank, PatchSymbol, Speaker, top_patches
-from refcomm.agents.softrank import block_means, pool_violators, soft_rank
+from refcomm.agents.softrank import block_means, pool_at_once, pool_violators, soft_rank
 from refcomm.agents.transformer import Transformer, ViT, cut_patches, patch_grid, projection_head
 from refcomm.agents.vision import make_trunk
 from refcomm.bottlenecks.gate import Gate
@@ -46,6 +46,16 @@ def reference_rank(z):
 def test_soft_ranks_are_isotonic_regression(kind, n):
     z = scores(16, n, kind)
     for strength in (.05, 1., 20.): torch.testing.assert_close(soft_rank(z, strength), reference_rank(z/strength), atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 2, 49, 196])
+def test_pooling_at_once_gives_the_same_blocks(kind, n):
+    for dtype in (torch.float32, torch.float64):
+        y = scores(16, n, kind).to(dtype).sort(-1, descending=True).values - torch.arange(n, 0, -1)
+        (block, size), (same, filled) = pool_violators(y), pool_at_once(y)
+        assert torch.equal(same, block) and torch.equal(filled[:len(size)], size) and not filled[len(size):].any()
+        torch.testing.assert_close(block_means(y, same, filled), block_means(y, block, size))
 
 
 @given(n=st.integers(1, 9), rows=st.integers(1, 5), seed=st.integers(0, 999), spread=st.sampled_from([0., .3, 1., 4., 40.]))

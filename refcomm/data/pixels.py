@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..core import check_choice
+from ..core import check_choice, constant
 
 # %% ../../nbs/18_data.pixels.ipynb #537341bf
 REACH = dict(bilinear=1, bicubic=2) # pixels that an interpolation reaches to either side
@@ -74,17 +74,17 @@ def solarise(
     threshold:float, # the least value that is bright
 )->Tensor:
     "Invert what is not below the threshold."
-    below = torch.nextafter(x.new_tensor(threshold), x.new_tensor(-1.))
+    below = torch.nextafter(*torch.tensor([threshold, -1.], dtype=x.dtype)) # on the CPU: a number that a GPU is given along with the operation
     bright = (x - below).sign_().clamp_(min=0)
     return bright.mul_(1 - 2*x).add_(x)
 
-_GREY = .2989, .587, .114
+_GREY = (.2989, .587, .114),
 
 def lightness(
     x:Tensor, # [3, n, height, width]
 )->Tensor: # [n, height, width]
     "The lightness of each pixel."
-    return (x.new_tensor([_GREY]) @ x.reshape(3, -1)).view(x.shape[1:])
+    return (constant(_GREY, x.device, x.dtype) @ x.reshape(3, -1)).view(x.shape[1:])
 
 def mix(
     x:Tensor, # [3, n, height, width], 0 … 1; changed in place
@@ -108,5 +108,5 @@ def turn_hue(
     high, low = torch.maximum(r, g).maximum(b), torch.minimum(r, g).minimum(b)
     c = high.sub_(low)
     h = (g + b).sub_(r).sub_(low).add_(c).div_(c.clamp(min=1e-12)).copysign_(g - b).div_(6).add_(turn[:, None, None])
-    torch.add(h, x.new_tensor([0, -1/3, 1/3])[:, None, None, None], out=x)
+    torch.add(h, constant((0, -1/3, 1/3), x.device, x.dtype)[:, None, None, None], out=x)
     return x.sub_(x.round()).abs_().clamp_(1/6, 1/3).mul_(-6*c).add_(low.add_(c, alpha=2))

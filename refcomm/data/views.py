@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import ConfigError, check_at_least, check_choice, spec
+from ..core import ConfigError, check_at_least, check_choice, constant, same_device, spec
 from . import pixels
 
 # %% ../../nbs/19_data.views.ipynb #789218b2
@@ -100,10 +100,10 @@ def _draw_boxes(u, height, width, s)->Tensor: # [n, 4]
     h, w = (area/ratio).sqrt().round(), (area*ratio).sqrt().round()
     fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
     first = fits.int().argmax(0, keepdim=True)
-    widest = torch.tensor([[min(height, round(width/s.ratio[0]))], [min(width, round(height*s.ratio[1]))]], device=u.device)
+    widest = constant(((min(height, round(width/s.ratio[0])),), (min(width, round(height*s.ratio[1])),)), u.device, torch.int64)
     h, w = (torch.where(fits.any(0), x.gather(0, first)[0], least) for x, least in zip((h, w), widest))
     place = [torch.where(fits.any(0), (v*(full - x + 1)).floor().minimum(full - x), (full - x)//2) for v, full, x in ((u[20], height, h), (u[21], width, w))]
-    whole = u.new_tensor([0, 0, height, width])
+    whole = constant((0, 0, height, width), u.device)
     return torch.where((u[22] < s.crop)[:, None], torch.stack([*place, h, w], 1), whole).long()
 
 def draw_views(
@@ -116,8 +116,8 @@ def draw_views(
     "Draw what happens to each of `n` images."
     check_at_least("height", height, 1), check_at_least("width", width, 1)
     u = torch.rand(n, 37, generator=generator, device=generator.device).T
-    strength = torch.tensor([[max(1 - x, 0), 1 + x] for x in (spec.brightness, spec.contrast, spec.saturation)] + [[-spec.hue, spec.hue]], device=u.device)
-    flip, jitter, grey, blur, solarise = u[23:28] < torch.tensor([[spec.flip], [spec.jitter], [spec.grey], [spec.blur], [spec.solarise]], device=u.device)
+    strength = constant((*((max(1 - x, 0), 1 + x) for x in (spec.brightness, spec.contrast, spec.saturation)), (-spec.hue, spec.hue)), u.device)
+    flip, jitter, grey, blur, solarise = u[23:28] < constant(((spec.flip,), (spec.jitter,), (spec.grey,), (spec.blur,), (spec.solarise,)), u.device)
     factors = _between(u[32:36].T, *strength.T)
     return DrawnViews(_draw_boxes(u, height, width, spec), flip, jitter, u[28:32].T.argsort(1), factors, grey, _between(u[36], *spec.sigma)*blur, solarise)
 
@@ -150,9 +150,39 @@ def _view(images, drawn, s, hue_at)->Tensor: # [n, 3, size, size]
     x = _where(drawn.grey, lambda x, _: torch.stack([pixels.lightness(x)]*3), x)
     x = _where(drawn.sigma, lambda x, sigma: pixels.resample(x, *[pixels.blur_weights(sigma, s.size, s.taps)]*2), x)
     x = _where(drawn.solarise, lambda x, _: pixels.solarise(x, s.threshold/255), x)
-    mean, std = x.new_tensor([s.mean, s.std])[..., None, None, None]
+    return _normalise(x, s)
+
+# %% ../../nbs/19_data.views.ipynb #cc8afd40
+def _normalise(x, s): # [3, n, size, size] → [n, 3, size, size]
+    mean, std = constant((s.mean, s.std), x.device)[..., None, None, None]
     return x.sub_(mean).div_(std).transpose(0, 1)
 
+def _crop_at_once(images, drawn, s)->Tensor: # [3, n, size, size], 0 … 1
+    "The part of each image that is seen, by weights of all its pixels."
+    (top, left, h, w), (height, width), how = drawn.box.T, images.shape[2:], (s.size, s.interpolation, s.antialias)
+    part = images.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    if s.crop or s.flip or not height == width == s.size:
+        part = pixels.resample(part, pixels.resize_weights(top, h, height, *how), pixels.resize_weights(left, w, width, *how, drawn.flip))
+    return part.div_(255).clamp_(0, 1)
+
+def _view_at_once(images, drawn, s, hue_at)->Tensor: # [n, 3, size, size]
+    "The views of images by the same operations for all."
+    x, chosen = _crop_at_once(images, drawn, s), lambda of: of[:, None, None]
+    def change(x, k, when):
+        kind = drawn.order[:, k]
+        return pixels.mix(x, kind, torch.where(when, drawn.factors.gather(1, kind[:, None])[:, 0], 1.))
+    if s.jitter:
+        for k in range(3): x = change(x, k, k < hue_at)
+        x = torch.where(chosen(drawn.jitter), pixels.turn_hue(x.clone(), drawn.factors[:, 3]), x)
+        for k in range(1, 4): x = change(x, k, (k > hue_at) & drawn.jitter)
+    if s.grey: x = torch.where(chosen(drawn.grey), pixels.lightness(x)[None], x)
+    if s.blur:
+        weights = pixels.blur_weights(drawn.sigma.clamp(min=s.sigma[0]), s.size, s.taps)
+        x = torch.where(chosen(drawn.sigma > 0), pixels.resample(x, weights, weights), x)
+    if s.solarise: x = torch.where(chosen(drawn.solarise), pixels.solarise(x, s.threshold/255), x)
+    return _normalise(x, s)
+
+# %% ../../nbs/19_data.views.ipynb #9b25f08a
 def _check_images(images):
     "Refuse all but a batch of colour images in bytes, and say how to make one."
     if not isinstance(images, Tensor): raise ConfigError(f"images must be a tensor [n, 3, height, width] of uint8, got {type(images).__name__}")
@@ -173,14 +203,22 @@ def apply_views(
     "The views that were drawn."
     _check_images(images)
     if len(drawn.box) != len(images): raise ConfigError(f"{len(drawn.box)} views were drawn for {len(images)} images: draw_views takes their number")
-    if drawn.box.device != images.device: raise ConfigError(f"the views were drawn on {drawn.box.device} for images on {images.device}: give a generator on {images.device}")
+    if not same_device(drawn.box.device, images.device): raise ConfigError(f"the views were drawn on {drawn.box.device} for images on {images.device}: give a generator on {images.device}")
     if (drawn.box[:, :2] + drawn.box[:, 2:] > drawn.box.new_tensor(images.shape[2:])).any():
         raise ConfigError(f"boxes reach beyond the images of {images.shape[2]} × {images.shape[3]} pixels: give draw_views their height and width")
+    return _apply(images, drawn, spec, images.device.type != "cpu")
+
+def _apply(images, drawn, spec, at_once)->Tensor: # [n, 3, size, size]
+    "Make the views block by block, group by group or all alike."
     views = torch.empty(len(images), 3, spec.size, spec.size, device=images.device)
     block = max(_BLOCK.get(images.device.type, _BLOCK["other"]) // max(spec.size**2, images[0, 0].numel() if len(images) else 1), 1)
     hue_at = torch.where(drawn.jitter, (drawn.order == 3).int().argmax(1), -1)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        for k in range(-1, 4):
+        if at_once:
+            for start in range(0, len(images), block):
+                some = slice(start, start + block)
+                views[some] = _view_at_once(images[some], DrawnViews(*(x[some] for x in drawn)), spec, hue_at[some])
+        for k in range(-1, 4) if not at_once else ():
             for rows in (hue_at == k).nonzero()[:, 0].split(block):
                 if len(rows): views[rows] = _view(images.index_select(0, rows), DrawnViews(*(x[rows] for x in drawn)), spec, k)
     return views
@@ -192,8 +230,8 @@ def random_views(
 )->Tensor: # [n, 3, size, size] normalised
     "A random view of each image; call it twice for two."
     _check_images(images)
-    if generator.device != images.device: raise ConfigError(f"the generator is on {generator.device}, the images on {images.device}: make it with generator(seed, stream, images.device)")
-    return apply_views(images, draw_views(len(images), *images.shape[2:], spec, generator), spec)
+    if not same_device(generator.device, images.device): raise ConfigError(f"the generator is on {generator.device}, the images on {images.device}: make it with generator(seed, stream, images.device)")
+    return _apply(images, draw_views(len(images), *images.shape[2:], spec, generator), spec, images.device.type != "cpu")
 
 # %% ../../nbs/19_data.views.ipynb #951aa9b7
 def views_by_torchvision(

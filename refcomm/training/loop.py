@@ -116,6 +116,12 @@ class Best:
 
     def restore(self, ensemble): ensemble.load_full_state(self.weights)
 
+# %% ../../nbs/65_training.loop.ipynb #19773f0c
+def _resume_generator(g, state, meta, seed, name):
+    "Continue a generator from its state; on a device of another kind, whose states do not fit, begin new numbers that depend on the seed and the step."
+    if state.shape == g.get_state().shape: return g.set_state(state)
+    g.manual_seed(generator(seed, f"{name}/{meta['epoch']}.{meta['step']}").initial_seed())
+
 # %% ../../nbs/65_training.loop.ipynb #4e7cede4
 class Training:
     "Everything that changes while training, so that it can be saved and restored as one."
@@ -161,7 +167,7 @@ class Training:
                 state.setdefault(int(i), {})[name] = v
         self.optimizer.load_state_dict({"state": state, "param_groups": [g | saved for g, saved in zip(groups, meta["groups"])]})
         for name in ("order_generators", "noise_generators"):
-            for i,g in enumerate(getattr(self, name)): g.set_state(tensors[f"{name}.{i}"])
+            for i,g in enumerate(getattr(self, name)): _resume_generator(g, tensors[f"{name}.{i}"], meta, self.seeds[i], name)
         for k,w in self.best.weights.items(): w.copy_(tensors[f"best.{k}"])
         for k in ("accuracy", "loss", "epoch"): setattr(self.best, k, tensors[f"best_{k}"])
         self.ensemble.load_full_state({k[6:]: v for k,v in tensors.items() if k.startswith("model.")})

@@ -16,7 +16,7 @@ from ...agents.vision import RESNETS, make_trunk, projector
 from ...channels import Instant, Recurrent, make_bottleneck
 from ...core import ConfigError, check_at_least, check_choice, generator, pick_device, seeded_init, spec
 from ...data.parts import ImageParts, image_parts, probe_set
-from ...data.views import ViewSpec, apply_views, draw_views, gaussian_blobs, view_spec
+from ...data.views import ViewSpec, apply_views, draw_views, gaussian_blobs, view_spec, random_views
 from ...distributed import share_statistics
 from ...training.ensemble import Ensemble
 from ...files import unstamped
@@ -134,7 +134,7 @@ def pair_of_views(
 )->tuple: # two views [n, 3, size, size]; the same one twice without augmentations
     "What sender and receiver see of the same images."
     spec = views_of(augmentations, size)
-    view = lambda: apply_views(images, draw_views(len(images), *images.shape[2:], spec, generator), spec).contiguous(memory_format=torch.channels_last)
+    view = lambda: random_views(images, spec, generator).contiguous(memory_format=torch.channels_last)
     x = view()
     return x, view() if augmentations else x
 
