@@ -150,7 +150,7 @@ def save(
     dpi:int=110,
     options:dict|None=None, # the notebook's parameters that the command should repeat; defaults (0, "auto", one seed) are left out
 )->Path: # the picture
-    "Write `<paper>_<item>.png`, `.csv` and `.json` to the figures folder of the profile."
+    "Write `<paper>_<item>.png`, `.csv` and `.json` to `figures_dir`."
     stem = figures_dir(profile)/f"{paper}_{item}"
     runs, seeds = origins(records) if records else "no training", sorted({r.spec["seed"] for r in records})
     footnote(figure, note, f"Profile {profile} · data: {data} · seeds {', '.join(map(str, seeds)) or 'none'} · {runs}")
