@@ -15,7 +15,7 @@ import typer
 
 from .publish.catalogue import HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of, parse_parameters, title
 from .core import PROFILES, ConfigError, RefcommError, check_choice, from_json, n_cores, printable
-from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic
+from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic, checkout
 
 # %% ../nbs/99_cli.ipynb #5e713891
 def _outputs(item, profile): return sorted(figures_dir(profile).glob(f"{item.replace('/', '_')}.*"))
@@ -88,6 +88,7 @@ def reproduce(
     executor:str = typer.Option(None, help="where they are made: local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
     logger:str = typer.Option(None, help="to watch them: csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
     parameters:list[str] = typer.Option([], "-p", help="name=value, for the notebook's parameters cell"),
+    into:Path = typer.Option(None, help="the folder for tables and figures; REFCOMM_FIGURES or results/ when none is named"),
     force:bool = typer.Option(False, help="execute notebooks again even when nothing has changed"),
 ):
     "Make tables and figures: papermill over the reproduction notebooks."
@@ -95,6 +96,7 @@ def reproduce(
     from refcomm.runs.executors import check_executor
     from refcomm.training.loggers import check_logger
     check_choice("profile", profile, PROFILES)
+    if into: os.environ["REFCOMM_FIGURES"] = str(into.expanduser().absolute()) # read by `figures.save` in the notebook's kernel
     if executor: os.environ["REFCOMM_EXECUTOR"] = check_executor(executor) # read by `execute` in the notebook's kernel
     if logger: os.environ["REFCOMM_LOGGER"] = check_logger(logger)
     jobs = jobs or (1 if torch.cuda.is_available() or profile == "smoke" else n_cores())
@@ -155,14 +157,18 @@ def plan(
     print("A run shared by several items counts once in the total. Time is of training, one run after the other on this machine; evaluation, data and figures come on top.")
 
 # %% ../nbs/99_cli.ipynb #c963acb5
+def _with_figures()->Path:
+    "The folder that `refcomm reproduce` writes to, if it is named or has figures; else the figures that come with the checkout."
+    return figures_dir() if os.environ.get("REFCOMM_FIGURES") or any(figures_dir().glob("*.json")) or not checkout() else checkout()/"figures"
+
 @app.command("report")
 def report(
     out:Path = typer.Option(None, help="the file to write; refcomm-report.html in the working folder when none is named"),
-    figures:Path = typer.Option(None, help="the folder of figures; the one that `refcomm reproduce` writes to when none is named"),
+    figures:Path = typer.Option(None, help="the folder of figures; the one that `refcomm reproduce` writes to, or the checkout's kept figures if that has none"),
 ):
     "Write one HTML page of everything that was made: claims, pictures, paper beside ours."
     from refcomm.publish.report import write_report
-    out, folder = (out or Path("refcomm-report.html")).expanduser().absolute(), (figures or figures_dir()).expanduser().absolute()
+    out, folder = (out or Path("refcomm-report.html")).expanduser().absolute(), (figures or _with_figures()).expanduser().absolute()
     items, problems = write_report(out, folder, {item: title(path) for item, path in notebooks().items()})
     for p in problems: print(f"refcomm: not shown: {p}", file=sys.stderr)
     print(f"{len(items)} items of {folder} are in {out}")

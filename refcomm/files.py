@@ -39,10 +39,10 @@ def checkout()->Path|None: # the root of the source tree, or None
 def figures_dir(
     profile:str="cpu", # smoke results are kept apart: they are never shown
 )->Path:
-    "`REFCOMM_FIGURES` if it is set, else the checkout's `figures/`, else a folder under `home()`."
+    "`REFCOMM_FIGURES` if it is set, else `results/` in the checkout, or in the working folder of an installed package. The kept `figures/` are written only where they are named."
     if profile == "smoke": return home()/"smoke-figures"
     if os.environ.get("REFCOMM_FIGURES"): return expanded(os.environ["REFCOMM_FIGURES"], "REFCOMM_FIGURES").absolute()
-    return checkout()/"figures" if checkout() else home()/"figures"
+    return (checkout() or Path.cwd())/"results"
 
 # %% ../nbs/01_files.ipynb #72c8f3d8
 def data_dir()->Path|None: # None if REFCOMM_DATA is not set

@@ -27,7 +27,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shipped_figures(tmp_path):
-    "The figures as they were committed: `make reproduce` writes over those in the folder. Without git, the folder."
+    "The figures as they were committed: the folder may hold newer ones. Without git, the folder."
     found = subprocess.run(["git", "archive", "--format=zip", "HEAD", "figures"], cwd=ROOT, capture_output=True)
     if found.returncode: return ROOT / "figures"
     zipfile.ZipFile(io.BytesIO(found.stdout)).extractall(tmp_path / "shipped")

@@ -12,7 +12,7 @@ import pytest
 from refcomm.publish import catalogue
 from refcomm.runs import costs
 from refcomm.papers import evidence
-from refcomm import cli
+from refcomm import cli, files
 from refcomm.core import ConfigError
 from refcomm.papers.eqc.items import grid
 from refcomm.runs.execute import execute
@@ -178,6 +178,16 @@ def test_a_changed_figure_or_parameter_is_made_again(home, tmp_path):
     (home/"smoke-figures"/"toy_x.csv").write_text("edited")
     assert cli.reproduce_item("toy/x", nb, p)[0] == "done"
     assert cli.reproduce_item("toy/x", toy(nb, SAVE + "\n"), p)[0] == "done"
+
+
+def test_results_go_where_they_are_named_and_never_over_the_kept_ones(home, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+    monkeypatch.setattr(cli, "choose", lambda names: {"toy/x": toy(tmp_path/"x.ipynb", SAVE)})
+    r = CliRunner().invoke(cli.app, ["reproduce", "--jobs", "1", "--into", str(tmp_path/"mine")])
+    assert r.exit_code == 0 and str(tmp_path/"mine"/"toy_x") in r.output.replace("\n", "")
+    assert sorted(p.name for p in (tmp_path/"mine").iterdir()) == ["toy_x.csv", "toy_x.json", "toy_x.png"]
+    monkeypatch.delenv("REFCOMM_FIGURES")
+    assert files.figures_dir() == files.checkout()/"results" and subprocess.run(["git", "check-ignore", "-q", "results/x"], cwd=files.checkout()).returncode == 0
 
 
 def test_other_data_are_made_again(home, tmp_path, monkeypatch):

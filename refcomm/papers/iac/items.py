@@ -41,7 +41,7 @@ CHANNELS = { # name → its fields, at the capacity of up to 16 symbols of an ei
 }
 
 # %% ../../../nbs/86_papers.iac.items.ipynb #a52895c8
-_SMALL = dict(ood_source=None, trunk="narrow", accumulate=1, optimizer="adamw", lr=2e-3, weight_decay=.01, precision="fp32", clusters_share=1.)
+_SMALL = dict(ood_source=None, trunk="narrow", accumulate=1, optimizer="adamw", lr=2e-3, warmup=.2, lr_per_epoch=False, weight_decay=.01, precision="fp32", clusters_share=1.)
 SIZES = { # profile → what is smaller than published
     "smoke": _SMALL | dict(n_images=500, n_ood=20, image_size=16, view_size=16, alphabet_size=16, dim=16, batch_size=32, epochs=1, test_candidates=(2, 32), n_blobs=64, n_permutations=99, probes=("digits",)),
     "cpu": _SMALL | dict(n_images=8000, n_ood=40, image_size=64, view_size=64, alphabet_size=512, dim=256, epochs=6, n_blobs=5120, probes=("valid", "shapes", "digits")),
@@ -81,11 +81,12 @@ def grid(
     n_seeds:int=1, # seeds 0 … n_seeds−1
     images:str="auto", # see `images_of`
     epochs:int=0, # of training; 0: the profile's
+    precision:str="auto", # of training; "auto": the profile's
 )->list: # IACSpecs
     "All runs that an item needs."
     models, varied = ITEMS[check_choice("item", item, ITEMS)]
     check_at_least("n_seeds", n_seeds, 1), check_at_least("epochs", epochs, 0)
-    usual, specs = configure(profile, images, **({"epochs": epochs} if epochs else {})), []
+    usual, specs = configure(profile, images, **({"epochs": epochs} if epochs else {}), **({} if precision == "auto" else {"precision": precision})), []
     if profile == "smoke": varied = {k: v[:2] for k,v in varied.items()}
     fields = dict(seed=range(n_seeds)) | varied
     for model, values in itertools.product(models, itertools.product(*fields.values())):
@@ -147,7 +148,7 @@ def fidelity(
     specs, # IACSpecs of one item
 )->str: # one sentence for each kind of difference
     "What differs from the paper."
-    names = ("image_size", "view_size", "trunk", "alphabet_size", "dim", "train_candidates", "batch_size", "accumulate", "optimizer", "lr", "weight_decay", "epochs", "precision", "n_blobs", "clusters_share")
+    names = ("image_size", "view_size", "trunk", "alphabet_size", "dim", "train_candidates", "batch_size", "accumulate", "optimizer", "lr", "warmup", "lr_per_epoch", "weight_decay", "epochs", "precision", "n_blobs", "clusters_share")
     changed = [f"images: {data_name(specs)} (paper: ILSVRC-2012)", *differences(specs, vars(IACSpec()), names, dict(accumulate="16 devices", train_candidates="the batch"))]
     held = f" {specs[0].n_ood} classes of the same source are held out as the OOD set (paper: 80 of ImageNet's)." if specs[0].ood_source is None else ""
     return (f"{', '.join(changed)}.{held} Accuracy is the mean over all draws of the distractors from the set, where the paper plays fixed batches of 128. Batch statistics are those of one batch; training ends after the last epoch, no epoch is chosen."

@@ -16,7 +16,7 @@ from ...agents.vision import RESNETS, make_trunk, projector
 from ...channels import Instant, Recurrent, make_bottleneck
 from ...core import ConfigError, check_at_least, check_choice, generator, pick_device, seeded_init, spec
 from ...data.parts import ImageParts, image_parts, probe_set
-from ...data.views import ViewSpec, apply_views, draw_views, gaussian_blobs, view_spec, random_views
+from ...data.views import ViewSpec, gaussian_blobs, view_spec, random_views
 from ...distributed import share_statistics
 from ...training.ensemble import Ensemble
 from ...files import unstamped
