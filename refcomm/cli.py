@@ -87,6 +87,7 @@ def reproduce(
     jobs:int = typer.Option(0, help="runs made at a time; 0: one a core, or one on a GPU"),
     executor:str = typer.Option(None, help="where they are made: local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
     logger:str = typer.Option(None, help="to watch them: csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
+    weights:bool = typer.Option(None, help="keep the trained weights in the store; unless REFCOMM_WEIGHTS is off when not said"),
     parameters:list[str] = typer.Option([], "-p", help="name=value, for the notebook's parameters cell"),
     into:Path = typer.Option(None, help="the folder for tables and figures; REFCOMM_FIGURES or results/ when none is named"),
     force:bool = typer.Option(False, help="execute notebooks again even when nothing has changed"),
@@ -99,6 +100,7 @@ def reproduce(
     if into: os.environ["REFCOMM_FIGURES"] = str(into.expanduser().absolute()) # read by `figures.save` in the notebook's kernel
     if executor: os.environ["REFCOMM_EXECUTOR"] = check_executor(executor) # read by `execute` in the notebook's kernel
     if logger: os.environ["REFCOMM_LOGGER"] = check_logger(logger)
+    if weights is not None: os.environ["REFCOMM_WEIGHTS"] = "on" if weights else "off"
     jobs = jobs or (1 if torch.cuda.is_available() or profile == "smoke" else n_cores())
     chosen, given = choose(items or []), dict(parse_parameters(parameters), profile=profile, jobs=jobs)
     for path in chosen.values(): check_parameters(path, given)
@@ -177,12 +179,14 @@ def report(
 @runs_app.command("list")
 def runs_list():
     "Every finished run."
+    from refcomm.runs.costs import size
     from refcomm.runs.store import Store
     store = Store()
     rows, bad = store.survey()
     show = ("channel", "bottleneck", "alphabet_size", "word_length", "lr", "seed")
-    print_table(f"{len(rows)} runs in {store.root}", ("run", *show, "seconds", "device", "commit"),
-        [(f"{r.experiment}/{r.key}", *(r.spec.get(k, "") for k in show), f"{r.provenance['seconds']/r.provenance['trained_together']:.1f}", r.provenance["device"], r.provenance["commit"]) for r in rows])
+    weights = lambda r: size(r.bytes("weights.safetensors")) if "weights.safetensors" in r.files else "–"
+    print_table(f"{len(rows)} runs in {store.root}", ("run", *show, "seconds", "disk", "weights", "device", "commit"),
+        [(f"{r.experiment}/{r.key}", *(r.spec.get(k, "") for k in show), f"{r.provenance['seconds']/r.provenance['trained_together']:.1f}", size(r.bytes()), weights(r), r.provenance["device"], r.provenance["commit"]) for r in rows])
     for d in bad: print(d)
 
 @runs_app.command("show")
@@ -227,12 +231,13 @@ def runs_plan(
 @runs_app.command("execute")
 def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time"), device:str = typer.Option("auto", help="auto, cpu, cuda …"),
     executor:str = typer.Option(None, help="local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
-    logger:str = typer.Option(None, help="csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named")):
+    logger:str = typer.Option(None, help="csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
+    weights:bool = typer.Option(None, help="keep the trained weights in the store; unless REFCOMM_WEIGHTS is off when not said")):
     "Make the runs of a plan; those that are in the store are not made again."
     from refcomm.distributed import join_processes, processes
     from refcomm.runs.execute import execute, read_plan
     join_processes(int(os.environ.get("WORLD_SIZE", 1)))
-    n = len(execute(read_plan(plan), jobs, device, executor=executor, logger=logger))
+    n = len(execute(read_plan(plan), jobs, device, executor=executor, logger=logger, weights=weights))
     if processes()[0] == 0: print(f"{n} runs are in the store")
 
 @runs_app.command("export")

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'printable', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError',
            'WorkerDied', 'StoreError', 'nearest', 'check_choice', 'check_at_least', 'need', 'from_json',
-           'fetch_weights', 'spec', 'generator', 'seeded_init', 'anneal', 'device_fault', 'pick_device', 'same_device',
-           'n_cores', 'autocast', 'constant', 'progress_bar']
+           'fetch_weights', 'fitted', 'spec', 'generator', 'seeded_init', 'anneal', 'device_fault', 'pick_device',
+           'same_device', 'n_cores', 'autocast', 'constant', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #94a934ea
-import contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, sys, warnings
+import contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, sys, warnings, types, typing
 
 import torch
 
@@ -102,17 +102,41 @@ def fetch_weights(
         raise ConfigError(f"the weights of {what} are neither on this disk nor to be downloaded ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): "
                           f"fetch them where there is a network and copy the {folders} here, or {otherwise}") from None
 
+# %% ../nbs/00_core.ipynb #abafdb6b
+def _python(x): # NumPy's and PyTorch's numbers and arrays, lists and paths as Python's numbers, tuples and text
+    if hasattr(x, "tolist") and hasattr(x, "ndim"): x = x.tolist()
+    if isinstance(x, os.PathLike): x = os.fspath(x)
+    return tuple(map(_python, x)) if isinstance(x, (list, tuple)) else x
+
+def _stores(x): return x is None or isinstance(x, (bool, int, str)) or isinstance(x, float) and math.isfinite(x) or isinstance(x, tuple) and all(map(_stores, x))
+
+def fitted(
+    what:str, # the field's name, for the message
+    kind, # its annotation: int, float|None, tuple …
+    value, # the value given
+): # the same, as it is stored
+    "A field's value in the one form that is stored, or a `ConfigError`: whole numbers for `int`, finite ones for `float`, tuples for lists."
+    if isinstance(kind, str): kind = dict(int=int, float=float, bool=bool, str=str, tuple=tuple).get(kind, object)
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else (typing.get_origin(kind) or kind,)
+    x = _python(value)
+    if not set(kinds) <= {bool, int, float, str, tuple, types.NoneType}: return value
+    if kinds == (float,) and type(x) is int: x = float(x)
+    if int in kinds and float not in kinds and type(x) is float and x.is_integer(): x = int(x)
+    if (type(x) in kinds or type(x) is int and float in kinds) and _stores(x): return x
+    said = " or ".join({int: "a whole number", float: "a finite number", bool: "True or False", str: "text", tuple: "a tuple of numbers or text", types.NoneType: "None"}[k] for k in kinds)
+    hint = f": write {what}={x} without quotation marks" if isinstance(x, str) and {int, float} & set(kinds) and re.fullmatch(r"-?\d+(\.\d+)?", x) else ""
+    raise ConfigError(f"{what} must be {said}, got {value!r} ({type(value).__name__}){hint}")
+
 # %% ../nbs/00_core.ipynb #abafdb6c
 def spec(cls):
-    "Class decorator: a frozen dataclass whose constructor names the nearest field when one is misspelt."
+    "Class decorator: a frozen dataclass whose constructor names the nearest field when one is misspelt, and the field whose value is of a wrong kind."
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     kinds, init = {f.name: f.type for f in dataclasses.fields(cls)}, cls.__init__
     @functools.wraps(init)
     def checked(self, **fields):
         for name in fields:
             if name not in kinds: raise ConfigError(f"{cls.__name__} has no field {name!r}: {nearest(name, kinds)}")
-        tidy = lambda k, v: tuple(v) if isinstance(v, list) else float(v) if kinds[k] in (float, "float") and isinstance(v, int) else v
-        init(self, **{k: tidy(k, v) for k,v in fields.items()})
+        init(self, **{k: fitted(k, kinds[k], v) for k,v in fields.items()})
     cls.__init__ = checked
     return cls
 

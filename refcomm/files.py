@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['expanded', 'home', 'checkout', 'figures_dir', 'data_dir', 'data_folders', 'find_data', 'read_parquet', 'disk_errors',
-           'fsync_dir', 'make_folder', 'write_atomic', 'write_together', 'content_digest', 'files_digest',
-           'cached_tensor', 'save_checkpoint', 'load_checkpoint', 'stamped', 'unstamped']
+           'fsync_dir', 'open_regular', 'make_folder', 'write_atomic', 'write_together', 'content_digest',
+           'files_digest', 'cached_tensor', 'save_checkpoint', 'load_checkpoint', 'stamped', 'unstamped']
 
 # %% ../nbs/01_files.ipynb #02f11e52
-import contextlib, errno, hashlib, json, os, re, warnings, secrets
+import contextlib, errno, hashlib, json, os, re, warnings, secrets, stat
 from pathlib import Path
 
 import torch
@@ -104,6 +104,16 @@ def fsync_dir(path):
     except OSError as e:
         if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS): raise
     finally: os.close(fd)
+
+def open_regular(
+    path,
+): # a file object, for reading bytes
+    "Open a file; a folder, a device or a pipe in its place is an `OSError`, and is not waited for."
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise IsADirectoryError(errno.EISDIR, "a folder, a device or a pipe, not a file", str(path))
+    return os.fdopen(fd, "rb")
 
 def make_folder(
     path, # may be there already

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from refcomm.core import ConfigError, StoreError, generator
 from refcomm.corpora import describe, from_record, load_corpus, load_elcc, make_corpus, save_corpus, save_elcc
-from refcomm.runs.store import RunResult, Store
+from refcomm.runs.store import RunResult, Store, provenance
 
 
 def some(n=40, length=3, seed=0, **about):
@@ -158,12 +158,12 @@ def test_runs_become_corpora(tmp_path, small):
     from refcomm.papers.sms import run as sms
     from refcomm.games.referential import EveryObject
     store, g = Store(tmp_path/"runs"), generator(0)
-    put = lambda s, **tensors: store.put(s, RunResult([], {}, [], tensors), dict(commit="abc"))
+    put = lambda s, **tensors: store.put(s, RunResult([], {}, [], tensors), dict(provenance("cpu", 0, 1), commit="abc"))
     s = sms.SMSSpec(n_attributes=5, n_values=3, n_distractors=7, n_train=60, n_valid=40, alphabet_size=15, sampler="tilted")
     sent = torch.randint(15, (40, 2), generator=g, dtype=torch.uint8)
     found = from_record(put(s, messages=sent))
     assert torch.equal(found.messages, sent.long()) and torch.equal(found.meanings, sms.make_task(s).values["valid"][:, 0].long())
-    assert found.about["experiment"] == "sms" and found.about["spec"]["n_valid"] == 40 and found.about["made"] == dict(commit="abc")
+    assert found.about["experiment"] == "sms" and found.about["spec"]["n_valid"] == 40 and found.about["made"]["commit"] == "abc"
     s = small(bottleneck="quantized", alphabet_size=4)
     task, words = eqc.make_task(s), torch.randint(4, (s.n_test, 1, 20), generator=g, dtype=torch.uint8)
     record = put(s, alphabet_4=words, alphabet_None=words.float())
@@ -188,7 +188,7 @@ def test_runs_that_say_nothing_are_refused(tmp_path):
     from refcomm.papers.iac.run import IACSpec
     from refcomm.papers.sms.run import SMSSpec
     store, sent = Store(tmp_path/"runs"), torch.zeros(5, 2, dtype=torch.uint8)
-    put = lambda s, **tensors: store.put(s, RunResult([], {}, [], tensors), {})
+    put = lambda s, **tensors: store.put(s, RunResult([], {}, [], tensors), provenance("cpu", 0, 1))
     with pytest.raises(ConfigError, match="what messages of iac runs are about is not in their Spec"): from_record(put(IACSpec(), sent=sent))
     with pytest.raises(ConfigError, match=r"sent no symbols, only real numbers \(x\)"): from_record(put(SMSSpec(), x=torch.rand(5, 2)))
     with pytest.raises(ConfigError, match="messages of 2 kinds: name one of a, b"): from_record(put(SMSSpec(seed=1), a=sent, b=sent + 1))

@@ -49,7 +49,7 @@ def recorded(
     sound, _ = (store or Store()).survey()
     for r in sound:
         k = kind(r.experiment, r.spec)
-        sizes[k].append(sum(f.stat().st_size for f in r.path.iterdir()))
+        sizes[k].append(r.bytes())
         if r.provenance["device"].startswith(here): seconds[k].append(r.provenance["seconds"] / r.provenance["trained_together"] / r.spec["epochs"])
     return Recorded({(r.experiment, r.key) for r in sound}, seconds, sizes)
 

@@ -18,7 +18,7 @@ from ..distributed import agree, processes
 from .executors import EXECUTORS, check_executor, named_deaths
 from ..files import disk_errors, write_atomic
 from ..training.loggers import StackLogs, check_logger
-from .store import Store, digest, package_commit, provenance, run_key, spec_fields
+from .store import Store, digest, package_commit, provenance, run_key, spec_class, spec_fields
 
 # %% ../../nbs/72_runs.execute.ipynb #9f20eda8
 class Context(NamedTuple):
@@ -28,6 +28,7 @@ class Context(NamedTuple):
     report:object = None # called with (share done, text)
     checkpoint_seconds:float = 60. # between checkpoints
     log:object = None # called with rows of the history, as `fit` does
+    weights:bool = True # whether trained weights are wanted: they go into `RunResult.weights`
 
 # %% ../../nbs/72_runs.execute.ipynb #37982b72
 def _members(folder, missing)->list: # Specs
@@ -51,6 +52,7 @@ def run_stack(
     report=None, # called with (share done, text); a path makes it write there
     logger:str|None=None, # a name in `LOGGERS`
     checkpoint_seconds:float|None=None, # between checkpoints of unfinished training; None: `checkpoint_interval`
+    weights:bool=True, # keep the trained weights
 )->list: # keys
     "Make the runs of a stack that the store does not hold yet. This is what executors submit."
     store, module, interval = Store(root), importlib.import_module(type(specs[0]).__module__), checkpoint_interval() if checkpoint_seconds is None else checkpoint_seconds
@@ -66,14 +68,15 @@ def run_stack(
         members = _members(folder, missing) if missing else []
         agree([s in members for s in specs])
         if missing:
+            store.ready(missing)
             package_commit() # as it is now, not when training ends
             if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
             with StackLogs(logger, [(s.experiment, run_key(s), spec_fields(s)) for s in members]) as logs:
-                try: results = module.run(members, Context(device, folder/"training.safetensors", say, interval, logs.epochs))
+                try: results = module.run(members, Context(device, folder/"training.safetensors", say, interval, logs.epochs, weights))
                 except (ConfigError, TrainingDiverged): shutil.rmtree(folder, ignore_errors=True); raise
                 origin = provenance(pick_device(device), float(results[0].history["seconds"].sum()), len(members))
                 for s, result in zip(members, results):
-                    if s in missing: store.put(s, result, origin)
+                    if s in missing: store.put(s, result, origin, weights)
                 logs.finish(results)
         shutil.rmtree(folder, ignore_errors=True) # if nothing is missing, too: who made it may have died right here
         agree([True]) # that the records are there
@@ -114,6 +117,7 @@ def execute(
     executor=None, # a name in `EXECUTORS`, REFCOMM_EXECUTOR or "local" when None; or your own concurrent.futures.Executor, which is left running
     logger:str|None=None, # a name in `LOGGERS`; REFCOMM_LOGGER when None, and nothing is logged without one
     desc:str="runs",
+    weights:bool|None=None, # keep the trained weights; None: unless REFCOMM_WEIGHTS is "off"
 )->list: # one `RunRecord` per Spec, in order
     "Make every run that the store lacks, and return the records of all."
     specs, store = list(specs), store or Store()
@@ -121,34 +125,35 @@ def execute(
     executor = executor or os.environ.get("REFCOMM_EXECUTOR") or "local"
     if isinstance(executor, str): check_executor(executor)
     logger = check_logger(logger or os.environ.get("REFCOMM_LOGGER"))
+    if weights is None: weights = check_choice("REFCOMM_WEIGHTS", os.environ.get("REFCOMM_WEIGHTS") or "on", ("on", "off")) == "on"
     found = {s: store.get(s) for s in dict.fromkeys(specs)}
     every = make_stacks(found, device)
     stacks = [stack for stack in every if None in map(found.get, stack) or _unfinished(store, stack).exists()]
     if stacks:
         with progress_bar(sum(map(len, stacks)), desc, unit="run", bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} {unit}s [{elapsed}<{remaining}{postfix}]") as bar:
-            if jobs == 1 and executor == "local": _inline(stacks, store, device, logger, bar)
-            elif not isinstance(executor, str): _submit(stacks, store, device, logger, bar, executor)
+            if jobs == 1 and executor == "local": _inline(stacks, store, device, logger, weights, bar)
+            elif not isinstance(executor, str): _submit(stacks, store, device, logger, weights, bar, executor)
             else:
                 pool = EXECUTORS[executor](min(jobs, len(every))) # not of those left: a resumed run has the threads that it was begun with
-                try: _submit(stacks, store, device, logger, bar, pool)
+                try: _submit(stacks, store, device, logger, weights, bar, pool)
                 finally: pool.shutdown(wait=True, cancel_futures=True)
     records = [found[s] or store.get(s) for s in specs]
     if None in records: raise RecordError(f"run {run_key(specs[records.index(None)])} vanished from {store.root} while others were made: is another process cleaning it?")
     return records
 
-def _inline(stacks, store, device, logger, bar):
+def _inline(stacks, store, device, logger, weights, bar):
     for stack in stacks:
         done = bar.n
         def say(share, text): bar.set_postfix_str(text, refresh=False); bar.update(done + share*len(stack) - bar.n)
-        run_stack(stack, store.root, device, say, logger)
+        run_stack(stack, store.root, device, say, logger, None, weights)
 
-def _submit(stacks, store, device, logger, bar, pool):
+def _submit(stacks, store, device, logger, weights, bar, pool):
     folder = store.root/"tmp"/f"progress-{uuid.uuid4().hex}"
     with disk_errors(folder): folder.mkdir(parents=True)
     futures = []
     try:
         with named_deaths("making runs", "run again to continue where it was"):
-            futures = [pool.submit(run_stack, s, str(store.root), device, str(folder/str(i)), logger) for i,s in enumerate(stacks)]
+            futures = [pool.submit(run_stack, s, str(store.root), device, str(folder/str(i)), logger, None, weights) for i,s in enumerate(stacks)]
             while pending := [f for f in futures if not f.done()]:
                 concurrent.futures.wait(pending, timeout=1, return_when="FIRST_EXCEPTION")
                 bar.update(sum(_share(folder/str(i))*len(s) for i,s in enumerate(stacks)) - bar.n)
@@ -178,7 +183,7 @@ def spent(records)->dict: # runs, epochs, seconds of training, bytes on disk, de
     "What the records have cost, each counted once."
     once = {r.key: r for r in records}.values()
     return dict(runs=len(once), epochs=sum(r.spec["epochs"] for r in once), seconds=round(_seconds(records), 1),
-                bytes=sum(f.stat().st_size for r in once for f in r.path.iterdir()), device=", ".join(sorted({r.provenance["device"] for r in once})))
+                bytes=sum(r.bytes() for r in once), device=", ".join(sorted({r.provenance["device"] for r in once})))
 
 def origins(records)->str: # one line
     "Commits, devices and time that the records come from."
@@ -195,8 +200,7 @@ def load_spec(
     "The Spec of an experiment of this package, from stored fields."
     folder = Path(importlib.import_module("refcomm.papers").__file__).parent
     check_choice("experiment", experiment, sorted(p.parent.name for p in folder.glob("*/run.py")))
-    named = vars(importlib.import_module(f"refcomm.papers.{experiment}.run")).values()
-    return next(x for x in named if getattr(x, "experiment", None) == experiment)(**fields)
+    return spec_class(experiment)(**fields)
 
 # %% ../../nbs/72_runs.execute.ipynb #c0bf050b
 def write_plan(specs, path):
