@@ -6,10 +6,10 @@
 __all__ = ['HEADLINE', 'notebooks', 'choose', 'title', 'parse_parameters', 'parameters_of', 'check_parameters', 'item_runs']
 
 # %% ../nbs/94_catalogue.ipynb #97bb3fdf
-import ast, importlib, importlib.util, inspect, json
+import ast, importlib, importlib.util, inspect, json, math
 from pathlib import Path
 
-from .core import ConfigError, nearest
+from .core import ConfigError, from_json, nearest
 from .files import checkout
 
 # %% ../nbs/94_catalogue.ipynb #386f0fbd
@@ -46,7 +46,7 @@ def parse_parameters(
         name, eq, value = pair.partition("=")
         if not eq: raise ConfigError(f"-p takes name=value, got {pair!r}")
         if name in ("profile", "jobs"): raise ConfigError(f"{name} has an option of its own: --{name} {value}")
-        try: parsed[name] = json.loads(value)
+        try: parsed[name] = from_json(value)
         except ValueError: parsed[name] = value
     return parsed
 
@@ -65,7 +65,7 @@ def check_parameters(
     known = parameters_of(path)
     for name, value in given.items():
         if name not in known: raise ConfigError(f"{Path(path).stem} has no parameter {name!r}: {nearest(name, known)}")
-        if type(value) is not type(known[name]): raise ConfigError(f"parameter {name} is {type(known[name]).__name__}, got {value!r}")
+        if type(value) is not type(known[name]): raise ConfigError(f"parameter {name} is {type(known[name]).__name__}, got {value!r:.80}")
 
 # %% ../nbs/94_catalogue.ipynb #71aa0c03
 def item_runs(

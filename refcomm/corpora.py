@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .core import ConfigError, check_choice
+from .core import ConfigError, check_choice, from_json
 from .files import content_digest, disk_errors, fsync_dir, read_parquet, write_atomic
 from .metrics.protocol import symbol_counts
 from .metrics.structure import bosdis, entropy, posdis
@@ -50,7 +50,7 @@ def make_corpus(
     messages, meanings = _integers(messages, "message"), meanings if meanings is None else _integers(meanings, "meaning")
     if meanings is not None and len(messages) != len(meanings): raise ConfigError(f"{len(messages)} messages but {len(meanings)} meanings: one of each is expected")
     try: return Corpus(messages, meanings, json.loads(json.dumps(dict(about or {}), allow_nan=False)))
-    except (TypeError, ValueError) as e: raise ConfigError(f"what is said about a corpus must be a dict of numbers, text or lists of them ({e})") from None
+    except (TypeError, ValueError, RecursionError) as e: raise ConfigError(f"what is said about a corpus must be a dict of numbers, text or lists of them ({e})") from None
 
 # %% ../nbs/84_corpora.ipynb #9a0fb23b
 def describe(
@@ -92,7 +92,7 @@ def load_corpus(
 )->Corpus:
     "Read a corpus back, checked."
     table = read_parquet(path, "save_corpus")
-    try: stored = json.loads((table.schema.metadata or {})[b"refcomm.corpus"]); about, digest = dict(stored["about"]), stored["digest"]
+    try: stored = from_json((table.schema.metadata or {})[b"refcomm.corpus"]); about, digest = dict(stored["about"]), stored["digest"]
     except (KeyError, ValueError, TypeError): about = None
     if about is None or "message" not in table.column_names: raise ConfigError(f"{path} is a parquet file but not a corpus: write it with save_corpus")
     columns = [table[name].to_pylist() if name in table.column_names else None for name in ("message", "meaning")]
@@ -163,7 +163,7 @@ def _lines(path)->Tensor: # [n, length] int64
     try: lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as e: raise ConfigError(f"{path} is not text ({e}): fetch or make it again") from None
     for i, line in enumerate(lines, 1):
-        try: rows.append(json.loads(line))
+        try: rows.append(from_json(line))
         except ValueError as e: raise ConfigError(f"{path}, line {i}, is no JSON ({e}): fetch or make it again") from None
     return _integers(rows, "message", f"{path}: ")
 

@@ -7,13 +7,13 @@ __all__ = ['FREE', 'kind', 'device_name', 'Recorded', 'recorded', 'shipped', 'Co
            'size']
 
 # %% ../nbs/85_costs.ipynb #3ff004ea
-import collections, json, statistics
+import collections, statistics, warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .core import pick_device
+from .core import from_json, pick_device, printable
 from .files import checkout
 from .store import Store, digest, run_key, spec_fields
 
@@ -59,8 +59,14 @@ def shipped(
 )->dict: # item → its recipe
     "The recipes of the figures that come with this package."
     folder = Path(folder) if folder else checkout()/"figures" if checkout() else Path(__file__).parent/"recipes"
-    recipes = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))]
-    return {f"{r['paper']}/{r['item']}": r for r in recipes}
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            recipe = from_json(file.read_text("utf-8"))
+            if not (isinstance(recipe.get("profile"), str) and isinstance(recipe.get("costs", {}), dict)): raise ValueError("a field is missing")
+            found[f"{recipe['paper']}/{recipe['item']}"] = recipe
+        except (OSError, ValueError, KeyError, AttributeError) as e: warnings.warn(printable(f"{file} is no recipe of a figure and is left out ({e!r:.100})"))
+    return found
 
 class Cost(NamedTuple):
     "What one run will take; None where nothing is known."

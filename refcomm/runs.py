@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .core import ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, pick_device, progress_bar
+from .core import ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, from_json, pick_device, progress_bar
 from .distributed import agree, processes
 from .executors import EXECUTORS, check_executor, named_deaths
 from .files import disk_errors, write_atomic
@@ -207,8 +207,11 @@ def write_plan(specs, path):
 
 def read_plan(path)->list: # Specs
     "Read what `write_plan` wrote."
-    try: return [load_spec(p["experiment"], p["fields"]) for p in json.loads(Path(path).read_text())]
+    try:
+        listed = from_json(Path(path).read_text("utf-8"))
+        if not isinstance(listed, list): raise TypeError("a list of Specs is expected")
+        return [load_spec(p["experiment"], p["fields"]) for p in listed]
     except OSError as e: raise ConfigError(f"cannot read plan {path}: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         if isinstance(e, ConfigError): raise
-        raise ConfigError(f"{path} is not a plan: {e!r}; make one with `refcomm runs plan`") from None
+        raise ConfigError(f"{path} is not a plan: {e!r:.200}; make one with `refcomm runs plan`") from None

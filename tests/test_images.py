@@ -1,9 +1,17 @@
 "Image sources, good and bad."
 import io
+import os
+import struct
+import subprocess
+import warnings
+import zlib
 
+import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 import refcomm.data.images as module
@@ -113,7 +121,7 @@ def test_sources_that_are_none(data, six):
                          ("broken.parquet", "cannot be read as parquet"), ("single", r"at least 2 classes, got 1: \['only'\]"), (data/"absent", "there is no"),
                          ("torchvision:EuroSAT", "cannot open torchvision:EuroSAT .*download=True"), ("torchvision:CIFAR", "did you mean 'CIFAR10' or 'CIFAR100'"), ("a/b.parquet", "there is no 'a/b.parquet'")]:
         with pytest.raises(ConfigError, match=says): load_images(source)
-    with pytest.raises(ConfigError, match="at least 2 classes, got 1|missing or mixed"): load_images("unlabelled.parquet")
+    with pytest.raises(ConfigError, match="1 of 2 labels are missing"): load_images("unlabelled.parquet")
     with pytest.raises(ConfigError, match="size must be at least 8, got 0"): load_images(size=0)
 
 
@@ -135,3 +143,161 @@ def test_a_torchvision_set_is_never_downloaded(six, data):
     put(data/"eurosat"/"2750", {f"{c}/{i}.png": (six/c/f"{i}.png").read_bytes() for c in ("cat", "dog") for i in range(3)})
     images = load_images("torchvision:EuroSAT", size=16)
     assert images.digest == load_images("pets", size=16).digest and images.name == "torchvision: EuroSAT"
+
+
+def saved(image, **how):
+    out = io.BytesIO()
+    image.save(out, **(how or dict(format="PNG")))
+    return out.getvalue()
+
+
+def tiff(bits, levels, photometric=1):
+    "A greyscale TIFF of one row with `bits` for each level, written by hand."
+    packed = "".join(f"{v:0{bits}b}" for v in levels) if bits < 16 else "".join(f"{v & 255:08b}{v >> 8:08b}" for v in levels)
+    data = int(packed.ljust(-(-len(packed)//8)*8, "0"), 2).to_bytes(-(-len(packed)//8), "big")
+    tags = [(256, len(levels)), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 1), (279, len(data))]
+    start = 8 + len(data) + len(data) % 2
+    return b"II*\0" + struct.pack("<I", start) + data.ljust(start - 8, b"\0") + struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", t, 4 if t in (273, 279) else 3, 1, v) for t, v in tags) + b"\0"*4
+
+
+RAMP = np.arange(0, 65536, 257, dtype=np.uint16)
+
+
+@pytest.mark.parametrize("data", [saved(Image.fromarray(RAMP.reshape(16, 16))), saved(Image.fromarray(RAMP.reshape(16, 16)), format="TIFF"), saved(Image.fromarray(RAMP.reshape(16, 16).astype(">u2")), format="TIFF"),
+                                  tiff(12, (RAMP >> 4).tolist()), tiff(16, RAMP.tolist()), tiff(16, RAMP[::-1].tolist(), photometric=0)], ids=["png", "tiff", "big-endian tiff", "12-bit tiff", "16-bit tiff", "white is zero"])
+def test_deep_grey_levels_are_scaled_by_their_depth(data):
+    with module._open(data) as image: levels = np.asarray(module.as_rgb(module.upright(image))).astype(int)
+    assert (levels[..., :1] == levels).all() and abs(levels[..., 0].flatten() - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize("image, mode", [(Image.new("F", (8, 8)), "mode F"), (Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8)), "mode I"), (Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)*60), "mode I;16")])
+def test_levels_without_a_known_range_are_refused_by_name(six, image, mode):
+    put(six, {"cat/deep.tif" if mode != "mode I;16" else "cat/deep.png": saved(image, format="TIFF" if mode != "mode I;16" else "PNG")})
+    with pytest.raises(ConfigError, match=rf"1 of 7 images cannot be decoded: cat/deep\.\w+ \(.*{mode}"): load_images("pets", size=8)
+
+
+@pytest.mark.parametrize("mode, how", [("RGBA", {}), ("LA", {}), ("RGBA", dict(format="WEBP", lossless=True)), ("RGBA", dict(format="TIFF")), ("P", dict(format="PNG", transparency=1)), ("P", dict(format="GIF", transparency=1)), ("L", dict(format="PNG", transparency=1))], ids=str)
+def test_a_black_square_on_nothing_stays_a_square(mode, how):
+    alpha = np.zeros((16, 16), np.uint8); alpha[4:12, 4:12] = 255
+    if "A" in mode: image = Image.fromarray(np.dstack([np.zeros_like(alpha)]*(len(mode) - 1) + [alpha]), mode)
+    else:
+        image = Image.fromarray((alpha == 0).astype(np.uint8), mode)
+        if mode == "P": image.putpalette([0, 0, 0, 0, 0, 0])
+    with module._open(saved(image, **how)) as image: pixels = module.square(image, 16)
+    assert module.BACKGROUND == (255, 255, 255) and torch.equal(pixels[0], torch.from_numpy(255 - alpha)) and (pixels == pixels[:1]).all()
+
+
+@pytest.mark.parametrize("way", range(1, 9))
+@pytest.mark.parametrize("how", [dict(format="PNG"), dict(format="JPEG", quality=100, subsampling=0), dict(format="WEBP", lossless=True), dict(format="TIFF")], ids=lambda how: how["format"])
+def test_images_stand_upright(way, how):
+    upright = Image.fromarray(np.repeat(np.repeat(np.array([[0, 90], [170, 250]], np.uint8), 8, 0), 8, 1)).convert("RGB")
+    back = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+    sensor = upright.transpose(getattr(Image.Transpose, back[way])) if way > 1 else upright
+    sensor.getexif()[0x112] = way
+    with module._open(saved(sensor, exif=sensor.getexif(), **how)) as image: pixels = module.square(module.upright(image), 16)
+    assert abs(pixels[0].int() - torch.from_numpy(np.asarray(upright).copy())[..., 0].int()).max() <= 4
+
+
+def test_damaged_exif_data_do_not_make_an_image_undecodable():
+    image = Image.new("RGB", (8, 8), "red")
+    with module._open(saved(image, format="JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f broken")) as opened: assert module.square(module.upright(opened), 8)[0].min() > 250
+
+
+def test_no_file_starts_another_program(six, monkeypatch):
+    "PIL would hand an EPS to Ghostscript, whatever the file is called."
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a program was started")), monkeypatch.setattr(subprocess, "check_call", lambda *a, **k: pytest.fail("a program was started"))
+    for n, data in enumerate([eps, b"P6 1 1 255\n\0\0\0", b"/* XPM */\nstatic char *a[] = {\"1 1 1 1\",\"a c red\",\"a\"};", saved(Image.new("RGB", (8, 8)), format="ICO"), saved(Image.new("RGB", (8, 8)), format="PDF"), saved(Image.new("RGB", (8, 8)), format="TGA"), saved(Image.new("RGB", (8, 8)), format="PCX")]):
+        put(six, {"cat/x.png": data})
+        with pytest.raises(ConfigError, match=r"1 of 7 images cannot be decoded: cat/x.png \(UnidentifiedImageError\)"): load_images("pets", size=8)
+
+
+def test_a_decompression_bomb_is_refused_by_its_header(six, data):
+    def bomb(width, height): # a sound header; the pixels would come from few bytes
+        chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0"*1000)) + chunk(b"IEND", b"")
+    for width, height in [(2**13 + 1, 2**13), (2**20, 2**20), (2**31 - 1, 1)]:
+        put(six, {"cat/bomb.png": bomb(width, height)})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with pytest.raises(ConfigError, match=r"1 of 7 images cannot be decoded: cat/bomb.png \(.*at most 67,108,864 are read"): load_images("pets", size=8)
+    (six/"cat"/"bomb.png").unlink()
+    pd.DataFrame(dict(image=[bomb(2**16, 2**16), encoded()], label=[0, 1])).to_parquet(data/"bombs.parquet")
+    with pytest.raises(ConfigError, match="bombs.parquet row 0 .*67,108,864"): load_images("bombs.parquet", size=8)
+
+
+def test_a_row_names_files_of_its_own_folder_only(data, tmp_path):
+    put(data/"set", {"inside/a.png": encoded(0), "inside/b.png": encoded(1)}), put(tmp_path/"elsewhere", {"secret.png": encoded(2)})
+    (data/"set"/"link.png").symlink_to(tmp_path/"elsewhere"/"secret.png"), (data/"set"/"up").symlink_to(tmp_path)
+    def load(*paths, as_dict=True):
+        table = pd.DataFrame(dict(image=[dict(bytes=None, path=str(p)) if as_dict else str(p) for p in paths], label=list(range(len(paths)))))
+        table.to_parquet(data/"set"/"0.parquet")
+        return load_images("set", size=8), load_images(data/"set"/"0.parquet", size=8)
+    for as_dict in (True, False):
+        a, b = load("inside/a.png", data/"set"/"inside"/"b.png", as_dict=as_dict)
+        assert a.digest == b.digest and torch.equal(a.images[0], module.square(module._open(encoded(0)), 8))
+        for outside in (tmp_path/"elsewhere"/"secret.png", "../../elsewhere/secret.png", "link.png", "up/elsewhere/secret.png", "/etc/hostname", "/dev/zero", "inside", "nowhere.png", "a\0b", "x"*5000):
+            with pytest.raises(ConfigError, match="1 of 2 images cannot be decoded: 0.parquet row 1 .* is no file in the folder of the source"): load("inside/a.png", outside, as_dict=as_dict)
+
+
+def test_what_systems_leave_in_folders_is_no_image_and_what_is_left_out_is_said(six):
+    expected = load_images("pets", size=8).digest
+    put(six, {"cat/._0.png": b"\0\5\x16\7 Mac", "cat/.DS_Store": b"", "cat/Thumbs.db": b"", "desktop.ini": b"", ".ipynb_checkpoints/0.png": encoded()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_images("pets", size=8).digest == expected
+        put(six, {"dog/9.gif": encoded(9, format="GIF", mode="P")})
+        assert len(load_images("pets", size=8).labels) == 7, "a GIF is an image like others"
+    put(six, {"cat/8.heic": b"x", "dog/readme.txt": b"x", "top.png": encoded()})
+    with pytest.warns(UserWarning, match=r"folder: pets: 3 files are left out.*cat/8.heic, dog/readme.txt, top.png"): assert len(load_images("pets", size=8).labels) == 7
+    os.mkfifo(six/"cat"/"pipe.png")
+    with pytest.warns(UserWarning, match="3 files"): assert len(load_images("pets", size=8).labels) == 7
+
+
+def test_a_folder_beside_the_parts_does_not_turn_them_into_classes(data):
+    put(data/"set", {f"{part}/{c}/x.png": encoded(i) for i, (part, c) in enumerate([("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")])})
+    expected = load_images("set", size=8)
+    put(data/"set", {"annotations/list.txt": b"", "readme.md": b""})
+    assert load_images("set", size=8).digest == expected.digest and load_images("set", size=8).part == expected.part
+    put(data/"set", {"extra/c/x.png": encoded(9)})
+    with pytest.raises(ConfigError, match="has the parts train, val, and beside them images in extra, which is no part"): load_images("set", size=8)
+    put(data/"vehicles", {f"{c}/x.png": encoded(i) for i, c in enumerate(["car", "train", "bus"])})
+    assert load_images("vehicles", size=8).classes == ["bus", "car", "train"], "a class may be called as a part is"
+    put(data/"kaggle", {"train/a/x.png": encoded(0), "train/b/x.png": encoded(1), "test/1.png": encoded(2)})
+    with pytest.warns(UserWarning, match="1 files are left out.*test/1.png"): assert load_images("kaggle", size=8).part == ["train"]*2
+
+
+def test_names_of_classes_in_the_metadata_of_a_parquet_file(six, data):
+    import datasets
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog", "cow"]))
+    datasets.Dataset.from_dict(dict(image=[dict(bytes=encoded(i), path=None) for i in range(6)], label=[0]*3 + [1]*3), features=features).to_parquet(data/"hf.parquet")
+    images = load_images("hf.parquet", size=16)
+    assert images.classes == ["cat", "dog"] and images.digest == load_images("pets", size=16).digest
+    table = pq.read_table(data/"hf.parquet")
+    for strange in (b"{", b"[]", b"null", b"["*100_000, b"\xff", b'{"info": 1}', b'{"info": {"features": {"label": {"names": 3}}}}', b'{"info": {"features": {"label": {"names": [1, null]}}}}'):
+        pq.write_table(table.replace_schema_metadata({"huggingface": strange}), data/"odd.parquet")
+        assert load_images("odd.parquet", size=8).classes == ["0", "1"]
+
+
+@pytest.mark.parametrize("labels", [[0., None, 1., None, 1., 0.], ["a", None, "b", "b", "a", "a"], [float("nan")]*6])
+def test_missing_labels_are_no_classes(data, labels):
+    pd.DataFrame(dict(image=[encoded(i) for i in range(6)], label=labels)).to_parquet(data/"x.parquet")
+    with pytest.raises(ConfigError, match=r"parquet: x: \d of 6 labels are missing"): load_images("x.parquet", size=8)
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_a_damaged_or_strange_image_is_an_image_or_one_error(pick):
+    "Bytes of images are changed, cut and put together: pixels of the right shape, or an error that names the image."
+    sound = FUZZED[pick.draw(st.integers(0, len(FUZZED) - 1))]
+    data, n = bytearray(sound), len(sound)
+    for place, value in pick.draw(st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, 255)), min_size=1, max_size=6)): data[place] = value
+    data = bytes(data[:pick.draw(st.integers(n//2, n))])
+    source = module._Source(lambda i: module._open([data, sound, sound][i]), lambda i: f"row {i}", [0, 0, 1], {}, [""]*3, "toy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try: assert module._read(source, 8, None, False).images.shape == (3, 3, 8, 8)
+        except ConfigError as e: assert "1 of 3 images cannot be decoded: row 0" in str(e)
+
+
+FUZZED = [encoded(size=(9, 7), format=f) for f in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")] + [saved(Image.fromarray(RAMP[:64].reshape(8, 8)), format="TIFF"), encoded(mode="LA", size=(9, 7))]

@@ -226,8 +226,13 @@ def _npz(path)->Features:
 def _h5(path)->Features:
     "Features from an .h5 of one table, with labels beside it in a file .objects or .txt."
     h5py = _package("h5py", "pip install h5py")
+    def table(file, key):
+        if not isinstance(file.get(key, getlink=True), h5py.HardLink): raise ValueError(f"{key} is a link to another place or file")
+        if not isinstance(file[key], h5py.Dataset): raise ValueError(f"{key} is no table")
+        if file[key].external or file[key].is_virtual: raise ValueError(f"{key} takes its numbers from other files")
+        return torch.from_numpy(file[key][:]).float()
     try:
-        with h5py.File(path) as file: x, = (torch.from_numpy(file[k][:]).float() for k in file)
+        with h5py.File(path) as file: x, = (table(file, key) for key in file)
     except Exception as e: raise ConfigError(f"{path} cannot be read as .h5 with one table ({type(e).__name__}: {e}): fetch or write it again") from None
     beside = next((p for p in (path.with_suffix(".txt"), path.with_suffix(".objects")) if p.exists()), None)
     if not beside: raise ConfigError(f"{path} has no labels: put {path.stem}.objects or {path.stem}.txt, one label a line, beside it")

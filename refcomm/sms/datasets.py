@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 
-from ..core import ConfigError, check_at_least, check_choice
+from ..core import ConfigError, check_at_least, check_choice, from_json
 from ..data.shapes import ATTRIBUTES, ShapeWorld
 from ..files import read_parquet, write_atomic
 from .complexity import min_symbols
@@ -52,9 +52,10 @@ def save_games(
 def _table(path):
     "The rows of a file of games and what its metadata say."
     table = read_parquet(path, "save_games")
-    try: about = json.loads((table.schema.metadata or {})[b"refcomm.games"])
-    except (KeyError, ValueError): about = {}
-    if not {"n_values", "n_distractors", "n_attributes"} <= set(about) or not {"target", "distractors", "min_symbols", "split"} <= set(table.column_names):
+    try: about = dict(from_json((table.schema.metadata or {})[b"refcomm.games"]))
+    except (KeyError, ValueError, TypeError): about = {}
+    numbers = [about.get(k) for k in ("n_values", "n_distractors", "n_attributes")]
+    if not all(type(n) is int and n >= 0 for n in numbers) or not {"target", "distractors", "min_symbols", "split"} <= set(table.column_names):
         raise ConfigError(f"{path} is a parquet file but not one of games: write it with save_games")
     return table, about
 
@@ -62,7 +63,7 @@ def _values(path, column, shape, n_values):
     "One column as a tensor, if all of it is in range."
     import pyarrow as pa
     values = column.combine_chunks()
-    while pa.types.is_nested(values.type): values = values.flatten()
+    while pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type): values = values.flatten()
     values = values.to_numpy(zero_copy_only=False)
     if values.size != len(column)*int(np.prod(shape)) or values.dtype != np.uint8:
         raise ConfigError(f"{path} holds games of another shape or type than bytes {shape}, which its metadata give: make it again")
@@ -77,6 +78,7 @@ def load_games(
     table, about = _table(path)
     if split: table = table.filter(np.array(table["split"]) == check_choice("split", split, SPLITS))
     K, a, v = (about[k] for k in ("n_distractors", "n_attributes", "n_values"))
+    if table["min_symbols"].type != "int64" or table["min_symbols"].null_count: raise ConfigError(f"{path} has no whole numbers in its column min_symbols: make it again")
     games = AttributeGames(_values(path, table["target"], (a,), v), _values(path, table["distractors"], (K, a), v), v)
     return games, dict(about, min_symbols=torch.from_numpy(table["min_symbols"].to_numpy().copy()))
 

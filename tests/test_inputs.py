@@ -1,0 +1,164 @@
+"Tables, plans, corpora and folders from elsewhere: taken as they are meant, or refused in one line."
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from refcomm import catalogue, corpora, costs, files
+from refcomm.core import ConfigError, StoreError, from_json
+from refcomm.data.features import load_features
+from refcomm.data.sentences import load_sentences
+from refcomm.runs import read_plan
+from refcomm.sms import datasets
+
+quick = settings(max_examples=60, suppress_health_check=list(HealthCheck))
+anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6)
+DEEP = "["*100_000, '{"a":'*100_000, "["*100_000 + "]"*100_000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A table of sentences, a corpus, a set of games: sound files, to be spoilt."
+    d = tmp_path_factory.mktemp("tables")
+    pd.DataFrame(dict(text=["pay a bill", "send a card", "close it", "open it"], category=["a", "a", "b", "b"]), index=[3, 1, 4, 2]).to_parquet(d/"sentences.parquet")
+    corpora.save_corpus(d/"corpus.parquet", corpora.make_corpus([[1, 2], [0, 2]], [[0], [1]], dict(a=1)))
+    from refcomm.core import generator
+    from refcomm.sms.sampling import sample_games
+    datasets.save_games(d/"games.parquet", sample_games(5, 2, n_attributes=4, n_values=3, n_distractors=3, generator=generator(0)))
+    return d
+
+
+READ = {"sentences": lambda p: load_sentences(p), "corpus": corpora.load_corpus, "games": datasets.load_games}
+KEYS = {"sentences": b"pandas", "corpus": b"refcomm.corpus", "games": b"refcomm.games"}
+
+
+def refused_or(read, path):
+    try: return read(path)
+    except ConfigError as e: assert len(str(e).splitlines()) == 1 and str(e)
+
+
+@quick
+@given(st.sampled_from(list(READ)), anything | st.sampled_from(DEEP) | st.binary(max_size=20), st.data())
+def test_a_table_whose_metadata_are_strange_is_read_or_refused_in_one_line(folder, kind, value, pick):
+    table = pq.read_table(folder/f"{kind}.parquet")
+    known = json.loads(table.schema.metadata[KEYS[kind]])
+    if pick.draw(st.booleans()) and not isinstance(value, bytes) and value not in DEEP: value = {**known, pick.draw(st.sampled_from(list(known))): value}
+    text = value if isinstance(value, bytes) or value in DEEP else json.dumps(value)
+    pq.write_table(table.replace_schema_metadata({KEYS[kind]: text}), folder/"odd.parquet")
+    found = refused_or(READ[kind], folder/"odd.parquet")
+    if kind == "sentences": assert found.digest == load_sentences(folder/"sentences.parquet").digest, "what pandas wrote about its frame changes nothing"
+
+
+@quick
+@given(st.sampled_from(list(READ)), st.data())
+def test_a_damaged_table_is_read_or_refused_in_one_line(folder, kind, pick):
+    data = bytearray((folder/f"{kind}.parquet").read_bytes())
+    for place, value in pick.draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), min_size=1, max_size=4)): data[place] = value
+    (folder/"bad.parquet").write_bytes(data[:pick.draw(st.integers(len(data)//2, len(data)))])
+    refused_or(READ[kind], folder/"bad.parquet")
+
+
+@pytest.mark.parametrize("columns, says", [(dict(target=["a"]*5), "shape or type"), (dict(min_symbols=["a"]*5), "min_symbols"), (dict(min_symbols=pa.nulls(5)), "min_symbols"), (dict(split=[1]*5), None)])
+def test_games_with_columns_of_other_types(folder, columns, says):
+    table = pq.read_table(folder/"games.parquet")
+    for name, values in columns.items(): table = table.set_column(table.column_names.index(name), name, pa.array(values) if isinstance(values, list) else values)
+    pq.write_table(table, folder/"other.parquet")
+    if says:
+        with pytest.raises(ConfigError, match=says): datasets.load_games(folder/"other.parquet")
+
+
+def test_a_column_that_is_there_twice_is_named(folder):
+    pq.write_table(pa.table([["a"], ["b"], ["c"]], names=["text", "text", "category"]), folder/"twice.parquet")
+    with pytest.raises(ConfigError, match="several columns called 'text'"): load_sentences(folder/"twice.parquet")
+
+
+@pytest.mark.parametrize("text", [*DEEP, "{}", "[1]", "[[]]", '[{"experiment": "eqc", "fields": 3}]', '[{"experiment": ["eqc"], "fields": {}}]', '[{"experiment": "eqc", "fields": {"seed": ' + "[", "\udcff", "null", "9"*5000])
+def test_a_plan_that_is_none(tmp_path, text):
+    (tmp_path/"plan.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ConfigError) as e: read_plan(tmp_path/"plan.json")
+    assert len(str(e.value)) < 1000
+
+
+@pytest.mark.parametrize("text", DEEP)
+def test_json_that_is_nested_too_deep_elsewhere(tmp_path, home, command, text):
+    with pytest.raises(ValueError, match="nested too deep"): from_json(text)
+    r = command("reproduce", "eqc/table5", "-p", f"n_seeds={text}")
+    assert r.returncode == 2 and len(r.stderr) < 500 and len(r.stderr.splitlines()) == 1
+    (tmp_path/"data"/"v").mkdir(parents=True)
+    (tmp_path/"data"/"v"/"corpus.jsonl").write_text("[1]\n" + text)
+    with pytest.raises(ConfigError, match="line 2, is no JSON .*nested too deep"): corpora.load_elcc(tmp_path)
+    about = []
+    for _ in range(5000): about = [about]
+    with pytest.raises(ConfigError, match="must be a dict of numbers, text or lists"): corpora.make_corpus([[1]], about=dict(a=about))
+    (tmp_path/"eqc_x.json").write_text(text), (tmp_path/"eqc_y.json").write_text('{"paper": "eqc", "item": "y", "profile": "cpu"}')
+    with pytest.warns(UserWarning, match="eqc_x.json is no recipe"): assert list(costs.shipped(tmp_path)) == ["eqc/y"]
+
+
+def test_an_h5_takes_nothing_from_other_files(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    secret, source, path = tmp_path/"secret.h5", tmp_path/"raw.bin", tmp_path/"x.h5"
+    with h5py.File(secret, "w") as f: f["v"] = np.ones((4, 3))
+    source.write_bytes(np.ones(12).tobytes()), (tmp_path/"x.txt").write_text("a\nb\na\nb\n")
+    def external(f): f["v"] = h5py.ExternalLink(str(secret), "/v")
+    def soft(f): f.create_group("g"); f["g"]["v"] = np.ones((4, 3)); f["v"] = h5py.SoftLink("/g/v")
+    def raw(f): f.create_dataset("v", (4, 3), "f8", external=[(str(source), 0, 96)])
+    def virtual(f):
+        layout = h5py.VirtualLayout((4, 3), "f8"); layout[:] = h5py.VirtualSource(str(secret), "v", (4, 3)); f.create_virtual_dataset("v", layout)
+    def group(f): f.create_group("v")
+    for make in (external, soft, raw, virtual, group):
+        with h5py.File(path, "w") as f: make(f)
+        with pytest.raises(ConfigError, match="cannot be read as .h5 with one table"): load_features(path)
+    with h5py.File(path, "w") as f: f["v"] = np.ones((4, 3))
+    assert load_features(path).x.shape == (4, 3)
+
+
+def test_a_full_disk_while_features_are_kept_is_one_error(home, monkeypatch):
+    "safetensors words the system's refusal in its own way."
+    import safetensors.torch
+    from safetensors import SafetensorError
+    def full(*a, **k): raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+    with monkeypatch.context() as m:
+        m.setattr(safetensors.torch, "save_file", full)
+        with pytest.raises(StoreError, match="the disk is full: free some space, or set REFCOMM_HOME"): files.cached_tensor(home/"x.safetensors", lambda: torch.ones(3), "features")
+    assert not list(home.glob("*.safetensors*")) and not list(home.glob(".*"))
+    assert files.cached_tensor(home/"x.safetensors", lambda: torch.ones(3), "features").shape == (3,)
+
+
+def test_the_words_of_safetensors_for_a_refusal_of_the_system(home):
+    "A limit on the size of files is as good as a full disk."
+    code = "import resource, torch; from refcomm import files; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\nfiles.cached_tensor(files.home()/'x.safetensors', lambda: torch.ones(10_000), 'features')"
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    assert r.returncode == 1 and "StoreError: cannot write" in r.stderr.splitlines()[-1] and os.strerror(errno.EFBIG) in r.stderr and not list(home.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("variable", ["REFCOMM_HOME", "REFCOMM_FIGURES", "REFCOMM_DATA"])
+@pytest.mark.parametrize("value, says", [("~nobody-of-this-name/x", "no home folder of that user"), ("/tmp/" + "x"*300, "too long|no figures in|no 'pets'"), ("/dev/null/x", "cannot write|Not a directory|no figures in|no 'pets'")])
+def test_folders_that_cannot_be_are_one_line_each(home, command, monkeypatch, variable, value, says):
+    from refcomm.data.images import load_images
+    monkeypatch.setenv(variable, value)
+    calls = {"REFCOMM_HOME": [("runs", "list"), ("runs", "verify"), ("plan", "eqc/table5", "--profile", "smoke"), ("reproduce", "eqc/table1", "--profile", "smoke")], "REFCOMM_FIGURES": [("report",)], "REFCOMM_DATA": []}[variable]
+    for args in calls:
+        r = command(*args)
+        assert len(r.stderr.splitlines()) <= 1 and (r.returncode == 0 or re.search(says, " ".join((r.stderr + r.stdout).split())))
+    if variable == "REFCOMM_HOME": assert r.returncode
+    if variable == "REFCOMM_DATA":
+        with pytest.raises(ConfigError, match=says): load_images("pets")
+
+
+@pytest.mark.parametrize("name", ["x"*300, "x"*5000, "a\0b", "~nobody-of-this-name/x.parquet", "x"*300 + ".parquet", "/" + "x/"*3000])
+def test_sources_with_impossible_names(monkeypatch, tmp_path, name):
+    from refcomm.data.images import load_images
+    monkeypatch.setenv("REFCOMM_DATA", str(tmp_path))
+    for load in (load_images, load_sentences, load_features):
+        with pytest.raises(ConfigError) as e: load(name)
+        assert len(str(e.value).splitlines()) == 1
