@@ -15,7 +15,7 @@ import typer
 
 from .publish.catalogue import HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of, parse_parameters, title
 from .core import PROFILES, ConfigError, RefcommError, check_choice, from_json, n_cores, printable
-from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic, checkout
+from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic, checkout, expanded
 
 # %% ../nbs/99_cli.ipynb #5e713891
 def _outputs(item, profile): return sorted(figures_dir(profile).glob(f"{item.replace('/', '_')}.*"))
@@ -170,7 +170,7 @@ def report(
 ):
     "Write one HTML page of everything that was made: claims, pictures, paper beside ours."
     from refcomm.publish.report import write_report
-    out, folder = (out or Path("refcomm-report.html")).expanduser().absolute(), (figures or _with_figures()).expanduser().absolute()
+    out, folder = expanded(out or "refcomm-report.html", "--out").absolute(), expanded(figures or _with_figures(), "--figures").absolute()
     items, problems = write_report(out, folder, {item: title(path) for item, path in notebooks().items()})
     for p in problems: print(f"refcomm: not shown: {p}", file=sys.stderr)
     print(f"{len(items)} items of {folder} are in {out}")
@@ -272,6 +272,6 @@ def main():
     "The `refcomm` command: refusals are one line on stderr and exit code 2."
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace") # names with letters that the terminal lacks
     try: app()
-    except RefcommError as e:
-        print(f"refcomm: {e}", file=sys.stderr)
+    except (RefcommError, OSError) as e:
+        print(printable(f"refcomm: {e}"), file=sys.stderr)
         sys.exit(2)

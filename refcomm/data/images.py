@@ -234,7 +234,7 @@ def _torchvision(name, split)->_Source:
 # %% ../../nbs/14_data.images.ipynb #c40ee165
 def missing_data(name)->ConfigError:
     "The error for a source that is nowhere."
-    known = ["shapes", "scenes", *sorted({p.name for folder in data_folders() for p in folder.glob("*")})]
+    known = ["shapes", "scenes", *sorted({name for folder in data_folders() if os.path.isdir(folder) for name in os.listdir(folder) if not name.startswith(".")})]
     return ConfigError(f"there is no {str(name)!r}: {nearest(name, known)}; a relative name is looked up in REFCOMM_DATA (now {data_dir() or 'not set'})")
 
 # %% ../../nbs/14_data.images.ipynb #d7588dc1

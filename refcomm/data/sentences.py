@@ -6,7 +6,7 @@
 __all__ = ['BANKING77', 'n_expansions', 'expand', 'Sentences', 'load_sentences']
 
 # %% ../../nbs/15_data.sentences.ipynb #bdcdd2f4
-import importlib.resources, itertools, json, math, re
+import importlib.resources, itertools, json, math, os, re
 from collections import deque
 from pathlib import Path
 from typing import NamedTuple
@@ -129,7 +129,7 @@ def _table(source, split): # DataFrame, name
         frame = _from_file(path, split)
         return frame[frame["split"] == "train"] if split is None and "split" in frame else frame, source
     if str(source).endswith((".parquet", ".csv")):
-        path = Path(source) if Path(source).is_file() else find_data(str(source))
+        path = Path(source) if os.path.isfile(source) else find_data(str(source))
         if path is None: raise ConfigError(f"no file {str(source)!r} with sentences: give its full path, or put it into the folder REFCOMM_DATA")
         return _from_file(path, split), path.stem
     if "/" in str(source): return _from_hub(source, split), source

@@ -65,7 +65,7 @@ def check_parameters(
     known = parameters_of(path)
     for name, value in given.items():
         if name not in known: raise ConfigError(f"{Path(path).stem} has no parameter {name!r}: {nearest(name, known)}")
-        if type(value) is not type(known[name]): raise ConfigError(f"parameter {name} is {type(known[name]).__name__}, got {value!r}")
+        if type(value) is not type(known[name]): raise ConfigError(f"parameter {name} is {type(known[name]).__name__}, got {value!r:.80}")
 
 # %% ../../nbs/96_publish.catalogue.ipynb #71aa0c03
 def item_runs(

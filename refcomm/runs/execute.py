@@ -211,7 +211,10 @@ def write_plan(specs, path):
 
 def read_plan(path)->list: # Specs
     "Read what `write_plan` wrote."
-    try: return [load_spec(p["experiment"], p["fields"]) for p in from_json(Path(path).read_text("utf-8"))]
+    try:
+        listed = from_json(Path(path).read_text("utf-8"))
+        if not isinstance(listed, list): raise TypeError("a list of Specs is expected")
+        return [load_spec(p["experiment"], p["fields"]) for p in listed]
     except OSError as e: raise ConfigError(f"cannot read plan {path}: {e.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         if isinstance(e, ConfigError): raise
