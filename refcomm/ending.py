@@ -6,7 +6,7 @@
 __all__ = ['SPEAKERS', 'LISTENERS', 'end_shares', 'CellSpeaker', 'CellListener', 'CausalLayer', 'TransformerSpeaker',
            'TransformerListener', 'EndingChannel', 'Ending']
 
-# %% ../nbs/28_ending.ipynb #d505bb7b
+# %% ../nbs/28_ending.ipynb #ba847c6c
 import math
 
 import torch
@@ -19,7 +19,7 @@ from .bottlenecks.gumbel import OneSymbol
 from .channels import CELLS, CHANNELS, Channel, WordCell
 from .core import ConfigError, check_at_least, check_choice
 
-# %% ../nbs/28_ending.ipynb #4a7de3af
+# %% ../nbs/28_ending.ipynb #87745794
 def end_shares(
     ends:Tensor, # [batch, n] share of the end in each word, 1 in the last
 )->Tensor: # [batch, n] share of the message that ends there; rows add up to 1
@@ -30,7 +30,7 @@ def end_shares(
         going = going*(1 - e)
     return torch.stack(shares, 1)
 
-# %% ../nbs/28_ending.ipynb #5ae67b3c
+# %% ../nbs/28_ending.ipynb #2dffa9f7
 class CellSpeaker(nn.Module):
     "Speak with a recurrent cell whose first state is the sender's encoding."
     def __init__(self, width, n_words, hidden, embedding, cell, **_):
@@ -61,7 +61,7 @@ class CellListener(nn.Module):
             understood.append(state[0])
         return torch.stack(understood, 1)
 
-# %% ../nbs/28_ending.ipynb #28a6fe1b
+# %% ../nbs/28_ending.ipynb #0c3ba0dd
 class CausalLayer(nn.Module):
     "A transformer layer in which a word attends to itself and to those before it; norms come first."
     def __init__(self,
@@ -114,7 +114,7 @@ class TransformerListener(nn.Module):
 SPEAKERS = {**dict.fromkeys(CELLS, CellSpeaker), "transformer": TransformerSpeaker}
 LISTENERS = {**dict.fromkeys(CELLS, CellListener), "transformer": TransformerListener}
 
-# %% ../nbs/28_ending.ipynb #1097c16c
+# %% ../nbs/28_ending.ipynb #c0e93e14
 class EndingChannel(Channel):
     "Base of channels whose messages end: what ends them, what they cost, how many there are."
     def __init__(self,
@@ -155,7 +155,7 @@ class EndingChannel(Channel):
         over = torch.arange(words.shape[1], device=words.device) >= lengths[:, None]
         return torch.where(over[..., None], self.end_word(words), words)
 
-# %% ../nbs/28_ending.ipynb #8910ccd2
+# %% ../nbs/28_ending.ipynb #96d5ebc7
 class Ending(EndingChannel):
     "Recurrent or transformer agents whose messages end (adapted from EGG, Kharitonov et al. 2019)."
     def __init__(self,
