@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from refcomm import core, files
+from refcomm import core
 from refcomm.core import ConfigError, RecordError, StoreError
 from refcomm.papers.eqc.run import EQCSpec
 from refcomm.files import load_checkpoint
