@@ -11,7 +11,9 @@ __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'printable', 'RefcommError', '
 # %% ../nbs/00_core.ipynb #94a934ea
 import contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, sys, warnings, types, typing
 
-import torch
+import lazy_loader
+
+torch = lazy_loader.load("torch")
 
 # %% ../nbs/00_core.ipynb #cdacdc4b
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -145,7 +147,7 @@ def generator(
     seed:int, # the run's seed
     stream:str="default", # what the numbers are for: "order", "noise", "split" …
     device="cpu", # where they are drawn
-)->torch.Generator: # seeded with a hash of both
+)->"torch.Generator": # seeded with a hash of both
     "A generator for one purpose: equal `(seed, stream)` gives equal numbers, different streams are independent."
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
@@ -211,11 +213,11 @@ def _mps_computes()->bool:
     return not why
 
 # %% ../nbs/00_core.ipynb #40d89392
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 
 def pick_device(
     name:str="auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
-)->torch.device:
+)->"torch.device":
     "The device called `name`, with its number; `auto` takes a GPU when there is one, and Apple's where it computes as the CPU does."
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and _mps_computes() else "cpu"
     try: device = torch.device(name)
@@ -243,17 +245,17 @@ def autocast(
 ):
     "The context in which the forward pass runs; `fp32` changes nothing."
     dtype = PRECISIONS[check_choice("precision", precision, PRECISIONS)]
-    return torch.autocast(torch.device(device).type, dtype=dtype) if dtype else contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype)) if dtype else contextlib.nullcontext()
 
 # %% ../nbs/00_core.ipynb #67c20792
 @functools.lru_cache(1024)
 def constant(
     values, # a number, or tuples of numbers
     device, # where they are needed
-    dtype=torch.float32,
+    dtype=None, # float32 when None
 ): # tensor of the shape of `values`; the same one every time, not to be changed in place
     "Fixed numbers on a device, copied there once."
-    with torch.inference_mode(False): return torch.tensor(values, dtype=dtype, device=device)
+    with torch.inference_mode(False): return torch.tensor(values, dtype=dtype or torch.float32, device=device)
 
 # %% ../nbs/00_core.ipynb #0770fbbc
 def progress_bar(

@@ -11,9 +11,11 @@ __all__ = ['expanded', 'home', 'checkout', 'figures_dir', 'data_dir', 'data_fold
 import contextlib, errno, hashlib, json, os, re, warnings, secrets, stat
 from pathlib import Path
 
-import torch
+import lazy_loader
 
-from .core import ConfigError, StoreError
+torch = lazy_loader.load("torch")
+
+from refcomm.core import ConfigError, StoreError
 
 # %% ../nbs/01_files.ipynb #f216acae
 def expanded(
@@ -195,7 +197,7 @@ def files_digest(
     return digest.hexdigest()
 
 # %% ../nbs/01_files.ipynb #3ff57221
-def _stored(path)->torch.Tensor|None:
+def _stored(path)->"torch.Tensor|None":
     "The tensor in a file, None if it is absent or damaged."
     from safetensors import SafetensorError, safe_open
     try:
@@ -222,7 +224,7 @@ def cached_tensor(
     path, # a .safetensors file, named after all that the tensor depends on
     compute, # () → tensor, called when the file is absent or damaged
     what:str, # what it holds, in the plural, for the warning
-)->torch.Tensor: # on the CPU
+)->"torch.Tensor": # on the CPU
     "The tensor in a file, made by `compute` and stored if it is not there; one process makes it, the others wait."
     from filelock import FileLock
     from safetensors.torch import save_file

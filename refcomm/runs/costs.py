@@ -11,11 +11,13 @@ import collections, statistics, warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+import lazy_loader
 
-from ..core import from_json, pick_device, printable
-from ..files import checkout
-from .store import Store, digest, run_key, spec_fields
+torch = lazy_loader.load("torch")
+
+from refcomm.core import from_json, pick_device, printable
+from refcomm.files import checkout
+from refcomm.runs.store import Store, digest, run_key, spec_fields
 
 # %% ../../nbs/73_runs.costs.ipynb #fa7a64dd
 FREE = ("seed", "split_seed", "games_seed", "lr", "encoder_lr", "warmup", "weight_decay", "weight_decay_end", "momentum",

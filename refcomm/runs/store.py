@@ -12,10 +12,12 @@ import contextlib, dataclasses, datetime, errno, functools, hashlib, importlib, 
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+import lazy_loader
 
-from ..core import ConfigError, RecordError, StoreError, fitted
-from ..files import disk_errors, fsync_dir, home, make_folder, open_regular, write_atomic
+torch = lazy_loader.load("torch")
+
+from refcomm.core import ConfigError, RecordError, StoreError, fitted
+from refcomm.files import disk_errors, fsync_dir, home, make_folder, open_regular, write_atomic
 
 # %% ../../nbs/70_runs.store.ipynb #1ee1955c
 def spec_fields(spec)->dict: # JSON-able fields
@@ -52,9 +54,9 @@ class RunResult(NamedTuple):
     weights:dict|None = None # of the trained model, name → tensor; stored in a file of their own, unless they are not wanted
 
 def packed(
-    symbols:torch.Tensor, # [...] integers below `alphabet_size`
+    symbols:"torch.Tensor", # [...] integers below `alphabet_size`
     alphabet_size:int, # symbols there are
-)->torch.Tensor: # uint8 where 256 suffice, else int32
+)->"torch.Tensor": # uint8 where 256 suffice, else int32
     "Symbols in the smallest type that holds them all."
     return symbols.to(torch.uint8 if alphabet_size <= 256 else torch.int32)
 
