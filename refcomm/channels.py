@@ -50,8 +50,8 @@ class Channel(nn.Module):
 
     def draw_noise(self,
         batch:int, # messages to be sent
-        generator:torch.Generator, # source of randomness
-    )->Tensor|None: # [batch, message_length, …], or None for deterministic bottlenecks
+        generator, # source of randomness, or a list of one per member
+    )->Tensor|None: # [batch, message_length, …], of several members [n_members, batch, …], or None for deterministic bottlenecks
         "The randomness that `send` consumes in training."
         return self.bottleneck.draw_noise((batch, self.message_length), generator)
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'printable', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError',
            'WorkerDied', 'StoreError', 'nearest', 'check_choice', 'check_at_least', 'need', 'from_json',
-           'fetch_weights', 'fitted', 'spec', 'generator', 'seeded_init', 'anneal', 'device_fault', 'pick_device',
-           'same_device', 'n_cores', 'autocast', 'constant', 'progress_bar']
+           'fetch_weights', 'fitted', 'spec', 'generator', 'seeded_init', 'draw_seed', 'seeded', 'anneal',
+           'device_fault', 'pick_device', 'same_device', 'n_cores', 'autocast', 'constant', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #94a934ea
 import contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, sys, warnings, types, typing
@@ -161,6 +161,28 @@ def seeded_init(
     "Within this block modules are initialised from `(seed, stream)`; the caller's global generator is untouched."
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.set_state(generator(seed, stream).get_state())
+        yield
+
+# %% ../nbs/00_core.ipynb #cce292ea
+def draw_seed(
+    generator:torch.Generator, # which goes on
+)->int: # below 2⁶⁰
+    "A seed drawn from a generator."
+    drawn = torch.randint(2**60, (), generator=generator, device=generator.device)
+    if generator.device.type != "cuda": return drawn.item()
+    return int.from_bytes(hashlib.sha256(bytes(generator.get_state().tolist())).digest()[:7], "big")
+
+@contextlib.contextmanager
+def seeded(
+    seed:int, # from `draw_seed`
+    device, # whose generator is seeded, besides the CPU's
+):
+    "Within this block PyTorch's global generators begin with `seed`; the caller's are untouched, and so are other GPUs'."
+    device = torch.device(device)
+    own = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if own else []), torch.cuda.device(device) if own else contextlib.nullcontext():
+        torch.random.default_generator.manual_seed(seed)
+        if own: torch.cuda.manual_seed(seed)
         yield
 
 # %% ../nbs/00_core.ipynb #ae8e6726

@@ -44,7 +44,7 @@ class Bottleneck(nn.Module):
 
     def draw_noise(self,
         shape, # the leading shape of the batch of words
-        generator:torch.Generator, # source of randomness
+        generator, # source of randomness; of a list, one for each part of a first dimension, the members of an ensemble
     )->Tensor|None: # what `forward` takes as `noise`
         "The randomness that one training pass consumes; None for deterministic bottlenecks."
         return None

@@ -15,10 +15,11 @@ from .continuous import Bottleneck, Sent
 # %% ../../nbs/23_bottlenecks.gumbel.ipynb #c201a387
 def gumbel_noise(
     shape, # of the tensor to draw
-    generator:torch.Generator, # source of randomness; its device is the result's
+    generator, # source of randomness, whose device is the result's; of a list, one for each part of a first dimension
 )->Tensor: # standard Gumbel samples
     "Draw −log(E) with E exponential: standard Gumbel noise (Jang et al. 2016)."
-    e = torch.empty(shape, device=generator.device).exponential_(generator=generator)
+    draw = lambda g: torch.empty(shape, device=g.device).exponential_(generator=g)
+    e = draw(generator) if isinstance(generator, torch._C.Generator) else torch.stack([draw(g) for g in generator])
     return -e.clamp_min(torch.finfo(e.dtype).tiny).log()
 
 # %% ../../nbs/23_bottlenecks.gumbel.ipynb #15d53b18

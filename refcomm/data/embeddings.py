@@ -108,7 +108,7 @@ class SentenceEncoder(nn.Module):
         tokens:Tensor, # [..., length] from `tokenize`
     )->Tensor: # [..., dim] unit vectors
         flat = tokens.reshape(-1, tokens.shape[-1])
-        flat = flat[:, :int((flat != self.pad).sum(-1).max())]
+        if flat.device.type == "cpu" or not torch.is_grad_enabled(): flat = flat[:, :int((flat != self.pad).sum(-1).max())]
         mask = flat != self.pad
         hidden = self.model(input_ids=flat, attention_mask=mask.long()).last_hidden_state.float()
         mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

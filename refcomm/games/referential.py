@@ -17,42 +17,56 @@ from ..bottlenecks.reinforce import score_function_loss
 from ..data.objects import ObjectWorld
 
 # %% ../../nbs/38_games.referential.ipynb #2e1fd9e1
+def _draw(generator, draw): # what `draw` makes with a generator, or with each of a list of them, stacked
+    return draw(generator) if isinstance(generator, torch._C.Generator) else torch.stack([draw(g) for g in generator])
+
 def draw_distractors(
-    targets:Tensor, # [batch] item numbers
+    targets:Tensor, # [..., batch] item numbers
     pool:int, # how many items there are
     n_distractors:int, # per game, below `pool`
-    generator:torch.Generator, # source of randomness, on the targets' device
-)->Tensor: # [batch, n_distractors] item numbers, distinct in each row and never the row's target
+    generator, # source of randomness, on the targets' device; of targets [n_members, batch], a list of one per member
+)->Tensor: # [..., batch, n_distractors] item numbers, distinct in each row and never the row's target
     "Draw the distractors of a batch of games, uniformly and without replacement."
     check_at_least("n_distractors", n_distractors, 1)
     if n_distractors >= pool: raise ConfigError(f"{n_distractors + 1} candidates asked for, but only {pool} are available")
-    shape, device = (len(targets), n_distractors), targets.device
-    if n_distractors > pool // 8:
-        keys = torch.rand(len(targets), pool - 1, generator=generator, device=device)
-        drawn = keys.argsort(-1)[:, :n_distractors]
-    else:
-        drawn = torch.randint(pool - 1, shape, generator=generator, device=device).sort(-1).values
-        while (again := F.pad(drawn[:, 1:] == drawn[:, :-1], (1, 0))).any():
-            rows = again.any(-1)
-            fresh = torch.randint(pool - 1, shape, generator=generator, device=device)
-            drawn[rows] = torch.where(again, fresh, drawn)[rows].sort(-1).values
-    return drawn + (drawn >= targets[:, None])
+    shape, device = (targets.shape[-1], n_distractors), targets.device
+    keys = lambda g: torch.rand(shape[0], pool - 1, generator=g, device=device)
+    if device.type != "cpu": drawn = _draw(generator, keys).topk(n_distractors, largest=False).indices
+    elif n_distractors > pool // 8: drawn = _draw(generator, keys).argsort(-1)[..., :n_distractors]
+    else: drawn = _draw(generator, lambda g: _draw_few(shape, pool - 1, g))
+    return drawn + (drawn >= targets[..., None])
+
+def _draw_few(shape, pool, generator)->Tensor: # of this shape
+    "Draw rows of few of many numbers, and again where one comes twice: on a processor, where it costs nothing to look."
+    drawn = torch.randint(pool, shape, generator=generator).sort(-1).values
+    while (again := F.pad(drawn[:, 1:] == drawn[:, :-1], (1, 0))).any():
+        rows = again.any(-1)
+        fresh = torch.randint(pool, shape, generator=generator)
+        drawn[rows] = torch.where(again, fresh, drawn)[rows].sort(-1).values
+    return drawn
 
 # %% ../../nbs/38_games.referential.ipynb #17e9fe46
 def draw_other_classes(
-    targets:Tensor, # [batch] places of the targets in the pool
-    labels:Tensor, # [pool] class of each item
+    targets:Tensor, # [..., batch] places of the targets in the pool
+    labels:Tensor, # [..., pool] class of each item
     n_distractors:int, # per game
-    generator:torch.Generator, # source of randomness, on the targets' device
-)->Tensor: # [batch, n_distractors] places of items of other classes, distinct in each row
+    generator, # source of randomness, on the targets' device; of targets [n_members, batch], a list of one per member
+    enough:bool=False, # it is known that there are enough items of other classes: a GPU is not asked
+)->Tensor: # [..., batch, n_distractors] places of items of other classes, distinct in each row
     "Draw distractors uniformly, without replacement, from the items of other classes than the target's."
-    own = labels == labels[targets, None]
-    others = own.logical_not().sum(-1)
-    if (others < check_at_least("n_distractors", n_distractors, 1)).any():
-        t = targets[others.argmin()]
-        raise ConfigError(f"{n_distractors} distractors asked for, but only {others.min()} of {len(labels)} items are of other classes than item {t} (class {labels[t]}): ask for fewer, or bring more classes")
-    keys = torch.rand(own.shape, generator=generator, device=targets.device).masked_fill_(own, torch.inf)
+    own = labels[..., None, :] == labels.gather(-1, targets)[..., None]
+    check_at_least("n_distractors", n_distractors, 1)
+    if not enough: _check_others(targets, labels, own, n_distractors)
+    keys = _draw(generator, lambda g: torch.rand(own.shape[-2:], generator=g, device=targets.device)).masked_fill_(own, torch.inf)
     return keys.topk(n_distractors, largest=False).indices
+
+def _check_others(targets, labels, own, n_distractors):
+    "Raise a `ConfigError` for a target with too few items of other classes."
+    others = own.logical_not().sum(-1)
+    if (others < n_distractors).any():
+        at = (others == others.min()).nonzero()[0].unbind()
+        t = targets[at]
+        raise ConfigError(f"{n_distractors} distractors asked for, but only {others.min()} of {labels.shape[-1]} items are of other classes than item {t} (class {labels[*at[:-1], t]}): ask for fewer, or bring more classes")
 
 # %% ../../nbs/38_games.referential.ipynb #713bab0d
 class EveryObject:

@@ -6,6 +6,7 @@
 __all__ = ['Games', 'Task', 'ObjectTask', 'ItemTask', 'ClassTask', 'Valued', 'SampledTask', 'objectives']
 
 # %% ../../nbs/39_games.tasks.ipynb #ce710973
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from ..agents.encoders import Drawn, Fixed
-from ..core import ConfigError, check_at_least
+from ..core import ConfigError, check_at_least, draw_seed, seeded
 from ..data.objects import ObjectWorld, from_digits, one_hot
 from .referential import EveryObject, draw_distractors, draw_other_classes
 
@@ -73,7 +74,7 @@ class ObjectTask(Task):
     def batch(self, idx, generators):
         x, target = self.inputs["train"][idx], self.ids["train"][idx]
         if self.n_negatives is None: return Games(x, target, self.every)
-        drawn = torch.stack([draw_distractors(t, self.world.size, self.n_negatives, g) for t,g in zip(target, generators)])
+        drawn = draw_distractors(target, self.world.size, self.n_negatives, generators)
         return Games(x, torch.zeros_like(target), self.world.one_hot(torch.cat([target[..., None], drawn], -1)))
 
     def seen(self, part): return self.inputs[part]
@@ -86,6 +87,15 @@ class ObjectTask(Task):
         return (self.every.best(game.receiver, z) == self.values).all(-1).float().mean(), self.every.loss(game.receiver, z, self.ids["valid"])
 
 # %% ../../nbs/39_games.tasks.ipynb #30322788
+def _without(
+    order:Tensor, # [n_members, n] permutations
+    targets:Tensor, # [n_members, batch] some of their numbers
+)->Tensor: # [n_members, n - batch] the others, in their order
+    "Leave numbers out of permutations; every other number moves up by as many as were left out before it."
+    left = torch.ones_like(order, dtype=torch.bool).scatter_(1, targets, False).gather(1, order)
+    n = order.shape[1] - targets.shape[1]
+    return order.new_empty(len(order), n + 1).scatter_(1, torch.where(left, left.cumsum(1) - 1, n), order)[:, :n]
+
 class ItemTask(Task):
     "Targets and candidates are items of the same split (the Image and Sent-Ref games of Carmeli et al. 2023)."
     def __init__(self,
@@ -103,12 +113,14 @@ class ItemTask(Task):
         self.x, self.labels = ({k: t[v].to(device) for k,v in parts.items()} for t in (x, labels))
         self.n_train, self.informed, self.other_classes = len(parts["train"]), informed, other_classes
         self.n_negatives, self.pool = check_at_least("n_negatives", n_negatives, 1), self.n_train if pool is None else min(pool, self.n_train)
+        self.most_of_a_class = int(labels[parts["train"]].unique(return_counts=True)[1].max())
         targets = {k: torch.arange(len(parts[k])) for k in ("valid", "test")}
         self.index = {k: self._index(t, self.labels[k].cpu(), n_candidates - 1, generator).to(device) for k,t in targets.items()}
 
-    def _index(self, targets, labels, n, generator)->Tensor: # [batch, 1 + n] the target and its distractors
-        drawn = draw_other_classes(targets, labels, n, generator) if self.other_classes else draw_distractors(targets, len(labels), n, generator)
-        return torch.cat([targets[:, None], drawn], 1)
+    def _index(self, targets, labels, n, generator)->Tensor: # [..., batch, 1 + n] the target and its distractors
+        enough = self.pool - min(self.pool, self.most_of_a_class) >= n and labels.device.type != "cpu"
+        drawn = draw_other_classes(targets, labels, n, generator, enough) if self.other_classes else draw_distractors(targets, labels.shape[-1], n, generator)
+        return torch.cat([targets[..., None], drawn], -1)
 
     def _games(self, items, index):
         seen = Drawn(items, index)
@@ -117,13 +129,10 @@ class ItemTask(Task):
 
     def batch(self, idx, generators):
         if idx.shape[1] > self.pool: raise ConfigError(f"a batch of {idx.shape[1]} targets does not fit in a pool of {self.pool} items: make the pool larger")
-        places, index = [], []
-        for targets, g in zip(idx, generators):
-            others = torch.randperm(self.n_train, generator=g, device=g.device).to(idx.device)
-            others = others[torch.ones_like(others, dtype=torch.bool).scatter_(0, targets, False)[others]] # without the targets
-            places.append(torch.cat([targets, others[:self.pool - len(targets)]]))
-            index.append(self._index(torch.arange(len(targets), device=idx.device), self.labels["train"][places[-1]], self.n_negatives, g))
-        return self._games(self.x["train"][torch.stack(places)], torch.stack(index))
+        shuffled = torch.stack([torch.randperm(self.n_train, generator=g, device=g.device) for g in generators]).to(idx.device)
+        places = torch.cat([idx, _without(shuffled, idx)[:, :self.pool - idx.shape[1]]], 1)
+        targets = torch.arange(idx.shape[1], device=idx.device).expand(idx.shape)
+        return self._games(self.x["train"][places], self._index(targets, self.labels["train"][places], self.n_negatives, generators))
 
     def seen(self, part): return super().seen(part) if self.informed else self.x[part]
 
@@ -149,8 +158,8 @@ class ClassTask(Task):
     def batch(self, idx, generators):
         x, target = self.x["train"][idx], self.labels["train"][idx]
         if self.n_negatives is None: return Games(x, target, self.every)
-        index = [torch.cat([t[:, None], draw_distractors(t, len(self.every.items), self.n_negatives, g)], 1) for t,g in zip(target, generators)]
-        return Games(x, torch.zeros_like(target), Drawn(self.every.items.expand(len(idx), *self.every.items.shape), torch.stack(index)))
+        index = torch.cat([target[..., None], draw_distractors(target, len(self.every.items), self.n_negatives, generators)], -1)
+        return Games(x, torch.zeros_like(target), Drawn(self.every.items.expand(len(idx), *self.every.items.shape), index))
 
     def seen(self, part): return self.x[part]
 
@@ -203,10 +212,8 @@ def objectives(
     "Train and validate an ensemble on a task; noise is drawn for each member from its own generator, dropout is seeded by it."
     drops = any(isinstance(m, nn.Dropout) for m in ensemble.template.modules())
     def loss(idx, generators):
-        noise = [ensemble.template.channel.draw_noise(idx.shape[1], g) for g in generators]
-        noise, games = None if noise[0] is None else torch.stack(noise), task.batch(idx, generators)
-        with torch.random.fork_rng(enabled=drops):
-            if drops: torch.manual_seed(torch.randint(2**60, (), generator=generators[0], device=generators[0].device).item())
+        noise, games = ensemble.template.channel.draw_noise(idx.shape[1], generators), task.batch(idx, generators)
+        with seeded(draw_seed(generators[0]), idx.device) if drops else contextlib.nullcontext():
             return ensemble.map(lambda game, games, noise: game(*games, noise), games, noise)
     def validate(): return dict(zip(("accuracy", "loss"), ensemble.map(task.validate)))
     return loss, validate

@@ -7,13 +7,13 @@ __all__ = ['BoxedImages', 'check_boxes', 'boxed', 'voc07', 'Precision', 'mean_av
            'fine_tune', 'find_objects', 'detect']
 
 # %% ../../nbs/54_metrics.detection.ipynb #a99b7d8c
-import contextlib, copy
+import copy
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..core import ConfigError, TrainingDiverged, anneal, check_at_least, need
+from ..core import ConfigError, TrainingDiverged, anneal, check_at_least, need, seeded
 from ..data.images import square
 from ..data.parts import voc07_items
 from ..data.scenes import Scenes
@@ -140,16 +140,6 @@ def make_detector(
                       rpn_batch_size_per_image=64, box_batch_size_per_image=32, box_detections_per_img=50).to(next(trunk.parameters()).device)
 
 # %% ../../nbs/54_metrics.detection.ipynb #90d6ca11
-@contextlib.contextmanager
-def _seeded(generator, device):
-    "Within this block the global generators are seeded from a draw; the caller's are untouched."
-    seed, cuda = int(torch.randint(2**62, (), generator=generator)), device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.random.default_generator.manual_seed(seed)
-        with torch.cuda.device(device) if cuda else contextlib.nullcontext():
-            if cuda: torch.cuda.manual_seed(seed)
-            yield
-
 class Detection(NamedTuple):
     "What came of training a detector."
     map50:float # on the test images, mean over the classes that occur in them
@@ -203,7 +193,7 @@ def detect(
     check_at_least("epochs", epochs, 1), check_at_least("batch_size", batch_size, 1)
     if check_boxes(train).classes != check_boxes(test).classes: raise ConfigError(f"training and test images must have the same classes, got {train.classes} and {test.classes}")
     if train.images.shape[1:] != test.images.shape[1:]: raise ConfigError(f"training and test images must be of one size, got {list(train.images.shape[1:])} and {list(test.images.shape[1:])}")
-    with _seeded(generator, next(trunk.parameters()).device):
+    with seeded(int(torch.randint(2**62, (), generator=generator)), next(trunk.parameters()).device):
         detector = make_detector(trunk, len(train.classes), train.images.shape[-1], **sizes)
         losses = fine_tune(detector, train, epochs, lr, batch_size)
     return Detection(*mean_average_precision50(find_objects(detector, test.images), test), losses, detector)

@@ -21,7 +21,7 @@ from ..files import load_checkpoint, save_checkpoint
 OPTIMIZERS = {
     "adam": lambda params, lr: torch.optim.Adam(params, lr, fused=True),
     "adamw": lambda params, lr: torch.optim.AdamW(params, lr, fused=True),
-    "sgd": lambda params, lr: torch.optim.SGD(params, lr, momentum=.9),
+    "sgd": lambda params, lr: torch.optim.SGD(params, lr, momentum=.9, fused=params[0]["params"][0].is_cuda or None),
     "schedulefree": lambda params, lr: need("schedulefree", "optimizer 'schedulefree' needs the package schedulefree: pip install schedulefree").AdamWScheduleFree(params, lr), # Defazio et al. 2024
     "lars": lambda params, lr: need("timm.optim", "optimizer 'lars' needs the package timm: pip install 'refcomm[vision]'").Lars(params, lr, momentum=.9, trust_coeff=.001), # You et al. 2017
 }
@@ -241,6 +241,7 @@ def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress):
     if t.step == 0:
         t.order = torch.stack([torch.randperm(t.n_items, generator=g) for g in t.order_generators])[:, :t.batches*s.batch_size]
         t.total, t.started = torch.zeros_like(t.total), time.monotonic()
+    t.order = t.order.to(device) # of the whole epoch, as each copy would wait
     while t.step < t.batches:
         done = (t.epoch + t.step/t.batches) / s.epochs
         t.lr = rate(s, t.epoch/s.epochs if s.lr_per_epoch else done)
@@ -248,7 +249,7 @@ def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress):
             group["lr"] = group["factor"] * t.lr
             if s.weight_decay_end and group["weight_decay"]: group["weight_decay"] = anneal("cosine", s.weight_decay, s.weight_decay_end, done)
         if on_progress: on_progress(done)
-        step = t.order[:, t.step*s.batch_size : (t.step + s.accumulate)*s.batch_size].to(device)
+        step = t.order[:, t.step*s.batch_size : (t.step + s.accumulate)*s.batch_size]
         for p in t.ensemble.parameters(): p.grad = None
         batches = step.split(s.batch_size, 1)
         for indices in batches[t.rank::t.size]:
