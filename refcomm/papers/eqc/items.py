@@ -21,6 +21,7 @@ CONFIGS = { # name → what differs from the defaults (Table 5; footnote 5)
     "CN-RNN": dict(channel="recurrent", bottleneck="continuous", message_length=6),
     "CN-RNN for QT": dict(channel="recurrent", bottleneck="continuous", message_length=6),
     "GS-RNN": dict(channel="recurrent", bottleneck="gumbel", alphabet_size=10, word_length=1, message_length=6),
+    "GS-RNN EGG": dict(channel="ending", bottleneck="gumbel", alphabet_size=10, word_length=1, message_length=6),
     "QT-RNN train+inf": dict(channel="recurrent", bottleneck="quantized", alphabet_size=10, message_length=6),
     "CN-Inst": dict(bottleneck="continuous"),
     "GS-Inst": dict(bottleneck="gumbel", alphabet_size=100, word_length=1),
@@ -72,7 +73,7 @@ def configure(
     "The Specs of one configuration of one game at one profile."
     base = CONFIGS[check_choice("configuration", name, CONFIGS)]
     check_choice("profile", profile, PROFILES), check_choice("setting", setting, ("tuned", "printed")), check_choice("game", game, GAMES)
-    by = lambda table: {k: v for part in ("", base.get("channel", "instant"), name) for k,v in table[game].get(part, {}).items()}
+    by = lambda table: {k: v for part in ("", base.get("channel", "instant").replace("ending", "recurrent"), name.removesuffix(" EGG")) for k,v in table[game].get(part, {}).items()}
     changes = [GAMES[game], base, BEST.get(game, {}).get(name, {}), source(game, "embedded" if profile == "smoke" else data, encoder)]
     if setting == "tuned" and profile != "paper": changes.append(by(TUNED))
     if profile == "cpu": changes.append(by(SHORT) if setting == "tuned" else POOLS.get(game, {}))
@@ -98,7 +99,7 @@ ITEMS = { # item → games, configurations; Figures 4–7 are grids of their own
     "table5": (("object",), CURVES), "table6": (("image",), CURVES), "table7": (("sent-ref",), CURVES), "table8": (("sent-cls",), CURVES),
     "figure1": (("object",), CURVES), "figure3": (tuple(GAMES), CURVES), "table3": (tuple(GAMES), CURVES),
     "table2": (tuple(GAMES), EARLY + ("CN-RNN", "CN-Inst")),
-    **{f"table{n}_printed": ((game,), CURVES) for n, game in zip("5678", GAMES)}, "table8_finetuned": (("sent-cls",), ("CN-Inst",)),
+    **{f"table{n}_printed": ((game,), CURVES + ("GS-RNN EGG",)*(n == "5")) for n, game in zip("5678", GAMES)}, "table8_finetuned": (("sent-cls",), ("CN-Inst",)),
     "table2_gradient": (tuple(GAMES), ("QT-Inst no gradient", "QT-Inst train+inf", "QT-RNN no gradient", "QT-RNN train+inf")),
     "figure4": (("object",), ()), "figure5": (("image",), ()), "figure6": (("sent-ref",), ()), "figure7": (("sent-cls",), ()),
 }
@@ -125,7 +126,7 @@ def grid(
     if item == "table8_finetuned" and profile == "cpu": tuned, encoder = dict(fine_tune=True, encoder_lr=.03, epochs=2), encoder or "minilm"
     def make(name, game, setting=None, **overrides):
         setting, own = setting or _settings(item, game), dict(data=images, encoder=trunk) if game == "image" else dict(data=sentences, encoder=encoder)
-        slow = profile == "cpu" and setting == "printed" and game != "image" and CONFIGS[name].get("channel") == "recurrent"
+        slow = profile == "cpu" and setting == "printed" and game != "image" and CONFIGS[name].get("channel", "instant") != "instant"
         return configure(name, profile, setting, range(recurrent if slow else n_seeds), game, **own, **tuned, **overrides)
     names_of = lambda game: names + (("CN-RNN for QT",) if game == "sent-cls" and "CN-RNN" in names else ())
     specs = [s for game in games for name in names_of(game) for s in make(name, game)]
@@ -151,7 +152,7 @@ def rows_of(
     for name in EQCSpec.later: t[name] = t[name].fillna(getattr(EQCSpec, name)) if name in t else getattr(EQCSpec, name)
     late = ((t.bottleneck == "continuous") & t.alphabet.notna()) | (t.when == "inference")
     kind = t.bottleneck.map({"continuous": "CN", "gumbel": "GS"}).fillna("QT").mask(late, "QT")
-    t["row"] = kind + t.channel.map({"recurrent": "-RNN", "instant": "-Inst"})
+    t["row"] = kind + t.channel.map({"recurrent": "-RNN", "ending": "-RNN EGG", "instant": "-Inst"})
     t["quantised"] = late.map({True: "inference only", False: "train+inference"}).mask(t.gradient == "none", "no gradient").where(kind == "QT", "")
     t["column"] = t.n_candidates
     return t
@@ -163,7 +164,7 @@ def printed_rows(
     short = (rows.game == "sent-cls") & (rows.channel == "recurrent") & (rows.bottleneck == "continuous")
     length = rows.word_length == (short & (rows.row == "QT-RNN")).map({True: 10, False: 100})
     kept = rows[rows.seen.isna() & ((rows.bottleneck == "gumbel") | length) & ((rows.row.str[:2] != "QT") | (rows.alphabet == 10)) & rows.quantised.isin(["", "inference only"])]
-    return kept.sort_values("row", key=lambda r: r.map(ORDER.index), kind="stable")
+    return kept.sort_values("row", key=lambda r: r.map([*ORDER, "GS-RNN EGG"].index), kind="stable")
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #0efbb8eb
 def at_most(
@@ -220,7 +221,8 @@ def fidelity(
         notes.append(f"{TITLES[game]}: {', '.join(changed) or 'as printed'}.")
     if any(s.encoder == "shapes-cnn" for s in specs): notes.append("The trunk of the rendered shapes was trained on the classes of all of them, test images included.")
     if any(s.game.startswith("sent") for s in specs): notes.append("A sentence is the mean over its words, scaled to mean square 1.")
-    return " ".join(notes) + " Messages have a fixed length, without an end symbol. Exactly v symbols, where the paper's grid has v+1. Seeds share one split and one set of evaluation draws."
+    but = ", but in the row that says EGG" if any(s.channel == "ending" for s in specs) else ""
+    return " ".join(notes) + f" Messages have a fixed length, without an end symbol{but}. Exactly v symbols, where the paper's grid has v+1. Seeds share one split and one set of evaluation draws."
 
 def _source_name(data)->str: # without its content and folder
     name = data.split("#")[0]

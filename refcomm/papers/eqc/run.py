@@ -21,6 +21,7 @@ from ...data.embeddings import SentenceEncoder, embed
 from ...data.features import load_features
 from ...data.objects import ObjectWorld, split
 from ...data.sentences import load_sentences
+from ...ending import Ending # registers the channel "ending"
 from ...training.ensemble import Ensemble
 from ...files import data_dir, find_data, stamped, unstamped
 from ...games.referential import ReferentialGame, check_game
@@ -50,12 +51,12 @@ class EQCSpec:
     n_test:int = 1000
     split_seed:int = 0 # one split and one set of evaluation draws for all seeds
     bottleneck:str = "continuous" # continuous (CN), gumbel (GS), quantized (QT in training and at inference)
-    channel:str = "instant"
+    channel:str = "instant" # instant, recurrent, or ending: recurrent words up to an end, as in EGG, whose loss is summed over the prefixes
     alphabet_size:int|None = None
     word_length:int = 100
     message_length:int = 1
     cell:str = "rnn" # EGG's default
-    hidden:int = 1024 # Recurrent only; Instant agents are as wide as the word
+    hidden:int = 1024 # Recurrent and ending only; Instant agents are as wide as the word
     embedding:int = 1024
     agent_embedding:int = 50 # Image game only: the agents' first layer
     n_filters:int = 20 # Image game only: the sender's first convolution
@@ -88,6 +89,7 @@ class EQCSpec:
         check_choice("when", self.when, ("always", "inference"))
         if self.when != "always" and self.bottleneck not in ("quantized", "fsq"): raise ConfigError(f"when={self.when!r} is for the bottlenecks 'quantized' and 'fsq', got {self.bottleneck!r}")
         if check_choice("gradient", self.gradient, ("straight-through", "none")) == "none" and self.bottleneck != "quantized": raise ConfigError(f"gradient='none' is for bottleneck='quantized', got {self.bottleneck!r}")
+        if self.channel == "ending" and self.bottleneck != "gumbel": raise ConfigError(f"channel='ending' is for bottleneck='gumbel', got {self.bottleneck!r}")
         if not self.normalize and self.bottleneck not in ("continuous", "quantized"): raise ConfigError(f"normalize=False is for the bottlenecks 'continuous' and 'quantized', got {self.bottleneck!r}")
         for width in (self.symbol_width, *self.fitted):
             check_at_least("symbol_width", width, 1)
@@ -180,7 +182,7 @@ def build(
         "fsq": dict(alphabet_size=s.alphabet_size, word_length=s.word_length, when=s.when),
         **dict.fromkeys(("vq", "learned"), dict(alphabet_size=s.alphabet_size, word_length=s.word_length // s.symbol_width, symbol_width=s.symbol_width)),
     }[s.bottleneck]
-    extra = dict(message_length=s.message_length, hidden=s.hidden, embedding=s.embedding, cell=s.cell) if s.channel == "recurrent" else {}
+    extra = dict(message_length=s.message_length, hidden=s.hidden, embedding=s.embedding, cell=s.cell) if s.channel != "instant" else {}
     seen = next(task.games("valid", 2))
     with seeded_init(s.seed):
         channel = make_channel(s.channel, make_bottleneck(s.bottleneck, **sizes), **extra)
@@ -250,7 +252,7 @@ def evaluate(
         for seen, (games, candidates) in plays.items():
             sent, won = _play(ensemble, games, candidates, draws)
             for m, (mine, accuracy) in enumerate(zip(sent, won.float().mean(1).tolist())):
-                if seen is None: messages[m][f"alphabet_{alphabet}" + (f"_fitted_{width}" if width else "")] = mine if mine.is_floating_point() else packed(mine, channel.bottleneck.alphabet_size)
+                if seen is None: messages[m][f"alphabet_{alphabet}" + (f"_fitted_{width}" if width else "")] = mine if mine.is_floating_point() else packed(mine.clamp_min(0), channel.bottleneck.alphabet_size) # 0 is the end where there is one
                 rows[m] += [dict(alphabet=alphabet, fitted_width=width, n_candidates=n, seen=seen, accuracy=a, noum=n_unique(mine), n_targets=len(mine)) for n,a in zip(candidates, accuracy)]
     channel.bottleneck = trained
     return rows, messages
@@ -261,7 +263,7 @@ def stack_key(
     device:torch.device, # where it will be trained
 ): # Specs with equal keys are trained together
     "Everything but the seed. What has buffers, or levels of its own fitted afterwards, cannot be stacked; wide recurrent agents on a processor gain nothing, having arithmetic enough in one."
-    wide = s.channel == "recurrent" and s.hidden > 256 and device.type == "cpu"
+    wide = s.channel != "instant" and s.hidden > 256 and device.type == "cpu"
     return s if wide or s.fine_tune or s.fitted or s.bottleneck in ("fsq", "vq") else dataclasses.replace(s, seed=0)
 
 def run(
