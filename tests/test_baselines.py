@@ -240,6 +240,27 @@ def test_every_patch_has_a_part(patch_size):
     torch.testing.assert_close(v.trunk(x), v.trunk[:-2](x).mean((2, 3)))
 
 
+@pytest.mark.parametrize("trunk", ["narrow", "resnet18"])
+@pytest.mark.parametrize("patch_size", GRID_SIZES)
+def test_the_encoder_is_the_trunk_of_all_models(trunk, patch_size):
+    "A finer encoder would compare architectures, in detection above all."
+    with seeded_init(0): plain, own = make_trunk(trunk).eval(), vae(patch_size=patch_size, trunk=trunk).eval().trunk
+    own.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(own(views(2, 64)), plain(views(2, 64)))
+    assert own[:-2](views(1, 64)).shape[-2:] == (2, 2)
+
+
+@pytest.mark.parametrize("size, patch_size", [(56, 8), (56, 4), (48, 16), (32, 32), (64, 16)])
+def test_a_place_sees_its_patch_first(size, patch_size):
+    "What is said of a place changes more where the image does than in the opposite corner."
+    v = vae(size=size, patch_size=patch_size).eval()
+    x = views(1, size)
+    changed = x.clone()
+    changed[..., -patch_size:, -patch_size:] += 2
+    with torch.no_grad(): moved = (v.encode(x).occurrence - v.encode(changed).occurrence).abs().mean((0, 1)).view(v.grid)
+    assert v.grid == (size//patch_size,)*2 and moved[-1, -1] >= moved[0, 0]
+
+
 def test_pixels_count_on_average_once():
     x = views(3)
     w = edge_weights(x, 8)

@@ -55,6 +55,21 @@ def test_top_accuracy_is_scikit_learns_and_breaks_ties_by_number(k):
     assert top_accuracy(scores, labels, 7) == 1
 
 
+@pytest.mark.parametrize("scores, labels, k, hits", [
+    ([[1, 0, 0, 0, 0]], [1], 3, 0), ([[1, 0, 0, 0, 0]], [0], 3, 1), ([[.5, .5, 0]], [1], 2, 1), ([[.5, .5, 0]], [1], 1, 0), ([[0, 0, 0]], [0], 1, 0),
+    ([[2., -torch.inf, -3.]], [1], 3, 0), ([[2., -torch.inf, -3.]], [2], 2, 1), ([[-torch.inf]*3], [0], 3, 0), ([[-1., 0., -2.]], [1], 1, 1), ([[-1., 0., -2.]], [2], 3, 1),
+])
+def test_a_class_without_a_vote_is_no_guess(scores, labels, k, hits):
+    assert top_accuracy(torch.tensor(scores, dtype=torch.float), torch.tensor(labels), k) == hits
+
+
+def test_neighbours_of_few_classes_leave_the_others_unguessed():
+    "Twenty votes for two of ten classes: Top-5 is what those two make of it, not half of all labels."
+    x, y = torch.cat([torch.ones(30, 2), torch.tensor([[1., -1.]]).expand(30, 2)]), torch.tensor([8]*30 + [9]*30)
+    votes = knn_votes(x, y, torch.ones(10, 2) + .01*torch.randn(10, 2, generator=generator(0)), k=20)
+    assert top_accuracy(votes, torch.arange(10), 5) == .1 and (votes > 0).sum() == 10
+
+
 @pytest.mark.parametrize("make, says", [
     (lambda s, y: top_accuracy(s, y, 6), "Top-6 accuracy of 5 classes says nothing: choose k from 1 to 5"), (lambda s, y: top_accuracy(s, y, 0), "k must be at least 1, got 0"),
     (lambda s, y: top_accuracy(s, y + 1), "labels must lie in 0 … 4"), (lambda s, y: top_accuracy(s/0, y), "scores contain NaN"), (lambda s, y: top_accuracy(s[:3], y), "scores must be"),

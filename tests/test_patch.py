@@ -342,6 +342,46 @@ def test_a_mask_hides_what_is_dropped():
     assert not torch.allclose(game.listener.read(other), game.listener.read(m), atol=1e-4)
 
 
+# normalised scores
+
+def bright(n, size=32, seed=0):
+    "Images whose patches differ in brightness, and hardly in anything else."
+    g = generator(seed)
+    return torch.randn(n, 1, size//8, size//8, generator=g).repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1) + .1*torch.randn(n, 3, size, size, generator=g)
+
+
+def equally_used(symbols, n): return torch.special.entr(symbols.flatten().bincount(minlength=n)/symbols.numel()).sum().exp().item()
+
+
+@pytest.mark.parametrize("kind", SYMBOLS)
+@pytest.mark.parametrize("l", [1, 2])
+def test_normalised_scores_share_the_patches_among_the_symbols(kind, l):
+    own = dict(dim=24, layers=1, heads=2) if kind == "vit" else {}
+    with seeded_init(0): plain, fair = (PatchSymbol(32, 8, 40, l, kind, 48, norm, **own) for norm in (None, "batch"))
+    scores = fair(bright(64)).flatten(0, 1)
+    torch.testing.assert_close(scores.mean(0), torch.zeros(l, 40), atol=1e-3, rtol=0)
+    torch.testing.assert_close(scores.std(0, correction=0), torch.full((l, 40), 3.), atol=.2, rtol=0)
+    if kind == "mlp": assert equally_used(scores.argmax(-1), 40) > 2*equally_used(plain(bright(64)).argmax(-1), 40)
+
+
+def test_trained_statistics_are_used_in_evaluation():
+    with seeded_init(0): symbol = PatchSymbol(32, 8, 12, hidden=24, norm="batch")
+    for seed in range(60): symbol(bright(64, seed=seed))
+    inside, asleep = symbol(bright(64, seed=99)).detach(), symbol.eval()(bright(64, seed=99)).detach()
+    assert (asleep - inside).abs().mean() < .5 and (asleep.argmax(-1) == inside.argmax(-1)).float().mean() > .7
+    assert torch.equal(symbol(bright(64, seed=99))[:1], symbol(bright(64, seed=99)[:1]))
+    kept = {k: v.clone() for k, v in symbol.state_dict().items()}
+    with seeded_init(1): other = PatchSymbol(32, 8, 12, hidden=24, norm="batch").eval()
+    other.load_state_dict(kept)
+    assert torch.equal(other(bright(4)), symbol(bright(4)))
+
+
+def test_processes_share_the_statistics_of_scores():
+    with seeded_init(0): game = make_patch_game(16, 8, vocab_size=12, norm="batch", rank="thin", vision="narrow", width=24, layers=1, heads=2, hidden=16, narrow=8, dim=16)
+    shared = nn.SyncBatchNorm.convert_sync_batchnorm(game).speaker.symbol.norm
+    assert isinstance(shared, nn.SyncBatchNorm) and torch.equal(shared.weight, torch.full((12,), 3.))
+
+
 # the game
 
 def test_a_batch_is_played_by_itself():

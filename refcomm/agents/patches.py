@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYMBOLS', 'RANK_SIZES', 'RANK_TRUNKS', 'BUDGETS', 'PatchSymbol', 'PatchRank', 'top_patches', 'Message', 'message_of',
-           'Speaker', 'Listener']
+           'keep_by', 'Speaker', 'Listener']
 
 # %% ../../nbs/34_agents.patches.ipynb #77659eb8
 import math
@@ -119,7 +119,18 @@ def message_of(
     sent = symbols >= 0
     return Message(F.one_hot(symbols.clamp_min(0), vocab_size).float() * sent[..., None], symbols, sent.float())
 
-BUDGETS = ("half", "learned")
+BUDGETS = ("half", "learned", "minmax", "l2")
+
+def keep_by(
+    scores:Tensor, # [batch, n_patches]
+    budget:str, # "learned", "minmax" or "l2", see `Speaker`
+)->Tensor: # [batch, n_patches] from 0 to 1
+    "Probabilities to be kept without ranks: each score for itself, or normalised within its image (Gupta et al. 2021, §3.2)."
+    scores = scores.float()
+    if budget == "minmax":
+        low, high = scores.aminmax(dim=-1, keepdim=True)
+        return (scores - low) / (high - low).clamp_min(1e-6)
+    return F.normalize(F.softplus(scores), dim=-1) if budget == "l2" else scores.sigmoid()
 
 class Speaker(nn.Module):
     "Say the important patches of an image (Gupta et al. 2021, Eq. 9)."
@@ -128,7 +139,7 @@ class Speaker(nn.Module):
         rank:PatchRank, # maps images to [batch, n_patches]
         gate:str="hard", # see `Gate`; "soft" in the public code
         strength:float=1., # of the soft ranks, as in the public code: ranks are hard where scores are this far apart; near 0, ranks decide from the first step on
-        budget:str="half", # "half": ranks decide, and about half of the patches are kept; "learned": each score decides for its patch (ours)
+        budget:str="half", # "half": ranks decide, and about half of the patches are kept; "learned": each score decides for its patch (ours); "minmax", "l2": scores normalised within the image do, see `keep_by`
         temperatures:tuple=(5., 1.), # of the symbols, first and last
         schedule:str="cosine", # from one to the other, see core's `anneal`; "linear" in the public code
         cooled:float=.5, # share of the training after which the last temperature is reached
@@ -160,7 +171,7 @@ class Speaker(nn.Module):
         of_symbols, of_gate, of_rank = (None,)*3 if noise is None else noise.split((l*v, 2, self.rank.noise_width), -1)
         said = self.bottleneck(self.symbol(images), None if noise is None else of_symbols.unflatten(-1, (l, v)))
         scores = self.rank(images, of_rank)
-        importance, middle = (soft_rank(scores, self.strength) / n, (n + .999)/2/n) if self.budget == "half" else (scores.float().sigmoid(), .5) # equal ranks, a rounding error apart, are all kept
+        importance, middle = (soft_rank(scores, self.strength) / n, (n + .999)/2/n) if self.budget == "half" else (keep_by(scores, self.budget), .5) # equal ranks, a rounding error apart, are all kept
         gate = self.gate(importance, of_gate, middle=middle)[..., None]
         symbols = said.symbols.squeeze(-1).where(gate > .5, -1)
         return Message((said.word * gate[..., None]).flatten(1, 2), symbols.flatten(1), importance)
