@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'BEST', 'MAP_EPOCHS', 'HEATMAP', 'TUNED', 'POOLS', 'SHORT', 'TINY', 'SMALL', 'CURVES', 'EARLY', 'TRIALS',
-           'ITEMS', 'ORDER', 'TITLES', 'SOURCE_NAMES', 'PUBLISHED_DATA', 'configure', 'grid', 'rows_of', 'printed_rows',
-           'at_most', 'table_claims', 'map_means', 'map_claims', 'fidelity', 'data_names']
+           'ITEMS', 'ORDER', 'TITLES', 'PUBLISHED_TABLES', 'SOURCE_NAMES', 'configure', 'grid', 'rows_of',
+           'printed_rows', 'table_values', 'graceful_values', 'printed_rate_values', 'fine_tuned_values',
+           'modes_values', 'noum_values', 'map_values', 'fidelity', 'data_names']
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #bfc00e02
 import dataclasses
@@ -13,7 +14,9 @@ from pathlib import Path
 
 from ...core import PROFILES, check_at_least, check_choice
 from .run import GAMES, EQCSpec, source
-from ..evidence import Claim, differences
+from ..deviations import note
+from ...metrics.statistics import Estimate, combine, estimate, paired, published_estimate
+from ..evidence import published
 from ...runs.execute import frame
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #036444d1
@@ -167,62 +170,134 @@ def printed_rows(
     return kept.sort_values("row", key=lambda r: r.map([*ORDER, "GS-RNN EGG"].index), kind="stable")
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #0efbb8eb
-def at_most(
-    rows, # from `printed_rows`
-): # Series: the name of a row, as Python would have it → mean accuracy
-    "Accuracy at the most candidates."
-    at = rows[rows.n_candidates == max(rows.n_candidates)].groupby("row").accuracy.mean()
-    return at.rename(lambda name: name.lower().replace("-", "_"))
+PUBLISHED_TABLES = {"object": "table5", "image": "table6", "sent-ref": "table7", "sent-cls": "table8"}
 
-def table_claims(
+def _row(rows, name): return rows[rows.row == name].sort_values("seed")
+
+def _mean(part, value="accuracy")->Estimate: # over seeds and, if it is an accuracy, targets
+    return estimate(part[value], part.n_targets.iloc[0] if len(part) and value == "accuracy" else None)
+
+def _ahead(one, other)->Estimate: # of the same runs, or of different ones
+    "How far the rows `one` are above the rows `other`."
+    if len(one) and list(one.key) == list(other.key): return paired(one.accuracy, other.accuracy, one.n_targets.iloc[0])
+    return combine([(1, _mean(one)), (-1, _mean(other))])
+
+def _printed(item, row, column, half=.0005)->Estimate:
+    "A published cell with its errors; NaN where there is none."
+    t = published("eqc", item)
+    t = t[(t.row == row) & (t.column == str(column))]
+    return published_estimate(float(t["mean"].iloc[0]), float(t.sd.iloc[0]), 3, half) if len(t) else Estimate(float("nan"))
+
+def table_values(
     rows, # from `printed_rows`, of one game
-)->list: # two checked `Claim`s
-    "Quantised is on a par with continuous, Gumbel-softmax is not."
-    at, game = at_most(rows), rows.game.iloc[0]
-    return [
-        Claim(f"eqc.{game}.on-par", "Quantised communication is on a par with continuous, over both channels.", "qt_inst >= cn_inst - 0.02 and qt_rnn >= cn_rnn - 0.02").check(**at[["qt_inst", "cn_inst", "qt_rnn", "cn_rnn"]]),
-        Claim(f"eqc.{game}.gs-falls", "Gumbel-softmax falls far below continuous at the most candidates, over both channels.", "gs_inst <= cn_inst - 0.3 and gs_rnn <= cn_rnn - 0.3").check(**at[["gs_inst", "cn_inst", "gs_rnn", "cn_rnn"]]),
-    ]
+)->dict: # claim → its values
+    "What decides the claims about Tables 5–8."
+    game, most = rows.game.iloc[0], max(rows.n_candidates)
+    item, top = PUBLISHED_TABLES[game], rows[rows.n_candidates == most]
+    at = {name: _row(top, name) for name in ORDER}
+    theirs = {name: _printed(item, name, most) for name in ORDER}
+    both = lambda make: {channel: make(short) for channel, short in (("Instant", "Inst"), ("Recurrent", "RNN"))}
+    spread = lambda short: max(.02, (theirs[f"CN-{short}"].sd**2 + theirs[f"QT-{short}"].sd**2)**.5)
+    values = {
+        "on-par": dict(gain=both(lambda s: _ahead(at[f"QT-{s}"], at[f"CN-{s}"])), margin=both(spread)),
+        "gs-falls": dict(gap=both(lambda s: _ahead(at[f"CN-{s}"], at[f"GS-{s}"])), printed=both(lambda s: combine([(1, theirs[f"CN-{s}"]), (-1, theirs[f"GS-{s}"])]))),
+        "gs-inst" if game == "image" else "gs-rnn": dict(recurrent=_mean(at["GS-RNN"]), instant=_mean(at["GS-Inst"])),
+    }
+    if game == "object": values["perfect"] = dict(accuracy={name: _mean(at[name]) for name in ORDER if not name.startswith("GS")})
+    return {f"eqc.{game}.{name}": v for name, v in values.items()}
 
-def map_means(
-    rows, # from `rows_of`, Instant QT at one number of candidates
-)->tuple: # DataFrames, alphabet sizes × word lengths: accuracy quantised at inference only, in training too; messages at inference only
-    "The cells of a heatmap, averaged over seeds."
-    mean = rows.groupby(["quantised", "alphabet", "word_length"])[["accuracy", "noum"]].mean()
-    return *(mean.accuracy[mode].unstack() for mode in ("inference only", "train+inference")), mean.noum["inference only"].unstack()
+# %% ../../../nbs/84_papers.eqc.items.ipynb #0efbb8ec
+def graceful_values(
+    rows, # from `printed_rows`, of all games
+)->dict: # claim → its values
+    "What decides the claims about Figure 3: accuracy lost from 2 candidates to the most."
+    def lost(part): # per seed
+        ends = [part[part.n_candidates == n].sort_values("seed").accuracy.to_numpy() for n in (2, max(part.n_candidates))]
+        return estimate(ends[0] - ends[1], part.n_targets.iloc[0])
+    values = {}
+    for game, own in rows.groupby("game", sort=False):
+        fall = {name: lost(_row(own, name)) for name in ORDER if (own.row == name).any()}
+        more = {f"{kind}-{s}": combine([(1, fall[f"GS-{s}"]), (-1, fall[f"{kind}-{s}"])]) if {f"GS-{s}", f"{kind}-{s}"} <= set(fall) else Estimate(float("nan")) for s in ("Inst", "RNN") for kind in ("CN", "QT")}
+        values[f"eqc.{game}.graceful"] = dict(more_lost=more)
+    return values
 
-def map_claims(
-    game:str, # a name in `GAMES`
-    late, # from `map_means`: quantised at inference only
-    early, # quantised in training, too
-)->list: # four checked `Claim`s
-    "Capacity, length before alphabet, binary words, and what quantising in training costs."
-    long, short, most = late.columns.max(), late.columns.min(), late.index.max()
-    return [
-        Claim(f"eqc.{game}.capacity", "Accuracy rises with capacity: the largest alphabet and longest word beat the smallest and shortest, however quantised.", "late_large > late_small and early_large > early_small").check(late_large=late.loc[most, long], late_small=late.loc[2, short], early_large=early.loc[most, long], early_small=early.loc[2, short]),
-        Claim(f"eqc.{game}.length-first", "Word length matters more than alphabet size.", "by_length > by_alphabet").check(by_length=(late[long] - late[short]).mean(), by_alphabet=(late.loc[most] - late.loc[2]).mean()),
-        Claim(f"eqc.{game}.binary", "With the longest words a binary alphabet performs almost as well as the largest.", "late >= late_best - 0.05 and early >= early_best - 0.05").check(late=late.loc[2, long], late_best=late[long].max(), early=early.loc[2, long], early_best=early[long].max()),
-        Claim(f"eqc.{game}.training-hurts", "Quantising in training does worse than at inference only (by a hundredth or more, over all cells).", "early < late - 0.01").check(early=early.mean().mean(), late=late.mean().mean()),
-    ]
+def printed_rate_values(
+    rows, # from `printed_rows`, Object game at the printed rate
+)->dict: # claim → its values
+    "What decides the claims about Table 5 as printed."
+    most, noum = max(rows.n_candidates), _row(rows[rows.n_candidates == 2], "GS-Inst")
+    sent = _mean(noum, "noum")
+    return {"eqc.object.printed-lr": dict(cn_inst=_mean(_row(rows[rows.n_candidates == most], "CN-Inst")), printed=_printed("table5", "CN-Inst", most)),
+            "eqc.object.printed-noum": dict(noum=sent, printed=published_estimate(58., n_runs=3, like=sent))}
+
+def fine_tuned_values(
+    rows, # from `printed_rows`, with the column `encoder`: "fine-tuned" or "frozen"
+)->dict: # claim → its values
+    "What decides the claim about a fine-tuned sentence encoder."
+    top = _row(rows[rows.n_candidates == rows.n_candidates.max()], "CN-Inst")
+    tuned, frozen = (top[top.encoder == name] for name in ("fine-tuned", "frozen"))
+    return {"eqc.sent-cls.fine-tuned": dict(fine_tuned=_mean(tuned), printed=_printed("table8", "CN-Inst", 77), gain=_ahead(tuned, frozen))}
+
+# %% ../../../nbs/84_papers.eqc.items.ipynb #0efbb8ed
+def modes_values(
+    rows, # from `rows_of`: QT of Table 2's words, all games
+)->dict: # claim → its values
+    "What decides the claims about Table 2."
+    least_most = {game: (2, max(part.n_candidates)) for game, part in rows.groupby("game")}
+    def at(game, channel, quantised, end=1):
+        part = rows[(rows.game == game) & (rows.channel == channel) & (rows.quantised == quantised)].sort_values("seed")
+        return part[part.n_candidates == least_most[game][end]] if game in least_most else part
+    channels, both = ("instant", "recurrent"), "train+inference"
+    cost = lambda game: {c: _ahead(at(game, c, "inference only"), at(game, c, both)) for c in channels}
+    return {
+        "eqc.object.train+inf": dict(accuracy={f"{c}, {('2', 'most')[end]}": _mean(at("object", c, both, end)) for c in channels for end in (0, 1)}),
+        "eqc.sent-ref.train+inf": dict(cost=cost("sent-ref")), "eqc.sent-cls.train+inf": dict(cost=cost("sent-cls")),
+        "eqc.image.train+inf": dict(accuracy={c: _mean(at("image", c, both)) for c in channels}),
+        "eqc.sentences.train-recurrent": dict(gain={g: _ahead(at(g, "recurrent", both), at(g, "instant", both)) for g in ("sent-ref", "sent-cls")}),
+    }
+
+def noum_values(
+    rows, # from `printed_rows`, at one number of candidates
+)->dict: # claim → its values
+    "What decides the claims about Table 3: messages as a share of targets."
+    share = rows.assign(share=rows.noum/rows.n_targets)
+    of = lambda kind: {f"{g}, {name}": _mean(_row(share[share.game == g], name), "share") for g in dict.fromkeys(rows.game) for name in (f"{kind}-Inst", f"{kind}-RNN")}
+    return {"eqc.noum-qt": dict(share=of("QT")), "eqc.noum-gs": dict(share=of("GS"))}
+
+def map_values(
+    rows, # from `rows_of`: Instant QT at the most candidates, one game
+)->dict: # claim → its values
+    "What decides the claims about Figures 4–7, from words of 8 on where length is compared with alphabet."
+    game, n = rows.game.iloc[0], rows.n_targets.max()
+    table = rows.pivot_table(index="seed", columns=["quantised", "alphabet", "word_length"], values="accuracy")
+    maps = {mode: table[mode] for mode in ("inference only", "train+inference")}
+    alphabets, lengths = sorted(set(rows.alphabet)), sorted(set(rows.word_length))
+    long, most, usual = lengths[-1], alphabets[-1], [w for w in lengths if w >= 8]
+    diagonal = list(zip(alphabets, lengths))
+    each = lambda make: {mode: estimate(make(m)) for mode, m in maps.items()}
+    by_length = lambda m: sum(m[v, long] - m[v, usual[0]] for v in alphabets)/len(alphabets)
+    by_alphabet = lambda m: sum(m[most, w] - m[alphabets[0], w] for w in usual)/len(usual)
+    values = {
+        "capacity": dict(step={f"{mode}, {b[0]:g} symbols": estimate(m[b] - m[a], n) for mode, m in maps.items() for a, b in zip(diagonal, diagonal[1:])},
+                         whole=each(lambda m: m[most, long] - m[alphabets[0], lengths[0]])),
+        "length-first": dict(more_by_length=each(lambda m: by_length(m) - by_alphabet(m))),
+        "binary": dict(loss=each(lambda m: m[m.xs(long, axis=1, level=1).mean().idxmax(), long] - m[alphabets[0], long])),
+        "training-hurts": dict(cost=combine([(1, estimate(maps["inference only"].mean(axis=1))), (-1, estimate(maps["train+inference"].mean(axis=1)))])),
+    }
+    perfect = lambda mode, above: dict(accuracy={f"{v:g} × {w}": estimate(maps[mode][v, w], n) for v in alphabets if v > above for w in lengths if w >= 50} or {"none": Estimate(float("nan"))})
+    if game == "object": values |= {"heatmap-late": perfect("inference only", 4), "heatmap-early": perfect("train+inference", 16)}
+    if game == "image": values["no-convergence"] = dict(accuracy={f"{v:g} × {w}": estimate(x, n) for (v, w), x in maps["train+inference"].items()})
+    if game == "sent-cls": values["noum-targets"] = dict(share=estimate(rows[(rows.alphabet == most) & (rows.word_length == long) & (rows.quantised == "inference only")].sort_values("seed").noum/n))
+    return {f"eqc.{game}.{name}": v for name, v in values.items()}
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #332d5d74
 SOURCE_NAMES = {"shapes": "rendered shapes", "synthetic": "synthetic intents", "banking77": "Banking77", "tiny_imagenet_effnet_lite0_160_u8.npz": "13,000 Tiny-ImageNet images by EfficientNet-lite0 features"}
-PUBLISHED_DATA = {"image": "ImageNet by VGG features", "sent-ref": "Banking77 by frozen DistilBERT", "sent-cls": "Banking77 by fine-tuned DistilBERT"}
 
 def fidelity(
     specs, # EQCSpecs of one item
-)->str: # one sentence a game, and what holds for all
-    "What differs from the paper."
-    notes, defaults = [], {f.name: f.default for f in dataclasses.fields(EQCSpec)}
-    for game in dict.fromkeys(s.game for s in specs):
-        own, paper = [s for s in specs if s.game == game], defaults | GAMES[game]
-        changed = [f"{_source_name(d)}{e and ' by ' + e}{', fine-tuned' if t else ', frozen' if game != 'image' else ''} (paper: {PUBLISHED_DATA[game]})" for d, e, t in dict.fromkeys((s.data, s.encoder, s.fine_tune) for s in own) if d]
-        changed += differences(own, paper, ("n_train", "n_valid", "n_test", "hidden", "n_negatives", "feature_scale", "lr", "encoder_lr", "epochs", "batch_size", "precision", "pool"), dict(pool="all items"))
-        notes.append(f"{TITLES[game]}: {', '.join(changed) or 'as printed'}.")
-    if any(s.encoder == "shapes-cnn" for s in specs): notes.append("The trunk of the rendered shapes was trained on the classes of all of them, test images included.")
-    if any(s.game.startswith("sent") for s in specs): notes.append("A sentence is the mean over its words, scaled to mean square 1.")
-    but = ", but in the row that says EGG" if any(s.channel == "ending" for s in specs) else ""
-    return " ".join(notes) + f" Messages have a fixed length, without an end symbol{but}. Exactly v symbols, where the paper's grid has v+1. Seeds share one split and one set of evaluation draws."
+)->str: # one part for each game
+    "What differs from the paper, read off the table of deviations and the Specs."
+    return " ".join(f"{TITLES[game]}: {note('eqc', [s for s in specs if s.game == game])}" for game in dict.fromkeys(s.game for s in specs))
 
 def _source_name(data)->str: # without its content and folder
     name = data.split("#")[0]

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['MODELS', 'MAIN', 'GAMES', 'BASE', 'ITEMS', 'CHANNELS', 'SIZES', 'EMBEDDED', 'SOURCES', 'ORDER', 'SETS', 'images_of',
            'configure', 'grid', 'rows_of', 'best_spoken', 'play_rows', 'protocol_rows', 'fidelity', 'data_name',
-           'play_claims', 'protocol_claims', 'probe_claims']
+           'play_values', 'protocol_values', 'probe_values', 'seeds_values', 'views_values']
 
 # %% ../../../nbs/86_papers.iac.items.ipynb #2332dfbb
-import dataclasses, itertools
+import dataclasses, itertools, math
 
 from ...core import PROFILES, ConfigError, check_at_least, check_choice
 from .run import IACSpec
 from ...files import data_dir, find_data, stamped
-from ..evidence import Claim, differences
+from ..deviations import note
+from ...metrics.statistics import Estimate, combine, estimate, published_estimate
+from ..evidence import published
 from ...runs.execute import frame
 
 # %% ../../../nbs/86_papers.iac.items.ipynb #370f5bb7
@@ -146,13 +148,9 @@ def protocol_rows(
 # %% ../../../nbs/86_papers.iac.items.ipynb #f5ae7a30
 def fidelity(
     specs, # IACSpecs of one item
-)->str: # one sentence for each kind of difference
-    "What differs from the paper."
-    names = ("image_size", "view_size", "trunk", "alphabet_size", "dim", "train_candidates", "batch_size", "accumulate", "optimizer", "lr", "warmup", "lr_per_epoch", "weight_decay", "epochs", "precision", "n_blobs", "clusters_share")
-    changed = [f"images: {data_name(specs)} (paper: ILSVRC-2012)", *differences(specs, vars(IACSpec()), names, dict(accumulate="16 devices", train_candidates="the batch"))]
-    held = f" {specs[0].n_ood} classes of the same source are held out as the OOD set (paper: 80 of ImageNet's)." if specs[0].ood_source is None else ""
-    return (f"{', '.join(changed)}.{held} Accuracy is the mean over all draws of the distractors from the set, where the paper plays fixed batches of 128. Batch statistics are those of one batch; training ends after the last epoch, no epoch is chosen."
-            + (" Classes of rendered shapes are related by shape and colour, in place of WordNet." if data_name(specs) == "rendered shapes" else ""))
+)->str: # sentences
+    "What differs from the paper, read off the table of deviations and the Specs."
+    return f"Images: {data_name(specs)} (paper: ILSVRC-2012). {note('iac', specs)}"
 
 def data_name(
     specs, # IACSpecs of one item
@@ -161,48 +159,85 @@ def data_name(
     names = {"shapes": "rendered shapes", "tiny_imagenet_core.parquet": "Tiny-ImageNet, 13,000 images", "tiny_imagenet": "Tiny-ImageNet"}
     return ", ".join(dict.fromkeys(names.get(n := s.source.partition("#")[0], n) for s in specs))
 
-def play_claims(
+def _printed(item, row, column, like=None)->Estimate:
+    "A published cell of one run; NaN where there is none."
+    t = published("iac", item)
+    t = t[(t.row == row) & (t.column == column)]
+    return published_estimate(float(t["mean"].iloc[0]), half_digit=.05, like=like) if len(t) else Estimate(math.nan)
+
+def play_values(
     play, # from `play_rows`
     n_candidates:int, # at which number of them
-)->list: # checked `Claim`s
-    "What Dessì et al. (2021, §4.1) say of Table 1."
-    at = play[play.n_candidates == n_candidates].groupby(["row", "data"]).accuracy.mean()
-    get = lambda row, data: at.get((row, data), float("nan"))
-    chance, games, augmented, plain = 100/n_candidates, GAMES, GAMES[2:], GAMES[:2]
-    least = lambda names, data: min((get(m, data) for m in names), default=float("nan"))
-    most = lambda names, data: max((get(m, data) for m in names), default=float("nan"))
-    return [
-        Claim("iac.above-chance", "All games are played far above chance (tenfold) on new images, and on images of unseen classes.", "valid >= 10*chance and ood >= 10*chance").check(valid=least(games, "valid"), ood=least(games, "ood"), chance=chance),
-        Claim("iac.robust", "All games are played better on unseen classes than SimCLR_disc plays.", "ood > simclr").check(ood=least(games, "ood"), simclr=get("SimCLR_disc", "ood")),
-        Claim("iac.augmentations-cost", "Without augmentations the game is played better.", "plain > augmented").check(plain=least(plain, "valid"), augmented=most(augmented, "valid")),
-        Claim("iac.blobs-plain", "Agents trained without augmentations communicate about Gaussian noise (tenfold chance).", "blobs >= 10*chance").check(blobs=least(plain, "blobs"), chance=chance),
-        Claim("iac.blobs-augmented", "Agents trained with augmentations are at chance on Gaussian noise (less than twice).", "blobs <= 2*chance").check(blobs=most(augmented, "blobs"), chance=chance),
-        Claim("iac.shared-little", "Sharing the trunk makes little difference (5 points) with augmentations.", "difference <= 5").check(difference=abs(get(augmented[0], "valid") - get(augmented[1], "valid"))),
-    ]
+)->dict: # claim → its values
+    "What decides the claims about Table 1."
+    t = play[play.n_candidates == n_candidates]
+    def at(row, data):
+        part = t[(t.row == row) & (t.data == data)]
+        return estimate(part.accuracy, part.n_targets.iloc[0] if len(part) else None, 100)
+    def lost(row, data): # share of the accuracy on new images, per seed
+        wide = t[t.row == row].pivot_table(index="seed", columns="data", values="accuracy")
+        return estimate(1 - wide[data]/wide["valid"]) if {"valid", data} <= set(wide) else Estimate(math.nan)
+    plain, augmented, chance = GAMES[:2], GAMES[2:4], 100/n_candidates
+    theirs = lambda row, data, ours: _printed("table1", row, SETS[data], ours) if n_candidates == 128 else Estimate(math.nan)
+    half = lambda names, data: dict(accuracy=(own := {m: at(m, data) for m in names}), printed={m: theirs(m, data, e) for m, e in own.items()})
+    both = lambda make: {name: make(k) for k, name in enumerate(("-shared", "+shared"))}
+    return {
+        "iac.above-chance": half(GAMES, "valid"), "iac.above-chance-ood": half(GAMES, "ood"), "iac.blobs-plain": half(plain, "blobs"),
+        "iac.robust": dict(less_lost={m: combine([(1, lost("SimCLR_disc", "ood")), (-1, lost(m, "ood"))]) for m in GAMES}),
+        "iac.augmentations-cost": dict(cost=both(lambda k: combine([(1, at(plain[k], "valid")), (-1, at(augmented[k], "valid"))]))),
+        "iac.blobs-shared": dict(lost=lost(plain[1], "blobs")),
+        "iac.blobs-augmented": dict(accuracy={m: at(m, "blobs") for m in (*augmented, "SimCLR_disc")}, chance=chance),
+        "iac.shared-little": dict(difference={name: combine([(1, at(pair[0], "valid")), (-1, at(pair[1], "valid"))]) for name, pair in (("-augmentations", plain), ("+augmentations", augmented))}),
+    }
 
-def protocol_claims(
+# %% ../../../nbs/86_papers.iac.items.ipynb #f5ae7a31
+def protocol_values(
     protocol, # from `protocol_rows`
-)->list: # checked `Claim`s
-    "What Dessì et al. (2021, §4.2) say of Table 2."
-    at = protocol[protocol.data == "valid"].groupby("row")[["nmi", "wnsim"]].mean()
-    nmi = lambda row: at.nmi.get(row, float("nan"))
-    named = at.nmi.reindex(GAMES).notna().astype(float)
-    return [
-        Claim("iac.nothing-said", "Without augmentations, with a shared trunk, symbols say nothing significant about classes.", "significant == 0").check(significant=named["-augmentations +shared"]),
-        Claim("iac.something-said", "In the other games they do.", "significant == 3").check(significant=named.drop("-augmentations +shared").sum()),
-        Claim("iac.near-kmeans", "Symbols of the game with augmentations and two trunks name classes nearly as well as k-means of SimCLR's features (nMI within 0.05).", "game >= kmeans - 0.05").check(game=nmi(MAIN), kmeans=nmi("SimCLR_kmeans")),
-        Claim("iac.augmentations-help", "Augmentations make symbols name classes better (nMI).", "augmented > plain").check(augmented=nmi(MAIN), plain=nmi("-augmentations -shared")),
-    ]
+)->dict: # claim → its values
+    "What decides the claims about Table 2."
+    def at(row, data, measure):
+        part = protocol[(protocol.row == row) & (protocol.data == data)]
+        return estimate(part[measure].fillna(0.)) # 0 where not significant
+    named = lambda row, data: float((protocol[(protocol.row == row) & (protocol.data == data)].nmi.notna()).mean()) # share of seeds
+    sets, silent = ("valid", "ood"), "-augmentations +shared"
+    other = [m for m in (*GAMES, "SimCLR_disc", "SimCLR_kmeans") if m != silent]
+    gain = lambda row, measure: combine([(1, at(row, "valid", measure)), (-1, at("-augmentations -shared", "valid", measure))])
+    return {
+        "iac.nothing-said": dict(significant={SETS[d]: named(silent, d) for d in sets}),
+        "iac.something-said": dict(significant={f"{m}, {SETS[d]}": named(m, d) for m in other for d in sets}),
+        "iac.near-kmeans": dict(behind={SETS[d]: combine([(1, at("SimCLR_kmeans", d, "nmi")), (-1, at(MAIN, d, "nmi"))]) for d in sets}),
+        "iac.augmentations-help": dict(gain={f"{m}, {name}": gain(m, measure) for m in GAMES[2:4] for measure, name in (("nmi", "nMI"), ("wnsim", "WNSim"))}),
+    }
 
-def probe_claims(
+def probe_values(
     probes, # from `rows_of`: kind "probe"
     similarity, # from `rows_of`: kind "similarity"
-)->list: # checked `Claim`s
-    "What Dessì et al. (2021, §4.3) say of Table 3 and of footnote 13."
-    at = 100*probes.groupby(["row", "data"]).score.mean().unstack(0)
-    behind = at["SimCLR"] - at[list(GAMES[2:])].max(axis=1) if {"SimCLR", *GAMES[2:]} <= set(at) else [float("nan")]
-    return [
-        Claim("iac.features", "Features of the better game are within three points of SimCLR's on every set.", "behind <= 3").check(behind=max(behind)),
-        Claim("iac.supervised", "A trunk that is taught the classes has better features for them.", "supervised > simclr").check(supervised=at.get("Supervised", {}).get("valid", float("nan")), simclr=at.get("SimCLR", {}).get("valid", float("nan"))),
-        Claim("iac.alike", "Sender and receiver find the same images alike (correlation of similarities of 0.96 or more).", "correlation >= 0.96").check(correlation=similarity.correlation.min()),
-    ]
+)->dict: # claim → its values
+    "What decides the claims about Table 3 and footnote 13."
+    def at(row, data):
+        part = probes[(probes.row == row) & (probes.data == data)]
+        return estimate(100*part.score, part.n_test.iloc[0] if len(part) and part.measure.iloc[0] == "accuracy" else None, 100)
+    gap = lambda one, other, data: combine([(1, at(one, data)), (-1, at(other, data))])
+    sets = list(dict.fromkeys(probes.data))
+    return {
+        "iac.features": dict(behind={f"{m}, {d}": gap("SimCLR", m, d) for m in GAMES[2:4] for d in sets}, gained={f"{m}, {d}": gap("SimCLR", "Untrained", d) for m in GAMES[2:4] for d in sets}),
+        "iac.supervised": dict(gain=gap("Supervised", "SimCLR", "valid")),
+        "iac.plain-poor": dict(plain={m: at(m, "valid") for m in GAMES[:2]}, augmented={m: at(GAMES[2], "valid") for m in GAMES[:2]}),
+        "iac.alike": dict(correlation={f"{row}, {d}": estimate(part.correlation) for (row, d), part in similarity.groupby(["row", "data"])}),
+    }
+
+def seeds_values(
+    accuracy, # [n_seeds] on new images
+)->dict: # claim → its values
+    "What decides the claim about initialisations; a standard deviation over S seeds has the standard error sd/√(2(S−1))."
+    sd, mean, n = accuracy.std(), accuracy.mean(), len(accuracy)
+    return {"iac.seeds": dict(spread=Estimate(float(sd/mean), float(sd/mean)/math.sqrt(2*(n - 1)), n - 1, 0., n) if n > 1 else Estimate(math.nan))}
+
+def views_values(
+    play, # from `play_rows` with augmented views
+    n_candidates:int,
+)->dict: # claim → its values
+    "What decides the claim about augmented views at test time."
+    t = play[(play.n_candidates == n_candidates) & (play.data == "valid")]
+    at = lambda row: estimate(t[t.row == row].accuracy, t.n_targets.iloc[0] if len(t) else None, 100)
+    return {"iac.views": dict(gain={name: combine([(1, at(GAMES[2 + k])), (-1, at(GAMES[k]))]) for k, name in enumerate(("-shared", "+shared"))})}

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'OURS', 'FINE', 'UNTRAINED', 'LEFT_OUT', 'COMPARED_EPOCHS', 'COMPARED', 'ITEMS', 'TIMES', 'CHOICES',
-           'VARIANTS', 'SIZES', 'DETECTION', 'SOURCES', 'boxes_of', 'images_of', 'configure', 'grid', 'rows_of',
-           'epochs_of', 'varying', 'fidelity', 'data_name', 'table_claims', 'ablation_claims', 'speed_claims',
-           'play_claims', 'patch_claims', 'message_claims']
+           'VARIANTS', 'SIZES', 'DETECTION', 'SOURCES', 'NONE', 'boxes_of', 'images_of', 'configure', 'grid', 'rows_of',
+           'epochs_of', 'varying', 'fidelity', 'data_name', 'table_values', 'ablation_values', 'speed_values',
+           'order_values', 'message_values', 'used_values', 'correlation_values']
 
 # %% ../../../nbs/89_papers.patch.items.ipynb #a5f516c3
-import dataclasses, itertools
+import dataclasses, itertools, math
 from pathlib import Path
 
 from ...core import PROFILES, ConfigError, check_at_least, check_choice
@@ -17,7 +17,8 @@ from .run import PatchSpec
 from .probes import boxed_by
 from ...games.patchgame import PUBLIC_CODE
 from ...files import data_dir, find_data, stamped
-from ..evidence import Claim, differences
+from ..deviations import note
+from ...metrics.statistics import Estimate, combine, estimate
 from ...runs.execute import frame
 
 # %% ../../../nbs/89_papers.patch.items.ipynb #f641e818
@@ -162,10 +163,10 @@ def rows_of(
 def epochs_of(
     records, # from `runs.execute`
     fields=("lr", "symbols_per_patch", "vocab_size"), # of Specs, to tell runs by
-): # DataFrame: a row per run and epoch: epoch (from 1), accuracy in %, loss
+): # DataFrame: a row per run and epoch: seed, epoch (from 1), accuracy in %, loss
     "Accuracy among the images of a batch, over epochs."
     import pandas as pd
-    return pd.concat([r.history().assign(epoch=lambda h: h.epoch + 1, accuracy=lambda h: 100*h.accuracy, **{k: r.spec[k] for k in fields}) for r in records], ignore_index=True)
+    return pd.concat([r.history().assign(epoch=lambda h: h.epoch + 1, accuracy=lambda h: 100*h.accuracy, seed=r.spec["seed"], **{k: r.spec[k] for k in fields}) for r in records], ignore_index=True)
 
 def varying(
     epochs, # from `epochs_of`
@@ -178,18 +179,11 @@ def varying(
 # %% ../../../nbs/89_papers.patch.items.ipynb #5f4638c7
 def fidelity(
     specs, # PatchSpecs of one item
-)->str: # one sentence for each kind of difference
-    "What differs from the paper."
-    specs = [s for s in specs if s.trained] or specs
-    names = ("image_size", "view_size", "patch_size", "symbol_width", "norm", "rank", "strength", "vision", "width", "layers", "hidden", "narrow", "dim", "batch_size", "optimizer", "lr", "weight_decay", "warmup", "epochs", "precision")
-    models = {s.model for s in specs}
-    names += (("queue", "momentum") if "moco" in models else ()) + (("autoencoder_width",) if models & {"vqvae2", "patchvae"} else ())
-    changed = [f"images: {data_name(specs)} (paper: ILSVRC-2012)", *differences(specs, vars(PatchSpec()) | dict(patch_size="32/16"), names, dict(batch_size="512 on 4 GPUs"))]
-    normed = "Scores of symbols are normalised over the patches of a batch (norm), which the text does not have: without it most of what differs between patches is brightness, and a short training uses few symbols. " if {s.norm for s in specs if s.model == "game"} - {None} else ""
-    return (f"{', '.join(changed)}. S counts pixels of an image of 224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14. {normed}Of the text's settings, temperatures of the cosines (0.07), width of hidden layers, the strength of soft ranks and weight decay are not stated: they are the public code's, or ours. "
-            + ("VQ-VAE-2 and PatchVAE reconstruct the speaker's views. " if models & {"vqvae2", "patchvae"} else "")
-            + ("PatchVAE with S=16 is left out, as it would take a processor half an hour. " if any(s.model == "patchvae" for s in specs) and all(s.view_size//s.patch_size == 7 for s in specs if s.model == "patchvae") else "") +
-            "Accuracy is the mean over all draws of the distractors; training ends after the last epoch, no epoch is chosen.")
+)->str: # sentences
+    "What differs from the paper, read off the table of deviations and the Specs."
+    fine = any(s.model == "patchvae" for s in specs) and all(s.view_size//s.patch_size == 7 for s in specs if s.model == "patchvae")
+    return (f"Images: {data_name(specs)} (paper: ILSVRC-2012). {note('patch', specs)} S counts pixels of an image of 224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14."
+            + " PatchVAE with S=16 is left out, as it would take a processor half an hour."*fine)
 
 def data_name(
     specs, # PatchSpecs of one item
@@ -198,77 +192,98 @@ def data_name(
     names = {"scenes": "rendered scenes", "imagenette224_core.parquet": "Imagenette, 1,800 images", "imagenette224_train_0.parquet": "Imagenette, 4,738 images", "tiny_imagenet_core.parquet": "Tiny-ImageNet, 13,000 images"}
     return ", ".join(dict.fromkeys(names.get(n := s.source.partition("#")[0], n) for s in specs))
 
-def table_claims(
-    rows, # DataFrame: row, accuracy; of one measure
+NONE = {"none": Estimate(math.nan)} # no value at hand
+
+def _accuracy(part)->Estimate: # in %, over seeds and, where they are known, targets
+    return estimate(part.accuracy, part.n_targets.iloc[0] if len(part) and "n_targets" in part else None, 100)
+
+def _less(one, other)->Estimate: return combine([(1, one), (-1, other)])
+
+def table_values(
+    rows, # DataFrame: row, seed, accuracy in %; of one measure
     item:str, # "table1", "table2" or "table5"
-)->list: # checked `Claim`s
-    "What Gupta et al. (2021) say of a table that compares models."
-    at = rows.groupby("row").accuracy.mean()
-    get = lambda *names: at.reindex(list(names))
-    discrete = at.reindex([m for m in ("VQ-VAE2", "PatchVAE (R18, S=16)", "PatchVAE (R18, S=32)") if m in at])
-    what = dict(table1="Features of the listener", table2="Detection with the listener's trunk", table5="The speaker's symbols")[item]
-    ours = dict(coarse=get(OURS).iloc[0], fine=get(FINE).iloc[0])
-    claims = [Claim(f"patch.{item}-discrete", f"{what}: both patch sizes are above all discrete baselines.", "coarse > discrete and fine > discrete").check(**ours, discrete=discrete.max()),
-              Claim(f"patch.{item}-coarse", f"{what}: S=32 is above S=16.", "coarse > fine").check(**ours)]
-    if item != "table5": claims.append(Claim(f"patch.{item}-moco", f"{what}: below MoCo-v2.", "coarse < moco").check(coarse=ours["coarse"], moco=get("MoCo-v2 (R18)").iloc[0]))
-    return claims
+)->dict: # claim → its values
+    "What decides the claims about a table that compares models; a baseline that is left out cannot be beaten."
+    at = {name: _accuracy(rows[rows.row == name]) for name in MODELS}
+    discrete = [m for m in ("VQ-VAE2", "PatchVAE (R18, S=16)", "PatchVAE (R18, S=32)") if not math.isnan(at[m].value)]
+    ours = (OURS,) if item == "table5" else (OURS, FINE) # Table 5 has S=32 alone
+    values = {"discrete": dict(ahead={f"{m} – {b}": _less(at[m], at[b]) for m in ours for b in discrete} or NONE)}
+    if item != "table5": values |= {"coarse": dict(gain=_less(at[OURS], at[FINE])), "moco": dict(gap=_less(at["MoCo-v2 (R18)"], at[OURS]))}
+    best = max(discrete, key=lambda m: at[m].value, default=None)
+    if item == "table1": values["gain"] = dict(gain=_less(at[OURS], at[best]) if best else Estimate(math.nan), printed=9.)
+    if item == "table5": # relative gains: ours less 1 + half of the printed share of a baseline
+        share = lambda m: combine([(1/at[m].value, at[OURS]), (-1/at[m].value, at[m])])
+        printed = {"VQ-VAE2": .45, "PatchVAE (R18, S=16)": .25, "PatchVAE (R18, S=32)": .25}
+        values["gain"] = dict(gain={m: share(m) for m in discrete} or NONE, printed={m: printed[m] for m in discrete} or {"none": 0.})
+    return {f"patch.{item}-{name}": v for name, v in values.items()}
 
-def ablation_claims(
-    jitter, # DataFrame of Table 3: row, accuracy; or None
-    batch, # DataFrame of Table 4: batch_size, accuracy; or None
-)->list: # checked `Claim`s
-    "What Gupta et al. (2021, App. B) say of augmentations and batches."
-    claims = []
-    if jitter is not None:
-        at = jitter.groupby("row").accuracy.mean().reindex(["Baseline", "Remove color jitter", "Remove random resized crops"])
-        claims += [Claim(f"patch.table3-{name}", f"Without {what} neighbours are worse.", "without < baseline").check(baseline=at.iloc[0], without=at.iloc[k]) for k, name, what in ((1, "jitter", "colour jitter"), (2, "crops", "random crops"))]
-    if batch is not None:
-        at = batch.groupby("batch_size").accuracy.mean().sort_index()
-        claims.append(Claim("patch.table4", "The larger the batch, the better the features.", "steps > 0").check(steps=at.diff().min() if len(at) > 1 else float("nan")))
-    return claims
+# %% ../../../nbs/89_papers.patch.items.ipynb #5f4638c8
+def _steps(parts)->dict: # from each to the next
+    parts = list(parts)
+    return {f"{a:g} to {b:g}": _less(y, x) for (a, x), (b, y) in zip(parts, parts[1:])} or NONE
 
-def speed_claims(
+def ablation_values(
+    jitter, # DataFrame of Table 3: row, seed, accuracy; or None
+    batch, # DataFrame of Table 4: batch_size, seed, accuracy; or None
+)->dict: # claim → its values
+    "What decides the claims about augmentations and batches (App. B)."
+    if batch is not None: return {"patch.table4": dict(step=_steps((k, _accuracy(part)) for k, part in batch.groupby("batch_size")))}
+    at = lambda name: _accuracy(jitter[jitter.row == name])
+    return {f"patch.table3-{k}": dict(cost=_less(at("Baseline"), at(name))) for k, name in (("jitter", "Remove color jitter"), ("crops", "Remove random resized crops"))}
+
+def speed_values(
     epochs, # from `epochs_of`
-)->list: # checked `Claim`s
-    "What Gupta et al. (2021, §4.5) say of Figure 6."
-    faster = lambda field: m.diff().min() if len(m := varying(epochs, field).groupby(field).accuracy.mean()) > 1 else float("nan")
-    last = varying(epochs[epochs.epoch == epochs.epoch.max()], "lr").groupby("lr").accuracy.mean()
-    return [
-        Claim("patch.vocabulary", "A larger vocabulary reaches accuracy faster (mean over epochs).", "gain > 0").check(gain=faster("vocab_size")),
-        Claim("patch.length", "More symbols per patch reach accuracy faster (mean over epochs).", "gain > 0").check(gain=faster("symbols_per_patch")),
-        Claim("patch.rates", "Too low and too high learning rates are detrimental.", "usual > low and usual > high").check(usual=last.get(epochs.lr.mode().iloc[0], float("nan")), low=last.iloc[0] if len(last) > 2 else float("nan"), high=last.iloc[-1] if len(last) > 2 else float("nan")),
-    ]
+)->dict: # claim → its values
+    "What decides the claims about Figure 6: accuracy in the mean over epochs, and at the last one for learning rates."
+    mean = lambda field: ((k, estimate(part.groupby("seed").accuracy.mean())) for k, part in varying(epochs, field).groupby(field))
+    last = {lr: estimate(part.accuracy) for lr, part in varying(epochs[epochs.epoch == epochs.epoch.max()], "lr").groupby("lr")}
+    usual = epochs.lr.mode().iloc[0]
+    rates = {f"{lr:g}": _less(last[usual], e) for lr, e in last.items() if lr != usual} if usual in last else {}
+    return {"patch.vocabulary": dict(step=_steps(mean("vocab_size"))), "patch.length": dict(step=_steps(mean("symbols_per_patch"))), "patch.rates": dict(cost=rates or NONE)}
 
-def play_claims(
-    play, # from `rows_of`: kind "play"
-)->list: # checked `Claim`s
-    "That the agents communicate."
+def order_values(
+    rows, # DataFrame: judge ("transformer", "listener"), grid ("S=32", "S=16"), seed, order ("trained", "untrained" or "untrained 0" …), k, accuracy in %
+)->dict: # claim → its values
+    "What decides the claims about Figure 4: per seed, trained ranks less the mean of untrained ones."
+    values = {}
+    orders = rows.order.where(~rows.order.str.startswith("untrained"), "untrained")
+    for grid in ("S=32", "S=16"):
+        for judge, name in (("transformer", "ranks"), ("listener", "told")):
+            own = rows.assign(order=orders)[(rows.judge == judge) & (rows.grid == grid)]
+            wide = own.pivot_table(index=["seed", "k"], columns="order", values="accuracy")
+            if not {"trained", "untrained"} <= set(wide): values[f"patch.{name}-{grid}"] = dict(gain=NONE); continue
+            gain = (wide.trained - wide.untrained).unstack()
+            values[f"patch.{name}-{grid}"] = dict(gain={f"{k} patches": estimate(gain[k]) for k in sorted(gain)[:-1]} or NONE)
+            if name == "told": continue
+            ks = sorted(gain); half = min(ks, key=lambda k: abs(k - ks[-1]/2))
+            lost = lambda order: estimate((w := wide[order].unstack())[ks[-1]] - w[half])
+            values[f"patch.half-{grid}"] = dict(trained=lost("trained"), untrained=lost("untrained"))
+        values.setdefault(f"patch.half-{grid}", dict(trained=Estimate(math.nan), untrained=Estimate(math.nan)))
+    return values
+
+def message_values(
+    sent, # one [n, n_symbols] tensor a seed, −1 where a patch is dropped
+    play, # DataFrame: n_candidates, seed, accuracy in %
+)->dict: # claim → its values
+    "What decides the claims about Figure 9."
     at = play[play.n_candidates == play.n_candidates.max()]
-    return [Claim("patch.above-chance", "Targets are found far above chance (tenfold) on new images.", "accuracy >= 10*chance").check(accuracy=at.accuracy.mean(), chance=100/at.n_candidates.max())]
+    unique = [(s.sort(1).values.diff(dim=1) != 0).sum(1) + 1 - (s < 0).any(1).long() for s in sent]
+    of = lambda f: estimate([float(f(u)) for u in unique]) if sent[0].shape[1] == 49 else Estimate(math.nan)
+    return {"patch.above-chance": dict(accuracy=_accuracy(at), chance=100/at.n_candidates.max()),
+            "patch.unique": dict(least=of(lambda u: u.min()), most=of(lambda u: u.max())), "patch.thirteen": dict(mode=of(lambda u: u.mode().values)),
+            "patch.half": dict(share=estimate([float((s >= 0).double().mean()) for s in sent]))}
 
-def patch_claims(
-    rows, # DataFrame: judge ("transformer", "listener"), grid ("S=32", "S=16"), order ("trained", "untrained", …), k, accuracy in %
-)->list: # checked `Claim`s
-    "What Gupta et al. (2021, §4.2) say of Figure 4, and the same asked of the listener."
-    claims = []
-    for (judge, grid), part in rows.groupby(["judge", "grid"], sort=False):
-        at = part.pivot_table(index="k", columns="order", values="accuracy").sort_index()
-        fewer, whole = at.iloc[:-1], at.iloc[-1].mean()
-        half, least = at.loc[at.index[abs(at.index - at.index.max()/2).argmin()]], (fewer.trained - fewer.untrained).min()
-        if judge == "listener": claims.append(Claim(f"patch.told-{grid}", f"{grid}: the listener does better with the patches of the trained PatchRank than with untrained ones', in the mean over those, at every number of patches (ours).", "least > 0").check(least=least))
-        else: claims += [Claim(f"patch.ranks-{grid}", f"{grid}: a vision transformer does better with the patches of the trained PatchRank than with untrained ones', in the mean over those, at every number of patches.", "least > 0").check(least=least),
-                   Claim(f"patch.half-{grid}", f"{grid}: half of the patches keep three quarters of the accuracy.", "half >= 0.75*whole").check(half=half.trained, whole=whole)]
-    return claims
-
-def message_claims(
-    symbols, # Tensor [n, n_symbols], −1 where a patch is dropped
+def used_values(
+    sent, # one [n, n_symbols] tensor a seed, −1 where a patch is dropped
     vocab_size:int,
-)->list: # checked `Claim`s
-    "What Gupta et al. (2021, App. E and H) say of symbols in messages."
-    sent = (symbols >= 0).sum(1).double()
-    unique = (symbols.sort(1).values.diff(dim=1) != 0).sum(1) + 1 - (symbols < 0).any(1).long()
-    return [
-        Claim("patch.all-used", "Every symbol is used.", "used == vocabulary").check(used=len(symbols[symbols >= 0].unique()), vocabulary=vocab_size),
-        Claim("patch.unique", "No message has more than a third of the patches as different symbols.", "most <= patches/3").check(most=unique.max().item(), patches=symbols.shape[1]),
-        Claim("patch.half", "Lengths are centred near half of the patches (within a twentieth).", "share >= 0.45 and share <= 0.55").check(share=(sent.mean()/symbols.shape[1]).item()),
-    ]
+)->dict: # claim → its values
+    "What decides the claim about Figure 12."
+    return {"patch.all-used": dict(used=estimate([float(len(s[s >= 0].unique())) for s in sent]), vocabulary=vocab_size)}
+
+def correlation_values(
+    claim:str, # "patch.complex"
+    correlations, # one a seed
+    n:int, # of how many messages each
+)->dict: # claim → its values
+    "A correlation with Fisher's standard error, 1/√(n − 3), beside that over seeds."
+    return {claim: dict(correlation=estimate(correlations)._replace(targets=1/math.sqrt(n - 3)))}
