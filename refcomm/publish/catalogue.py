@@ -6,7 +6,7 @@
 __all__ = ['HEADLINE', 'notebooks', 'choose', 'title', 'parse_parameters', 'parameters_of', 'check_parameters', 'item_runs']
 
 # %% ../../nbs/96_publish.catalogue.ipynb #97bb3fdf
-import ast, importlib, importlib.util, inspect, json, math
+import ast, importlib, importlib.resources, inspect, json, math
 from pathlib import Path
 
 from ..core import ConfigError, from_json, nearest
@@ -74,7 +74,7 @@ def item_runs(
 )->list|None: # Specs; None where only the notebook knows them
     "The runs that an item needs."
     paper, name = item.split("/")
-    if not importlib.util.find_spec(f"refcomm.papers.{paper}"): return None
+    if not (importlib.resources.files("refcomm.papers")/paper/"items.py").is_file(): return None
     module = importlib.import_module(f"refcomm.papers.{paper}.items")
     if name not in module.ITEMS: return None
     known = inspect.signature(module.grid).parameters
