@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'printable', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError',
-           'WorkerDied', 'StoreError', 'nearest', 'check_choice', 'check_at_least', 'need', 'from_json',
+           'WorkerDied', 'StoreError', 'nearest', 'check_choice', 'check_at_least', 'need', 'from_json', 'integers',
            'fetch_weights', 'fitted', 'spec', 'generator', 'seeded_init', 'draw_seed', 'seeded', 'anneal',
            'device_fault', 'pick_device', 'same_device', 'n_cores', 'autocast', 'constant', 'progress_bar']
 
@@ -12,6 +12,7 @@ __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'printable', 'RefcommError', '
 import contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, sys, warnings, types, typing
 
 import lazy_loader
+import numpy as np
 
 torch = lazy_loader.load("torch")
 
@@ -90,6 +91,25 @@ def from_json(
     "Parse JSON; whatever is wrong with it is a `ValueError`."
     try: return json.loads(text)
     except RecursionError: raise ValueError("JSON that is nested too deep") from None
+
+# %% ../nbs/00_core.ipynb #1031f420
+def integers(
+    x, # tensor, array or nested list of whole numbers
+    what:str, # they are, in the plural, for the message
+    whole:bool=False, # take numbers with a fraction of 0, too
+    fractions:bool=False, # leave numbers with a fraction as they are
+)->torch.Tensor: # int64, of the same shape and on the same device
+    "Whole numbers of any type as 64-bit ones, or a `ConfigError`."
+    if not isinstance(x, torch.Tensor):
+        try: x = np.asarray(x)
+        except ValueError as e: raise ConfigError(f"{what} must be a table of numbers ({str(e).splitlines()[0]})") from None
+        if x.dtype.kind not in "biuf" or x.dtype.itemsize > 8: raise ConfigError(f"{what} must be whole numbers, got {x.dtype}: number them 0, 1, 2, …")
+        x = torch.from_numpy(np.array(x, x.dtype.newbyteorder("="), order="C"))
+    if x.is_floating_point() or x.is_complex():
+        if fractions: return x
+        if not whole or x.is_complex() or not (x == x.trunc()).all(): raise ConfigError(f"{what} must be whole numbers, got {str(x.dtype).removeprefix('torch.')}: number them 0, 1, 2, …, or quantise them first")
+    if x.dtype == torch.uint64 and (x.view(torch.int64) < 0).any(): raise ConfigError(f"{what} must be below 2^63: number them 0, 1, 2, …")
+    return x.long()
 
 # %% ../nbs/00_core.ipynb #0dc748ff
 def fetch_weights(

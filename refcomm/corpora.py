@@ -10,10 +10,11 @@ import importlib, json, os, re, shutil, uuid
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .core import ConfigError, check_choice, from_json
+from .core import ConfigError, check_choice, from_json, integers
 from .files import content_digest, disk_errors, fsync_dir, read_parquet, write_atomic
 from .metrics.protocol import symbol_counts
 from .metrics.structure import bosdis, entropy, posdis
@@ -29,6 +30,7 @@ class Corpus(NamedTuple):
 
 def _integers(rows, what, where="")->Tensor: # [n, width] int64
     "Rows of one width of integers from 0."
+    if isinstance(rows, np.ndarray): rows = integers(rows, f"{where}{what}s")
     if not isinstance(rows, Tensor):
         rows = list(rows)
         for i, row in enumerate(rows):
@@ -36,10 +38,12 @@ def _integers(rows, what, where="")->Tensor: # [n, width] int64
             if len(row) != len(rows[0]): raise ConfigError(f"{where}{what} {i} has {len(row)} entries, {what} 0 has {len(rows[0])}: one length is expected, so fill the shorter ones up with a number of its own")
         try: rows = torch.tensor(rows)
         except (TypeError, ValueError, RuntimeError) as e: raise ConfigError(f"{where}{what}s must be lists of integers ({str(e).splitlines()[0]})") from None
+    rows = rows.flatten(1) if rows.dim() > 2 else rows
     if rows.dim() != 2 or not rows.numel(): raise ConfigError(f"{where}{what}s must be [n, width] with at least one row and column, got {list(rows.shape)}")
     if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool: raise ConfigError(f"{where}{what}s must be integers, got {str(rows.dtype).removeprefix('torch.')}: quantise them first")
+    rows = integers(rows, f"{where}{what}s")
     if (least := int(rows.min())) < 0: raise ConfigError(f"{where}{what}s must be numbered from 0, got {least}")
-    return rows.detach().cpu().long()
+    return rows.detach().cpu()
 
 def make_corpus(
     messages, # [n, length] tensor, or a list of lists

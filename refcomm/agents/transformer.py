@@ -103,7 +103,7 @@ def _check_keep(keep, batch, n_patches):
     "Refuse patches that are not there, or named twice."
     if keep.dim() == 2 and keep.dtype == torch.int64 and len(keep) == batch and keep.shape[1]:
         ordered = keep.sort(1).values
-        if ordered[:, 0].min() >= 0 and ordered[:, -1].max() < n_patches and (ordered.diff() > 0).all(): return keep
+        if int(ordered[:, 0].min()) >= 0 and int(ordered[:, -1].max()) < n_patches and (ordered.diff() > 0).all(): return keep
         raise ConfigError(f"keep must name different patches of an image, numbered 0 … {n_patches - 1}, got {int(keep.min())} … {int(keep.max())}" + (", some of them twice" if (ordered.diff() == 0).any() else ""))
     raise ConfigError(f"keep must be [batch, k] patch numbers, int64 and at least one for each of the {batch} images, got {keep.dtype} {list(keep.shape)}: see top_patches")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import ConfigError, check_at_least
-from .continuous import Bottleneck, Sent
+from .continuous import Bottleneck, Sent, refuse_nan
 
 # %% ../../nbs/23_bottlenecks.gumbel.ipynb #c201a387
 def gumbel_noise(
@@ -45,7 +45,7 @@ class OneSymbol(Bottleneck):
         if self.training:
             if noise is None: raise ConfigError(f"{self.noise_for}: pass noise=bottleneck.draw_noise(shape, generator)")
             return self.noisy(x, noise)
-        hard, symbol = one_hot_argmax(x)
+        hard, symbol = one_hot_argmax(refuse_nan(x, self.training))
         return Sent(hard, symbol[..., None])
 
     def noisy(self, x, noise)->Sent: raise NotImplementedError # what is sent in training

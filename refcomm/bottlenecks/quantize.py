@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from ..core import ConfigError, check_at_least, check_choice, need
-from .continuous import Bottleneck, Sent, minmax_normalize
+from .continuous import Bottleneck, Sent, normalised, refuse_nan
 
 # %% ../../nbs/24_bottlenecks.quantize.ipynb #01970e0f
 def round_ste(
@@ -39,10 +39,10 @@ class UniformQuantizer(Bottleneck):
         self.gradient = check_choice("gradient", gradient, ("straight-through", "none"))
 
     def forward(self, x, noise=None):
-        word = minmax_normalize(x) if self.normalize else x.clamp(0, 1)
-        if self.training and self.when == "inference": return Sent(word if self.normalize else x, None)
+        word = normalised(x, self.training) if self.normalize else x.float().clamp(0, 1)
+        if self.training and self.when == "inference": return Sent(word.to(x.dtype) if self.normalize else x, None)
         level = round_ste(word * self.steps) if self.gradient == "straight-through" else (word.detach() * self.steps).round()
-        return Sent(level / self.steps, level.detach().long())
+        return Sent((level / self.steps).to(x.dtype), level.detach().nan_to_num(-1).long())
 
 # %% ../../nbs/24_bottlenecks.quantize.ipynb #2c96b4c3
 def reachable_words(
@@ -70,6 +70,7 @@ class FSQ(Bottleneck):
 
     def forward(self, x, noise=None):
         if self.training and self.when == "inference": return Sent(x.tanh(), None)
+        refuse_nan(x, self.training)
         word, symbols = self.quantizer(x.reshape(-1, self.width, 1))
         return Sent(word.reshape(x.shape), symbols.reshape(x.shape).long())
 
@@ -89,6 +90,7 @@ class VQ(Bottleneck):
         self.quantizer = _vector_quantize().VectorQuantize(dim=symbol_width, codebook_size=alphabet_size, **kwargs)
 
     def forward(self, x, noise=None):
+        refuse_nan(x, self.training)
         word, symbols, loss = self.quantizer(x.reshape(-1, self.n_symbols, self.symbol_width))
         return Sent(word.reshape(x.shape), symbols.reshape(*x.shape[:-1], self.n_symbols), loss.sum())
 
@@ -107,10 +109,10 @@ class LearnedQuantizer(Bottleneck):
         self.levels = nn.Parameter(start)
 
     def forward(self, x, noise=None):
-        x = minmax_normalize(x).unflatten(-1, (self.n_symbols, -1))
+        kind, x = x.dtype, normalised(x, self.training).unflatten(-1, (self.n_symbols, -1))
         symbols = (x[..., None, :] - self.levels).detach().square().sum(-1).argmin(-1)
-        word = F.one_hot(symbols, self.alphabet_size).to(x.dtype) @ self.levels
-        return Sent((word + x - x.detach()).flatten(-2), symbols)
+        word = F.one_hot(symbols, self.alphabet_size).to(x.dtype) @ self.levels.to(x.dtype)
+        return Sent((word + x - x.detach()).flatten(-2).to(kind), symbols)
 
     @torch.no_grad()
     def fit(self,

@@ -40,7 +40,7 @@ def check_features(
     if len(x) != len(labels): raise ConfigError(f"{name}: {len(x)} rows of features but {len(labels)} labels: they must come from the same images in the same order")
     broken = (~x.isfinite()).any(1).nonzero().flatten().tolist()
     if broken: raise ConfigError(f"{name}: {len(broken)} of {len(x)} rows of features hold NaN or infinity, the first are {broken[:5]}: extract them again")
-    if labels.min() < 0 or labels.max() >= len(classes):
+    if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
         raise ConfigError(f"{name}: labels must lie in 0 … {len(classes)-1}, one for each class, got {labels.min()} … {labels.max()}")
     counts = labels.bincount(minlength=len(classes))
     few = [f"{classes[i]!r}" for i in ((counts > 0) & (counts < min_members)).nonzero().flatten()]

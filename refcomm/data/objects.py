@@ -66,7 +66,7 @@ class ObjectWorld:
         attributes:Tensor, # [..., n_attributes] values
     )->Tensor: # [...] object numbers
         "The numbers of the objects with these attribute values: the inverse of `attributes`."
-        if attributes.min() < 0 or attributes.max() >= self.n_values:
+        if int(attributes.min()) < 0 or int(attributes.max()) >= self.n_values:
             raise ConfigError(f"attribute values must lie in 0 … {self.n_values-1}, got {attributes.min()} … {attributes.max()}")
         return from_digits(attributes, self._bases)
 

@@ -151,7 +151,7 @@ class ClassTask(Task):
         device="cpu",
     ):
         self.x, self.labels = ({k: t[v].to(device) for k,v in parts.items()} for t in (x, labels))
-        if labels.max() >= len(classes): raise ConfigError(f"labels reach {labels.max()}, but there are only {len(classes)} classes")
+        if int(labels.max()) >= len(classes): raise ConfigError(f"labels reach {labels.max()}, but there are only {len(classes)} classes")
         self.every, self.n_train = Fixed(classes.to(device)), len(parts["train"])
         self.n_negatives = None if n_negatives == len(classes) - 1 else n_negatives
 

@@ -112,7 +112,7 @@ def perceptual_distance(
     "How unlike images look."
     if check_choice("kind", kind, PERCEPTUAL) != "trunk" and trunk is not None: raise ConfigError(f"a trunk was given, but kind={kind!r} looks with {PERCEPTUAL[kind]}: use kind='trunk'")
     device, images = pick_device(device), _check_images(images)
-    if pairs is not None and (pairs.dim() != 2 or pairs.shape[1] != 2 or not len(pairs) or pairs.min() < 0 or pairs.max() >= len(images)):
+    if pairs is not None and (pairs.dim() != 2 or pairs.shape[1] != 2 or not len(pairs) or int(pairs.min()) < 0 or int(pairs.max()) >= len(images)):
         raise ConfigError(f"pairs must be [n_pairs, 2] numbers of images, 0 … {len(images) - 1}, and at least one, got {list(pairs.shape)}")
     see, found = _SEE[kind](trunk, device), []
     if pairs is None: return _apart(see, images, check_at_least("batch", batch, 1), device)
@@ -142,7 +142,7 @@ def saliency(
     with torch.no_grad(): n_classes = net(images[:1]).shape[-1]
     fine = [name for name in stages if sides.get(name, 0) >= places]
     if not fine: raise ConfigError(f"maps of {places} × {places} places were asked for, but those of the finest stage have {max(sides.values(), default=0)} on a side: lower places, or show larger images")
-    if len(images) != len(labels) or labels.min() < 0 or labels.max() >= n_classes: raise ConfigError(f"each of {len(images)} images needs a label in 0 … {n_classes - 1}, got {len(labels)} in {int(labels.min())} … {int(labels.max())}")
+    if len(images) != len(labels) or int(labels.min()) < 0 or int(labels.max()) >= n_classes: raise ConfigError(f"each of {len(images)} images needs a label in 0 … {n_classes - 1}, got {len(labels)} in {int(labels.min())} … {int(labels.max())}")
     with torch.enable_grad():
         look = cam.XGradCAM(net, [net.get_submodule(fine[-1])])
         maps = [torch.from_numpy(look(x, [ClassifierOutputTarget(c) for c in y.tolist()])) for x, y in zip(images.split(batch), labels.split(batch))]
@@ -165,4 +165,4 @@ def rank_correlation(
     if a.shape != b.shape or a.dim() != 2: raise ConfigError(f"rows must have a counterpart of equal length, [n, n_patches] each, got {list(a.shape)} and {list(b.shape)}")
     x, y = (torch.from_numpy(rankdata(t.detach().cpu().numpy(), axis=1)) for t in (a, b))
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
-    return ((x*y).sum(1) / (x.square().sum(1)*y.square().sum(1)).sqrt()).to(a.device)
+    return ((x*y).sum(1) / (x.square().sum(1)*y.square().sum(1)).sqrt()).clamp(-1, 1).to(a.device)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import ConfigError, check_at_least
+from ..core import ConfigError, check_at_least, integers
 
 # %% ../../nbs/51_metrics.protocol.ipynb #5a0e9e2b
 def _entropy(counts:Tensor)->Tensor: # [...] nats, and its first-order bias, from counts [..., n_kinds]
@@ -23,13 +23,18 @@ def _entropy(counts:Tensor)->Tensor: # [...] nats, and its first-order bias, fro
     p = counts / n
     return -torch.xlogy(p, p).sum(-1) + ((counts > 0).sum(-1) - 1) / (2*n.squeeze(-1))
 
+def _near_zero(x): # [n, width] int64 → the same kinds, from 0 on and without wide gaps
+    x = x - x.min()
+    return x if x.max() < 2**10 else x.unique(return_inverse=True)[1]
+
 def information(
     symbols:Tensor, # [n, n_positions] integers
     attributes:Tensor, # [n, n_attributes] integers
 )->Tensor: # [n_positions, n_attributes] bits; about 0, of either sign, where nothing is said
     "Mutual information of each position of a message with each attribute of what was meant."
+    symbols, attributes = (integers(t, what).flatten(1) for t, what in ((symbols, "messages"), (attributes, "attributes")))
     if len(symbols) != len(attributes): raise ConfigError(f"{len(symbols)} messages but {len(attributes)} objects: one message for each object is expected")
-    x, y = (t.long() - t.min() for t in (symbols, attributes))
+    x, y = map(_near_zero, (symbols, attributes))
     nx, ny = int(x.max()) + 1, int(y.max()) + 1
     joint = x[:, :, None]*ny + y[:, None] # [n, n_positions, n_attributes]
     cells = torch.zeros(*joint.shape[1:], nx*ny, dtype=torch.double, device=x.device)
@@ -64,7 +69,7 @@ def exchange(
 # %% ../../nbs/51_metrics.protocol.ipynb #c01193d0
 def _number(messages)->tuple: # [n] int64 from 0, and how many there are
     "Number the different messages, in their order."
-    messages = torch.as_tensor(messages)
+    messages = integers(messages, "messages", fractions=True)
     if len(messages) == 0: raise ConfigError("there are no messages: give at least one")
     kinds, number = messages.unique(dim=0, return_inverse=True)
     return number, len(kinds)
@@ -75,7 +80,7 @@ def cooccurrence(
     n_classes:int=None, # columns; the greatest label + 1 when None
 )->Tensor: # [n_symbols in use, n_classes] int64
     "How often each symbol was sent for a target of each class."
-    (s, n_symbols), labels = _number(symbols), torch.as_tensor(labels)
+    (s, n_symbols), labels = _number(symbols), integers(labels, "labels")
     if len(s) != len(labels): raise ConfigError(f"{len(s)} messages but {len(labels)} labels: one label for each message is expected")
     k = int(labels.max()) + 1 if n_classes is None else n_classes
     if labels.min() < 0 or labels.max() >= k: raise ConfigError(f"labels must lie in 0 … {k - 1}, got {labels.min()} … {labels.max()}")
@@ -86,6 +91,7 @@ def normalized_mutual_information(
     table:Tensor, # [..., n_symbols, n_classes] counts
 )->Tensor: # [...] float64 from 0 to 1
     "Mutual information of symbols and classes over their mean entropy (nMI); 0 where one symbol is all that is said."
+    table = integers(table, "counts", whole=True)
     n = table.sum((-1, -2)).double()
     if ((table.sum(-2) > 0).sum(-1) < 2).any(): raise ConfigError("nMI needs labels of at least 2 classes: nothing can be told about one")
     count = torch.arange(int(n.max()) + 1, dtype=torch.double, device=table.device)
@@ -109,6 +115,7 @@ def within_symbol_similarity(
     similarity:Tensor, # [n_classes, n_classes] symmetric, of classes
 )->Tensor: # [...] float64; NaN where no symbol is shared
     "Mean similarity of the classes of two different targets that share a symbol (WNSim, with WordNet's path similarity)."
+    table, similarity = integers(table, "counts", whole=True), torch.as_tensor(similarity)
     if similarity.shape != (k := table.shape[-1],)*2: raise ConfigError(f"similarity must be [{k}, {k}] for {k} classes, got {list(similarity.shape)}")
     if not similarity.isfinite().all(): raise ConfigError("similarity contains NaN or infinity")
     counts, w = table.to(similarity.dtype), similarity.to(table.device)
@@ -134,7 +141,7 @@ def permutation_test(
 )->PermutationTest:
     "Do symbols and classes agree more than by chance? One-sided, exact up to the number of deals."
     check_at_least("n_permutations", n_permutations, 1)
-    table, labels, null = cooccurrence(symbols, labels, n_classes), torch.as_tensor(labels), []
+    table, labels, null = cooccurrence(symbols, labels, n_classes), integers(labels, "labels"), []
     value, start = statistic(table), _number(symbols)[0]*table.shape[1]
     for part in torch.arange(n_permutations).split(max(1, 2**20 // table.numel())):
         deals = torch.stack([labels[torch.randperm(len(labels), generator=generator, device=generator.device)] for _ in part])
@@ -149,8 +156,9 @@ def symbol_counts(
     symbols:Tensor, # [n] or [n, n_positions] messages
 )->tuple: # the different messages, most frequent first, and how often each was sent
     "Frequencies of the symbols in use."
-    if len(torch.as_tensor(symbols)) == 0: raise ConfigError("there are no messages: give at least one")
-    kinds, counts = torch.as_tensor(symbols).unique(dim=0, return_counts=True)
+    symbols = integers(symbols, "messages", fractions=True)
+    if len(symbols) == 0: raise ConfigError("there are no messages: give at least one")
+    kinds, counts = symbols.unique(dim=0, return_counts=True)
     order = counts.argsort(descending=True, stable=True)
     return kinds[order], counts[order]
 
@@ -161,6 +169,7 @@ def images_by_symbol(
     generator:torch.Generator, # source of the draw
 )->list: # [m] tensors of image numbers; empty where the symbol is never sent
     "Draw images for which each wanted symbol is sent."
+    symbols, wanted = integers(symbols, "messages", fractions=True), integers(wanted, "messages", fractions=True)
     order = torch.randperm(len(symbols), generator=generator, device=generator.device).to(symbols.device)
     shuffled = symbols[order].flatten(1) if symbols.dim() > 1 else symbols[order, None]
     return [order[(shuffled == w).all(-1)][:n] for w in wanted]

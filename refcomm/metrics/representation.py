@@ -7,6 +7,7 @@ __all__ = ['fit_linear', 'mean_average_precision', 'Probe', 'linear_probe', 'knn
            'similarity_correlation', 'Clusters']
 
 # %% ../../nbs/52_metrics.representation.ipynb #6de1d605
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bottlenecks.gumbel import check_temperature
-from ..core import ConfigError, check_at_least
+from ..core import ConfigError, check_at_least, integers
 from ..data.objects import split
 
 # %% ../../nbs/52_metrics.representation.ipynb #2888c0c1
@@ -26,6 +27,15 @@ def _check(features, labels=None, dim=None):
     if labels is not None and labels.min() < 0: raise ConfigError(f"labels must be numbered from 0, got {int(labels.min())}")
     if dim is not None and features.shape[1] != dim: raise ConfigError(f"features of {dim} dimensions are expected, as in training, got {features.shape[1]}")
     if not features.isfinite().all(): raise ConfigError("features contain NaN or infinity: the trunk diverged")
+
+def _unit(x): # [n, dim] → float32 rows of length 1, or of 0
+    top = x.abs().amax(-1, keepdim=True)
+    return F.normalize(torch.where(((top < 1e-9) | (top > 1e18)) & (top > 0), x/top, x).float(), dim=-1)
+
+def _moderate(x, *others): # → float32, divided by a power of two where the squares of `x` would overflow or vanish
+    top = float(x.abs().amax())
+    shift = 1. if 1e-9 < top < 1e15 or not top else 2.**math.frexp(top)[1]
+    return [t.float() if shift == 1 else (t.double()/shift).float() for t in (x, *others)]
 
 def _loss(logits, labels):
     "Cross-entropy of classes [n], or summed over the columns of yes-no labels [n, n_classes]."
@@ -85,14 +95,16 @@ def linear_probe(
     kept_back:float=.2, # share of the training images that the choice is made on
 )->Probe:
     "Train a linear classifier on frozen features and test it."
+    train_labels, test_labels = integers(train_labels, "labels"), integers(test_labels, "labels")
     _check(train, train_labels), _check(test, test_labels, train.shape[1])
     if not 0 < kept_back < 1: raise ConfigError(f"kept_back must lie between 0 and 1, got {kept_back!r}")
     check_at_least("number of strengths", len(strengths), 1)
     n_classes = train_labels.shape[1] if train_labels.dim() == 2 else int(max(train_labels.max(), test_labels.max())) + 1
     if train_labels.dim() == 1 and len(train_labels.unique()) < 2: raise ConfigError("a probe needs training images of at least 2 classes")
-    train, test = train.float(), test.float()
+    train, test = _moderate(train, test)
     mean, spread = train.mean(0), train.std(0).clamp_min(1e-6)
-    train, test = (train - mean)/spread, (test - mean)/spread
+    constant = (train - train[0]).abs().amax(0) <= 1e-6*train[0].abs() # within rounding of one number: says nothing, whatever it is in the test
+    train, test = ((x - mean)/spread.masked_fill(constant, torch.inf) for x in (train, test))
     n_valid = max(1, round(kept_back*len(train)))
     fitted, valid = (i.to(train.device) for i in split(len(train), dict(train=len(train) - n_valid, valid=n_valid), generator).values())
     tried, fits = {}, {None: None}
@@ -113,10 +125,11 @@ def knn_votes(
     batch:int=1024, # test images at a time
 )->Tensor: # [m, n_classes] weight of each class; 0 where none of its images is near
     "The weighted votes of the nearest neighbours for each class."
+    train_labels = integers(train_labels, "labels")
     _check(train, train_labels), _check(test, dim=train.shape[1])
     check_at_least("k", k, 1), check_at_least("number of training images", len(train), k, f"{k} neighbours vote")
     check_temperature(temperature, .07)
-    train, test, votes = F.normalize(train.float(), dim=-1), F.normalize(test.float(), dim=-1), []
+    train, test, votes = _unit(train), _unit(test), []
     for part in test.split(batch):
         near, which = (part @ train.T).topk(k)
         weight = ((near - near[:, :1]) / temperature).exp()
@@ -155,7 +168,9 @@ def top_accuracy(
 def _counts(symbols, vocab_size):
     "How often each symbol is in each message, as a sparse table."
     from scipy.sparse import csr_array
-    if symbols.dim() != 2 or symbols.is_floating_point() or not len(symbols): raise ConfigError(f"symbols must be whole numbers [n, length], got {symbols.dtype} {list(symbols.shape)}")
+    symbols = integers(symbols, "symbols")
+    if symbols.dim() < 2 or not len(symbols): raise ConfigError(f"symbols must be whole numbers [n, length], got {list(symbols.shape)}")
+    symbols = symbols.flatten(1)
     if symbols.numel() and not (-1 <= symbols.min() and symbols.max() < vocab_size):
         raise ConfigError(f"symbols must lie in 0 … {vocab_size - 1}, or be −1 where none was sent, got {int(symbols.min())} … {int(symbols.max())}: give the speaker's vocab_size")
     row, place = (symbols >= 0).nonzero(as_tuple=True)
@@ -171,6 +186,7 @@ def bag_of_symbols(
     from sklearn.feature_extraction.text import TfidfTransformer
     from sklearn.naive_bayes import ComplementNB
     check_at_least("vocab_size", vocab_size, 2)
+    train, train_labels, test = integers(train, "symbols"), integers(train_labels, "labels"), integers(test, "symbols")
     if len(train) != len(train_labels): raise ConfigError(f"{len(train)} messages but {len(train_labels)} labels: one label for each is expected")
     if len(train_labels.unique()) < 2 or train_labels.min() < 0: raise ConfigError("a classifier needs training messages of at least 2 classes, numbered from 0")
     counts, tfidf, bayes = _counts(test, vocab_size), TfidfTransformer(), ComplementNB()
@@ -184,7 +200,7 @@ def bag_of_symbols(
 # %% ../../nbs/52_metrics.representation.ipynb #a064027a
 def _cosine_ranks(features, batch):
     "Ranks of the cosines of all pairs of rows, equal ones sharing their mean rank."
-    x = F.normalize(features.float(), dim=-1)
+    x = _unit(features)
     rows = torch.arange(len(x), device=x.device)
     cosines = torch.cat([(x[part] @ x.T)[rows > part[:, None]] for part in rows.split(batch)])
     _, place, counts = cosines.unique(return_inverse=True, return_counts=True)
@@ -202,7 +218,7 @@ def similarity_correlation(
     ranks = torch.stack([_cosine_ranks(a, batch), _cosine_ranks(b, batch)])
     ranks -= ranks.mean(1, keepdim=True)
     (aa, ab), (_, bb) = (ranks @ ranks.T).tolist()
-    return ab / (aa*bb)**.5 if aa and bb else float("nan")
+    return min(max(ab / (aa*bb)**.5, -1.), 1.) if aa and bb else float("nan")
 
 # %% ../../nbs/52_metrics.representation.ipynb #f7c3a0cf
 class Clusters:
@@ -217,8 +233,12 @@ class Clusters:
         check_at_least("n_clusters", n_clusters, 2)
         check_at_least("number of feature vectors", len(features), n_clusters, f"{n_clusters} clusters are asked for")
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-        fitted = MiniBatchKMeans(n_clusters, random_state=seed, n_init=1, batch_size=max(2048, 4*n_clusters)).fit(features.cpu().float().numpy())
-        self.centres = torch.from_numpy(fitted.cluster_centers_).to(features.device)
+        top = float(features.abs().amax())
+        self.scale = 1. if 1e-9 < top < 1e15 or not top else 2.**math.frexp(top)[1] # where squares would overflow or vanish
+        fitted = MiniBatchKMeans(n_clusters, random_state=seed, n_init=1, batch_size=max(2048, 4*n_clusters)).fit(self._scaled(features).cpu().numpy())
+        self.centres = torch.from_numpy(fitted.cluster_centers_).to(features.device) # of features over `scale`
+
+    def _scaled(self, features): return features.float() if self.scale == 1 else (features.double()/self.scale).float()
 
     def __call__(self,
         features:Tensor, # [n, dim]
@@ -226,6 +246,6 @@ class Clusters:
     )->Tensor: # [n] symbols
         "The nearest centre of each."
         _check(features, dim=self.centres.shape[1])
-        return torch.cat([torch.cdist(part.float(), self.centres).argmin(-1) for part in features.split(batch)])
+        return torch.cat([torch.cdist(self._scaled(part), self.centres).argmin(-1) for part in features.split(batch)])
 
     def __repr__(self): return f"Clusters({len(self.centres)} of {self.centres.shape[1]} dimensions)"

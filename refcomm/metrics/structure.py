@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import ConfigError, check_at_least, check_choice
+from ..core import ConfigError, check_at_least, check_choice, integers
 from .protocol import symbol_counts
 
 # %% ../../nbs/53_metrics.structure.ipynb #21c266f2
@@ -73,8 +73,8 @@ def _all_pairs(x, kind, batch=256)->tuple: # [n(n-1)/2] numbers of distances, an
 
 def _rows(x, what)->Tensor: # [n, width]
     "Messages or meanings as a table; a single column may be given flat."
-    x = torch.as_tensor(x)
-    x = x[:, None] if x.dim() == 1 else x
+    x = integers(x, what, fractions=True)
+    x = x[:, None] if x.dim() == 1 else x.flatten(1) if x.dim() > 2 else x
     if x.dim() != 2 or not x.numel(): raise ConfigError(f"{what} must be [n, width] with at least one row and column, got {list(x.shape)}")
     return x
 
@@ -110,7 +110,7 @@ def _scores(kind, counts): # numbers of distances [n_cells], [..., n_cells] → 
 
 def _spearman(x, y, counts): # numbers of distances [n_cells] on both sides, float64 [..., n_cells] pairs in each cell → [...]
     "Rank correlation; NaN where all distances of one side are equal."
-    return (counts * _scores(x, counts)[..., x] * _scores(y, counts)[..., y]).sum(-1)
+    return (counts * _scores(x, counts)[..., x] * _scores(y, counts)[..., y]).sum(-1).clamp(-1, 1)
 
 class _Pairs:
     "Topographic similarity, ready to be asked again with other meanings or other weights."
@@ -232,6 +232,7 @@ def class_pairs(
 )->tuple: # [n_pairs, 2] numbers of images, and [n_pairs] their class
     "All pairs of some images of each class; none of a class with a single image."
     check_at_least("n_images", n_images, 2, "one image makes no pair")
+    labels = integers(labels, "labels")
     order = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
     members = order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
     pairs = [torch.combinations(some[:n_images]) for some in members]
@@ -253,7 +254,7 @@ def class_correlations(
         return d.where((mean(d*d) > 1e-24*mean(v*v))[group], torch.nan)
     x, y = spread(-distance.double()), spread(similarity.double())
     xx, xy, yy = mean(x*x), mean(x*y), mean(y*y)
-    return pd.DataFrame({"class": kinds.tolist(), "n_pairs": n.tolist(), "correlation": (xy/(xx*yy).sqrt()).tolist(), "slope": (xy/xx).tolist()})
+    return pd.DataFrame({"class": kinds.tolist(), "n_pairs": n.tolist(), "correlation": (xy/(xx*yy).sqrt()).clamp(-1, 1).tolist(), "slope": (xy/xx).tolist()})
 
 # %% ../../nbs/53_metrics.structure.ipynb #bb8964d2
 STATISTICS = {"topsim": _Pairs, "posdis": _Gap, "bosdis": lambda symbols, meanings: _Gap(_bags(symbols), meanings)}

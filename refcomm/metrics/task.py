@@ -9,7 +9,7 @@ __all__ = ['hits', 'expected_accuracy', 'n_unique']
 import torch
 from torch import Tensor
 
-from ..core import ConfigError, check_at_least
+from ..core import ConfigError, check_at_least, integers
 
 # %% ../../nbs/50_metrics.task.ipynb #f594a52d
 def _counts(counts, pool):
@@ -26,6 +26,7 @@ def hits(
 )->Tensor: # [..., batch, len(counts)] whether the target was chosen
     "Play each target once at every number of candidates, with nested, uniformly drawn distractors shared by all leading dimensions."
     if not scores.isfinite().all(): raise ConfigError("scores contain NaN or infinity: the agents diverged")
+    target = integers(target, "target")
     (batch, pool), device = scores.shape[-2:], scores.device
     n = _counts(counts, pool).to(device)
     place = torch.rand(batch, pool, generator=generator, device=device).scatter_(-1, target[:, None], torch.inf)
@@ -57,7 +58,7 @@ def expected_accuracy(
     counts, # numbers of candidates
 )->Tensor: # [..., batch, len(counts)] probability that the target is chosen
     "The mean of `hits` over all possible draws, exactly."
-    pool = scores.shape[-1]
+    pool, target = scores.shape[-1], integers(target, "target")
     n = _counts(counts, pool).to(scores.device)
     own = scores.gather(-1, target[:, None].expand(*scores.shape[:-1], 1))
     better, tied = (scores > own).sum(-1, keepdim=True), (scores == own).sum(-1, keepdim=True) - 1
@@ -72,4 +73,6 @@ def n_unique(
     symbols:Tensor, # [n_messages, ...] integers (or the sent numbers of a continuous channel)
 )->int:
     "Number of unique messages (NoUM; Carmeli et al. 2023, §4.4)."
-    return len(symbols.flatten(1).unique(dim=0))
+    symbols = integers(symbols, "messages", fractions=True)
+    if not symbols.dim() or not len(symbols): raise ConfigError(f"messages must be [n_messages, ...] with at least one, got {list(symbols.shape)}")
+    return len(symbols.reshape(len(symbols), -1).unique(dim=0))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import ConfigError, check_at_least, check_choice
+from ..core import ConfigError, check_at_least, check_choice, integers
 from .backends import BACKENDS, smallest_sets
 
 # %% ../../nbs/59_sms.complexity.ipynb #3905f70d
@@ -26,7 +26,7 @@ def solve_min_sym(
     distractors = [x for x in images if x != target]
     for size in range(1, len(target) + 1):
         for names in combinations(target, size):
-            if not any(all(x.get(k) == target[k] for k in names) for x in distractors): return size
+            if not any(all(k in x and x[k] == target[k] for k in names) for x in distractors): return size
 
 # %% ../../nbs/59_sms.complexity.ipynb #57cad63d
 def _from_dicts(targets, distractors):
@@ -44,7 +44,7 @@ def _from_dicts(targets, distractors):
 
 def _check_values(x):
     "Raise a `ConfigError` unless these are integers from 0 on."
-    kind = str(x.dtype).removeprefix("torch.")
+    kind = x.dtype.newbyteorder("=").name if isinstance(x, np.ndarray) else str(x.dtype).removeprefix("torch.")
     if not kind.startswith(("int", "uint")): raise ConfigError(f"attributes must be integers, got {kind}: number the values 0, 1, 2, …")
     if 0 not in x.shape and kind[0] != "u" and x.min() < 0: raise ConfigError(f"attribute values must be at least 0, got {int(x.min())}: number the values 0, 1, 2, …")
 
@@ -58,7 +58,17 @@ def _read(targets, distractors):
     check_at_least("the number of games", t[0], 1)
     check_at_least("n_attributes", t[1], 1)
     for x in (targets, distractors): _check_values(x)
-    return targets, distractors
+    return _alike(targets, distractors)
+
+def _alike(targets, distractors):
+    "The games as arrays, or tensors, of one type that every backend knows, in the machine's own order of bytes."
+    both = targets, distractors
+    if isinstance(targets, Tensor): return both if targets.dtype == distractors.dtype and targets.dtype in _KNOWN.values() else tuple(integers(x, "attributes") for x in both)
+    kinds = {x.dtype.newbyteorder("=").name for x in both}
+    kind = kinds.pop() if len(kinds) == 1 and kinds <= set(_KNOWN) else None
+    return tuple((np.array if min(x.strides, default=0) < 0 else np.asarray)(x, kind, order="C") if kind else integers(x, "attributes").numpy() for x in both)
+
+_KNOWN = {k: getattr(torch, k) for k in ("uint8", "int8", "int16", "int32", "int64")}
 
 # %% ../../nbs/59_sms.complexity.ipynb #7a017fe7
 UNDECIDABLE = -1 # the answer for a game with a distractor equal to its target
