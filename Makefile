@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: reproduce test test-lab soak docs prepare lessons clean
+.PHONY: reproduce test quick test-lab soak docs prepare lessons clean
 
 reproduce: $(VENV)/.notebooks
 	$(BIN)/refcomm reproduce -p n_seeds=1 --into results
 
 test: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/check
+
+# the fast half of the tests, in some two minutes on two cores
+quick: $(VENV)/.dev
+	OMP_NUM_THREADS=1 REFCOMM_PROGRESS=off $(BIN)/python -m pytest -q -n auto -m "not slow and not lab"
 
 # the site, in _docs/html: nbdev's processed notebooks through Sphinx
 docs: $(VENV)/.dev
