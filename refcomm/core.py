@@ -6,10 +6,11 @@
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'printable', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError',
            'WorkerDied', 'StoreError', 'nearest', 'check_choice', 'check_at_least', 'need', 'from_json', 'integers',
            'fetch_weights', 'fitted', 'spec', 'generator', 'seeded_init', 'draw_seed', 'seeded', 'anneal',
-           'device_fault', 'pick_device', 'same_device', 'n_cores', 'autocast', 'constant', 'progress_bar']
+           'device_fault', 'pick_device', 'same_device', 'n_cores', 'autocast', 'check_parameter', 'check_injected',
+           'constant', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #94a934ea
-import contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, sys, warnings, types, typing
+import ast, contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, sys, warnings, types, typing
 
 import lazy_loader
 import numpy as np
@@ -288,6 +289,33 @@ def autocast(
     "The context in which the forward pass runs; `fp32` changes nothing."
     dtype = PRECISIONS[check_choice("precision", precision, PRECISIONS)]
     return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype)) if dtype else contextlib.nullcontext()
+
+# %% ../nbs/00_core.ipynb #0b4dd53d
+_LEAST = dict(n_seeds=1, jobs=1) # of whole numbers; 0 for all others
+
+def check_parameter(
+    name:str, # of a notebook's parameter
+    value, # given for it
+    default, # what the notebook sets, of the type that is expected
+):
+    "Raise a `ConfigError` unless the value is of the parameter's type, and possible."
+    kind = type(default)
+    if type(value) is not kind and not (kind is float and type(value) is int): raise ConfigError(f"parameter {name} is {kind.__name__}, got {value!r:.80}")
+    if kind is float and not math.isfinite(value): raise ConfigError(f"parameter {name} must be a number, got {value!r}")
+    if kind is int: check_at_least(f"parameter {name}", value, _LEAST.get(name, 0))
+    if name == "profile": check_choice("profile", value, PROFILES)
+    if name == "device": pick_device(value)
+
+def check_injected(
+    namespace:dict, # a notebook's `globals()`, in the cell after its parameters
+):
+    "Refuse what papermill injected if the notebook has no such parameter, or the value is impossible. Elsewhere nothing is asked."
+    cells = [ast.parse(source) for source in namespace.get("In", []) if source.startswith("# Parameters") or re.match(r"\w+ *: *\w+ *=", source)]
+    known = {n.target.id: ast.literal_eval(n.value) for cell in cells for n in cell.body if isinstance(n, ast.AnnAssign) and isinstance(n.value, (ast.Constant, ast.List))}
+    given = [t.id for cell in cells for n in cell.body if isinstance(n, ast.Assign) for t in n.targets]
+    for name in given:
+        if name not in known: raise ConfigError(f"this notebook has no parameter {name!r}: {nearest(name, known)}")
+    for name in known: check_parameter(name, namespace[name], known[name])
 
 # %% ../nbs/00_core.ipynb #67c20792
 @functools.lru_cache(1024)

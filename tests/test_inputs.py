@@ -165,3 +165,95 @@ def test_sources_with_impossible_names(monkeypatch, tmp_path, name):
     for load in (load_images, load_sentences, load_features):
         with pytest.raises(ConfigError) as e: load(name)
         assert len(str(e.value).splitlines()) == 1
+
+
+# packages and what they may run
+def test_holes_that_are_known_are_shut_out_by_lower_bounds():
+    import tomllib
+    from conftest import ROOT
+    from packaging.requirements import Requirement
+    needed = {r.name: r.specifier for r in map(Requirement, tomllib.loads((ROOT/"pyproject.toml").read_text("utf-8"))["project"]["dependencies"])}
+    for name, bad in [("pyarrow", "14.0.0"), ("pillow", "10.2.0"), ("pillow", "11.2.1"), ("pyyaml", "5.3"), ("jinja2", "3.1.5"), ("filelock", "3.20.0"), ("tqdm", "4.66.2"), ("scikit-learn", "1.4"), ("datasets", "3.6"), ("transformers", "4.52")]:
+        assert not needed[name].contains(bad), f"{name} {bad}"
+
+
+def test_no_model_runs_code_of_its_own(tmp_path, monkeypatch, home):
+    from conftest import tiny_transformer
+    from refcomm.data.embeddings import embed
+    folder = tiny_transformer(tmp_path/"model", ["one two"])
+    config = json.loads((folder/"config.json").read_text("utf-8")) | dict(model_type="evil", auto_map=dict(AutoConfig="evil.C", AutoModel="evil.M", AutoTokenizer=["evil.T", None]))
+    (folder/"config.json").write_text(json.dumps(config)), (folder/"evil.py").write_text(f"open({str(tmp_path/'broken into')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("a question was put to the user"))
+    with pytest.raises(ConfigError, match="cannot load a sentence encoder"): embed(["one"], str(folder))
+    assert not (tmp_path/"broken into").exists()
+
+
+def test_every_automatic_class_is_told_not_to_run_code():
+    import ast
+    from pathlib import Path
+    import refcomm
+    calls = [n for p in Path(refcomm.__file__).parent.rglob("*.py") for n in ast.walk(ast.parse(p.read_text("utf-8"))) if isinstance(n, ast.Call) and ast.unparse(n.func).startswith("Auto") and ast.unparse(n.func).endswith("from_pretrained")]
+    assert len(calls) >= 4
+    for n in calls: assert any(k.arg == "trust_remote_code" and k.value.value is False for k in n.keywords), ast.unparse(n)
+
+
+def test_text_files_have_one_encoding(tmp_path):
+    "Under a locale of few letters, too: every call that opens a file as text names the encoding."
+    import ast
+    from pathlib import Path
+    import refcomm
+    bare = []
+    for p in Path(refcomm.__file__).parent.rglob("*.py"):
+        for n in ast.walk(ast.parse(p.read_text("utf-8"))):
+            if not isinstance(n, ast.Call): continue
+            name, keys = ast.unparse(n.func), {k.arg for k in n.keywords}
+            positional = [a.value for a in n.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            if name.endswith((".read_text", ".write_text")) and "encoding" not in keys and "utf-8" not in positional: bare.append((p.name, ast.unparse(n)[:80]))
+            if name == "open" and "encoding" not in keys and not any("b" in m for m in positional if len(m) <= 3): bare.append((p.name, ast.unparse(n)[:80]))
+    assert not bare
+
+
+# parameters
+@pytest.mark.parametrize("given, says", [("n_seeds=-1", "n_seeds must be at least 1, got -1"), ("n_seeds=0", "n_seeds must be at least 1"), ("n_seeds=true", "n_seeds is int, got True"), ("n_seeds=1e3", "n_seeds is int, got 1000.0"), ("device=gpu", "unknown device 'gpu'"), ("images=NaN", "images is str, got nan")])
+def test_an_impossible_parameter_is_refused_before_a_kernel_starts(home, command, monkeypatch, given, says):
+    from refcomm import cli
+    monkeypatch.setattr(cli, "reproduce_item", lambda *a: pytest.fail("a kernel was started"))
+    for args in (("reproduce", "eqc/table5", "-p", given), ("plan", "eqc/table5", "-p", given)):
+        r = command(*args)
+        assert r.returncode == 2 and says in r.stderr and len(r.stderr.splitlines()) == 1
+    assert "jobs must be at least 1, got -2" in command("reproduce", "eqc/table5", "--jobs", "-2").stderr
+
+
+@pytest.mark.parametrize("given, says", [(dict(n_seed=5), "no parameter 'n_seed': did you mean 'n_seeds'"), (dict(n_seeds=-1), "n_seeds must be at least 1, got -1"), (dict(n_seeds="3"), "n_seeds is int, got '3'"), (dict(profile="cpuu"), "unknown profile 'cpuu'")])
+def test_a_notebook_refuses_what_papermill_would_pass_on(tmp_path, given, says):
+    import papermill
+    code = lambda source, *tags: dict(cell_type="code", id=str(abs(hash(source)))[:8], metadata=dict(tags=list(tags)), source=source, outputs=[], execution_count=None)
+    cells = [code('profile: str = "smoke" # a comment\nn_seeds: int = 3', "parameters"), code("from refcomm.core import check_injected\ncheck_injected(globals())"), code("open('computed', 'w')")]
+    (tmp_path/"toy.ipynb").write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")), nbformat=4, nbformat_minor=5)))
+    with pytest.raises(papermill.PapermillExecutionError) as e: papermill.execute_notebook(str(tmp_path/"toy.ipynb"), str(tmp_path/"out.ipynb"), given, progress_bar=False, cwd=str(tmp_path), kernel_name="python3")
+    assert says in e.value.evalue and not (tmp_path/"computed").exists()
+
+
+def test_every_paper_and_benchmark_notebook_refuses_unknown_parameters():
+    for item, path in catalogue.notebooks().items():
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        at = next(i for i, c in enumerate(cells) if "parameters" in c["metadata"].get("tags", []))
+        after = next(c for c in cells[at + 1:] if c["cell_type"] == "code")
+        assert "check_injected(globals())" in "".join(after["source"]), item
+
+
+def test_a_dry_run_executes_nothing(home, command, monkeypatch):
+    from refcomm import cli
+    monkeypatch.setattr(cli, "reproduce_item", lambda *a: pytest.fail("a kernel was started"))
+    r = command("reproduce", "eqc/table1", "sms/figure1", "--profile", "smoke", "--dry-run")
+    assert r.returncode == 0 and r.stdout.count("to do") == 2 and not home.exists()
+    monkeypatch.setattr(cli, "found_done", lambda item, *a: item == "sms/figure1")
+    assert command("reproduce", "eqc/table1", "sms/figure1", "--dry-run").stdout.count("found done") == 1
+    assert command("reproduce", "sms/figure1", "--dry-run", "--force").stdout.count("to do") == 1
+
+
+def test_the_version(command, tmp_path):
+    import refcomm
+    assert command("--version").stdout == f"refcomm {refcomm.__version__}\n"
+    r = subprocess.run([sys.executable, "-m", "refcomm", "--version"], capture_output=True, text=True, cwd=tmp_path)
+    assert r.returncode == 0 and r.stdout == f"refcomm {refcomm.__version__}\n"

@@ -148,9 +148,9 @@ class PretrainedViT(nn.Module):
     ):
         super().__init__()
         from transformers import AutoConfig, AutoImageProcessor, ViTModel
-        config = fetch_weights(lambda: AutoConfig.from_pretrained(checkpoint), checkpoint, "folder that save_pretrained wrote", "train a small one in place")
+        config = fetch_weights(lambda: AutoConfig.from_pretrained(checkpoint, trust_remote_code=False), checkpoint, "folder that save_pretrained wrote", "train a small one in place")
         if config.model_type != "vit": raise ConfigError(f"{checkpoint} is a model of kind {config.model_type!r}, expected was 'vit', such as google/vit-base-patch16-224")
-        load = lambda: (ViTModel.from_pretrained(checkpoint, add_pooling_layer=False, use_safetensors=True, output_loading_info=True), AutoImageProcessor.from_pretrained(checkpoint))
+        load = lambda: (ViTModel.from_pretrained(checkpoint, add_pooling_layer=False, use_safetensors=True, output_loading_info=True), AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False))
         (self.net, info), eyes = fetch_weights(load, checkpoint, "folder that save_pretrained wrote, with its preprocessor_config.json", "train a small one in place")
         if info["missing_keys"]: raise ConfigError(f"the weights of {checkpoint} do not fit its config.json: {len(info['missing_keys'])} are absent, such as {min(info['missing_keys'])}")
         self.patch_size, self.feature_dim = config.patch_size, config.hidden_size

@@ -76,8 +76,8 @@ def _load(folder): # model, tokenizer
     from transformers import AutoModel, AutoTokenizer
     try:
         with seeded_init(0), _quiet():
-            model, info = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+            model, info = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", trust_remote_code=False)
     except Exception as e: raise ConfigError(f"cannot load a sentence encoder from {folder}: {type(e).__name__}: {e}") from None
     absent = sorted(k for k in info["missing_keys"] if "pooler" not in k)
     if absent: raise ConfigError(f"the weights in {folder} do not fit its config.json: {len(absent)} are absent, such as {absent[0]}: save both again with save_pretrained")

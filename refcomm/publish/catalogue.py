@@ -6,10 +6,10 @@
 __all__ = ['HEADLINE', 'notebooks', 'choose', 'title', 'parse_parameters', 'parameters_of', 'check_parameters', 'item_runs']
 
 # %% ../../nbs/96_publish.catalogue.ipynb #97bb3fdf
-import ast, importlib, importlib.resources, inspect, json, math
+import ast, importlib, importlib.resources, inspect, json, math, importlib.util
 from pathlib import Path
 
-from ..core import ConfigError, from_json, nearest
+from ..core import ConfigError, check_parameter, from_json, nearest
 from ..files import checkout
 
 # %% ../../nbs/96_publish.catalogue.ipynb #386f0fbd
@@ -61,11 +61,11 @@ def check_parameters(
     path, # the notebook
     given:dict, # name → value
 ):
-    "Raise a `ConfigError` when the notebook has no such parameter, or one of another type."
+    "Raise a `ConfigError` when the notebook has no such parameter, or the value is of another type or impossible."
     known = parameters_of(path)
     for name, value in given.items():
         if name not in known: raise ConfigError(f"{Path(path).stem} has no parameter {name!r}: {nearest(name, known)}")
-        if type(value) is not type(known[name]): raise ConfigError(f"parameter {name} is {type(known[name]).__name__}, got {value!r:.80}")
+        check_parameter(name, value, known[name])
 
 # %% ../../nbs/96_publish.catalogue.ipynb #71aa0c03
 def item_runs(

@@ -33,9 +33,9 @@ class Context(NamedTuple):
 # %% ../../nbs/72_runs.execute.ipynb #37982b72
 def _members(folder, missing)->list: # Specs
     "Whom the unfinished training in this folder trains; `missing` if there is none, which is written down."
-    try: return [type(missing[0])(**fields) for fields in json.loads((folder/"members.json").read_text())]
+    try: return [type(missing[0])(**fields) for fields in json.loads((folder/"members.json").read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError): shutil.rmtree(folder, ignore_errors=True)
-    with write_atomic(folder/"members.json") as tmp: tmp.write_text(json.dumps([spec_fields(s) for s in missing]))
+    with write_atomic(folder/"members.json") as tmp: tmp.write_text(json.dumps([spec_fields(s) for s in missing]), encoding="utf-8")
     return missing
 
 def checkpoint_interval()->float: # seconds
@@ -96,7 +96,7 @@ def _reporter(path):
     "Write progress to a file, for a driver that watches it."
     def say(done, text):
         tmp = Path(f"{path}.{uuid.uuid4().hex}")
-        with contextlib.suppress(OSError): tmp.write_text(json.dumps([done, text])); os.replace(tmp, path) # a lost report is no reason to stop
+        with contextlib.suppress(OSError): tmp.write_text(json.dumps([done, text]), encoding="utf-8"); os.replace(tmp, path) # a lost report is no reason to stop
     return say
 
 # %% ../../nbs/72_runs.execute.ipynb #a6df4eae
@@ -165,7 +165,7 @@ def _submit(stacks, store, device, logger, weights, bar, pool):
         shutil.rmtree(folder, ignore_errors=True)
 
 def _share(path):
-    try: return json.loads(path.read_text())[0]
+    try: return json.loads(path.read_text(encoding="utf-8"))[0]
     except (OSError, ValueError): return 0.
 
 # %% ../../nbs/72_runs.execute.ipynb #9c481ca3
@@ -207,12 +207,12 @@ def write_plan(specs, path):
     "Write Specs as JSON."
     text = json.dumps([dict(experiment=s.experiment, fields=spec_fields(s)) for s in dict.fromkeys(specs)], indent=1)
     if path is None: return text
-    with write_atomic(path) as tmp: tmp.write_text(text)
+    with write_atomic(path) as tmp: tmp.write_text(text, encoding="utf-8")
 
 def read_plan(path)->list: # Specs
     "Read what `write_plan` wrote."
     try:
-        listed = from_json(Path(path).read_text("utf-8"))
+        listed = from_json(Path(path).read_text(encoding="utf-8"))
         if not isinstance(listed, list): raise TypeError("a list of Specs is expected")
         return [load_spec(p["experiment"], p["fields"]) for p in listed]
     except OSError as e: raise ConfigError(f"cannot read plan {path}: {e.strerror}") from None

@@ -222,7 +222,7 @@ class RayExecutor(Elsewhere):
 
     def outcome(self, job):
         try: return self.ray.get(job[0])
-        except self.ray.exceptions.RayError as e: raise WorkerDied((job[1].exists() and job[1].read_text(errors="replace")) or e) from None
+        except self.ray.exceptions.RayError as e: raise WorkerDied((job[1].exists() and job[1].read_text(encoding="utf-8", errors="replace")) or e) from None
 
     def shutdown(self, wait=True, *, cancel_futures=False):
         super().shutdown(wait, cancel_futures=cancel_futures)

@@ -1,0 +1,4 @@
+"`python -m refcomm` is the command `refcomm`."
+from refcomm.reproduce import main
+
+if __name__ == "__main__": main()
