@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError', 'WorkerDied',
-           'StoreError', 'nearest', 'check_choice', 'check_at_least', 'need', 'fetch_weights', 'fitted', 'spec',
-           'generator', 'seeded_init', 'anneal', 'pick_device', 'n_cores', 'autocast', 'progress_bar']
+           'StoreError', 'Interrupted', 'nearest', 'check_choice', 'check_at_least', 'need', 'fetch_weights', 'fitted',
+           'spec', 'generator', 'seeded_init', 'anneal', 'pick_device', 'n_cores', 'autocast', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #94a934ea
-import contextlib, dataclasses, difflib, functools, hashlib, importlib, io, math, os, re, sys, types, typing
+import contextlib, dataclasses, difflib, functools, hashlib, importlib, io, math, os, re, signal, sys, types, typing
 
 import torch
 
@@ -30,6 +30,16 @@ class WorkerDied(RefcommError):
 
 class StoreError(RefcommError, OSError):
     "The disk refused: read-only, full, or not writable."
+
+class Interrupted(KeyboardInterrupt):
+    "A signal asked to stop; the message says what is kept. No error: it passes by what catches exceptions."
+    def __init__(self, message:str="", signum:int=2):
+        super().__init__(message, signum)
+        self.message, self.signum = message, int(signum)
+
+    @property
+    def name(self): return signal.Signals(self.signum).name
+    def __str__(self): return self.message
 
 # %% ../nbs/00_core.ipynb #e11634ca
 def nearest(

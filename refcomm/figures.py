@@ -159,10 +159,10 @@ def save(
     recipe = dict(paper=paper, item=item, title=title, profile=profile, data=data, note=note, runs=runs, costs=spent(records) if records else {}, seeds=seeds, claims=list(claims), command=f"refcomm reproduce {paper}/{item} --profile {profile}" + "".join(f" -p {k}={v}" for k, v in (options or {}).items() if v not in (0, "auto") and (k, v) != ("n_seeds", 1)))
     with write_atomic(stem.with_suffix(".csv")) as tmp: numbers.to_csv(tmp, index=False, float_format="%.6g")
     with write_atomic(stem.with_suffix(".png")) as tmp: figure.savefig(tmp, format="png", dpi=dpi, bbox_inches="tight")
-    with write_atomic(stem.with_suffix(".json")) as tmp: tmp.write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n")
+    with write_atomic(stem.with_suffix(".json")) as tmp: tmp.write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return stem.with_suffix(".png")
 
 def load_recipe(path)->dict: # what `save` wrote beside a picture
     "Read an item's recipe."
-    try: return json.loads(Path(path).with_suffix(".json").read_text())
+    try: return json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e: raise ConfigError(f"no readable recipe beside {path}: {e}") from None

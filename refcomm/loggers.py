@@ -26,7 +26,7 @@ class CSVLog:
         fields:dict, # the Spec's
     ):
         self.path, self.rows, self.names = _fresh(folder)/"metrics.csv", [], ["step"]
-        (folder/"spec.json").write_text(json.dumps(fields, indent=1))
+        (folder/"spec.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
 
     def log_metrics(self,
         metrics:dict, # name → number
@@ -35,7 +35,7 @@ class CSVLog:
         self.rows.append(dict(step=step, **metrics))
         new = [n for n in metrics if n not in self.names]
         self.names += new
-        with open(self.path, "w" if new else "a", newline="") as f:
+        with open(self.path, "w" if new else "a", newline="", encoding="utf-8") as f:
             table = csv.DictWriter(f, self.names)
             if new: table.writeheader()
             table.writerows(self.rows if new else self.rows[-1:])

@@ -8,14 +8,15 @@ __all__ = ['app', 'runs_app', 'reproduce_item', 'print_table', 'list_items', 're
            'runs_clean', 'main']
 
 # %% ../nbs/95_reproduce.ipynb #13e5a072
-import json, os, sys, time
+import contextlib, json, os, signal, sys, threading, time
 from pathlib import Path
 
 import typer
 
 from .catalogue import HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of, parse_parameters, title
-from .core import PROFILES, ConfigError, RefcommError, check_choice, n_cores
+from .core import PROFILES, ConfigError, Interrupted, RefcommError, check_choice, n_cores
 from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic
+from .interrupts import Interruptible
 
 # %% ../nbs/95_reproduce.ipynb #5e713891
 def _outputs(item, profile): return sorted(figures_dir(profile).glob(f"{item.replace('/', '_')}.*"))
@@ -25,6 +26,29 @@ def _state(item, path, parameters, profile)->dict:
     fixed = {k: v for k,v in parameters.items() if k != "jobs"}
     data = [[p.name, p.stat().st_size, p.stat().st_mtime] for p in sorted(data_dir().rglob("*"))] if data_dir() else []
     return dict(notebook=files_digest(path), package=files_digest(*package), data=data, parameters=fixed, outputs={str(p): files_digest(p) for p in _outputs(item, profile)})
+
+def _in_thread(what, work):
+    "Call `work` in a thread, so that signals come to this one: a kernel is then told to stop, and may keep what it has learnt."
+    import psutil
+    from concurrent.futures import Future
+    result = Future()
+    def call():
+        try: result.set_result(work())
+        except BaseException as e: result.set_exception(e)
+    thread = threading.Thread(target=call, daemon=True)
+    with Interruptible() as stop:
+        thread.start()
+        try: return _waited(result)
+        except Interrupted as e:
+            for child in psutil.Process().children(): child.send_signal(signal.SIGINT)
+            with contextlib.suppress(Exception): result.result(20)
+            raise Interrupted(f"{e} in {what}: finished runs and unfinished training are kept in {home()/'runs'}; the same command continues", e.signum) from None
+
+def _waited(result):
+    while True:
+        try: return result.result(.5)
+        except TimeoutError:
+            if result.done(): raise
 
 def reproduce_item(
     item:str, # "eqc/table5"
@@ -37,7 +61,7 @@ def reproduce_item(
     executed = home()/"executed"/profile/f"{item}.ipynb"
     state_file = executed.with_suffix(".json")
     if not force and state_file.is_file() and executed.is_file():
-        try: known = json.loads(state_file.read_text())
+        try: known = json.loads(state_file.read_text(encoding="utf-8"))
         except ValueError: known = {}
         if known == _state(item, path, parameters, profile) and known["outputs"]: return "found done", executed, ""
     try:
@@ -48,17 +72,25 @@ def reproduce_item(
     with disk_errors(executed): executed.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("REFCOMM_PROGRESS", "text")
     own = ["--IPKernelApp.log_level=40", "--IPKernelApp.ignore_cwd=True"] # the kernel imports the installed package, whatever the working folder holds
+    work = lambda: papermill.execute_notebook(str(path), str(executed), parameters, progress_bar=False, stderr_file=sys.stderr, kernel_name="python3", extra_arguments=own)
     try:
-        with disk_errors(executed): papermill.execute_notebook(str(path), str(executed), parameters, progress_bar=False, stderr_file=sys.stderr, kernel_name="python3", extra_arguments=own)
+        with disk_errors(executed): _in_thread(item, work)
     except papermill.PapermillExecutionError as e: return "failed", executed, f"{e.ename}: {e.evalue}"
     except (DeadKernelError, RefcommError) as e: return "failed", executed, str(e)
-    with write_atomic(state_file) as tmp: tmp.write_text(json.dumps(_state(item, path, parameters, profile)))
+    with write_atomic(state_file) as tmp: tmp.write_text(json.dumps(_state(item, path, parameters, profile)), encoding="utf-8")
     return "done", executed, ""
 
 # %% ../nbs/95_reproduce.ipynb #511564c5
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Referential games from four papers: reproduce their tables and figures.")
 runs_app = typer.Typer(no_args_is_help=True, help="Look after the store of finished runs.")
 app.add_typer(runs_app, name="runs")
+
+@contextlib.contextmanager
+def _stopped_in_one_line():
+    try: yield
+    except Interrupted as e:
+        print(f"refcomm: {e}", file=sys.stderr)
+        raise typer.Exit(128 + e.signum)
 
 def _console():
     from rich.console import Console
@@ -104,7 +136,7 @@ def reproduce(
     for n, (item, path) in enumerate(chosen.items(), 1):
         print(f"[{n}/{len(chosen)}] {item}: {title(path)}", flush=True)
         start = time.time()
-        results.append((item, *reproduce_item(item, path, given, force), time.time() - start))
+        with _stopped_in_one_line(): results.append((item, *reproduce_item(item, path, given, force), time.time() - start))
     for item, status, *_ in results:
         if status != "failed" and profile != "smoke": print_comparison(item, profile)
     written = lambda i, s, e: f"{e}" if s == "failed" else f"{figures_dir(profile)/i.replace('/', '_')}.{{png,csv,json}}\n{e}"
@@ -229,7 +261,7 @@ def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time"),
     from refcomm.distributed import join_processes, processes
     from refcomm.runs import execute, read_plan
     join_processes(int(os.environ.get("WORLD_SIZE", 1)))
-    n = len(execute(read_plan(plan), jobs, device, executor=executor, logger=logger, weights=weights))
+    with _stopped_in_one_line(): n = len(execute(read_plan(plan), jobs, device, executor=executor, logger=logger, weights=weights))
     if processes()[0] == 0: print(f"{n} runs are in the store")
 
 @runs_app.command("export")

@@ -7,35 +7,48 @@ __all__ = ['Context', 'checkpoint_interval', 'run_stack', 'make_stacks', 'execut
            'write_plan', 'read_plan']
 
 # %% ../nbs/80_runs.ipynb #e05b965b
-import concurrent.futures, contextlib, importlib, json, os, shutil, uuid
+import concurrent.futures, contextlib, importlib, json, os, shutil, uuid, warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .core import ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, pick_device, progress_bar
+from .core import ConfigError, Interrupted, RecordError, TrainingDiverged, check_at_least, check_choice, pick_device, progress_bar
 from .distributed import agree, processes
 from .executors import EXECUTORS, check_executor, named_deaths
-from .files import disk_errors, write_atomic
+from .files import disk_errors, open_regular, write_atomic
+from .interrupts import Interruptible
 from .loggers import StackLogs, check_logger
 from .store import Store, digest, package_commit, provenance, run_key, spec_class, spec_fields
+from .train import Checkpoint
 
 # %% ../nbs/80_runs.ipynb #9f20eda8
 class Context(NamedTuple):
     "What a run may use besides its Spec; none of it may change the result."
     device:str = "auto"
-    checkpoint:Path|None = None # where to keep the state of unfinished training
+    checkpoint:object = None # where to keep the state of unfinished training: a path, or a `Checkpoint` that says whose it is
     report:object = None # called with (share done, text)
     checkpoint_seconds:float = 60. # between checkpoints
     log:object = None # called with rows of the history, as `fit` does
     weights:bool = True # whether trained weights are wanted: they go into `RunResult.weights`
 
 # %% ../nbs/80_runs.ipynb #37982b72
-def _members(folder, missing)->list: # Specs
-    "Whom the unfinished training in this folder trains; `missing` if there is none, which is written down."
-    try: return [type(missing[0])(**fields) for fields in json.loads((folder/"members.json").read_text())]
-    except (OSError, ValueError, TypeError): shutil.rmtree(folder, ignore_errors=True)
-    with write_atomic(folder/"members.json") as tmp: tmp.write_text(json.dumps([spec_fields(s) for s in missing]))
+def _known_members(folder, specs, missing): # Specs; None where there is nothing to go on with
+    if not os.path.lexists(folder): return None
+    try:
+        with open_regular(folder/"members.json") as f: members = [type(specs[0])(**fields) for fields in json.loads(f.read(2**26))]
+        if members and len(set(members)) == len(members) and set(missing) <= set(members) <= set(specs): return members
+        why = "its members.json names other runs than these"
+    except FileNotFoundError: return None
+    except Exception as e: why = f"its members.json cannot be read: {type(e).__name__}: {e}"
+    return warnings.warn(f"unfinished training {folder} cannot be continued ({why}); moved to set-aside, it begins anew")
+
+def _members(store, folder, specs, missing)->list: # Specs
+    "Whom the unfinished training in this folder trains; `missing` if there is none that can be continued, which is written down."
+    if members := _known_members(folder, specs, missing): return members
+    if any((folder/n).exists() for n in ("members.json", "training.safetensors")): store.move_aside(folder, folder.name)
+    else: shutil.rmtree(folder, ignore_errors=True)
+    with write_atomic(folder/"members.json") as tmp: tmp.write_text(json.dumps([spec_fields(s) for s in missing]), encoding="utf-8")
     return missing
 
 def checkpoint_interval()->float: # seconds
@@ -59,36 +72,39 @@ def run_stack(
     check_logger(logger)
     if processes()[0]: return _follow(specs, store, device)
     say = report if callable(report) else _reporter(report) if report else lambda done, text: None
-    with disk_errors(store.root), contextlib.ExitStack() as held:
-        for key in sorted(map(run_key, specs)): # always in this order, so that two drivers cannot wait for each other
+    with disk_errors(store.root), Interruptible() as stop, contextlib.ExitStack() as held:
+        folder = _unfinished(store, specs)
+        for key in [*sorted(map(run_key, specs)), folder.name.split("-")[1]]: # always in this order, so that two drivers cannot wait for each other
             held.enter_context(store.lock(specs[0].experiment, key))
             for left in (store.root/"tmp").glob(f"{key}-*"): shutil.rmtree(left, ignore_errors=True) # from a killed writer
         missing = [s for s in specs if store.get(s) is None]
-        folder = _unfinished(store, specs)
-        members = _members(folder, missing) if missing else []
+        members = _members(store, folder, specs, missing) if missing else []
         agree([s in members for s in specs])
         if missing:
             store.ready(missing)
             package_commit() # as it is now, not when training ends
             if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
             with StackLogs(logger, [(s.experiment, run_key(s), spec_fields(s)) for s in members]) as logs:
-                try: results = module.run(members, Context(device, folder/"training.safetensors", say, interval, logs.epochs, weights))
+                try: results = module.run(members, Context(device, _checkpoint(folder, members), say, interval, logs.epochs, weights))
                 except (ConfigError, TrainingDiverged): shutil.rmtree(folder, ignore_errors=True); raise
-                origin = provenance(pick_device(device), float(results[0].history["seconds"].sum()), len(members))
-                for s, result in zip(members, results):
-                    if s in missing: store.put(s, result, origin, weights)
-                logs.finish(results)
-        shutil.rmtree(folder, ignore_errors=True) # if nothing is missing, too: who made it may have died right here
+                with stop.hold():
+                    origin = provenance(pick_device(device), float(results[0].history["seconds"].sum()), len(members))
+                    for s, result in zip(members, results):
+                        if s in missing: store.put(s, result, origin, weights)
+                    logs.finish(results)
+        with stop.hold(): shutil.rmtree(folder, ignore_errors=True) # if nothing is missing, too: who made it may have died right here
         agree([True]) # that the records are there
     say(1., "done")
     return [run_key(s) for s in specs]
+
+def _checkpoint(folder, members): return Checkpoint(folder/"training.safetensors", digest([run_key(s) for s in members])[:16])
 
 def _unfinished(store, specs): return store.root/"unfinished"/f"{specs[0].experiment}-{digest([run_key(s) for s in specs])[:16]}"
 
 def _follow(specs, store, device)->list: # keys
     "Take part in what the first process makes; that one keeps checkpoints and writes the records."
     if members := [s for s, wanted in zip(specs, agree([False]*len(specs))) if wanted]:
-        importlib.import_module(type(specs[0]).__module__).run(members, Context(device, _unfinished(store, specs)/"training.safetensors", lambda done, text: None))
+        importlib.import_module(type(specs[0]).__module__).run(members, Context(device, _checkpoint(_unfinished(store, specs), members), lambda done, text: None))
     agree([True])
     return [run_key(s) for s in specs]
 
@@ -96,7 +112,7 @@ def _reporter(path):
     "Write progress to a file, for a driver that watches it."
     def say(done, text):
         tmp = Path(f"{path}.{uuid.uuid4().hex}")
-        with contextlib.suppress(OSError): tmp.write_text(json.dumps([done, text])); os.replace(tmp, path) # a lost report is no reason to stop
+        with contextlib.suppress(OSError): tmp.write_text(json.dumps([done, text]), encoding="utf-8"); os.replace(tmp, path) # a lost report is no reason to stop
     return say
 
 # %% ../nbs/80_runs.ipynb #a6df4eae
@@ -129,17 +145,28 @@ def execute(
     found = {s: store.get(s) for s in dict.fromkeys(specs)}
     every = make_stacks(found, device)
     stacks = [stack for stack in every if None in map(found.get, stack) or _unfinished(store, stack).exists()]
-    if stacks:
-        with progress_bar(sum(map(len, stacks)), desc, unit="run", bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} {unit}s [{elapsed}<{remaining}{postfix}]") as bar:
-            if jobs == 1 and executor == "local": _inline(stacks, store, device, logger, weights, bar)
-            elif not isinstance(executor, str): _submit(stacks, store, device, logger, weights, bar, executor)
-            else:
-                pool = EXECUTORS[executor](min(jobs, len(every))) # not of those left: a resumed run has the threads that it was begun with
-                try: _submit(stacks, store, device, logger, weights, bar, pool)
-                finally: pool.shutdown(wait=True, cancel_futures=True)
+    try:
+        with Interruptible(): _make(stacks, len(every), jobs, store, device, executor, logger, weights, desc)
+    except Interrupted as e: raise _kept(e, found, store) from None
     records = [found[s] or store.get(s) for s in specs]
     if None in records: raise RecordError(f"run {run_key(specs[records.index(None)])} vanished from {store.root} while others were made: is another process cleaning it?")
     return records
+
+def _make(stacks, n_stacks, jobs, store, device, executor, logger, weights, desc):
+    if not stacks: return
+    with progress_bar(sum(map(len, stacks)), desc, unit="run", bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} {unit}s [{elapsed}<{remaining}{postfix}]") as bar:
+        if jobs == 1 and executor == "local": _inline(stacks, store, device, logger, weights, bar)
+        elif not isinstance(executor, str): _submit(stacks, store, device, logger, weights, bar, executor)
+        else:
+            pool = EXECUTORS[executor](min(jobs, n_stacks)) # not of those left: a resumed run has the threads that it was begun with
+            try: _submit(stacks, store, device, logger, weights, bar, pool)
+            finally: pool.shutdown(wait=True, cancel_futures=True)
+
+def _kept(e, found, store)->Interrupted:
+    "What a driver that is stopped leaves behind, in one line."
+    done = sum(r is not None or (store.path(s.experiment, run_key(s))/"record.json").exists() for s, r in found.items())
+    states = len(list(store.root.glob("unfinished/*/training.safetensors")))
+    return Interrupted(f"stopped by {e.name}: {done} of {len(found)} runs are in {store.root}, and {states} unfinished training{'s have' if states != 1 else ' has'} a checkpoint there; the same command continues", e.signum)
 
 def _inline(stacks, store, device, logger, weights, bar):
     for stack in stacks:
@@ -148,24 +175,23 @@ def _inline(stacks, store, device, logger, weights, bar):
         run_stack(stack, store.root, device, say, logger, None, weights)
 
 def _submit(stacks, store, device, logger, weights, bar, pool):
-    folder = store.root/"tmp"/f"progress-{uuid.uuid4().hex}"
-    with disk_errors(folder): folder.mkdir(parents=True)
+    folder, held = store.own_folder("progress")
     futures = []
-    try:
-        with named_deaths("making runs", "run again to continue where it was"):
-            futures = [pool.submit(run_stack, s, str(store.root), device, str(folder/str(i)), logger, None, weights) for i,s in enumerate(stacks)]
-            while pending := [f for f in futures if not f.done()]:
-                concurrent.futures.wait(pending, timeout=1, return_when="FIRST_EXCEPTION")
-                bar.update(sum(_share(folder/str(i))*len(s) for i,s in enumerate(stacks)) - bar.n)
-                if any(f.done() and f.exception() for f in futures): break
-            for f in futures: f.done() and f.result()
-        bar.update(sum(map(len, stacks)) - bar.n)
-    finally:
-        for f in futures: f.cancel()
-        shutil.rmtree(folder, ignore_errors=True)
+    with held:
+        try:
+            with named_deaths("making runs", "run again to continue where it was"):
+                futures = [pool.submit(run_stack, s, str(store.root), device, str(folder/str(i)), logger, None, weights) for i,s in enumerate(stacks)]
+                while pending := [f for f in futures if not f.done()]:
+                    concurrent.futures.wait(pending, timeout=1, return_when="FIRST_EXCEPTION")
+                    bar.update(sum(_share(folder/str(i))*len(s) for i,s in enumerate(stacks)) - bar.n)
+                    if any(f.done() and f.exception() for f in futures): break
+                for f in futures: f.done() and f.result()
+            bar.update(sum(map(len, stacks)) - bar.n)
+        finally:
+            for f in futures: f.cancel()
 
 def _share(path):
-    try: return json.loads(path.read_text())[0]
+    try: return json.loads(path.read_text(encoding="utf-8"))[0]
     except (OSError, ValueError): return 0.
 
 # %% ../nbs/80_runs.ipynb #9c481ca3
@@ -207,12 +233,12 @@ def write_plan(specs, path):
     "Write Specs as JSON."
     text = json.dumps([dict(experiment=s.experiment, fields=spec_fields(s)) for s in dict.fromkeys(specs)], indent=1)
     if path is None: return text
-    with write_atomic(path) as tmp: tmp.write_text(text)
+    with write_atomic(path) as tmp: tmp.write_text(text, encoding="utf-8")
 
 def read_plan(path)->list: # Specs
     "Read what `write_plan` wrote."
-    try: return [load_spec(p["experiment"], p["fields"]) for p in json.loads(Path(path).read_text())]
+    try: return [load_spec(p["experiment"], p["fields"]) for p in json.loads(Path(path).read_text(encoding="utf-8"))]
     except OSError as e: raise ConfigError(f"cannot read plan {path}: {e.strerror}") from None
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         if isinstance(e, ConfigError): raise
         raise ConfigError(f"{path} is not a plan: {e!r}; make one with `refcomm runs plan`") from None

@@ -254,6 +254,18 @@ class Store:
         with disk_errors(self.root): (self.root/"locks").mkdir(exist_ok=True)
         return FileLock(self.root/"locks"/f"{name}.lock", is_singleton=not options, **options)
 
+    def own_folder(self, what): # "progress", "import", "slurm" …
+        "A new folder under `tmp`, and an `ExitStack` that holds its lock and, once closed, has removed it."
+        name = f"{what}-{uuid.uuid4().hex}"
+        folder, lock = self.root/"tmp"/name, self.named_lock(name, thread_local=False)
+        with contextlib.ExitStack() as held:
+            held.callback(Path(lock.lock_file).unlink, missing_ok=True)
+            with disk_errors(folder):
+                held.enter_context(lock)
+                held.callback(shutil.rmtree, folder, ignore_errors=True)
+                make_folder(folder)
+            return folder, held.pop_all()
+
     def keys(self, problems=None): # (experiment, key) pairs, sound or not
         "Every folder that has the form of a record's; what cannot be read is an error, or goes to the list `problems`."
         found = []
@@ -299,11 +311,13 @@ class Store:
                 aside = self.set_aside(spec.experiment, key)
                 warnings.warn(f"{e}; moved to {aside}, the run will be made again")
 
-    def set_aside(self, experiment, key)->Path:
-        aside = self.root/"set-aside"/f"{experiment}-{key}-{uuid.uuid4().hex[:6]}"
+    def set_aside(self, experiment, key)->Path: return self.move_aside(self.path(experiment, key), f"{experiment}-{key}")
+
+    def move_aside(self, path, name)->Path:
+        aside = self.root/"set-aside"/f"{name}-{uuid.uuid4().hex[:6]}"
         with disk_errors(aside):
             aside.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.path(experiment, key), aside)
+            os.replace(path, aside)
         return aside
 
     def put(self,

@@ -111,4 +111,4 @@ def class_disjoint_split(
 
 def ood_synsets()->list: # of 80 wnids
     "The published out-of-distribution classes (Dessì et al. 2021; list from EGG's `emcom_as_ssl`)."
-    return (resources.files("refcomm.data")/"ood_synsets.txt").read_text().split()
+    return (resources.files("refcomm.data")/"ood_synsets.txt").read_text("utf-8").split()
