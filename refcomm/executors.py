@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 
-from .core import ConfigError, WorkerDied, check_choice, n_cores, need
+from .core import ConfigError, Interrupted, WorkerDied, check_choice, n_cores, need
 from .files import disk_errors
 from .store import Store
 
@@ -21,6 +21,7 @@ from .store import Store
 def _start_worker(threads, stopping):
     "Take a share of the cores; stop what runs when the driver says so, and end with it even if it is killed."
     torch.set_num_threads(threads)
+    multiprocessing.current_process().stopping = stopping
     signal.signal(signal.SIGINT, signal.SIG_IGN) # the driver hears Ctrl-C and says what to do
     def follow(driver):
         while not (told := stopping.is_set()) and driver.is_alive(): time.sleep(.2)
@@ -29,6 +30,10 @@ def _start_worker(threads, stopping):
             time.sleep(.2)
         os._exit(1)
     threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+def _unless_stopped(fn, *args):
+    if multiprocessing.current_process().stopping.is_set(): raise Interrupted("stopped before it began", signal.SIGTERM)
+    return fn(*args)
 
 class LocalExecutor(concurrent.futures.ProcessPoolExecutor):
     "Worker processes on this machine, started afresh and sharing the cores."
@@ -40,7 +45,7 @@ class LocalExecutor(concurrent.futures.ProcessPoolExecutor):
         super().__init__(jobs, context, _start_worker, (max(1, n_cores() // jobs), self.stopping))
 
     def submit(self, fn, *args):
-        self.submitted.append(super().submit(fn, *args))
+        self.submitted.append(super().submit(_unless_stopped, fn, *args))
         return self.submitted[-1]
 
     def shutdown(self, wait=True, *, cancel_futures=False):

@@ -265,32 +265,38 @@ def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time"),
     if processes()[0] == 0: print(f"{n} runs are in the store")
 
 @runs_app.command("export")
-def runs_export(archive:Path):
+def runs_export(archive:Path, force:bool = typer.Option(False, help="replace a file that is there")):
     "Pack every run of the store into one tar file."
-    from refcomm.store import export_runs
-    print(f"{export_runs(archive)} runs written to {archive}")
+    from refcomm.archives import export_runs
+    left_out = []
+    n = export_runs(archive, force=force, problems=left_out)
+    for p in left_out: print(f"refcomm: left out: {p}", file=sys.stderr)
+    print(f"{n} runs written to {archive}")
 
 @runs_app.command("import")
-def runs_import(archive:Path):
+def runs_import(archive:Path, partial:bool = typer.Option(False, help="take the sound runs of an archive that is not whole"),
+    experiments:list[str] = typer.Option([], "--experiment", help="accept the runs of an experiment that refcomm does not know")):
     "Take over the runs of an archive, each checked first."
-    from refcomm.store import import_runs
-    print(f"{len(import_runs(archive))} new runs from {archive}")
+    from refcomm.archives import import_runs
+    done = import_runs(archive, partial=partial, also=experiments)
+    for p in done.refused: print(f"refcomm: left out: {p}", file=sys.stderr)
+    for e, k in done.replaced: print(f"{e}/{k} was damaged here: set aside, and replaced by the archive's")
+    print(f"{len(done.new)} new runs from {archive}" + (f", {len(done.replaced)} replaced" if done.replaced else ""))
 
 @runs_app.command("clean")
-def runs_clean(everything:bool = typer.Option(False, "--all", help="finished runs too"), yes:bool = typer.Option(False, "--yes", help="do not ask")):
-    "Remove what is set aside, unfinished or temporary, unless runs are being made."
-    import shutil
-    from filelock import FileLock, Timeout
+def runs_clean(everything:bool = typer.Option(False, "--all", help="finished runs too"), yes:bool = typer.Option(False, "--yes", help="do not ask"),
+    adopt:bool = typer.Option(False, help="the folder is a store, though it has no marker and holds other things, which are left")):
+    "Remove what is set aside, unfinished or temporary, and not in use."
+    from refcomm.cleaning import clean, recognise
     from refcomm.store import Store
     store = Store()
-    for lock in store.root.glob("locks/*.lock"):
-        try: FileLock(lock, timeout=0).acquire().lock.release()
-        except Timeout: raise ConfigError(f"run {lock.stem} is being made: wait for it or stop it, then clean") from None
-    if everything and not yes: typer.confirm(f"Remove all {len(store.keys())} runs in {store.root}?", abort=True)
-    with disk_errors(store.root):
-        for p in store.root.glob("*"):
-            if p.is_dir() and p.name != "locks" and (everything or p.name in ("set-aside", "unfinished", "tmp")): shutil.rmtree(p)
-    print(f"{len(store.keys())} runs remain in {store.root}")
+    n = len(store.keys([]))
+    recognise(store, adopt)
+    if everything and n and not yes: typer.confirm(f"Remove all {n} runs in {store.root}?", abort=True)
+    done = clean(store, everything, adopt)
+    for why, paths in (("in use", done.in_use), ("not made by refcomm", done.others)):
+        for p in paths: print(f"left, {why}: {p}")
+    print(f"{len(store.keys([]))} runs remain in {store.root}")
 
 def main():
     "The `refcomm` command: refusals are one line on stderr and exit code 2."

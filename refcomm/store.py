@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['FILES', 'PROVENANCE', 'NAME', 'OWN', 'MARKER', 'spec_fields', 'digest', 'defined', 'run_key', 'RunResult', 'packed',
-           'RunRecord', 'package_commit', 'provenance', 'spec_class', 'body_errors', 'Store', 'export_runs',
-           'import_runs']
+           'RunRecord', 'package_commit', 'provenance', 'spec_class', 'body_errors', 'Store']
 
 # %% ../nbs/83_store.ipynb #f33d475d
-import contextlib, dataclasses, datetime, errno, functools, hashlib, importlib, io, json, math, os, platform, re, shutil, subprocess, sys, tarfile, uuid, warnings
+import contextlib, dataclasses, datetime, errno, functools, hashlib, importlib, io, json, math, os, platform, re, shutil, subprocess, sys, uuid, warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from .core import ConfigError, RecordError, StoreError, fitted
-from .files import disk_errors, fsync_dir, home, make_folder, open_regular, write_atomic
+from .files import disk_errors, fsync_dir, home, make_folder, open_regular
 
 # %% ../nbs/83_store.ipynb #1ee1955c
 def spec_fields(spec)->dict: # JSON-able fields
@@ -365,42 +364,3 @@ class Store:
         with disk_errors(self.root):
             try: make_folder(probe); (probe/"record.json").write_bytes(_json(empty))
             finally: shutil.rmtree(probe, ignore_errors=True)
-
-# %% ../nbs/83_store.ipynb #82609496
-def export_runs(
-    path, # the tar file to write
-    store:Store|None=None,
-    keys=None, # (experiment, key) pairs; all that are sound when None
-)->int: # how many
-    "Pack records into one tar file; a damaged one that was asked for is an error."
-    store = store or Store()
-    records = store.survey()[0] if keys is None else [store.read(*k) for k in keys]
-    with write_atomic(path) as tmp, tarfile.open(tmp, "w") as tar:
-        for r in records:
-            for f in sorted(r.path.iterdir()): tar.add(f, f"{r.experiment}/{r.key}/{f.name}", recursive=False)
-    return len(records)
-
-def import_runs(
-    path, # the tar file
-    store:Store|None=None,
-)->list: # (experiment, key) pairs that are new
-    "Take over the records of an archive, each checked first; those already here are left as they are."
-    store, files = store or Store(), {}
-    try:
-        with tarfile.open(path) as tar:
-            for m in tar:
-                if not m.isfile() or not NAME.fullmatch(m.name): raise RecordError(f"{path} holds {m.name!r}, which is no record's file: nothing was imported")
-                experiment, key, name = m.name.split("/")
-                files.setdefault((experiment, key), {})[name] = tar.extractfile(m).read()
-    except (OSError, tarfile.TarError) as e: raise RecordError(f"cannot read archive {path}: {e}") from None
-    with disk_errors(store.root): check = Store(store.root/"tmp"/f"import-{uuid.uuid4().hex}")
-    try:
-        new = []
-        for (e, k), content in files.items(): check._place(e, k, content); check.read(e, k)
-        for e,k in files:
-            with store.lock(e, k):
-                if store.path(e, k).exists(): continue
-                store._place(e, k, files[e, k])
-                new.append((e, k))
-    finally: shutil.rmtree(check.root, ignore_errors=True)
-    return new
