@@ -8,15 +8,16 @@ __all__ = ['app', 'runs_app', 'found_done', 'reproduce_item', 'options', 'print_
            'runs_export', 'runs_import', 'runs_clean', 'main']
 
 # %% ../nbs/99_cli.ipynb #13e5a072
-import json, os, sys, time
+import contextlib, json, os, signal, sys, threading, time
 from pathlib import Path
 
 import typer
 
 from . import __version__
 from .publish.catalogue import HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of, parse_parameters, title
-from .core import PROFILES, ConfigError, RefcommError, check_choice, from_json, n_cores, printable
+from .core import PROFILES, ConfigError, RefcommError, check_choice, from_json, n_cores, printable, Interrupted
 from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic, checkout, expanded
+from .interrupts import Interruptible
 
 # %% ../nbs/99_cli.ipynb #5e713891
 def _outputs(item, profile): return sorted(figures_dir(profile).glob(f"{item.replace('/', '_')}.*"))
@@ -40,6 +41,28 @@ def found_done(
     try: known = from_json(state_file.read_text(encoding="utf-8"))
     except ValueError: return False
     return known == _state(item, path, parameters, profile) and bool(known["outputs"])
+def _in_thread(what, work):
+    "Call `work` in a thread, so that signals come to this one: a kernel is then told to stop, and may keep what it has learnt."
+    import psutil
+    from concurrent.futures import Future
+    result = Future()
+    def call():
+        try: result.set_result(work())
+        except BaseException as e: result.set_exception(e)
+    thread = threading.Thread(target=call, daemon=True)
+    with Interruptible() as stop:
+        thread.start()
+        try: return _waited(result)
+        except Interrupted as e:
+            for child in psutil.Process().children(): child.send_signal(signal.SIGINT)
+            with contextlib.suppress(Exception): result.result(20)
+            raise Interrupted(f"{e} in {what}: finished runs and unfinished training are kept in {home()/'runs'}; the same command continues", e.signum) from None
+
+def _waited(result):
+    while True:
+        try: return result.result(.5)
+        except TimeoutError:
+            if result.done(): raise
 
 def reproduce_item(
     item:str, # "eqc/table5"
@@ -60,8 +83,9 @@ def reproduce_item(
     with disk_errors(executed): executed.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("REFCOMM_PROGRESS", "text")
     own = ["--IPKernelApp.log_level=40", "--IPKernelApp.ignore_cwd=True"] # the kernel imports the installed package, whatever the working folder holds
+    work = lambda: papermill.execute_notebook(str(path), str(executed), parameters, progress_bar=False, stderr_file=sys.stderr, kernel_name="python3", extra_arguments=own)
     try:
-        with disk_errors(executed): papermill.execute_notebook(str(path), str(executed), parameters, progress_bar=False, stderr_file=sys.stderr, kernel_name="python3", extra_arguments=own)
+        with disk_errors(executed): _in_thread(item, work)
     except papermill.PapermillExecutionError as e: return "failed", executed, f"{e.ename}: {e.evalue}"
     except (DeadKernelError, RefcommError) as e: return "failed", executed, str(e)
     with write_atomic(state_file) as tmp: tmp.write_text(json.dumps(_state(item, path, parameters, profile)), encoding="utf-8")
@@ -80,6 +104,12 @@ def _version(asked:bool):
 @app.callback()
 def options(version:bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="say which version this is")):
     "Referential games from four papers: reproduce their tables and figures."
+@contextlib.contextmanager
+def _stopped_in_one_line():
+    try: yield
+    except Interrupted as e:
+        print(f"refcomm: {e}", file=sys.stderr)
+        raise typer.Exit(128 + e.signum)
 
 def _console():
     from rich.console import Console
@@ -131,7 +161,7 @@ def reproduce(
     for n, (item, path) in enumerate(chosen.items(), 1):
         print(f"[{n}/{len(chosen)}] {item}: {title(path)}", flush=True)
         start = time.time()
-        results.append((item, *reproduce_item(item, path, given, force), time.time() - start))
+        with _stopped_in_one_line(): results.append((item, *reproduce_item(item, path, given, force), time.time() - start))
     for item, status, *_ in results:
         if status != "failed" and profile != "smoke": print_comparison(item, profile)
     written = lambda i, s, e: f"{e}" if s == "failed" else f"{figures_dir(profile)/i.replace('/', '_')}.{{png,csv,json}}\n{e}"
@@ -260,36 +290,42 @@ def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time"),
     from refcomm.distributed import join_processes, processes
     from refcomm.runs.execute import execute, read_plan
     join_processes(int(os.environ.get("WORLD_SIZE", 1)))
-    n = len(execute(read_plan(plan), jobs, device, executor=executor, logger=logger, weights=weights))
+    with _stopped_in_one_line(): n = len(execute(read_plan(plan), jobs, device, executor=executor, logger=logger, weights=weights))
     if processes()[0] == 0: print(f"{n} runs are in the store")
 
 @runs_app.command("export")
-def runs_export(archive:Path):
+def runs_export(archive:Path, force:bool = typer.Option(False, help="replace a file that is there")):
     "Pack every run of the store into one tar file."
-    from refcomm.runs.store import export_runs
-    print(f"{export_runs(archive)} runs written to {archive}")
+    from refcomm.runs.archives import export_runs
+    left_out = []
+    n = export_runs(archive, force=force, problems=left_out)
+    for p in left_out: print(f"refcomm: left out: {p}", file=sys.stderr)
+    print(f"{n} runs written to {archive}")
 
 @runs_app.command("import")
-def runs_import(archive:Path):
+def runs_import(archive:Path, partial:bool = typer.Option(False, help="take the sound runs of an archive that is not whole"),
+    experiments:list[str] = typer.Option([], "--experiment", help="accept the runs of an experiment that refcomm does not know")):
     "Take over the runs of an archive, each checked first."
-    from refcomm.runs.store import import_runs
-    print(f"{len(import_runs(archive))} new runs from {archive}")
+    from refcomm.runs.archives import import_runs
+    done = import_runs(archive, partial=partial, also=experiments)
+    for p in done.refused: print(f"refcomm: left out: {p}", file=sys.stderr)
+    for e, k in done.replaced: print(f"{e}/{k} was damaged here: set aside, and replaced by the archive's")
+    print(f"{len(done.new)} new runs from {archive}" + (f", {len(done.replaced)} replaced" if done.replaced else ""))
 
 @runs_app.command("clean")
-def runs_clean(everything:bool = typer.Option(False, "--all", help="finished runs too"), yes:bool = typer.Option(False, "--yes", help="do not ask")):
-    "Remove what is set aside, unfinished or temporary, unless runs are being made."
-    import shutil
-    from filelock import FileLock, Timeout
+def runs_clean(everything:bool = typer.Option(False, "--all", help="finished runs too"), yes:bool = typer.Option(False, "--yes", help="do not ask"),
+    adopt:bool = typer.Option(False, help="the folder is a store, though it has no marker and holds other things, which are left")):
+    "Remove what is set aside, unfinished or temporary, and not in use."
+    from refcomm.cleaning import clean, recognise
     from refcomm.runs.store import Store
     store = Store()
-    for lock in store.root.glob("locks/*.lock"):
-        try: FileLock(lock, timeout=0).acquire().lock.release()
-        except Timeout: raise ConfigError(f"run {lock.stem} is being made: wait for it or stop it, then clean") from None
-    if everything and not yes: typer.confirm(f"Remove all {len(store.keys())} runs in {store.root}?", abort=True)
-    with disk_errors(store.root):
-        for p in store.root.glob("*"):
-            if p.is_dir() and p.name != "locks" and (everything or p.name in ("set-aside", "unfinished", "tmp")): shutil.rmtree(p)
-    print(f"{len(store.keys())} runs remain in {store.root}")
+    n = len(store.keys([]))
+    recognise(store, adopt)
+    if everything and n and not yes: typer.confirm(f"Remove all {n} runs in {store.root}?", abort=True)
+    done = clean(store, everything, adopt)
+    for why, paths in (("in use", done.in_use), ("not made by refcomm", done.others)):
+        for p in paths: print(f"left, {why}: {p}")
+    print(f"{len(store.keys([]))} runs remain in {store.root}")
 
 def main():
     "The `refcomm` command: refusals are one line on stderr and exit code 2."

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'printable', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError',
-           'WorkerDied', 'StoreError', 'nearest', 'check_choice', 'check_at_least', 'need', 'from_json', 'integers',
-           'fetch_weights', 'fitted', 'spec', 'generator', 'seeded_init', 'draw_seed', 'seeded', 'anneal',
+           'WorkerDied', 'StoreError', 'Interrupted', 'nearest', 'check_choice', 'check_at_least', 'need', 'from_json',
+           'integers', 'fetch_weights', 'fitted', 'spec', 'generator', 'seeded_init', 'draw_seed', 'seeded', 'anneal',
            'device_fault', 'pick_device', 'same_device', 'n_cores', 'autocast', 'check_parameter', 'check_injected',
            'constant', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #94a934ea
-import ast, contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, sys, warnings, types, typing
+import ast, contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, signal, sys, types, typing, warnings
 
 import lazy_loader
 import numpy as np
@@ -45,6 +45,16 @@ class WorkerDied(RefcommError):
 
 class StoreError(RefcommError, OSError):
     "The disk refused: read-only, full, or not writable."
+
+class Interrupted(KeyboardInterrupt):
+    "A signal asked to stop; the message says what is kept. No error: it passes by what catches exceptions."
+    def __init__(self, message:str="", signum:int=2):
+        super().__init__(message, signum)
+        self.message, self.signum = message, int(signum)
+
+    @property
+    def name(self): return signal.Signals(self.signum).name
+    def __str__(self): return self.message
 
 # %% ../nbs/00_core.ipynb #e11634ca
 def nearest(

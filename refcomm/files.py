@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['expanded', 'home', 'checkout', 'figures_dir', 'data_dir', 'data_folders', 'find_data', 'read_parquet', 'disk_errors',
            'fsync_dir', 'open_regular', 'make_folder', 'write_atomic', 'write_together', 'content_digest',
-           'files_digest', 'cached_tensor', 'save_checkpoint', 'load_checkpoint', 'stamped', 'unstamped']
+           'files_digest', 'set_aside', 'cached_tensor', 'save_checkpoint', 'load_checkpoint', 'distrust_checkpoint',
+           'stamped', 'unstamped']
 
 # %% ../nbs/01_files.ipynb #02f11e52
 import contextlib, errno, hashlib, json, os, re, warnings, secrets, stat
@@ -214,10 +215,13 @@ def _system_errors():
         if not (found := re.search(r"os error (\d+)", str(e))): raise
         raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
 
-def _set_aside(path, ending)->Path:
-    "Give a file that is not to be trusted another ending."
-    aside = path.with_suffix(ending)
-    with disk_errors(aside), contextlib.suppress(FileNotFoundError): path.replace(aside)
+def set_aside(
+    path, # a file that is not to be trusted
+    ending:str, # instead of its own, with a dot
+)->Path:
+    "Give a file another ending; it is removed by whoever looks into it, or with the folder that it lies in."
+    aside = Path(path).with_suffix(ending)
+    with disk_errors(aside), contextlib.suppress(FileNotFoundError): Path(path).replace(aside)
     return aside
 
 def cached_tensor(
@@ -237,29 +241,47 @@ def cached_tensor(
     with held:
         if (x := _stored(path)) is not None: return x
         if path.exists():
-            aside = _set_aside(path, ".damaged")
+            aside = set_aside(path, ".damaged")
             warnings.warn(f"the stored {what} {path} are damaged: set aside as {aside.name}, and made again")
         x = compute().cpu().contiguous()
         with write_atomic(path) as tmp, _system_errors(): save_file({"x": x}, tmp, dict(digest=content_digest(x)))
     return x
 
 # %% ../nbs/01_files.ipynb #02fa5a26
+def _state_digest(tensors, meta:str)->str:
+    digest = hashlib.sha256(meta.encode())
+    for k in sorted(tensors):
+        v = tensors[k].detach().cpu().contiguous()
+        digest.update(json.dumps([k, str(v.dtype), list(v.shape)]).encode())
+        digest.update(v.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
 def save_checkpoint(path, tensors:dict, meta:dict):
-    "Write tensors and JSON-able `meta` to one safetensors file, atomically."
+    "Write tensors and JSON-able `meta`, and a digest of both, to one safetensors file, atomically."
     from safetensors.torch import save
-    data = save({k: v.detach().contiguous().cpu() for k,v in tensors.items()}, {"meta": json.dumps(meta)})
+    tensors, text = {k: v.detach().contiguous().cpu() for k,v in tensors.items()}, json.dumps(meta)
+    data = save(tensors, {"meta": text, "sha256": _state_digest(tensors, text)})
     with write_atomic(path) as tmp: tmp.write_bytes(data)
 
-def load_checkpoint(path)->tuple|None: # tensors and meta; None when there is no readable checkpoint
-    "Read what `save_checkpoint` wrote; an unreadable file is set aside with a warning."
-    from safetensors import SafetensorError, safe_open
+def load_checkpoint(path)->tuple|None: # tensors and meta; None when there is none that can be trusted
+    "Read what `save_checkpoint` wrote; one that is unreadable, or does not match its digest, is set aside with a warning."
+    from safetensors import safe_open
     path = Path(path)
-    if not path.exists(): return None
+    if not os.path.lexists(path): return None
     try:
-        with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["meta"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as e:
-        aside = _set_aside(path, ".unreadable")
-        warnings.warn(f"checkpoint {path} is unreadable ({e}); moved to {aside.name}, training starts again")
+        open_regular(path).close()
+        with safe_open(path, "pt") as f: tensors, about = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+        if about.get("sha256") != _state_digest(tensors, about.get("meta", "")): raise ValueError("it does not hold what was written" if "sha256" in about else "it has no checksum")
+        return tensors, json.loads(about["meta"])
+    except Exception as e: distrust_checkpoint(path, e)
+
+def distrust_checkpoint(
+    path,
+    why, # a text or an exception
+):
+    "Set a checkpoint aside with a warning."
+    aside = set_aside(path, f".unreadable-{secrets.token_hex(3)}")
+    warnings.warn(f"checkpoint {path} cannot be continued ({str(why).splitlines()[0] if str(why) else repr(why)}); moved to {aside.name}, training begins anew")
 
 # %% ../nbs/01_files.ipynb #dddfef73
 def stamped(

@@ -22,7 +22,8 @@ from refcomm.papers.eqc.run import EQCSpec
 from refcomm.files import load_checkpoint
 from refcomm.papers.eqc.items import SMALL
 from refcomm.runs.execute import execute, read_plan, write_plan
-from refcomm.runs.store import Store, export_runs, import_runs, run_key
+from refcomm.runs.archives import export_runs, import_runs
+from refcomm.runs.store import Store, run_key
 
 LONG = {**SMALL["object"], "lr": 1e-3, "word_length": 20, "epochs": 200, "patience": 200}
 
@@ -253,14 +254,15 @@ else: raise AssertionError("it fitted")""")
     assert not [f for f in home.rglob("*") if f.suffix == ".tmp" or f.name == "record.json"]
 
 
-def test_cleaning_waits_for_live_runs(stored):
+def test_cleaning_leaves_live_runs(stored, capsys):
     from refcomm.cli import runs_clean
     spec, record = stored
     held = subprocess.Popen([sys.executable, "-c", f"from filelock import FileLock; import time\nwith FileLock({str(Store().root/'locks'/f'eqc-{record.key}.lock')!r}): print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True)
     held.stdout.readline()
-    with pytest.raises(ConfigError, match="is being made"): runs_clean(everything=False, yes=True)
+    runs_clean(everything=True, yes=True, adopt=False)
+    assert f"left, in use: {record.path}" in capsys.readouterr().out and Store().keys() == [("eqc", record.key)]
     held.kill(); held.wait()
-    runs_clean(everything=True, yes=True)
+    runs_clean(everything=True, yes=True, adopt=False)
     assert Store().keys() == []
 
 
@@ -276,7 +278,7 @@ def test_full_disk_is_one_clear_error(home, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StoreError, match="the disk is full: free some space, or set REFCOMM_HOME"): execute([spec])
     monkeypatch.undo()
-    assert not [f for f in (tmp_path/"home").rglob("*") if f.is_file() and f.suffix != ".lock"], "nothing half-written stays behind"
+    assert not [f for f in (tmp_path/"home").rglob("*") if f.is_file() and f.suffix != ".lock" and f.name != ".refcomm-store"], "nothing half-written stays behind"
 
 
 @pytest.mark.parametrize("code, says", [(errno.EROFS, "read-only: set REFCOMM_HOME"), (errno.EACCES, "permission denied: set REFCOMM_HOME")])
@@ -298,9 +300,9 @@ def test_plans_and_archives_travel(stored, tmp_path):
     assert read_plan(tmp_path/"plan.json") == [spec]
     assert export_runs(tmp_path/"runs.tar") == 1
     other = Store(tmp_path/"other")
-    assert import_runs(tmp_path/"runs.tar", other) == [("eqc", record.key)]
+    assert import_runs(tmp_path/"runs.tar", other).new == [("eqc", record.key)]
     same(other.get(spec), record)
-    assert import_runs(tmp_path/"runs.tar", other) == []
+    assert import_runs(tmp_path/"runs.tar", other)[:3] == ([], [], [("eqc", record.key)])
 
 
 def test_plans_of_every_paper_are_read_back(tmp_path):
@@ -320,7 +322,7 @@ def evil(path, name, data=b"{}", kind=tarfile.REGTYPE):
                                         ("eqc/0123456789abcdef/record.json", tarfile.SYMTYPE), ("eqc/0123456789abcdef/other.bin", tarfile.REGTYPE), ("eqc/0123456789abcdef/record.json", tarfile.REGTYPE)])
 def test_no_archive_writes_outside_or_unchecked(home, tmp_path, name, kind):
     with pytest.raises(RecordError): import_runs(evil(tmp_path/"evil.tar", name, kind=kind))
-    assert not [f for f in home.rglob("*") if f.is_file()] and not (tmp_path/"evil.json").exists()
+    assert not [f for f in home.rglob("*") if f.is_file() and f.suffix != ".lock" and f.name != ".refcomm-store"] and not (tmp_path/"evil.json").exists()
 
 
 def test_a_record_moved_under_another_key_is_refused_on_import(stored, tmp_path):

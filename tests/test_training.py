@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from refcomm.core import ConfigError, RecordError, TrainingDiverged
+from refcomm.core import ConfigError, TrainingDiverged
 from refcomm.training.ensemble import Ensemble
 from refcomm.papers.eqc import run as eqc
 from refcomm.runs.execute import Context, execute
@@ -137,9 +137,10 @@ def test_what_only_building_can_tell_is_named_too(home, small, fields, says):
     assert Store().keys() == [] and not list(Store().root.glob("eqc/*"))
 
 
-def test_a_checkpoint_of_other_learning_rates_is_refused(tmp_path):
+def test_a_checkpoint_of_other_learning_rates_is_set_aside(tmp_path):
     def run(factors):
         e = Ensemble([torch.nn.Linear(1, 1)])
         fit(e, lambda i, g: e.map(lambda m: m.weight.sum()), lambda: dict(accuracy=torch.ones(1), loss=torch.zeros(1)), 4, TrainSettings(epochs=2), [0], checkpoint=tmp_path/"c.safetensors", report=lambda *_: None, lr_factors=factors)
     run([("weight", .1)]), run([("weight", .1)])
-    with pytest.raises(RecordError, match="belongs to another model, data or setting"): run([("bias", .1)])
+    with pytest.warns(UserWarning, match="belongs to another model, data or setting: lr_factors"): run([("bias", .1)])
+    assert len(list(tmp_path.glob("c.unreadable-*"))) == 1, "it is not lost"

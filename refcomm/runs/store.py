@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['FILES', 'PROVENANCE', 'NAME', 'OWN', 'MARKER', 'spec_fields', 'digest', 'defined', 'run_key', 'RunResult', 'packed',
-           'RunRecord', 'package_commit', 'provenance', 'spec_class', 'body_errors', 'Store', 'export_runs',
-           'import_runs']
+           'RunRecord', 'package_commit', 'provenance', 'spec_class', 'body_errors', 'Store']
 
 # %% ../../nbs/70_runs.store.ipynb #f33d475d
-import contextlib, dataclasses, datetime, errno, functools, hashlib, importlib, io, json, math, os, platform, re, shutil, subprocess, sys, tarfile, uuid, warnings
+import contextlib, dataclasses, datetime, errno, functools, hashlib, importlib, io, json, math, os, platform, re, shutil, subprocess, sys, uuid, warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import lazy_loader
 torch = lazy_loader.load("torch")
 
 from refcomm.core import ConfigError, RecordError, StoreError, fitted
-from refcomm.files import disk_errors, fsync_dir, home, make_folder, open_regular, write_atomic
+from refcomm.files import disk_errors, fsync_dir, home, make_folder, open_regular
 
 # %% ../../nbs/70_runs.store.ipynb #1ee1955c
 def spec_fields(spec)->dict: # JSON-able fields
@@ -258,6 +257,18 @@ class Store:
         with disk_errors(self.root): (self.root/"locks").mkdir(exist_ok=True)
         return FileLock(self.root/"locks"/f"{name}.lock", is_singleton=not options, **options)
 
+    def own_folder(self, what): # "progress", "import", "slurm" …
+        "A new folder under `tmp`, and an `ExitStack` that holds its lock and, once closed, has removed it."
+        name = f"{what}-{uuid.uuid4().hex}"
+        folder, lock = self.root/"tmp"/name, self.named_lock(name, thread_local=False)
+        with contextlib.ExitStack() as held:
+            held.callback(Path(lock.lock_file).unlink, missing_ok=True)
+            with disk_errors(folder):
+                held.enter_context(lock)
+                held.callback(shutil.rmtree, folder, ignore_errors=True)
+                make_folder(folder)
+            return folder, held.pop_all()
+
     def keys(self, problems=None): # (experiment, key) pairs, sound or not
         "Every folder that has the form of a record's; what cannot be read is an error, or goes to the list `problems`."
         found = []
@@ -303,11 +314,13 @@ class Store:
                 aside = self.set_aside(spec.experiment, key)
                 warnings.warn(f"{e}; moved to {aside}, the run will be made again")
 
-    def set_aside(self, experiment, key)->Path:
-        aside = self.root/"set-aside"/f"{experiment}-{key}-{uuid.uuid4().hex[:6]}"
+    def set_aside(self, experiment, key)->Path: return self.move_aside(self.path(experiment, key), f"{experiment}-{key}")
+
+    def move_aside(self, path, name)->Path:
+        aside = self.root/"set-aside"/f"{name}-{uuid.uuid4().hex[:6]}"
         with disk_errors(aside):
             aside.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.path(experiment, key), aside)
+            os.replace(path, aside)
         return aside
 
     def put(self,
@@ -355,42 +368,3 @@ class Store:
         with disk_errors(self.root):
             try: make_folder(probe); (probe/"record.json").write_bytes(_json(empty))
             finally: shutil.rmtree(probe, ignore_errors=True)
-
-# %% ../../nbs/70_runs.store.ipynb #82609496
-def export_runs(
-    path, # the tar file to write
-    store:Store|None=None,
-    keys=None, # (experiment, key) pairs; all that are sound when None
-)->int: # how many
-    "Pack records into one tar file; a damaged one that was asked for is an error."
-    store = store or Store()
-    records = store.survey()[0] if keys is None else [store.read(*k) for k in keys]
-    with write_atomic(path) as tmp, tarfile.open(tmp, "w") as tar:
-        for r in records:
-            for f in sorted(r.path.iterdir()): tar.add(f, f"{r.experiment}/{r.key}/{f.name}", recursive=False)
-    return len(records)
-
-def import_runs(
-    path, # the tar file
-    store:Store|None=None,
-)->list: # (experiment, key) pairs that are new
-    "Take over the records of an archive, each checked first; those already here are left as they are."
-    store, files = store or Store(), {}
-    try:
-        with tarfile.open(path) as tar:
-            for m in tar:
-                if not m.isfile() or not NAME.fullmatch(m.name): raise RecordError(f"{path} holds {m.name!r}, which is no record's file: nothing was imported")
-                experiment, key, name = m.name.split("/")
-                files.setdefault((experiment, key), {})[name] = tar.extractfile(m).read()
-    except (OSError, tarfile.TarError) as e: raise RecordError(f"cannot read archive {path}: {e}") from None
-    with disk_errors(store.root): check = Store(store.root/"tmp"/f"import-{uuid.uuid4().hex}")
-    try:
-        new = []
-        for (e, k), content in files.items(): check._place(e, k, content); check.read(e, k)
-        for e,k in files:
-            with store.lock(e, k):
-                if store.path(e, k).exists(): continue
-                store._place(e, k, files[e, k])
-                new.append((e, k))
-    finally: shutil.rmtree(check.root, ignore_errors=True)
-    return new

@@ -1,0 +1,325 @@
+"Checkpoints are as trustworthy as records, and a signal costs nothing."
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from refcomm.training.ensemble import Ensemble
+from refcomm.papers.eqc.run import EQCSpec
+from refcomm.files import load_checkpoint, save_checkpoint
+from refcomm.papers.eqc.items import SMALL
+from refcomm.runs.execute import execute
+from refcomm.runs.store import Store
+from refcomm.training.loop import TrainSettings, fit
+
+X = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+LONG = {**SMALL["object"], "lr": 1e-3, "word_length": 20, "epochs": 5000, "patience": 5000}
+
+
+class Cut(Exception): pass
+
+
+def train(path=None, cut=None, seeds=(0, 1), settings=TrainSettings(epochs=4, batch_size=8, lr=.01), device="cpu"):
+    "Two small networks that see noise; `cut` steps are made, all when None."
+    from refcomm.core import seeded_init
+    members = []
+    for s in seeds:
+        with seeded_init(s): members.append(torch.nn.Linear(4, 2))
+    e, steps = Ensemble(members), iter(range(cut if cut is not None else 10**6))
+    def loss(i, gs):
+        if next(steps, None) is None: raise Cut
+        noise = torch.stack([torch.rand(i.shape[1], generator=g) for g in gs])
+        return e.map(lambda m, x, n: ((m(x)[:, 0] - x[:, 0] + n)**2).mean(), X[i], noise)
+    def validate(): return dict(accuracy=e.map(lambda m: -m.weight.abs().sum()).detach(), loss=e.map(lambda m: m.bias.sum()).detach())
+    fitted = fit(e, loss, validate, 64, settings, list(seeds), device, path, 0, lambda *_: None)
+    return fitted.history.drop(columns="seconds"), [p.detach().clone() for p in e.parameters()]
+
+
+@pytest.fixture
+def half(tmp_path):
+    "A checkpoint from the middle of the third epoch, and what an undisturbed training leaves."
+    path, whole = tmp_path/"training.safetensors", train()
+    with pytest.raises(Cut): train(path, cut=20)
+    assert load_checkpoint(path)[1]["epoch"] == 2
+    return path, whole
+
+
+def same(a, b): return a[0].equals(b[0]) and all(torch.equal(x, y) for x, y in zip(a[1], b[1]))
+
+
+def test_a_sound_checkpoint_is_continued(half):
+    path, whole = half
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(train(path), whole)
+
+
+def begun_anew(path, whole):
+    "One warning names the file, which is set aside; the numbers are those of an undisturbed training."
+    bad = path.read_bytes() if path.is_file() else None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = train(path)
+    said = [str(w.message) for w in said if "checkpoint" in str(w.message)]
+    assert same(found, whole), "other numbers"
+    assert len(said) == 1 and str(path) in said[0] and "training begins anew" in said[0], said
+    aside, = path.parent.glob("*.unreadable-*")
+    assert aside.is_dir() or aside.read_bytes() == bad
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(train(path), whole), "the next try finds a sound one"
+    return said[0]
+
+
+def test_no_flipped_bit_is_believed(half):
+    path, whole = half
+    data, rng = path.read_bytes(), random.Random(0)
+    for _ in range(60):
+        flipped = bytearray(data)
+        flipped[rng.randrange(8, len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = load_checkpoint(path)
+        assert found is None and len(said) == 1
+        for aside in path.parent.glob("*.unreadable-*"): aside.unlink()
+    path.write_bytes(flipped)
+    begun_anew(path, whole)
+
+
+@pytest.mark.parametrize("how", ["cut", "a zeroed block", "empty", "a folder", "a loop", "deeply nested"])
+def test_a_damaged_checkpoint_is_set_aside(half, how):
+    path, whole = half
+    data = path.read_bytes()
+    path.unlink()
+    if how == "cut": path.write_bytes(data[:-100])
+    if how == "a zeroed block": path.write_bytes(data[:-600] + bytes(512) + data[-88:])
+    if how == "empty": path.write_bytes(b"")
+    if how == "a folder": path.mkdir()
+    if how == "a loop": path.symlink_to(path)
+    if how == "deeply nested":
+        from safetensors.torch import save_file
+        save_file({"x": torch.zeros(1)}, path, {"meta": "["*100_000})
+    if how == "a loop":
+        with pytest.warns(UserWarning, match="cannot be continued"): assert same(train(path), whole)
+    else: begun_anew(path, whole)
+
+
+def rewrite(path, change, raw=False):
+    "A checkpoint of the same training, changed; with a digest made anew, unless it is to be left as it was."
+    from safetensors.torch import save_file
+    from safetensors import safe_open
+    with safe_open(path, "pt") as f: about = f.metadata()
+    tensors, meta = load_checkpoint(path)
+    change(tensors, meta)
+    if raw: save_file(tensors, path, {**about, "meta": json.dumps(meta)})
+    else: save_checkpoint(path, tensors, meta)
+
+
+EDITS = {
+    "a zeroed Adam moment": lambda t, m: t["optimizer.0.exp_avg_sq"].zero_(), "an edited history": lambda t, m: m["history"][0].update(accuracy=.99), "another epoch": lambda t, m: m.update(epoch=1, history=m["history"][:2]),
+    "another rate": lambda t, m: m["groups"][0].update(lr=.5), "other weights": lambda t, m: t["model.weight"].mul_(1.0001), "an exponent's bit": lambda t, m: t["model.weight"].view(torch.int32)[0, 0, 0].bitwise_xor_(1 << 30),
+}
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_an_edit_is_noticed(half, kind):
+    path, whole = half
+    rewrite(path, EDITS[kind], raw=True)
+    assert "it does not hold what was written" in begun_anew(path, whole)
+
+
+FORGED = {
+    "a missing tensor": (lambda t, m: t.pop("model.weight"), "it has no model.weight"), "no generator": (lambda t, m: t.pop("noise_generators.1"), "it has no noise_generators.1"), "a generator of another length": (lambda t, m: t.update({"noise_generators.0": torch.zeros(16, dtype=torch.uint8)}), "noise_generators.0 is torch.uint8 \\[16\\]"),
+    "a generator's state that is none": (lambda t, m: t["noise_generators.0"].fill_(255), "RuntimeError"), "other shapes": (lambda t, m: t.update({"model.weight": torch.zeros(2, 3, 4)}), "its model.weight is"), "an epoch too many": (lambda t, m: m.update(epoch=99), "do not fit each other"),
+    "no history": (lambda t, m: m.update(history=[]), "do not fit each other"), "no scaler": (lambda t, m: m.pop("scaler"), "its scaler is missing"), "an order out of range": (lambda t, m: t["order"].add_(1000), "its order of items"), "another's": (lambda t, m: m["shape"].update(owner="other"), "it belongs to another model, data or setting: owner"),
+    "no shape": (lambda t, m: m.pop("shape"), "does not say what it is of"), "part of a moment": (lambda t, m: t.pop("optimizer.1.exp_avg"), "its optimiser's state is incomplete"), "a moment of another shape": (lambda t, m: t.update({"optimizer.0.exp_avg": torch.zeros(7)}), "does not fit the parameters"),
+    "groups fewer": (lambda t, m: m.update(groups=[]), "other groups"), "meta that is a list": (lambda t, m: m.clear(), "does not say what it is of"),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_what_cannot_be_loaded_is_one_warning_and_a_fresh_start(half, kind):
+    import re
+    path, whole = half
+    rewrite(path, FORGED[kind][0])
+    said = begun_anew(path, whole)
+    assert re.search(FORGED[kind][1], said), said
+
+
+def test_a_state_of_another_kind_of_device_is_continued_and_said(half):
+    "As a GPU's: 16 bytes are a generator's whole state."
+    path, whole = half
+    def on_a_gpu(t, m):
+        m["device"] = "cuda"
+        for i in (0, 1): t[f"noise_generators.{i}"] = torch.zeros(16, dtype=torch.uint8)
+    rewrite(path, on_a_gpu)
+    kept = path.read_bytes()
+    with pytest.warns(UserWarning, match="begun on cuda goes on on cpu: noise is drawn anew"): found = train(path)
+    assert found[0].epoch.tolist() == whole[0].epoch.tolist() and found[0][:4].equals(whole[0][:4]), "what was learnt is kept"
+    assert not same(found, whole)
+    path.write_bytes(kept)
+    with pytest.warns(UserWarning, match="begun on cuda"): assert same(train(path), found), "the new noise depends on seed and step alone"
+
+
+def test_a_checkpoint_says_its_device(half): assert load_checkpoint(half[0])[1]["device"] == "cpu"
+
+
+@pytest.mark.parametrize("text", ["[]", "[", "null", '[{"seed": 9}]', '[{"sed": 0}]', '{"a": 1}', "["*100_000, '[{"seed": 0}, {"seed": 0}]'], ids=lambda t: t[:16])
+def test_a_list_of_members_that_is_none_is_one_warning_and_a_fresh_start(home, small, monkeypatch, text):
+    specs = [small(seed=s, epochs=1) for s in (0, 1)]
+    def cut(*a): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(Store, "put", cut)
+        with pytest.raises(KeyboardInterrupt): execute(specs)
+    folder, = Store().root.glob("unfinished/*")
+    (folder/"members.json").write_text(text)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        records = execute(specs)
+    assert [r.spec["seed"] for r in records] == [0, 1] and [r.provenance["trained_together"] for r in records] == [2, 2]
+    said = [str(w.message) for w in said if "unfinished training" in str(w.message)]
+    assert len(said) == 1 and str(folder) in said[0] and "set-aside" in said[0]
+    assert not list(Store().root.glob("unfinished/*")) and len(list(Store().root.glob("set-aside/*"))) == 1
+
+
+def test_a_checkpoint_of_other_runs_is_not_continued(home, small, monkeypatch):
+    "Of the same shape and seeds: copied by hand from one unfinished folder to another."
+    def cut(*a): raise KeyboardInterrupt
+    specs = [small(epochs=2, n_train=150, split_seed=s) for s in (0, 1)]
+    calm = execute(specs[:1], store=Store(home/"calm"))
+    with monkeypatch.context() as m:
+        m.setattr(Store, "put", cut)
+        for s in specs:
+            with pytest.raises(KeyboardInterrupt): execute([s])
+    from refcomm.runs.execute import _unfinished
+    one, other = [_unfinished(Store(), [s])/"training.safetensors" for s in specs]
+    shutil.copy(other, one)
+    with pytest.warns(UserWarning, match="belongs to another model, data or setting: owner"): record, = execute(specs[:1])
+    assert record.history().loss.equals(calm[0].history().loss)
+
+
+def test_a_long_epoch_is_kept_after_a_few_seconds(tmp_path, monkeypatch):
+    "A checkpoint a minute, but the first one at once."
+    monkeypatch.setattr("refcomm.training.loop.FIRST", .3)
+    e, seen = Ensemble([torch.nn.Linear(1, 1)]), []
+    def loss(i, g):
+        time.sleep(.1)
+        seen.append((tmp_path/"c").exists())
+        return e.map(lambda m: m.weight.sum())
+    fit(e, loss, lambda: dict(accuracy=torch.ones(1), loss=torch.ones(1)), 12, TrainSettings(epochs=1, batch_size=1), [0], "cpu", tmp_path/"c", 60., lambda *_: None)
+    assert 2 <= seen.index(True) <= 8
+
+
+def start(code, **env):
+    head = f"import torch, sys; torch.set_num_threads(1)\nfrom refcomm.papers.eqc.run import EQCSpec\nfrom refcomm.runs import execute as runs; from refcomm.runs import store\nLONG = {LONG!r}\n"
+    return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def wait_for(what, p, seconds=120):
+    deadline = time.time() + seconds
+    while not (found := what()):
+        assert p.poll() is None, p.stderr.read()
+        assert time.time() < deadline, "waited in vain"
+        time.sleep(.05)
+    return found
+
+
+def unfinished(): return [f for f in Store().root.glob("unfinished/*/training.safetensors")]
+
+
+def alive(pid):
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError: return False
+
+
+def children(pid): return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task/"children").read_text().split()]
+
+
+MAIN = "from refcomm.cli import main\nif __name__ == '__main__': sys.argv[1:] = ['runs', 'execute', PLAN, '--device', 'cpu', *ARGS]; main()"
+
+
+def plan(tmp_path, n=1):
+    from refcomm.runs.execute import write_plan
+    write_plan([EQCSpec(**{**LONG, "word_length": w}) for w in (10, 20, 25)[:n]], tmp_path/"plan.json")
+    return str(tmp_path/"plan.json")
+
+
+signals = pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
+@signals
+def test_a_signal_keeps_what_was_learnt(home, tmp_path, signum):
+    "The state is that of the last step, not of up to a minute before."
+    begun = home/"begun"
+    code = f"import refcomm.training.loop as train\nreal = train.train_step\ndef step(t, *a):\n    real(t, *a)\n    if t.epoch == 3: open({str(begun)!r}, 'w')\ntrain.train_step = step\n"
+    p = start(code + MAIN.replace("PLAN", repr(plan(tmp_path))).replace("*ARGS", ""))
+    wait_for(begun.exists, p)
+    sent = time.time()
+    p.send_signal(signum)
+    assert p.wait(30) == 128 + signum and time.time() - sent < 10
+    said = [line for line in p.stderr.read().splitlines() if "refcomm" in line]
+    assert len(said) == 1 and f"stopped by {signum.name}: 0 of 1 runs are in" in said[0] and "1 unfinished training has a checkpoint there; the same command continues" in said[0], said
+    state, = unfinished()
+    assert load_checkpoint(state)[1]["epoch"] >= 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
+@pytest.mark.parametrize("signum, whom", [(signal.SIGINT, "driver"), (signal.SIGTERM, "all")], ids=lambda x: getattr(x, "name", x))
+def test_a_signal_to_a_driver_with_two_workers(home, tmp_path, signum, whom):
+    "It ends within seconds, its workers with it; both trainings are kept, and what waits is not begun."
+    p = start(MAIN.replace("PLAN", repr(plan(tmp_path, 3))).replace("*ARGS", "'--jobs', '2'"), REFCOMM_CHECKPOINT_SECONDS="4")
+    wait_for(lambda: len(unfinished()) == 2, p)
+    workers, sent = children(p.pid), time.time()
+    if whom == "driver": p.send_signal(signum)
+    else: os.killpg(p.pid, signum)
+    assert p.wait(60) == 128 + signum and time.time() - sent < 20
+    err = p.stderr.read()
+    said = [line for line in err.splitlines() if "refcomm:" in line]
+    assert len(said) == 1 and "0 of 3 runs are in" in said[0] and "2 unfinished trainings have a checkpoint" in said[0] and "Traceback" not in err, err
+    assert not [w for w in workers if alive(w)] and len(unfinished()) == 2 and len(list(Store().root.glob("unfinished/*"))) == 2
+    assert all(f.stat().st_mtime >= sent - .01 and load_checkpoint(f) for f in unfinished()), "saved when told to stop"
+    assert not list(Store().root.glob("tmp/*"))
+
+
+def test_interrupted_and_continued_is_undisturbed(home, tmp_path):
+    spec = EQCSpec(**{**LONG, "epochs": 150})
+    work = "runs.execute([EQCSpec(**{**LONG, 'epochs': 150})], device='cpu')"
+    p = start(f"runs.execute([EQCSpec(**{{**LONG, 'epochs': 150}})], device='cpu', store=store.Store({str(tmp_path/'calm')!r}))")
+    assert p.wait() == 0, p.stderr.read()
+    calm, stops = Store(tmp_path/"calm").get(spec), 0
+    for n in range(2):
+        p = start(work)
+        wait_for(lambda: p.poll() is not None or list(Store().root.glob("unfinished/*/members.json")), p)
+        time.sleep(.7)
+        p.send_signal(random.Random(n).choice([signal.SIGTERM, signal.SIGINT]))
+        p.wait()
+        stops += "the same command continues" in p.stderr.read()
+    p = start(work)
+    assert p.wait() == 0, p.stderr.read()
+    again = Store().get(spec)
+    assert stops >= 1 and again.rows == calm.rows and again.history().drop(columns="seconds").equals(calm.history().drop(columns="seconds"))
+
+
+def test_a_notebook_that_trains_is_stopped_too(home, tmp_path):
+    "`refcomm reproduce` tells the kernel, which keeps the state, and no kernel is left."
+    code = "from refcomm.cli import main\nsys.argv[1:] = ['reproduce', 'eqc/table5', '--profile', 'cpu', '--jobs', '1']; main()"
+    p = start(code, REFCOMM_CHECKPOINT_SECONDS="2", REFCOMM_FIGURES=str(tmp_path/"figures"), REFCOMM_PROGRESS="off")
+    wait_for(unfinished, p, 300)
+    kernels, sent = children(p.pid), time.time()
+    p.send_signal(signal.SIGTERM)
+    assert p.wait(60) == 128 + signal.SIGTERM and time.time() - sent < 30
+    err = p.stderr.read()
+    said = [line for line in err.splitlines() if line.startswith("refcomm:")]
+    assert len(said) == 1 and "stopped by SIGTERM in eqc/table5: " in said[0] and "the same command continues" in said[0], err
+    assert kernels and not [k for k in kernels if alive(k)] and unfinished()[0].stat().st_mtime >= sent - .01
