@@ -316,7 +316,7 @@ def runs_import(archive:Path, partial:bool = typer.Option(False, help="take the 
 def runs_clean(everything:bool = typer.Option(False, "--all", help="finished runs too"), yes:bool = typer.Option(False, "--yes", help="do not ask"),
     adopt:bool = typer.Option(False, help="the folder is a store, though it has no marker and holds other things, which are left")):
     "Remove what is set aside, unfinished or temporary, and not in use."
-    from refcomm.cleaning import clean, recognise
+    from refcomm.runs.cleaning import clean, recognise
     from refcomm.runs.store import Store
     store = Store()
     n = len(store.keys([]))

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from refcomm.cleaning import clean, foreign
+from refcomm.runs.cleaning import clean, foreign
 from refcomm.core import ConfigError
 from refcomm.papers.eqc.run import EQCSpec
 from refcomm.runs.store import MARKER, RunResult, Store, provenance, run_key
@@ -146,7 +146,7 @@ def test_run_stack_holds_the_lock_of_its_unfinished_folder(home, small, monkeypa
     from refcomm.runs.execute import execute
     real, seen = eqc.run, []
     def run(specs, context):
-        code = "from refcomm.cleaning import clean; print(*clean(everything=True).in_use)"
+        code = "from refcomm.runs.cleaning import clean; print(*clean(everything=True).in_use)"
         seen.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split())
         return real(specs, context)
     monkeypatch.setattr(eqc, "run", run)
@@ -157,7 +157,7 @@ def test_run_stack_holds_the_lock_of_its_unfinished_folder(home, small, monkeypa
 def test_two_cleanings_at_once(home):
     for seed in range(12): put(seed)
     for i in range(40): (Store().root/"set-aside"/f"eqc-{i:016x}-abcdef"/"deep").mkdir(parents=True)
-    code = "from refcomm.cleaning import clean; print(len(clean(everything=True).removed))"
+    code = "from refcomm.runs.cleaning import clean; print(len(clean(everything=True).removed))"
     ps = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     out = [p.communicate() for p in ps]
     assert [p.returncode for p in ps] == [0, 0], out

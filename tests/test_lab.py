@@ -152,7 +152,7 @@ def test_a_lesson_runs(run_all, lab, name):
 
 
 def test_messages_are_explored_by_hand(run_all, lab, screenshots):
-    page, cells = run_all(copy("76_interact.explore", lab[1]))
+    page, cells = run_all(copy("77_interact.explore", lab[1]))
     check_whole(page, cells, 0)
     shown, (game, place, symbol) = page.locator(".widget-html .refcomm"), page.locator(".widget-text input").all()
     game.scroll_into_view_if_needed()
@@ -170,7 +170,7 @@ def test_messages_are_explored_by_hand(run_all, lab, screenshots):
 
 
 def test_the_receiver_is_played_by_hand(run_all, lab, screenshots):
-    page, cells = run_all(copy("77_interact.play", lab[1]))
+    page, cells = run_all(copy("78_interact.play", lab[1]))
     check_whole(page, cells, 0)
     shown, target = page.locator(".widget-html .refcomm"), page.locator(".widget-html figure.target")
     button = lambda name: page.locator(".jupyter-button").get_by_text(name, exact=True)
