@@ -17,7 +17,7 @@ from torch import Tensor
 from .core import ConfigError, check_choice, from_json, integers
 from .files import content_digest, disk_errors, fsync_dir, read_parquet, write_atomic
 from .metrics.protocol import symbol_counts
-from .metrics.structure import bosdis, entropy, posdis
+from .metrics.structure import bosdis, ended, entropy, posdis
 from .runs.execute import load_spec
 from .runs.store import RunRecord, defined
 
@@ -27,33 +27,58 @@ class Corpus(NamedTuple):
     messages:Tensor # [n, length] int64 symbols from 0
     meanings:Tensor|None # [n, n_attributes] int64 values from 0; None where they are unknown
     about:dict # where they come from
+    lengths:Tensor|None = None # [n] int64 symbols of each message before its end, `messages` being −1 from there on; None: all are as long
 
-def _integers(rows, what, where="")->Tensor: # [n, width] int64
+def _integers(rows, what, where="", least=0)->Tensor: # [n, width] int64
     "Rows of one width of integers from 0."
     if isinstance(rows, np.ndarray): rows = integers(rows, f"{where}{what}s")
     if not isinstance(rows, Tensor):
         rows = list(rows)
         for i, row in enumerate(rows):
             if not isinstance(row, (list, tuple)): raise ConfigError(f"{where}{what} {i} is {row!r}: a list of integers is expected")
-            if len(row) != len(rows[0]): raise ConfigError(f"{where}{what} {i} has {len(row)} entries, {what} 0 has {len(rows[0])}: one length is expected, so fill the shorter ones up with a number of its own")
+            if len(row) != len(rows[0]): raise ConfigError(f"{where}{what} {i} has {len(row)} entries, {what} 0 has {len(rows[0])}: one width is expected")
         try: rows = torch.tensor(rows)
         except (TypeError, ValueError, RuntimeError) as e: raise ConfigError(f"{where}{what}s must be lists of integers ({str(e).splitlines()[0]})") from None
     rows = rows.flatten(1) if rows.dim() > 2 else rows
     if rows.dim() != 2 or not rows.numel(): raise ConfigError(f"{where}{what}s must be [n, width] with at least one row and column, got {list(rows.shape)}")
     if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool: raise ConfigError(f"{where}{what}s must be integers, got {str(rows.dtype).removeprefix('torch.')}: quantise them first")
     rows = integers(rows, f"{where}{what}s")
-    if (least := int(rows.min())) < 0: raise ConfigError(f"{where}{what}s must be numbered from 0, got {least}")
+    if (smallest := int(rows.min())) < least: raise ConfigError(f"{where}{what}s must be numbered from 0, got {smallest}")
     return rows.detach().cpu()
 
+def _spelled(rows, lengths=None, where="")->tuple: # [n, width] int64, and [n] or None
+    "Messages, and how long they are where they are of different lengths."
+    if not isinstance(rows, Tensor):
+        rows = [list(r) if isinstance(r, (list, tuple)) else r for r in rows]
+        n = [len(r) for r in rows if isinstance(r, list)]
+        if lengths is None and len(n) == len(rows) and len(set(n)) > 1:
+            for i, r in enumerate(rows):
+                if any(isinstance(s, int) and s < 0 for s in r): raise ConfigError(f"{where}messages must be numbered from 0, got {min(r)} in message {i}")
+            rows, lengths = [r + [-1]*(max(n) - len(r)) for r in rows], torch.tensor(n)
+    elif rows.dim() > 2:
+        if lengths is not None: lengths = torch.as_tensor(lengths) * rows.shape[2:].numel()
+        rows = rows.flatten(1)
+    rows = _integers(rows, "message", where, 0 if lengths is None else -1)
+    if lengths is None: return rows, None
+    rows, lengths = ended(rows, torch.as_tensor(lengths).detach().cpu())
+    if (gap := rows.masked_fill(torch.arange(rows.shape[1]) >= lengths[:, None], 0).amin()) < 0: raise ConfigError(f"{where}messages must be numbered from 0, got {int(gap)} before the end")
+    return rows[:, :max(int(lengths.max()), 1)], lengths
+
+def _filled(rows)->tuple: # rows of one width, −1 from the ends on, and lengths
+    "Messages that end, as a file has them, even where all happen to be of one length."
+    width = max(max(map(len, rows), default=0), 1)
+    return [list(r) + [-1]*(width - len(r)) for r in rows], [len(r) for r in rows]
+
 def make_corpus(
-    messages, # [n, length] tensor, or a list of lists
+    messages, # [n, length] tensor, or a list of lists, which may be of different lengths
     meanings=None, # [n, n_attributes] tensor, or a list of lists; None where they are unknown
     about:dict|None=None, # where they come from: numbers, text, lists and dicts of them
+    lengths=None, # [n] where messages end, in words where they come as [n, n_words, n_symbols]
 )->Corpus:
     "A corpus, checked."
-    messages, meanings = _integers(messages, "message"), meanings if meanings is None else _integers(meanings, "meaning")
+    (messages, lengths), meanings = _spelled(messages, lengths), meanings if meanings is None else _integers(meanings, "meaning")
     if meanings is not None and len(messages) != len(meanings): raise ConfigError(f"{len(messages)} messages but {len(meanings)} meanings: one of each is expected")
-    try: return Corpus(messages, meanings, json.loads(json.dumps(dict(about or {}), allow_nan=False)))
+    try: return Corpus(messages, meanings, json.loads(json.dumps(dict(about or {}), allow_nan=False)), lengths)
     except (TypeError, ValueError, RecursionError) as e: raise ConfigError(f"what is said about a corpus must be a dict of numbers, text or lists of them ({e})") from None
 
 # %% ../nbs/76_corpora.ipynb #9a0fb23b
@@ -61,23 +86,30 @@ def describe(
     corpus:Corpus,
 )->dict: # numbers; None where one is undefined
     "How large a corpus is, and how its messages are made."
-    whole, positions = entropy(corpus.messages)
+    whole, positions = entropy(corpus.messages, corpus.lengths)
+    said = corpus.messages[corpus.messages >= 0]
     known = lambda x: defined(round(x, 6))
     numbers = dict(n_messages=len(corpus.messages), message_length=corpus.messages.shape[1], n_unique_messages=len(symbol_counts(corpus.messages)[0]),
-        n_symbols=len(corpus.messages.unique()), symbol_bits=known(float(entropy(corpus.messages.flatten())[0])), message_bits=known(float(whole)), position_bits=[known(b) for b in positions.tolist()])
+        n_symbols=len(said.unique()), symbol_bits=known(float(entropy(said)[0])) if len(said) else None, message_bits=known(float(whole)), position_bits=[known(b) for b in positions.tolist()])
+    if corpus.lengths is not None: numbers |= dict(mean_length=known(float(corpus.lengths.double().mean())))
     if corpus.meanings is None: return numbers
     numbers |= dict(n_attributes=corpus.meanings.shape[1], n_unique_meanings=len(symbol_counts(corpus.meanings)[0]))
-    if corpus.meanings.shape[1] > 1: numbers |= dict(posdis=known(posdis(*corpus[:2])), bosdis=known(bosdis(*corpus[:2])))
+    if corpus.meanings.shape[1] > 1: numbers |= {m.__name__: known(m(*corpus[:2], corpus.lengths)) for m in (posdis, bosdis)}
     return numbers
 
 # %% ../nbs/76_corpora.ipynb #c9f2c60d
-def _column(x):
-    "Rows of one width, in the smallest type that holds them."
+def _column(x, lengths=None):
+    "Rows, in the smallest type that holds them; a list each where they end."
     import pyarrow as pa
     small = next(t for t in (torch.uint8, torch.int16, torch.int32, torch.int64) if int(x.max()) <= torch.iinfo(t).max)
-    return pa.FixedSizeListArray.from_arrays(pa.array(x.to(small).flatten().numpy()), x.shape[1])
+    if lengths is None: return pa.FixedSizeListArray.from_arrays(pa.array(x.to(small).flatten().numpy()), x.shape[1])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()])
+    return pa.ListArray.from_arrays(pa.array(starts.numpy()), pa.array(x[x >= 0].to(small).numpy()))
 
-def _digest(corpus): return content_digest(*(x for x in corpus[:2] if x is not None), json.dumps(corpus.about, sort_keys=True))
+def _digest(corpus): return content_digest(*(x for x in (*corpus[:2], corpus.lengths) if x is not None), json.dumps(corpus.about, sort_keys=True))
+
+def _lists(corpus): # the messages, each up to its end
+    return corpus.messages.tolist() if corpus.lengths is None else [m[:n] for m, n in zip(corpus.messages.tolist(), corpus.lengths.tolist())]
 
 def save_corpus(
     path, # the .parquet file to make or replace
@@ -86,7 +118,7 @@ def save_corpus(
     "Write a corpus as parquet; the file is there complete or not at all."
     import pyarrow as pa, pyarrow.parquet as pq
     corpus = make_corpus(*corpus)
-    columns = {name: _column(x) for name, x in zip(("message", "meaning"), corpus[:2]) if x is not None}
+    columns = {name: _column(x, ends) for name, x, ends in zip(("message", "meaning"), corpus[:2], (corpus.lengths, None)) if x is not None}
     table = pa.table(columns).replace_schema_metadata({"refcomm.corpus": json.dumps(dict(about=corpus.about, digest=_digest(corpus)))})
     with write_atomic(path) as tmp: pq.write_table(table, tmp, compression="zstd")
     return Path(path)
@@ -100,7 +132,10 @@ def load_corpus(
     except (KeyError, ValueError, TypeError): about = None
     if about is None or "message" not in table.column_names: raise ConfigError(f"{path} is a parquet file but not a corpus: write it with save_corpus")
     columns = [table[name].to_pylist() if name in table.column_names else None for name in ("message", "meaning")]
-    try: corpus = make_corpus(*columns, about)
+    ends = not str(table["message"].type).startswith("fixed_size_list")
+    try:
+        messages, lengths = _filled(columns[0]) if ends and all(isinstance(m, list) for m in columns[0]) else (columns[0], None)
+        corpus = make_corpus(messages, columns[1], about, lengths)
     except ConfigError as e: raise ConfigError(f"{path} is damaged: {e}") from None
     if _digest(corpus) != digest: raise ConfigError(f"{path} is damaged: it does not hold what was written; fetch or make it again")
     return corpus
@@ -148,7 +183,7 @@ def save_elcc(
     files = {"metadata.yml": yaml.safe_dump(dict(origin=dict(name=name, source=source, upstream_source="", paper=paper), system=SYSTEM | system | dict(variants={v: c.about for v, c in corpora.items()})), sort_keys=False, allow_unicode=True),
              "README.md": _card(name, corpora, numbers, license)}
     for v, c in corpora.items():
-        files[f"data/{v}/corpus.jsonl"] = "".join(json.dumps(m) + "\n" for m in c.messages.tolist())
+        files[f"data/{v}/corpus.jsonl"] = "".join(json.dumps(m) + "\n" for m in _lists(c))
         files[f"data/{v}/metadata.json"] = json.dumps(dict(numbers[v], about=c.about), indent=1, ensure_ascii=False) + "\n"
     with disk_errors(folder):
         try:
@@ -160,7 +195,7 @@ def save_elcc(
     return folder
 
 # %% ../nbs/76_corpora.ipynb #10631fb3
-def _lines(path)->Tensor: # [n, length] int64
+def _lines(path)->list: # of lists
     "The messages of a JSONL file."
     if not path.is_file(): raise ConfigError(f"no file {path}: a folder of ELCC's layout has data/<variant>/corpus.jsonl")
     rows = []
@@ -169,7 +204,8 @@ def _lines(path)->Tensor: # [n, length] int64
     for i, line in enumerate(lines, 1):
         try: rows.append(from_json(line))
         except ValueError as e: raise ConfigError(f"{path}, line {i}, is no JSON ({e}): fetch or make it again") from None
-    return _integers(rows, "message", f"{path}: ")
+    _spelled(rows, where=f"{path}: ")
+    return rows
 
 def load_elcc(
     folder, # of a system, as `save_elcc` or ELCC has it
@@ -184,7 +220,7 @@ def load_elcc(
     messages = _lines(here/"corpus.jsonl")
     if not (here/"corpus.parquet").exists(): return make_corpus(messages)
     corpus = load_corpus(here/"corpus.parquet")
-    if not torch.equal(corpus.messages, messages): raise ConfigError(f"{here} is damaged: corpus.jsonl and corpus.parquet hold different messages; fetch or make it again")
+    if _lists(corpus) != messages: raise ConfigError(f"{here} is damaged: corpus.jsonl and corpus.parquet hold different messages; fetch or make it again")
     return corpus
 
 # %% ../nbs/76_corpora.ipynb #351f927c
@@ -199,6 +235,7 @@ def from_record(
     kinds = sorted(k for k, v in tensors.items() if not v.is_floating_point())
     if not kinds: raise ConfigError(f"run {record.experiment}/{record.key} sent no symbols, only real numbers ({', '.join(sorted(tensors))}): quantise them first")
     if name is None and len(kinds) > 1: raise ConfigError(f"run {record.experiment}/{record.key} has messages of {len(kinds)} kinds: name one of {', '.join(kinds)}")
-    sent = tensors[check_choice("messages", name or kinds[0], kinds)].flatten(1)
+    sent = tensors[check_choice("messages", name or kinds[0], kinds)].flatten(1).long()
+    lengths = (sent >= 0).sum(1) if int(sent.min()) < 0 else None
     origin = dict(experiment=record.experiment, run=record.key, messages=name or kinds[0], spec=record.spec, made=record.provenance)
-    return make_corpus(sent, module.meanings(load_spec(record.experiment, record.spec)), origin)
+    return make_corpus(sent, module.meanings(load_spec(record.experiment, record.spec)), origin, lengths)

@@ -67,8 +67,11 @@ def test_ELCCs_own_folders_are_read(tmp_path):
     (here/"metadata.json").write_text("{}")
     found = load_elcc(tmp_path/"system")
     assert found.messages.tolist() == [[3, 1], [0, 2], [3, 1]] and found.meanings is None and found.about == {}
-    (here/"corpus.jsonl").write_text("[3, 1]\n[0]\n")
-    with pytest.raises(ConfigError, match="message 1 has 1 entries, message 0 has 2"): load_elcc(tmp_path/"system")
+    (here/"corpus.jsonl").write_text("[3, 1]\n[0]\n[]\n")
+    found = load_elcc(tmp_path/"system")
+    assert found.lengths.tolist() == [2, 1, 0] and found.messages.tolist() == [[3, 1], [0, -1], [-1, -1]]
+    (here/"corpus.jsonl").write_text("[3, 1]\n[-1]\n")
+    with pytest.raises(ConfigError, match="messages must be numbered from 0, got -1 in message 1"): load_elcc(tmp_path/"system")
 
 
 def test_every_flipped_bit_is_seen(tmp_path):
@@ -88,7 +91,8 @@ def test_every_flipped_bit_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("table,message", [
-    (dict(message=[[1], [1, 2]]), "message 1 has 2 entries, message 0 has 1"),
+    (dict(message=[[1], [1, 2]]), "it does not hold what was written"), # of different lengths, and so no fault
+    (dict(message=[[1], [2]], meaning=[[1], [1, 2]]), "meaning 1 has 2 entries, meaning 0 has 1"),
     (dict(message=[[1], [-1]]), "messages must be numbered from 0, got -1"),
     (dict(message=[[1], None]), "message 1 is None: a list of integers is expected"),
     (dict(message=[[1], [None]]), "messages must be lists of integers"),
@@ -111,7 +115,9 @@ def test_metadata_that_is_not_ours_is_refused(tmp_path, about):
 
 
 @pytest.mark.parametrize("call,message", [
-    (lambda p, c: make_corpus([[1, 2], [3]]), "message 1 has 1 entries, message 0 has 2"),
+    (lambda p, c: make_corpus([[1, 2], [3]], [[1, 2], [3]]), "meaning 1 has 1 entries, meaning 0 has 2"),
+    (lambda p, c: make_corpus(c.messages, lengths=torch.full((40,), 4)), "lengths must lie in 0 … 3, got 4"),
+    (lambda p, c: make_corpus(c.messages, lengths=torch.full((3,), 1)), "lengths must be [40] whole numbers"),
     (lambda p, c: make_corpus([[-1]]), "messages must be numbered from 0, got -1"),
     (lambda p, c: make_corpus([[2**70]]), "messages must be lists of integers"),
     (lambda p, c: make_corpus([[True]]), "messages must be integers, got bool"),
@@ -134,7 +140,7 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path, call, message):
 
 
 @pytest.mark.parametrize("text,message", [
-    ("[1, 2]\n[1,", "line 2, is no JSON"), ("[1, 2]\n\n[1, 2]\n", "line 2, is no JSON"), ("[1, 2]\n[1, 2, 3]\n", "message 1 has 3 entries"),
+    ("[1, 2]\n[1,", "line 2, is no JSON"), ("[1, 2]\n\n[1, 2]\n", "line 2, is no JSON"), ("[1, 2]\n[1, 2, 3]\n", "hold different messages"),
     ('{"a": 1}\n', "a list of integers is expected"), ("[1, -2]\n", "numbered from 0, got -2"), ("[1, 0.5]\n", "must be integers"), ('["a", 1]\n', "must be lists of integers"),
     ("", "at least one row"), ("[1, 2, 3]\n", "hold different messages"),
 ])

@@ -111,3 +111,92 @@ def test_what_follows_the_end_is_not_heard():
     assert sent.lengths.unique().numel() > 1
     for word, symbols, length in zip(sent.word, sent.symbols, sent.lengths):
         assert word[length:, 0].eq(1).all() and symbols[:length].ge(1).all() and symbols[length:].eq(-1).all()
+
+def levenshtein(a, b):
+    above = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1): row.append(min(above[j] + 1, row[-1] + 1, above[j-1] + (x != y)))
+        above = row
+    return above[-1]
+
+def spoken(n=40, width=5, alphabet=4, seed=0):
+    g = generator(seed)
+    return torch.randint(alphabet, (n, width), generator=g), torch.randint(width + 1, (n,), generator=g), torch.randint(3, (n, 2), generator=g)
+
+def test_distances_of_messages_that_end():
+    from scipy.stats import spearmanr
+    from refcomm.metrics.structure import distances, topographic_similarity
+    symbols, lengths, meanings = spoken()
+    lists = [m[:n] for m, n in zip(symbols.tolist(), lengths.tolist())]
+    pairs = [(a, b) for i, a in enumerate(lists) for b in lists[i+1:]]
+    edit = [levenshtein(a, b) for a, b in pairs]
+    assert distances(symbols, "edit", lengths).tolist() == edit
+    jaccard = [1 - len(set(a) & set(b)) / len(set(a) | set(b)) if a or b else 0. for a, b in pairs]
+    assert distances(symbols, "jaccard", lengths).tolist() == pytest.approx(jaccard)
+    hamming = [sum(x != y for x, y in zip(a, b)) + abs(len(a) - len(b)) for a, b in pairs]
+    assert distances(symbols, "hamming", lengths).tolist() == hamming
+    apart = [(meanings[i] != meanings[j]).sum() for i in range(len(lists)) for j in range(i + 1, len(lists))]
+    assert topographic_similarity(symbols, meanings, lengths=lengths) == pytest.approx(spearmanr(apart, edit).statistic)
+    full = torch.full_like(lengths, 5)
+    for kind in ("edit", "jaccard", "hamming"): assert torch.equal(distances(symbols, kind), distances(symbols, kind, full))
+
+def test_what_follows_the_end_changes_no_metric():
+    from refcomm.metrics.structure import bosdis, entropy, measure, posdis, topographic_similarity
+    symbols, lengths, meanings = spoken(60)
+    other = symbols.clone()
+    over = torch.arange(5) >= lengths[:, None]
+    other[over] = torch.randint(4, (int(over.sum()),), generator=generator(9))
+    for metric in (topographic_similarity, posdis, bosdis):
+        assert metric(symbols, meanings, lengths=lengths) == metric(other, meanings, lengths=lengths) != metric(symbols, meanings)
+    for a, b in zip(entropy(symbols, lengths)[1], entropy(other, lengths)[1]): assert a == b
+    for name in ("topsim", "posdis", "bosdis"):
+        a, b = (measure(name, s, meanings, generator(0), 20, 20, lengths=lengths) for s in (symbols, other))
+        assert a == b
+
+def test_positional_disentanglement_of_the_messages_that_reach_it():
+    from refcomm.metrics.structure import posdis
+    meanings = torch.tensor([(a, b) for a in range(3) for b in range(3)])
+    symbols, lengths = meanings + 1, torch.where(meanings[:, 0] == 0, 1, 2)
+    assert posdis(symbols, meanings, lengths) == pytest.approx(1.)
+    assert posdis(symbols, meanings, torch.full((9,), 2)) == posdis(symbols, meanings)
+
+def test_messages_fit_metrics_as_they_come():
+    from refcomm.metrics.structure import posdis, topographic_similarity
+    symbols, _, meanings = spoken()
+    assert topographic_similarity(symbols[..., None], meanings) == topographic_similarity(symbols, meanings)
+    assert posdis(symbols[..., None], meanings) == posdis(symbols, meanings)
+
+@pytest.mark.parametrize("suffix", ("parquet", "elcc"))
+def test_corpora_of_messages_that_end(tmp_path, suffix):
+    from refcomm.corpora import describe, load_corpus, load_elcc, make_corpus, save_corpus, save_elcc
+    symbols, lengths, meanings = spoken()
+    lengths[0], corpus = 0, None
+    ragged = [m[:n] for m, n in zip(symbols.tolist(), lengths.tolist())]
+    for corpus in (make_corpus(symbols, meanings, lengths=lengths), make_corpus(ragged, meanings)):
+        assert corpus.lengths.tolist() == lengths.tolist() and corpus.messages[corpus.messages >= 0].tolist() == sum(ragged, [])
+        if suffix == "parquet": back = load_corpus(save_corpus(tmp_path/"c.parquet", corpus))
+        else: back = load_elcc(save_elcc(tmp_path/f"{id(corpus)}", {"a": corpus}, "birds"))
+        assert all(torch.equal(a, b) for a, b in zip((*back[:2], back.lengths), (*corpus[:2], corpus.lengths)))
+    assert describe(corpus)["mean_length"] == pytest.approx(float(lengths.double().mean()))
+    assert describe(corpus)["n_symbols"] == 4
+
+def test_all_messages_may_end_early_at_one_place(tmp_path):
+    from refcomm.corpora import load_corpus, make_corpus, save_corpus
+    corpus = make_corpus(torch.tensor([[1, 2, 0], [3, 1, 0]]), lengths=torch.tensor([2, 2]))
+    back = load_corpus(save_corpus(tmp_path/"c.parquet", corpus))
+    assert torch.equal(back.messages, torch.tensor([[1, 2], [3, 1]])) and back.lengths.tolist() == [2, 2]
+
+@pytest.mark.parametrize("bottleneck, sizes", [(GumbelSoftmax, dict(alphabet_size=8)), (UniformQuantizer, dict(alphabet_size=3, word_length=4))])
+def test_explorer_hears_what_is_sent(bottleneck, sizes):
+    from refcomm.games.tasks import Games
+    from refcomm.interact.explore import explore_games, game_html
+    game, g = make(bottleneck=bottleneck, sizes=sizes).eval(), generator(0)
+    x, items = torch.randn(20, 10, generator=g)*4, torch.randn(20, 5, 10, generator=g)
+    e = explore_games(game, Games(x, torch.zeros(20, dtype=torch.long), items), [str(i) for i in range(100)])
+    sent = game.send(x)
+    scores = game.scores(sent.word, items)
+    for i in range(20):
+        torch.testing.assert_close(e.scores(i), scores[i].log_softmax(-1))
+        assert "of" in game_html(e, i, {0: -1})
+    torch.testing.assert_close(e.scores(0, {0: -1}), e.scores(0, {0: -1, 1: 1})) # nothing is heard after the end

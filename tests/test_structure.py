@@ -212,7 +212,8 @@ def test_constant_messages_have_no_structure():
     (lambda s, m: topographic_similarity(s, m, "levenstein"), "unknown message_distance 'levenstein'"),
     (lambda s, m: topographic_similarity(s, m, meaning_distance="cosin"), "did you mean 'cosine'"),
     (lambda s, m: topographic_similarity(s, m*0., meaning_distance="cosine"), "the cosine of a vector of zeros"),
-    (lambda s, m: topographic_similarity(s[None], m), "messages must be [n, width]"),
+    (lambda s, m: topographic_similarity(s[None], m), "1 messages but 60 meanings"), # words of several symbols, of one message
+    (lambda s, m: topographic_similarity(s, m, lengths=torch.ones(5, dtype=torch.long)), "lengths must be [60] whole numbers"),
     (lambda s, m: topographic_similarity(s[:, :0], m), "messages must be [n, width]"),
     (lambda s, m: posdis(s, m[:, 0]), "number of attributes must be at least 2, got 1"),
     (lambda s, m: posdis(s, m/2), "only topographic similarity takes vectors"),

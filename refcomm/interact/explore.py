@@ -120,13 +120,23 @@ def explore_games(
     x, target, candidates = games
     sent, channel = game.send(x), game.channel
     vectors, b = codebook(channel.bottleneck).to(sent.word.device), channel.bottleneck
+    ends = sent.lengths is not None
+    def spell(symbols): # [n_symbols] → words, up to their end where messages end
+        symbols = symbols.view(channel.message_length, -1)
+        words = vectors[symbols.clamp_min(0)].flatten(-2)
+        return channel.complete(words[None], _said(channel, symbols)[None])[0] if ends else words
     def respond(i, symbols):
         words = sent.word.clone()
-        words[i] = vectors[symbols.to(words.device).view(channel.message_length, -1)].flatten(-2)
+        words[i] = spell(symbols.to(words.device))
         return game.scores(words, candidates)[i]
     symbols, columns = sent.symbols.flatten(1).cpu(), b.n_symbols if b.n_symbols > 1 else channel.message_length
     index = items_of(candidates, *game.scores(sent.word, candidates).shape)
-    return Explorer(symbols, target.cpu(), index, looks, respond, b.alphabet_size, columns, binary=b.n_symbols > 1 and b.alphabet_size > 2)
+    return Explorer(symbols, target.cpu(), index, looks, respond, b.alphabet_size, columns, binary=b.n_symbols > 1 and b.alphabet_size > 2, gated=ends)
+
+def _said(channel, symbols): # [n_words, n_symbols] → how many words come before the end
+    "Words before the first that is not said, or that is the end."
+    over = (symbols < 0).any(-1) | ((symbols[:, 0] == 0) & (not channel.gated))
+    return over.logical_not().cumprod(0).sum()
 
 # %% ../../nbs/77_interact.explore.ipynb #76ee4c38
 def explore_views(

@@ -53,11 +53,12 @@ class RunResult(NamedTuple):
     weights:dict|None = None # of the trained model, name → tensor; stored in a file of their own, unless they are not wanted
 
 def packed(
-    symbols:"torch.Tensor", # [...] integers below `alphabet_size`
+    symbols:"torch.Tensor", # [...] integers below `alphabet_size`, and −1 where there is no symbol
     alphabet_size:int, # symbols there are
-)->"torch.Tensor": # uint8 where 256 suffice, else int32
+)->"torch.Tensor": # uint8 where 256 suffice (int8 for half as many where some are −1), else int32
     "Symbols in the smallest type that holds them all."
-    return symbols.to(torch.uint8 if alphabet_size <= 256 else torch.int32)
+    gaps = symbols.numel() > 0 and int(symbols.min()) < 0
+    return symbols.to(torch.int8 if gaps and alphabet_size <= 128 else torch.uint8 if not gaps and alphabet_size <= 256 else torch.int32)
 
 # %% ../../nbs/70_runs.store.ipynb #159a489d
 FILES = ("record.json", "tensors.safetensors", "history.parquet", "weights.safetensors") # that a record may have; it can do without the last
