@@ -220,7 +220,7 @@ def fidelity(
     for game in dict.fromkeys(s.game for s in specs):
         own, paper = [s for s in specs if s.game == game], defaults | GAMES[game]
         changed = [f"{_source_name(d)}{e and ' by ' + e}{', fine-tuned' if t else ', frozen' if game != 'image' else ''} (paper: {PUBLISHED_DATA[game]})" for d, e, t in dict.fromkeys((s.data, s.encoder, s.fine_tune) for s in own) if d]
-        changed += differences(own, paper, ("n_train", "n_valid", "n_test", "hidden", "n_negatives", "feature_scale", "lr", "encoder_lr", "epochs", "batch_size", "precision", "pool"), dict(pool="all items"))
+        changed += differences(own, paper, ("n_train", "n_valid", "n_test", "hidden", "n_negatives", "feature_scale", "lr", "encoder_lr", "epochs", "batch_size", "precision", "pool", "gradient", "normalize"), dict(pool="all items"))
         notes.append(f"{TITLES[game]}: {', '.join(changed) or 'as printed'}.")
     if any(s.encoder == "shapes-cnn" for s in specs): notes.append("The trunk of the rendered shapes was trained on the classes of all of them, test images included.")
     if any(s.game.startswith("sent") for s in specs): notes.append("A sentence is the mean over its words, scaled to mean square 1.")
