@@ -43,6 +43,17 @@ def test_quantiser_sends_the_nearest_level(x, v, grid):
     np.testing.assert_allclose(np.abs(m - sent.word.numpy()), distance.min(-1), atol=1e-5)
 
 
+@given(words, st.integers(2, 64))
+def test_without_straight_through_the_gradient_is_that_of_rounding(x, v):
+    x = torch.from_numpy(x).requires_grad_()
+    reference = (minmax_normalize(x) * (v - 1)).round() / (v - 1)
+    zero, = torch.autograd.grad(reference.sum(), x)
+    sent = UniformQuantizer(v, x.shape[1], gradient="none")(x)
+    assert torch.equal(zero, torch.zeros_like(x)) and not sent.word.requires_grad
+    torch.testing.assert_close(sent.word, reference.detach())
+    torch.testing.assert_close(sent.word, UniformQuantizer(v, x.shape[1])(x).word.detach())
+
+
 @settings(max_examples=30)
 @given(st.integers(2, 5), st.integers(1, 5))
 def test_reachable_words_by_enumeration(v, w):

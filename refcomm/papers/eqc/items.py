@@ -6,11 +6,14 @@
 __all__ = ['CONFIGS', 'BEST', 'MAP_EPOCHS', 'HEATMAP', 'TUNED', 'POOLS', 'SHORT', 'TINY', 'SMALL', 'CURVES', 'EARLY', 'TRIALS',
            'ITEMS', 'ORDER', 'TITLES', 'PUBLISHED_TABLES', 'SOURCE_NAMES', 'configure', 'grid', 'rows_of',
            'printed_rows', 'table_values', 'graceful_values', 'printed_rate_values', 'fine_tuned_values',
-           'modes_values', 'noum_values', 'map_values', 'fidelity', 'data_names']
+           'modes_values', 'noum_values', 'map_values', 'fidelity', 'data_names', 'stopped_early', 'daggered',
+           'unfinished']
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #bfc00e02
 import dataclasses
 from pathlib import Path
+
+import pandas as pd
 
 from ...core import PROFILES, check_at_least, check_choice
 from .run import GAMES, EQCSpec, source
@@ -308,3 +311,33 @@ def data_names(
 )->str:
     "What the runs were trained on, for the foot of a figure."
     return ", ".join(dict.fromkeys(_source_name(s.data) or "generated objects" for s in specs))
+
+# %% ../../../nbs/84_papers.eqc.items.ipynb #69b41624
+def stopped_early(
+    records, # from `runs.execute`
+    last:float=.2, # share of the epochs
+    gain:float=.01, # of validation accuracy, the mean over seeds
+): # DataFrame: game, row, rise; rows whose training was still getting better when its epochs were over
+    "What was not trained to convergence."
+    found = []
+    for r in {r.key: r for r in records}.values():
+        best = r.history().accuracy.cummax()
+        before = len(best) - max(1, round(last*len(best)))
+        over = before > 0 and len(best) == r.spec["epochs"]
+        found += [dict(game=r.spec["game"], row=row, rise=(best.iloc[-1] - best.iloc[before - 1])*over) for row in rows_of([r]).row.unique()]
+    mean = pd.DataFrame(found, columns=["game", "row", "rise"]).groupby(["game", "row"], sort=False).rise.mean().reset_index()
+    return mean[mean.rise > gain].reset_index(drop=True)
+
+def daggered(
+    table, # from `evidence.side_by_side`, of one game
+    early, # from `stopped_early`
+): # the same table
+    "Mark the rows that were stopped early."
+    return table.rename(index={row: f"{row} †" for row in early.row}, level=0)
+
+def unfinished(
+    early, # from `stopped_early`
+)->str: # a sentence, or nothing
+    "What the fidelity note says of rows that were stopped early."
+    said = [f"{row} in {TITLES[game]} (by {rise:.2f})" for game, row, rise in early[["game", "row", "rise"]].itertuples(index=False)]
+    return f" † Stopped while validation accuracy still rose over the last fifth of the epochs: {', '.join(said)}." if said else ""
