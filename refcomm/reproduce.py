@@ -13,7 +13,7 @@ from pathlib import Path
 
 import typer
 
-from .catalogue import HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of, parse_parameters, title
+from .catalogue import HEADLINE, check_parameters, choose, in_short, item_runs, notebooks, parameters_of, parse_parameters, title
 from .core import PROFILES, ConfigError, RefcommError, check_choice, n_cores
 from .files import checkout, data_dir, disk_errors, figures_dir, files_digest, home, write_atomic
 
@@ -110,7 +110,16 @@ def reproduce(
     written = lambda i, s, e: f"{e}" if s == "failed" else f"{figures_dir(profile)/i.replace('/', '_')}.{{png,csv,json}}\n{e}"
     print_table("\nReproduced" + (" (smoke: the path was checked, no number is a result)" if profile == "smoke" else ""), ("item", "status", "time", "written"),
         [(i, f"failed: {m}" if s == "failed" else s, f"{t:.0f} s", written(i, s, e)) for i,s,e,m,t in results])
+    made = {i for i, s, *_ in results if s != "failed" and profile != "smoke"}.intersection(HEADLINE)
+    if made: print("\n" + "\n".join(map(_in_short, sorted(made), [profile]*len(made))))
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
+
+def _in_short(item, profile):
+    import pandas as pd
+    from refcomm.costs import shipped
+    from refcomm.figures import load_recipe
+    png = figures_dir(profile)/f"{item.replace('/', '_')}.png"
+    return in_short(item, pd.read_csv(png.with_suffix(".csv"), dtype={"column": str}), load_recipe(png), shipped().get(item))
 
 def print_comparison(item, profile):
     "An item's numbers beside the paper's, and its claims."
