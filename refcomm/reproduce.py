@@ -86,6 +86,7 @@ def reproduce(
     executor:str = typer.Option(None, help="where they are made: local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
     logger:str = typer.Option(None, help="to watch them: csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
     parameters:list[str] = typer.Option([], "-p", help="name=value, for the notebook's parameters cell"),
+    quick:bool = typer.Option(False, help="a first look: headline items with one seed, embedded data and short trainings"),
     into:Path = typer.Option(None, help="the folder for tables and figures; REFCOMM_FIGURES or results/ when none is named"),
     force:bool = typer.Option(False, help="execute notebooks again even when nothing has changed"),
 ):
@@ -98,13 +99,14 @@ def reproduce(
     if executor: os.environ["REFCOMM_EXECUTOR"] = check_executor(executor) # read by `execute` in the notebook's kernel
     if logger: os.environ["REFCOMM_LOGGER"] = check_logger(logger)
     jobs = jobs or (1 if torch.cuda.is_available() or profile == "smoke" else n_cores())
-    chosen, given = choose(items or []), dict(parse_parameters(parameters), profile=profile, jobs=jobs)
-    for path in chosen.values(): check_parameters(path, given)
+    chosen, named = choose(items or []), dict(parse_parameters(parameters), profile=profile, jobs=jobs)
+    given = {item: {**(HEADLINE.get(item, {}) if quick else {}), **named} for item in chosen}
+    for item, path in chosen.items(): check_parameters(path, given[item])
     results = []
     for n, (item, path) in enumerate(chosen.items(), 1):
         print(f"[{n}/{len(chosen)}] {item}: {title(path)}", flush=True)
         start = time.time()
-        results.append((item, *reproduce_item(item, path, given, force), time.time() - start))
+        results.append((item, *reproduce_item(item, path, given[item], force), time.time() - start))
     for item, status, *_ in results:
         if status != "failed" and profile != "smoke": print_comparison(item, profile)
     written = lambda i, s, e: f"{e}" if s == "failed" else f"{figures_dir(profile)/i.replace('/', '_')}.{{png,csv,json}}\n{e}"
