@@ -7,7 +7,7 @@ UV := $(shell command -v uv 2>/dev/null)
 .PHONY: reproduce test quick test-lab soak docs prepare lessons clean
 
 reproduce: $(VENV)/.notebooks
-	$(BIN)/refcomm reproduce -p n_seeds=1 --into results
+	$(BIN)/refcomm reproduce --quick --into results
 
 test: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/check

@@ -14,7 +14,7 @@ from pathlib import Path
 import typer
 
 from . import __version__
-from .publish.catalogue import HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of, parse_parameters, title
+from .publish.catalogue import HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of, parse_parameters, title, in_short
 from .core import PROFILES, ConfigError, RefcommError, check_choice, from_json, n_cores, printable, Interrupted
 from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic, checkout, expanded
 from .interrupts import Interruptible
@@ -140,6 +140,7 @@ def reproduce(
     logger:str = typer.Option(None, help="to watch them: csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
     weights:bool = typer.Option(None, help="keep the trained weights in the store; unless REFCOMM_WEIGHTS is off when not said"),
     parameters:list[str] = typer.Option([], "-p", help="name=value, for the notebook's parameters cell"),
+    quick:bool = typer.Option(False, help="a first look: headline items with one seed, embedded data and short trainings"),
     into:Path = typer.Option(None, help="the folder for tables and figures; REFCOMM_FIGURES or results/ when none is named"),
     force:bool = typer.Option(False, help="execute notebooks again even when nothing has changed"),
     dry_run:bool = typer.Option(False, help="say what would be executed, and execute nothing"),
@@ -154,20 +155,33 @@ def reproduce(
     if logger: os.environ["REFCOMM_LOGGER"] = check_logger(logger)
     if weights is not None: os.environ["REFCOMM_WEIGHTS"] = "on" if weights else "off"
     jobs = jobs or (1 if torch.cuda.is_available() or profile == "smoke" else n_cores())
-    chosen, given = choose(items or []), dict(parse_parameters(parameters), profile=profile, jobs=jobs)
-    for path in chosen.values(): check_parameters(path, given)
-    if dry_run: return print_table("Nothing is executed: `refcomm plan` estimates time and disk", ("item", "", "what it shows"), [(i, "found done" if not force and found_done(i, p, given) else "to do", title(p)) for i, p in chosen.items()])
+    chosen, named = choose(items or []), dict(parse_parameters(parameters), profile=profile, jobs=jobs)
+    given = {item: {**(HEADLINE.get(item, {}) if quick else {}), **named} for item in chosen}
+    for item, path in chosen.items(): check_parameters(path, given[item])
+    if dry_run:
+        state = lambda i, p: "found done" if not force and found_done(i, p, given[i]) else "to do"
+        return print_table("Nothing is executed: `refcomm plan` estimates time and disk", ("item", "", "what it shows"),
+                           [(i, state(i, p), title(p)) for i, p in chosen.items()])
     results = []
     for n, (item, path) in enumerate(chosen.items(), 1):
         print(f"[{n}/{len(chosen)}] {item}: {title(path)}", flush=True)
         start = time.time()
-        with _stopped_in_one_line(): results.append((item, *reproduce_item(item, path, given, force), time.time() - start))
+        with _stopped_in_one_line(): results.append((item, *reproduce_item(item, path, given[item], force), time.time() - start))
     for item, status, *_ in results:
         if status != "failed" and profile != "smoke": print_comparison(item, profile)
     written = lambda i, s, e: f"{e}" if s == "failed" else f"{figures_dir(profile)/i.replace('/', '_')}.{{png,csv,json}}\n{e}"
     print_table("\nReproduced" + (" (smoke: the path was checked, no number is a result)" if profile == "smoke" else ""), ("item", "status", "time", "written"),
         [(i, f"failed: {m}" if s == "failed" else s, f"{t:.0f} s", written(i, s, e)) for i,s,e,m,t in results])
+    made = {i for i, s, *_ in results if s != "failed" and profile != "smoke"}.intersection(HEADLINE)
+    if made: print("\n" + "\n".join(map(_in_short, sorted(made), [profile]*len(made))))
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
+
+def _in_short(item, profile):
+    import pandas as pd
+    from refcomm.runs.costs import shipped
+    from refcomm.publish.figures import load_recipe
+    png = figures_dir(profile)/f"{item.replace('/', '_')}.png"
+    return in_short(item, pd.read_csv(png.with_suffix(".csv"), dtype={"column": str}), load_recipe(png), shipped().get(item))
 
 def print_comparison(item, profile):
     "An item's numbers beside the paper's, and its claims."

@@ -190,6 +190,21 @@ def test_results_go_where_they_are_named_and_never_over_the_kept_ones(home, tmp_
     assert files.figures_dir() == files.checkout()/"results" and subprocess.run(["git", "check-ignore", "-q", "results/x"], cwd=files.checkout()).returncode == 0
 
 
+@pytest.mark.parametrize("item", catalogue.HEADLINE)
+def test_a_headline_in_one_line(shipped_figures, item):
+    stem, kept = shipped_figures/item.replace("/", "_"), costs.shipped(shipped_figures)[item]
+    line = catalogue.in_short(item, pd.read_csv(stem.with_suffix(".csv"), dtype={"column": str}), kept, kept)
+    assert re.search(r"\d \(published|times as often", line) and "nan" not in line and "–" not in line and kept["command"] in line and "\n" not in line
+
+
+def test_a_first_look_has_parameters_of_its_own(home, monkeypatch):
+    from typer.testing import CliRunner
+    asked = {}
+    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, given, force: asked.setdefault(item, given) and ("failed", path, "not made"))
+    CliRunner().invoke(cli.app, ["reproduce", "--quick", "--jobs", "2", "-p", "n_seeds=2"])
+    assert {item: {k: v for k, v in given.items() if k not in ("profile", "jobs")} for item, given in asked.items()} == {item: {**quick, "n_seeds": 2} for item, quick in catalogue.HEADLINE.items()}
+
+
 def test_other_data_are_made_again(home, tmp_path, monkeypatch):
     nb, p, data = toy(tmp_path/"x.ipynb", SAVE), dict(profile="smoke", jobs=1), tmp_path/"data"
     monkeypatch.delenv("REFCOMM_DATA", raising=False)

@@ -54,6 +54,32 @@ def test_views_follow_the_variant(parts):
     assert x is seen
 
 
+@pytest.mark.parametrize("size", [32, 64, 224])
+def test_a_blur_is_as_wide_beside_every_view(size):
+    views = iac.views_of(True, size)
+    assert views.sigma == pytest.approx((.1*size/224, 2*size/224)) and views.size == size
+    assert iac.views_of(False, size).blur == 0
+
+
+def test_what_nobody_trained_is_clustered_and_probed(tmp_path):
+    specs = [tiny(model=m, probes=("digits",)) for m in iac.UNTRAINED]
+    untrained, thumbnail = execute(specs, store=Store(tmp_path))
+    assert untrained.history().seconds.sum() == thumbnail.history().seconds.sum() == 0
+    for r in (untrained, thumbnail):
+        said = [row for row in r.rows if row["kind"] == "protocol"]
+        assert {row["player"] for row in said} == {"kmeans 16", "kmeans 77", "kmeans 154"}
+        assert all(-.2 < row["ami"] < row["nmi"] and abs(row["nmi"] - row["nmi_chance"]) < .2 for row in said)
+        plain = {row["n_candidates"]: row["accuracy"] for row in r.rows if row["kind"] == "play" and row["data"] == "valid" and not row["augmented"] and row["player"] == "kmeans 154"}
+        assert plain[32] > 10/32, "a plain image is found again by its colours alone"
+    rows = grids.play_rows([untrained, thumbnail])
+    assert set(rows.row) == {"Untrained_kmeans", "Thumbnail_kmeans"} and set(rows.groupby(["row", "data"]).player.nunique()) == {1}, "one way to speak is shown of each"
+
+
+def test_thumbnails_are_mean_colours():
+    x = torch.randn(5, 3, 8, 8, generator=generator(0))
+    assert torch.allclose(iac.Thumbnail()(x).view(5, 3, 4, 4)[:, 1, 2, 3], x[:, 1, 4:6, 6:8].mean((1, 2)), atol=1e-6)
+
+
 @pytest.mark.parametrize("at, shared", [(1, False), (2, True)])
 def test_trunks(at, shared):
     game = iac.build(tiny(at=at))
