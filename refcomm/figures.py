@@ -38,7 +38,7 @@ def draw_table(
         c.set_facecolor("#dfe4ea" if i == 0 else "#f4f6f8" if groups[i-1] % 2 else "white")
         if j < table.index.nlevels: c.set_text_props(ha="left")
     if title: ax.set_title(title, loc="left", fontsize=10, weight="bold")
-    if any(c.endswith("*") for row in cells for c in row): ax.annotate("* more than two joint standard deviations from the paper", (0, 0), (0, -4), xycoords="axes fraction", textcoords="offset points", va="top", fontsize=7)
+    if any(c.endswith("*") for row in cells for c in row): ax.annotate("* the 95 % interval of the difference from the paper leaves out 0", (0, 0), (0, -4), xycoords="axes fraction", textcoords="offset points", va="top", fontsize=7)
     return fig
 
 def footnote(
@@ -145,7 +145,7 @@ def save(
     profile:str, # "smoke", "cpu", "gpu" or "paper"
     title:str, # one line
     note:str, # the fidelity note: what differs from the paper
-    claims=(), # verdicts from `papers.Claim.check`
+    claims=(), # verdicts from `claims.check_claims`
     data:str="embedded", # where the data came from
     dpi:int=110,
     options:dict|None=None, # the notebook's parameters that the command should repeat; defaults (0, "auto", one seed) are left out
@@ -155,7 +155,7 @@ def save(
     runs, seeds = origins(records) if records else "no training", sorted({r.spec["seed"] for r in records})
     footnote(figure, note, f"Profile {profile} · data: {data} · seeds {', '.join(map(str, seeds)) or 'none'} · {runs}")
     if profile == "smoke": figure.text(.5, .5, "SMOKE: NOT A RESULT", fontsize=26, color="red", alpha=.35, rotation=18, ha="center", va="center")
-    if profile == "smoke": claims = [{**c, "verdict": "untested"} for c in claims]
+    if profile == "smoke": claims = [{**c, "verdict": "untestable here", "cause": "A smoke run checks the path; its numbers are no result.", "decide": "profile cpu"} for c in claims]
     recipe = dict(paper=paper, item=item, title=title, profile=profile, data=data, note=note, runs=runs, costs=spent(records) if records else {}, seeds=seeds, claims=list(claims), command=f"refcomm reproduce {paper}/{item} --profile {profile}" + "".join(f" -p {k}={v}" for k, v in (options or {}).items() if v not in (0, "auto") and (k, v) != ("n_seeds", 1)))
     with write_atomic(stem.with_suffix(".csv")) as tmp: numbers.to_csv(tmp, index=False, float_format="%.6g")
     with write_atomic(stem.with_suffix(".png")) as tmp: figure.savefig(tmp, format="png", dpi=dpi, bbox_inches="tight")

@@ -123,6 +123,7 @@ def execute(
     logger = check_logger(logger or os.environ.get("REFCOMM_LOGGER"))
     found = {s: store.get(s) for s in dict.fromkeys(specs)}
     every = make_stacks(found, device)
+    _refuse_training([s for s, record in found.items() if record is None])
     stacks = [stack for stack in every if None in map(found.get, stack) or _unfinished(store, stack).exists()]
     if stacks:
         with progress_bar(sum(map(len, stacks)), desc, unit="run", bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} {unit}s [{elapsed}<{remaining}{postfix}]") as bar:
@@ -134,7 +135,19 @@ def execute(
                 finally: pool.shutdown(wait=True, cancel_futures=True)
     records = [found[s] or store.get(s) for s in specs]
     if None in records: raise RecordError(f"run {run_key(specs[records.index(None)])} vanished from {store.root} while others were made: is another process cleaning it?")
+    _note_used(records)
     return records
+
+def _refuse_training(missing):
+    "Where `REFCOMM_TRAINING` is \"refuse\", as for `refcomm redraw`, name the missing run."
+    if not missing or os.environ.get("REFCOMM_TRAINING") != "refuse": return
+    s = missing[0]
+    raise ConfigError(f"training is refused (REFCOMM_TRAINING), and {len(missing)} runs are missing, first {s.experiment}/{run_key(s)}: {s}")
+
+def _note_used(records):
+    "Append the runs to the file `REFCOMM_USED`, if it is set."
+    if not os.environ.get("REFCOMM_USED"): return
+    with open(os.environ["REFCOMM_USED"], "a") as f: f.writelines(f"{r.experiment}/{r.key}\n" for r in records)
 
 def _inline(stacks, store, device, logger, bar):
     for stack in stacks:
