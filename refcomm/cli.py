@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'runs_app', 'found_done', 'reproduce_item', 'options', 'print_table', 'list_items', 'reproduce',
-           'print_comparison', 'plan', 'report', 'runs_list', 'runs_show', 'runs_verify', 'runs_plan', 'runs_execute',
-           'runs_export', 'runs_import', 'runs_clean', 'main']
+           'print_comparison', 'plan', 'redraw', 'report', 'runs_list', 'runs_show', 'runs_verify', 'runs_plan',
+           'runs_execute', 'runs_export', 'runs_import', 'runs_clean', 'main']
 
 # %% ../nbs/99_cli.ipynb #13e5a072
 import contextlib, json, os, signal, sys, threading, time
@@ -18,6 +18,7 @@ from .publish.catalogue import HEADLINE, check_parameters, choose, item_runs, no
 from .core import PROFILES, ConfigError, RefcommError, check_choice, from_json, n_cores, printable, Interrupted
 from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic, checkout, expanded
 from .interrupts import Interruptible
+from .publish.records import keep_item, kept_items, kept_store, outdated, used_runs
 
 # %% ../nbs/99_cli.ipynb #5e713891
 def _outputs(item, profile): return sorted(figures_dir(profile).glob(f"{item.replace('/', '_')}.*"))
@@ -85,9 +86,10 @@ def reproduce_item(
     own = ["--IPKernelApp.log_level=40", "--IPKernelApp.ignore_cwd=True"] # the kernel imports the installed package, whatever the working folder holds
     work = lambda: papermill.execute_notebook(str(path), str(executed), parameters, progress_bar=False, stderr_file=sys.stderr, kernel_name="python3", extra_arguments=own)
     try:
-        with disk_errors(executed): _in_thread(item, work)
+        with disk_errors(executed), used_runs() as used: _in_thread(item, work)
     except papermill.PapermillExecutionError as e: return "failed", executed, f"{e.ename}: {e.evalue}"
     except (DeadKernelError, RefcommError) as e: return "failed", executed, str(e)
+    if used and profile != "smoke": keep_item(item, used, parameters)
     with write_atomic(state_file) as tmp: tmp.write_text(json.dumps(_state(item, path, parameters, profile)), encoding="utf-8")
     return "done", executed, ""
 
@@ -195,8 +197,9 @@ def print_comparison(item, profile):
             rows = [(a if b == "paper" else "", b, *v) for (a, b), v in zip(wide.index, wide.values)]
             columns = ("", "", *wide.columns)
             if max(map(len, wide.columns)) > 14: columns, rows = ("", *(" ".join(i) for i in wide.index)), [(c, *v) for c, v in zip(wide.columns, wide.T.values)]
-            print_table(f"\n{recipe['title']} [profile {recipe['profile']}; * differs by more than two joint sd]", columns, rows)
-        for c in recipe["claims"]: print(printable(f"  {c['verdict']:8} {c['statement']}  [{c['evidence']}; {', '.join(f'{k}={v:g}' for k,v in c['numbers'].items())}]"))
+            heading = f"{recipe['title']} [profile {recipe['profile']}; * the 95 % interval of the difference leaves out 0]"
+            print_table(f"\n{heading}", columns, rows)
+        for c in recipe["claims"]: print(printable(f"  {c['verdict']:22} {c['sentence']}\n{'':25}{c['cause']} {c['power']}"))
 
 # %% ../nbs/99_cli.ipynb #71aa0c05
 @app.command("plan")
@@ -224,6 +227,47 @@ def plan(
     rows = sorted([*(cells[l.item] for l in lines), *((i, "", "", "", "", "", why) for i, why in without.items())])
     print_table(f"Profile {profile}", ("item", "runs", "cached", "to do", "time", "disk", "time estimated"), [*rows, cells["total"]])
     print("A run shared by several items counts once in the total. Time is of training, one run after the other on this machine; evaluation, data and figures come on top.")
+
+# %% ../nbs/99_cli.ipynb #c963acb6
+@app.command("redraw")
+def redraw(
+    items:list[str] = typer.Argument(None, help="items or papers, e.g. eqc/table5 or eqc; all that have records when none is named"),
+    from_store:bool = typer.Option(False, "--from-store", help="read the runs of your store and keep them as records, in place of reading records"),
+    profile:str = typer.Option("cpu", help="with --from-store: cpu | gpu | paper"),
+    parameters:list[str] = typer.Option([], "-p", help="with --from-store: name=value, for the notebook's parameters cell"),
+    check:bool = typer.Option(False, "--check", help="only say which items have no records, or older ones than the code"),
+):
+    "Make figures, statistics and claims again from kept runs, without training."
+    known, have = notebooks(), kept_items()
+    chosen = choose(items) if items else {i: known[i] for i in known if i in have or from_store}
+    if check:
+        old = outdated()
+        rows = [(i, old.get(i, "" if i in have else "no records")) for i in (items and chosen or known)]
+        print_table(None, ("item", "what is wrong"), [r for r in rows if r[1]])
+        raise typer.Exit(1 if any(i in old for i, _ in rows) else 0)
+    results = []
+    for item, path in chosen.items():
+        print(f"{item}: {title(path)}", flush=True)
+        try:
+            if from_store: results.append((item, *_from_store(item, path, dict(parse_parameters(parameters), profile=check_choice("profile", profile, PROFILES), jobs=1))))
+            else:
+                with kept_store(item) as given: status, _, message = reproduce_item(item, path, dict(given, jobs=1), force=True)
+                results.append((item, status.replace("done", "redrawn"), message))
+        except ConfigError as e: results.append((item, "no records" if str(e).startswith("no records") else "failed", str(e)))
+    print_table(None, ("item", "", ""), results)
+    if any(r[1] == "failed" for r in results): raise typer.Exit(1)
+
+def _from_store(item, path, parameters)->tuple: # status, message
+    "Execute an item with the runs of the store alone, and keep them."
+    check_parameters(path, parameters)
+    before = os.environ.get("REFCOMM_TRAINING")
+    os.environ["REFCOMM_TRAINING"] = "refuse"
+    try: status, _, message = reproduce_item(item, path, parameters, force=True)
+    finally:
+        if before is None: del os.environ["REFCOMM_TRAINING"]
+        else: os.environ["REFCOMM_TRAINING"] = before
+    if status == "failed": return ("no records" if "training is refused" in message else status), message
+    return ("kept" if item in kept_items() else "trains nothing"), message
 
 # %% ../nbs/99_cli.ipynb #c963acb5
 def _with_figures()->Path:

@@ -177,14 +177,14 @@ class Site:
 
     def papers(self):
         "Each paper's items: the figure that is kept, what made it, the claims it decides, and the notebook."
-        from refcomm.publish.report import read_items, sections
+        from refcomm.publish.report import read_items, sections, tally
         items, problems = read_items(ROOT/"figures")
         if problems: raise SystemExit("\n".join(problems))
         known = {place(n).removeprefix("papers/"): n for n in self.notebooks if place(n).startswith("papers/")}
         parts, lines = sections(items, {k: title(self.notebooks[n]) for k, n in known.items()}), ["# Papers", "", "What the papers show, made again. Numbers are from the committed runs; what differs from the paper is said beside each."]
         for s in parts:
-            held = sum(c["verdict"] == "held" for c in s["claims"])
-            lines += ["", f"- [{s['name']}]({s['paper']}/index.md): {f'{len(made)} tables and figures' if (made := s['items']) else 'nothing is kept yet'}" + (f", {held} of {len(s['claims'])} claims hold" if s["claims"] else "")]
+            counts = tally(s["claims"])
+            lines += ["", f"- [{s['name']}]({s['paper']}/index.md): {f'{len(made)} tables and figures' if (made := s['items']) else 'nothing is kept yet'}" + (f", {counts['reproduced']} of {sum(counts.values())} claims reproduced" if sum(counts.values()) else "")]
             self.paper(s, known)
         self.put("papers/index.md", "\n".join([*lines, "", tree([f"{s['paper']}/index" for s in parts])]))
 
@@ -202,13 +202,13 @@ class Site:
     def item(self, i, cells):
         "The notebook with its figure after the first cell."
         stem = f"{i['paper']}_{i['item']}"
-        claims = ["| claim | here | numbers |", "|---|---|---|", *(f"| {cut(c['statement'])} | {c['verdict']} | {', '.join(f'{k} {v:g}' for k, v in c['numbers'].items())} |" for c in i["claims"])] if i["claims"] else []
+        claims = ["| claim | verdict | cause | power |", "|---|---|---|---|", *(f"| {cut(c['sentence'])} | {c['verdict']} | {cut(c['cause'])} | {c['power']} |" for c in i["claims"])] if i["claims"] else []
         made = [f"Made at profile *{i['profile']}* from {i['data']}. {i['runs'][:1].upper()}{i['runs'][1:]}", "", i["note"], "", "```sh", i["command"], "```", "", f"The numbers: {{download}}`{stem}.csv </figures/{stem}.csv>`."]
         beside = ["## Paper beside ours", "", "| | | published | ours | difference |", "|---|---|--:|--:|--:|"] if i["beside"] else []
         for t in (i["beside"] or {}).get("tables", ()):
             value = lambda line, k: f"{line[k]} ± {line[f'{k}_sd']}" if line[f"{k}_sd"] else line[k]
             beside += [f"| {cut(t['row'])} | {cut(line['column'])} | {value(line, 'published')} | {value(line, 'ours')} | {line['difference']}{' ★' if line['off'] else ''} |" for line in t["lines"]]
-        if beside: beside += ["", "★ beyond two joint standard deviations over seeds.", ""]
+        if beside: beside += ["", "★ the 95 % interval of the difference leaves out 0.", ""]
         shown = ["## The result that is kept", "", f"![{cut(i['heading'])}](/figures/{stem}.png)", "", *made, "", *claims, "", *beside, "## The notebook"]
         return [cells[0], markdown("\n".join(shown), "kept"), *cells[1:]]
 

@@ -129,10 +129,12 @@ def _number(x, digits=3):
     return "unknown" if math.isnan(x) else f"{x:.{digits}g}".replace("-", "\N{MINUS SIGN}")
 
 def _in_words(part)->str:
-    low, high = interval(part.excess)
-    if low == high: return f"{part.text}: met by {_number(low)}" if low >= 0 else f"{part.text}: missed by {_number(-low)}"
-    if math.isnan(low): return f"{part.text}: single runs, whose spread over seeds is unknown, differ by {_number(part.excess.value)}"
-    return f"{part.text}: exceeded by {_number(part.excess.value)} (95 % {_number(low)} … {_number(high)})"
+    x, (low, high) = part.excess.value, interval(part.excess)
+    said = f"{part.text}: {'met by' if x >= 0 else 'missed by'} {_number(abs(x))}"
+    if math.isnan(low): return f"{said}, in single runs, whose spread over seeds is unknown"
+    if low == high: return said
+    ends = (low, high) if x >= 0 else (-high, -low)
+    return f"{said} (95 % {_number(ends[0])} … {_number(ends[1])})"
 
 def cause(
     says:Answer|None,
@@ -144,7 +146,7 @@ def cause(
     if says is None: return "The runs at hand do not have these values."
     weakest = min(says.parts, key=lambda p: (not p.false, p.true, p.excess.value))
     word = verdict(says, near)
-    more = [f"smaller here: {short}"]*(word == "not seen at this scale" and bool(short)) + [explanation]*(word != "reproduced" and bool(explanation))
+    more = [f"smaller here: {short}"]*(word == "not seen at this scale" and bool(short)) + [explanation]*(says.false and bool(explanation))
     return "; ".join([_in_words(weakest), *more]).rstrip(".") + "."
 
 def power(

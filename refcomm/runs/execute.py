@@ -144,13 +144,26 @@ def execute(
     if weights is None: weights = check_choice("REFCOMM_WEIGHTS", os.environ.get("REFCOMM_WEIGHTS") or "on", ("on", "off")) == "on"
     found = {s: store.get(s) for s in dict.fromkeys(specs)}
     every = make_stacks(found, device)
+    _refuse_training([s for s, record in found.items() if record is None])
     stacks = [stack for stack in every if None in map(found.get, stack) or _unfinished(store, stack).exists()]
     try:
         with Interruptible(): _make(stacks, len(every), jobs, store, device, executor, logger, weights, desc)
     except Interrupted as e: raise _kept(e, found, store) from None
     records = [found[s] or store.get(s) for s in specs]
     if None in records: raise RecordError(f"run {run_key(specs[records.index(None)])} vanished from {store.root} while others were made: is another process cleaning it?")
+    _note_used(records)
     return records
+
+def _refuse_training(missing):
+    "Where `REFCOMM_TRAINING` is \"refuse\", as for `refcomm redraw`, name the missing run."
+    if not missing or os.environ.get("REFCOMM_TRAINING") != "refuse": return
+    s = missing[0]
+    raise ConfigError(f"training is refused (REFCOMM_TRAINING), and {len(missing)} runs are missing, first {s.experiment}/{run_key(s)}: {s}")
+
+def _note_used(records):
+    "Append the runs to the file `REFCOMM_USED`, if it is set."
+    if not os.environ.get("REFCOMM_USED"): return
+    with open(os.environ["REFCOMM_USED"], "a") as f: f.writelines(f"{r.experiment}/{r.key}\n" for r in records)
 
 def _make(stacks, n_stacks, jobs, store, device, executor, logger, weights, desc):
     if not stacks: return
