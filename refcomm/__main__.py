@@ -1,4 +1,4 @@
 "`python -m refcomm` is the command `refcomm`."
-from refcomm.reproduce import main
+from refcomm.cli import main
 
 if __name__ == "__main__": main()
