@@ -193,7 +193,7 @@ def _agents(s, seen, dim)->tuple: # sender, receiver
 
 # %% ../../nbs/90_experiments.eqc.ipynb #e74b70a7
 def train(
-    specs, # list of EQCSpec that differ in their seed only
+    specs, # list of EQCSpec with equal `stack_key`
     task, # from `make_task`
     context:Context,
 )->tuple: # the ensemble with each member's best weights, and its `Fit`
@@ -237,6 +237,7 @@ def evaluate(
 )->tuple: # rows of metrics, and messages {name: [n_test, ...]}; one of each per member
     "Test accuracy at every number of candidates and number of unique messages, as trained and quantised at inference."
     channel, draws = ensemble.eval().template.channel, lambda i: generator(s.split_seed, f"draws/{i}", device)
+    own = [ensemble.member(m).channel.bottleneck.alphabet_size for m in range(ensemble.n_members)]
     trained, rows, messages = channel.bottleneck, [[] for _ in range(ensemble.n_members)], [{} for _ in range(ensemble.n_members)]
     for (alphabet, width), bottleneck in _quantizers(ensemble, s, task).items():
         channel.bottleneck = bottleneck.eval()
@@ -245,8 +246,9 @@ def evaluate(
         for seen, (games, candidates) in plays.items():
             sent, won = _play(ensemble, games, candidates, draws)
             for m, (mine, accuracy) in enumerate(zip(sent, won.float().mean(1).tolist())):
-                if seen is None: messages[m][f"alphabet_{alphabet}" + (f"_fitted_{width}" if width else "")] = mine if mine.is_floating_point() else packed(mine, channel.bottleneck.alphabet_size)
-                rows[m] += [dict(alphabet=alphabet, fitted_width=width, n_candidates=n, seen=seen, accuracy=a, noum=n_unique(mine), n_targets=len(mine)) for n,a in zip(candidates, accuracy)]
+                v = own[m] if bottleneck is trained else alphabet
+                if seen is None: messages[m][f"alphabet_{v}" + (f"_fitted_{width}" if width else "")] = mine if mine.is_floating_point() else packed(mine, own[m] if bottleneck is trained else bottleneck.alphabet_size)
+                rows[m] += [dict(alphabet=v, fitted_width=width, n_candidates=n, seen=seen, accuracy=a, noum=n_unique(mine), n_targets=len(mine)) for n,a in zip(candidates, accuracy)]
     channel.bottleneck = trained
     return rows, messages
 
@@ -255,9 +257,11 @@ def stack_key(
     s:EQCSpec,
     device:torch.device, # where it will be trained
 ): # Specs with equal keys are trained together
-    "Everything but the seed. What has buffers, or levels of its own fitted afterwards, cannot be stacked; wide recurrent agents on a processor gain nothing, having arithmetic enough in one."
+    "Everything but the seed, and on a GPU but alphabets and temperatures that change no shape. What has buffers, or levels of its own fitted afterwards, cannot be stacked; wide recurrent agents on a processor gain nothing, having arithmetic enough in one."
     wide = s.channel == "recurrent" and s.hidden > 256 and device.type == "cpu"
-    return s if wide or s.fine_tune or s.fitted or s.bottleneck in ("fsq", "vq") else dataclasses.replace(s, seed=0)
+    if wide or s.fine_tune or s.fitted or s.bottleneck in ("fsq", "vq"): return s
+    free = {} if device.type == "cpu" else dict(alphabet_size=2) if s.bottleneck == "quantized" else dict(temperature=1.) if s.bottleneck == "gumbel" else {}
+    return dataclasses.replace(s, seed=0, **free)
 
 def run(
     specs, # Specs with equal `stack_key`
@@ -268,8 +272,9 @@ def run(
     task = make_task(specs[0], device)
     ensemble, fitted = train(specs, task, context)
     rows, messages = evaluate(ensemble, specs[0], task, device)
-    channel, results = ensemble.template.channel, []
+    results = []
     for m, s in enumerate(specs):
+        channel = ensemble.member(m).channel
         summary = dict(best_epoch=fitted.best_epoch[m], n_parameters=ensemble.n_parameters, capacity_bits=None if channel.bottleneck.alphabet_size is None else channel.capacity_bits)
         results.append(RunResult(rows[m], summary, fitted.member(m, s.patience), messages[m]))
     return results
