@@ -4,18 +4,23 @@ import torch
 from device_specs import all_specs, eqc_spec, experiment, patch_spec, tiny_distilbert
 from pretend_gpu import PretendGPU
 
-from refcomm.runs.execute import Context
+from refcomm.core import generator, pick_device, same_device
+from refcomm.data.scenes import SceneWorld
+from refcomm.data.shapes import ShapeWorld
+from refcomm.papers.eqc import run as eqc
+from refcomm.runs.execute import Context, make_stacks
 
 WAITS = {  # beginning of a name → most synchronisations in a usual training step
-    "eqc": 9, "iac": 228, "patch": 155, "sms": 2,
+    "eqc": 0, "iac": 0, "patch": 0, "sms": 0,
+    "eqc object instant vq": 1, "eqc object recurrent vq": 2,  # vector-quantize-pytorch asks whether its codebook has begun
+    "eqc sent-cls fine-tuned": 2,  # transformers asks, for either agent, whether any sentence is padded
+    "patch VQ-VAE2": 2, "patch ViT": 1,  # as the first; how many patches are shown is the shape of all that follows
+    "sms gumbel fp16": 1, "sms reinforce fp16": 1,  # the scaler asks whether gradients were finite before a step of schedulefree
 }
 NAMES = [*all_specs("no encoder")]
 
 
-def waits(name): return WAITS[max((start for start in WAITS if name.startswith(start)), key=len)]
-
-
-def most_waits(name): return waits(name)
+def most_waits(name): return WAITS[max((start for start in WAITS if name.startswith(start)), key=len)]
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +65,48 @@ def test_a_checkpoint_is_continued_on_another_device(spec, first, then, tmp_path
             whole, = experiment([s]).run([s], context(first))
             assert resumed.history.loss.tolist() == whole.history.loss.tolist() and resumed.rows == whole.rows
     assert len(resumed.history) == 3 and resumed.history.loss.iloc[-1] < 2*resumed.history.loss.iloc[0]
+
+
+def test_devices_are_compared_by_what_they_are():
+    with PretendGPU():
+        assert pick_device("cuda") == pick_device("auto") == torch.device("cuda:0") == torch.zeros(1, device="cuda").device
+        assert same_device(generator(0, device="cuda").device, pick_device("cuda")) and not same_device("cuda", "cpu")
+
+
+def test_shapes_are_drawn_and_rendered_on_the_device():
+    with PretendGPU():
+        world = ShapeWorld(16, device="cuda")
+        drawn = [world.draw(5, generator(0, device="cuda"), distinct) for distinct in (True, False)] + [world.draw(5, generator(0))]
+        assert all(d.is_cuda and world.render(d).is_cuda for d in drawn)
+
+
+def test_many_scenes_are_painted_once(home, monkeypatch):
+    monkeypatch.setattr("refcomm.data.scenes._MANY", 20*32**2)
+    world = SceneWorld(32)
+    first = world.draw(20, generator(0))
+    monkeypatch.setattr(SceneWorld, "_paint", lambda *a: pytest.fail("painted again"))
+    again = SceneWorld(32).draw(20, generator(0))
+    assert all(torch.equal(a, b) for a, b in zip(first, again)) and len([*(home/"cache"/"scenes").glob("*.safetensors")]) == 1
+    with pytest.raises(pytest.fail.Exception, match="painted again"): world.draw(20, generator(1))
+
+
+def test_alphabets_are_stacked_on_a_gpu_and_trained_as_if_alone(home):
+    specs = [eqc_spec("object", bottleneck="quantized", alphabet_size=v, seed=seed) for v in (2, 3, 8) for seed in (0, 1)]
+    assert len(make_stacks(specs, "cpu")) == 3
+    with PretendGPU() as gpu:
+        assert make_stacks(specs, "cuda") == [specs]
+        assert len(make_stacks([eqc_spec("object", bottleneck="gumbel", alphabet_size=6, word_length=1, temperature=t) for t in (.5, 1.)], "cuda")) == 1
+        together = eqc.run(specs, context())
+    alone = [eqc.run([s], context("cpu"))[0] for s in specs]
+    for a, b, s in zip(together, alone, specs):
+        assert a.summary == b.summary and {r["alphabet"] for r in a.rows} == {s.alphabet_size}
+        torch.testing.assert_close(torch.tensor(a.history.loss.to_numpy()), torch.tensor(b.history.loss.to_numpy()), atol=1e-4, rtol=0)
+        assert all(abs(x["accuracy"] - y["accuracy"]) < .1 for x, y in zip(a.rows, b.rows))
+    assert not gpu.usual().syncs
+
+
+def test_temperatures_are_stacked(home):
+    specs = [eqc_spec("object", bottleneck="gumbel", alphabet_size=6, word_length=1, temperature=t) for t in (.5, 2.)]
+    together, alone = eqc.run(specs, context("cpu")), [eqc.run([s], context("cpu"))[0] for s in specs]
+    for a, b in zip(together, alone): torch.testing.assert_close(torch.tensor(a.history.loss.to_numpy()), torch.tensor(b.history.loss.to_numpy()), atol=1e-5, rtol=0)
+    assert together[0].history.loss.tolist() != together[1].history.loss.tolist()

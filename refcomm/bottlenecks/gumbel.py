@@ -53,6 +53,7 @@ class OneSymbol(Bottleneck):
 class GumbelSoftmax(OneSymbol):
     "Send one of `alphabet_size` symbols as a one-hot word, relaxed by Gumbel-softmax in training (Jang et al. 2016; GS in Carmeli et al. 2023)."
     noise_for = "Gumbel-softmax trains on noise"
+    stackable = ("temperature",)
     def __init__(self,
         alphabet_size:int=10, # symbols, and the word's width
         temperature:float=1., # of the softmax, above 0; may be changed while training

@@ -23,6 +23,7 @@ def round_ste(
 # %% ../../nbs/24_bottlenecks.quantize.ipynb #383fad3a
 class UniformQuantizer(Bottleneck):
     "Send `word_length` symbols on a uniform grid over [0, 1] (Carmeli et al. 2023, Algorithm 1: QT)."
+    stackable = ("steps", "alphabet_size") # alphabets of any size have parameters of one shape
     def __init__(self,
         alphabet_size:int=10, # symbols to choose from at each position
         word_length:int=100, # symbols in a word

@@ -80,16 +80,17 @@ class ObjectWorld:
 def draw_distinct(
     size:int, # how many items there are
     n:int, # how many to draw
-    generator:torch.Generator, # source of randomness
+    generator:torch.Generator, # source of randomness, whose device is the result's
 )->Tensor: # [n] distinct numbers below `size`, in random order
     "Draw `n` distinct numbers out of `size`, each ordered choice equally likely."
     if n > size: raise ConfigError(f"cannot draw {n} distinct items out of {size}: ask for at most {size}")
-    if size <= 2**22: return torch.randperm(size, generator=generator)[:n]
-    kept = torch.empty(0, dtype=torch.long)
+    on = dict(device=generator.device)
+    if size <= 2**22: return torch.randperm(size, generator=generator, **on)[:n]
+    kept = torch.empty(0, dtype=torch.long, **on)
     while len(kept) < n:
-        fresh = torch.cat([kept, torch.randint(size, (2*(n - len(kept)),), generator=generator)])
+        fresh = torch.cat([kept, torch.randint(size, (2*(n - len(kept)),), generator=generator, **on)])
         order = fresh.argsort(stable=True)
-        first = torch.cat([torch.ones(1, dtype=torch.bool), fresh[order].diff() != 0])
+        first = torch.cat([torch.ones(1, dtype=torch.bool, **on), fresh[order].diff() != 0])
         kept = fresh[order[first].sort().values][:n]
     return kept
 

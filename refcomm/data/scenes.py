@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core import ConfigError, check_at_least, check_choice
+from ..files import cached_tensor, content_digest, home
 from .shapes import ATTRIBUTES, _BACKDROPS, _BACKGROUNDS, _COLOURS, _SHAPES, _TEXTURES, _cover, _mesh, _mix
 
 # %% ../../nbs/12_data.scenes.ipynb #93bdc89d
@@ -121,6 +122,8 @@ class Scenes(NamedTuple):
         area = (self.boxes[..., 2:] - self.boxes[..., :2]).prod(-1)
         return self.kinds.gather(1, area.argmax(1, keepdim=True))[:, 0]
 
+_MANY = 2**24 # pixels from which images are kept: some seconds of painting; raise the number in "painted 1" with every change of how they look
+
 class SceneWorld:
     "Random scenes of shapes that vary in size, place, colour and texture and overlap little, on patterned backdrops."
     def __init__(self,
@@ -168,7 +171,10 @@ class SceneWorld:
         n:int, # how many
         generator:torch.Generator, # source of randomness
     )->Scenes:
-        "Draw scenes at random."
+        "Draw scenes at random; many are painted once and kept under home()/cache/scenes, named after all they are made of."
         plan = self._plan(check_at_least("n", n, 1), generator)
         blocks = zip(*(p.split(max(2**17 // self.size**2, 1)) for p in plan))
-        return Scenes(torch.cat([self._paint(_Plan(*some)) for some in blocks]), plan.boxes.float(), plan.kinds)
+        paint = lambda: torch.cat([self._paint(_Plan(*some)) for some in blocks])
+        if n*self.size**2 < _MANY: return Scenes(paint(), plan.boxes.float(), plan.kinds)
+        name = content_digest("painted 1", self.size, *plan, *self._stamps, self._backdrops, self._colours, self._backgrounds)
+        return Scenes(cached_tensor(home()/"cache"/"scenes"/f"{name}.safetensors", paint, "scenes"), plan.boxes.float(), plan.kinds)

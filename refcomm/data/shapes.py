@@ -155,12 +155,12 @@ class AttributeWorld:
 
     def draw(self,
         n:int, # how many
-        generator:torch.Generator, # source of randomness
+        generator:torch.Generator, # source of randomness, on any device
         distinct:bool=True, # no vector twice
     )->Tensor: # [n, n_attributes] int64
         "Draw attribute vectors, each one equally likely."
         check_at_least("n", n, 1)
-        ids = draw_distinct(self.n_objects, n, generator) if distinct else torch.randint(self.n_objects, (n,), generator=generator)
+        ids = draw_distinct(self.n_objects, n, generator) if distinct else torch.randint(self.n_objects, (n,), generator=generator, device=generator.device)
         return self.attributes(ids.to(self.device))
 
 # %% ../../nbs/11_data.shapes.ipynb #105301da

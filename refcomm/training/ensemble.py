@@ -6,6 +6,8 @@
 __all__ = ['Ensemble']
 
 # %% ../../nbs/66_training.ensemble.ipynb #ffef94b7
+import contextlib
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -13,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from ..core import ConfigError
 
-# %% ../../nbs/66_training.ensemble.ipynb #b294611c
+# %% ../../nbs/66_training.ensemble.ipynb #6e0f1a73
 class _Apply(nn.Module):
     "Call any function of a module as if it were the module's forward."
     def __init__(self, module):
@@ -27,6 +29,13 @@ def _places(module):
         for name, p in m._parameters.items():
             if p is not None: yield f"{path}.{name}", p
 
+def _varied(members)->tuple: # pairs of a module of the first member and an attribute; of each, every member's value
+    "Numbers beside the parameters in which members differ, among those that a module's `stackable` names."
+    found = {(path, name): [getattr(x.get_submodule(path), name) for x in members] for path, m in members[0].named_modules() for name in getattr(m, "stackable", ())}
+    found = {k: v for k, v in found.items() if len(set(v)) > 1}
+    return [(members[0].get_submodule(path), name) for path, name in found], list(found.values())
+
+# %% ../../nbs/66_training.ensemble.ipynb #b294611c
 class Ensemble(nn.Module):
     "Models of equal shape, their parameters stacked as `[n_members, ...]`; one member is run without stacking."
     def __init__(self,
@@ -43,6 +52,8 @@ class Ensemble(nn.Module):
         self.n_members, self.names = len(members), list(states[0])
         self.stacked = nn.ParameterList([torch.stack([s[k].detach() for s in states]) for k in self.names])
         self._call = [_Apply(members[0])] # in a list, so that its parameters do not count as the ensemble's
+        self._varied, self.values = _varied(members)
+        for i, values in enumerate(self.values): self.register_buffer(f"values_{i}", torch.tensor(values, dtype=torch.float32), persistent=False)
         number = {id(p): i for i, p in enumerate(members[0].parameters())} # a parameter may stand in several places
         self._places = [(name, number[id(p)]) for name, p in _places(self._call[0])]
 
@@ -57,16 +68,28 @@ class Ensemble(nn.Module):
         *args, # tensors [n_members, ...], alone or in (named) tuples, one slice a member; anything else is passed on
     ): # what `fn` returns, stacked along a new first dimension
         "Apply `fn` to every member with its own slice of each argument; what `fn` closes over is shared."
-        call = lambda params, *a: functional_call(self._call[0], {k: params[i] for k,i in self._places}, (fn, *a), tie_weights=False)
+        def call(params, values, *a):
+            with self._holding(values): return functional_call(self._call[0], {k: params[i] for k,i in self._places}, (fn, *a), tie_weights=False)
         if self.n_members == 1:
-            out = call([p.squeeze(0) for p in self.stacked], *tree_map(lambda a: a[0] if isinstance(a, Tensor) else a, args))
+            out = call([p.squeeze(0) for p in self.stacked], [], *tree_map(lambda a: a[0] if isinstance(a, Tensor) else a, args))
             return tuple(o[None] for o in out) if isinstance(out, tuple) else out[None]
-        return vmap(call, in_dims=(0, *tree_map(lambda a: 0 if isinstance(a, Tensor) else None, args)))(list(self.stacked), *args)
+        values = [getattr(self, f"values_{i}") for i in range(len(self.values))]
+        return vmap(call, in_dims=(0, 0 if values else None, *tree_map(lambda a: 0 if isinstance(a, Tensor) else None, args)))(list(self.stacked), values, *args)
 
-    def member(self, i:int)->nn.Module: # the template itself, now holding member i's weights
+    @contextlib.contextmanager
+    def _holding(self, values):
+        "Let the template hold one member's numbers."
+        before = [getattr(m, name) for m, name in self._varied]
+        for (m, name), v in zip(self._varied, values): setattr(m, name, v)
+        try: yield
+        finally:
+            for (m, name), v in zip(self._varied, before): setattr(m, name, v)
+
+    def member(self, i:int)->nn.Module: # the template itself, now holding member i's weights and numbers
         "Load member `i` into the template and return it."
         with torch.no_grad():
             for p, s in zip(self.template.parameters(), self.stacked): p.copy_(s[i])
+        for (m, name), values in zip(self._varied, self.values): setattr(m, name, values[i])
         return self.template
 
     def train(self, mode:bool=True):
