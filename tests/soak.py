@@ -33,12 +33,12 @@ if LOG: # this file is also the drivers' main module, which their workers import
 
     members, put = runs._members, store.Store.put
 
-    def begin(folder, missing):
+    def begin(store, folder, specs, missing):
         log("resume" if (folder/"training.safetensors").exists() else "begin", folder.name)
-        return members(folder, missing)
+        return members(store, folder, specs, missing)
 
-    def keep(self, spec, result, origin):
-        record = put(self, spec, result, origin)
+    def keep(self, spec, result, origin, *weights):
+        record = put(self, spec, result, origin, *weights)
         log("store", record.key)
         return record
 
@@ -293,7 +293,7 @@ MUTATIONS = {
     "value edited": edit(change_leaf), "value made NaN": edit(not_a_number), "key removed": edit(lose_key), "checksum edited": edit(new_checksum),
     "Spec edited, checksum made anew": edit(forged_spec), "key duplicated": duplicate_key, "white space changed": respace, "nested too deeply": nest, "other encoding": recode,
 }
-CAUGHT = {"its checksum does not match": "record's checksum", "does not match its checksum": "file's checksum", "is missing": "missing file", "is unreadable": "no record's JSON", "is foreign": "foreign Spec", "cannot read": "refused by the system"}
+CAUGHT = {"its checksum does not match": "record's checksum", "does not match its checksum": "file's checksum", "is missing": "missing file", "is unreadable": "no record's JSON", "is not a record: ": "no record's form", "is foreign": "foreign Spec", "cannot read": "refused by the system"}
 
 
 def mutated(calm, root, n, rng): # kind → how it was caught → how often

@@ -114,7 +114,7 @@ def test_every_page_in_a_browser(site, browser):
     names = sorted(str(p.relative_to(site)) for p in site.rglob("*.html"))
     seen, trouble = opened(browser, site, names)
     assert not trouble and not [n for n, s in seen.items() if s["images"] or s["wide"]]
-    some = ["index.html", "lessons/24_bottlenecks.quantize.html", "papers/eqc/table5.html", "api/channels.html", "glossary.html"]
+    some = ["index.html", "lessons/24_bottlenecks.quantize.html", "papers/eqc/table5.html", "api/channels.html", "glossary.html", "security.html"]
     phone, trouble = opened(browser, site, some, viewport=dict(width=390, height=800), color_scheme="dark")
     assert not trouble and not [n for n, s in phone.items() if s["images"] or s["wide"]]
     assert phone["index.html"]["page"] != seen["index.html"]["page"] # dark is dark

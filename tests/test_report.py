@@ -298,3 +298,29 @@ def test_printed(opened, few):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details[open]").count() == 0
+
+
+def change(folder, name, **fields):
+    recipe = json.loads((folder/f"{name}.json").read_text(encoding="utf-8"))
+    (folder/f"{name}.json").write_text(json.dumps(recipe | fields), encoding="utf-8")
+
+
+def claim(**fields): return dict(id="x", statement="x", evidence="x", numbers=dict(a=1), verdict="holds") | fields
+
+
+BROKEN = {
+    "a bomb for a picture": lambda d, n: Image.new("1", (30_000, 30_000)).save(d/f"{n}.png"), "a picture cut short": lambda d, n: (d/f"{n}.png").write_bytes((d/f"{n}.png").read_bytes()[:60]), "a chunk that lies": lambda d, n: (d/f"{n}.png").write_bytes((d/f"{n}.png").read_bytes()[:33] + b"\xff"*40),
+    "a recipe nested too deeply": lambda d, n: (d/f"{n}.json").write_text("["*100_000), "a title of half a character": lambda d, n: change(d, n, title="\ud800"), "a title of another kind": lambda d, n: change(d, n, title=["x"]), "a number beyond floats": lambda d, n: change(d, n, claims=[claim(numbers=dict(a=10**400))]),
+    "a number that is none": lambda d, n: (d/f"{n}.csv").write_text((d/f"{n}.csv").read_text().replace("0.", "x.", 1)), "numbers that are no text": lambda d, n: (d/f"{n}.csv").write_bytes(b"\xff\xfe\x00row"), "no numbers": lambda d, n: (d/f"{n}.csv").write_text(""), "a folder for numbers": lambda d, n: ((d/f"{n}.csv").unlink(), (d/f"{n}.csv").mkdir()),
+    "a cost that is text": lambda d, n: change(d, n, costs=dict(runs="many", seconds={}, epochs=[])), "seeds of another kind": lambda d, n: change(d, n, seeds=[{"a": 1}]), "a claim with odd numbers": lambda d, n: change(d, n, claims=[claim(numbers={"a": None})]), "a loop for a recipe": lambda d, n: ((d/f"{n}.json").unlink(), (d/f"{n}.json").symlink_to(d/f"{n}.json")),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_one_broken_figure_is_named_and_the_rest_is_shown(folder, tmp_path, kind):
+    BROKEN[kind](folder, "eqc_table5")
+    items, problems = report.write_report(tmp_path/"report.html", folder, KNOWN)
+    html = (tmp_path/"report.html").read_text(encoding="utf-8")
+    assert {"eqc/figure4", "sms/figure2"} <= {i["name"] for i in items}
+    if "eqc/table5" not in {i["name"] for i in items}: assert len(problems) == 1 and ("eqc_table5" in problems[0] or "eqc/table5" in problems[0]) and problems[0].count("\n") == 0 and "not shown" in html.lower()
+    assert Reader(html)

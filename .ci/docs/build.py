@@ -140,8 +140,8 @@ class Site:
         for c in self.notebooks["index"]["cells"]:
             if text(c).startswith("#"): keep = not text(c).startswith("## Results")
             if keep and "hide-cell" not in c["metadata"].get("tags", ()): cells.append(c)
-        links = "[Lessons](lessons/index.md) · [Papers](papers/index.md) · [Build your own game](tutorials/index.md) · [API](api/index.md) · [Glossary](glossary.md)"
-        pages = tree(["lessons/index", "papers/index", "tutorials/index", "api/index", "glossary"])
+        links = "[Lessons](lessons/index.md) · [Papers](papers/index.md) · [Build your own game](tutorials/index.md) · [API](api/index.md) · [Glossary](glossary.md) · [Security](security.md)"
+        pages = tree(["lessons/index", "papers/index", "tutorials/index", "api/index", "glossary", "security"])
         self.notebook("index", [cells[0], markdown(links, "links"), *cells[1:], markdown(pages, "pages")])
 
     def lessons(self):
@@ -218,7 +218,8 @@ class Site:
             (self.folder/"figures").mkdir(parents=True, exist_ok=True)
             shutil.copy2(p, self.folder/"figures"/p.name)
         self.home(), self.lessons(), self.papers(), self.tutorials(), self.api()
-        self.put("glossary.md", self.links((ROOT/"nbs"/"glossary.md").read_text(), None))
+        self.put("glossary.md", self.links((ROOT/"nbs"/"glossary.md").read_text("utf-8"), None))
+        self.put("security.md", (ROOT/"SECURITY.md").read_text("utf-8"))
         for p in self.folder.rglob("*"):
             if p.is_file() and p not in self.kept: p.unlink()
 

@@ -97,14 +97,18 @@ def read_item(
     stem, # path of its three files, without their ends
 )->dict: # the recipe, with `name`, `heading`, `png`, `size`, `csv` and `beside`, the comparison
     "Read an item; one that is incomplete, damaged, foreign or made at `smoke` is a `ConfigError`."
+    png = Path(stem).with_name(Path(stem).name + ".png")
+    try: return _read_item(png, png.with_name(png.stem + ".csv"))
+    except ConfigError: raise
+    except Exception as e: raise ConfigError(f"{png.stem}: {str(e) or type(e).__name__}") from None # whatever a damaged file does to those who read it
+
+def _read_item(png, csv):
     from PIL import Image
-    png, csv = (Path(stem).with_name(Path(stem).name + end) for end in (".png", ".csv"))
     recipe = load_recipe(png)
     _check_recipe(recipe, png.stem)
-    try:
-        with Image.open(png, formats=["PNG"]) as image: size = image.size; image.verify()
-        files = dict(png=png.read_bytes(), csv=csv.read_bytes(), beside=comparison(pd.read_csv(csv, dtype=dict(row=str, column=str, note=str))))
-    except (OSError, SyntaxError, ValueError, TypeError) as e: raise ConfigError(f"{png.stem}: {e}") from None
+    json.dumps(recipe, ensure_ascii=False).encode() # half a character cannot be written
+    with Image.open(png, formats=["PNG"]) as image: size = image.size; image.verify()
+    files = dict(png=png.read_bytes(), csv=csv.read_bytes(), beside=comparison(pd.read_csv(csv, dtype=dict(row=str, column=str, note=str), encoding="utf-8")))
     return dict(recipe, name=f"{recipe['paper']}/{recipe['item']}", heading=heading(recipe["paper"], recipe["title"]), size=size, **files)
 
 def read_items(
@@ -209,7 +213,13 @@ def write_report(
 )->tuple: # (items shown, what is wrong with the others)
     "Make one self-contained HTML page of a folder of figures."
     items, problems = read_items(folder)
-    html = page(items, problems, known)
+    try: html = page(items, problems, known)
+    except Exception: # one of them cannot be shown: which?
+        every, items = items, []
+        for item in every:
+            try: page([item]); items.append(item)
+            except Exception as e: problems.append(f"{item['name']} cannot be shown: {type(e).__name__}: {e}")
+        html = page(items, problems, known)
     try:
         with write_atomic(out) as tmp: tmp.write_text(html, encoding="utf-8")
     except StoreError as e: raise StoreError(f"cannot write {out}: {getattr(e.__cause__, 'strerror', None) or e}; name another file with --out") from None
