@@ -214,6 +214,8 @@ def test_no_file_starts_another_program(six, monkeypatch):
     for n, data in enumerate([eps, b"P6 1 1 255\n\0\0\0", b"/* XPM */\nstatic char *a[] = {\"1 1 1 1\",\"a c red\",\"a\"};", saved(Image.new("RGB", (8, 8)), format="ICO"), saved(Image.new("RGB", (8, 8)), format="PDF"), saved(Image.new("RGB", (8, 8)), format="TGA"), saved(Image.new("RGB", (8, 8)), format="PCX")]):
         put(six, {"cat/x.png": data})
         with pytest.raises(ConfigError, match=r"1 of 7 images cannot be decoded: cat/x.png \(UnidentifiedImageError\)"): load_images("pets", size=8)
+        put(six.parent/"eurosat"/"2750", {"cat/x.png": data, "dog/y.png": encoded()})
+        with pytest.raises(ConfigError, match=r"1 of 2 images cannot be decoded: item 0 \(UnidentifiedImageError\)"): load_images("torchvision:EuroSAT", size=8)
 
 
 def test_a_decompression_bomb_is_refused_by_its_header(six, data):

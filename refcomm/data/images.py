@@ -223,6 +223,7 @@ def _torchvision(name, split)->_Source:
     try:
         if not data_dir(): raise FileNotFoundError("REFCOMM_DATA is not set")
         data = kind(str(data_dir()), **which)
+        if hasattr(data, "loader"): data.loader = lambda path: _open(Path(path)) # of sets that are folders
         labels = next((getattr(data, a) for a in ("targets", "labels", "_labels") if hasattr(data, a)), None)
         labels = [int(l) for l in (labels if labels is not None else (y for _, y in data))]
     except Exception as e:
