@@ -180,7 +180,7 @@ def build(
         "fsq": dict(alphabet_size=s.alphabet_size, word_length=s.word_length, when=s.when),
         **dict.fromkeys(("vq", "learned"), dict(alphabet_size=s.alphabet_size, word_length=s.word_length // s.symbol_width, symbol_width=s.symbol_width)),
     }[s.bottleneck]
-    extra = dict(message_length=s.message_length, hidden=s.hidden, embedding=s.embedding, cell=s.cell) if s.channel == "recurrent" else {}
+    extra = dict(message_length=s.message_length, hidden=s.hidden, embedding=s.embedding, cell=s.cell) if s.channel != "instant" else {}
     seen = next(task.games("valid", 2))
     with seeded_init(s.seed):
         channel = make_channel(s.channel, make_bottleneck(s.bottleneck, **sizes), **extra)
@@ -261,7 +261,7 @@ def stack_key(
     device:torch.device, # where it will be trained
 ): # Specs with equal keys are trained together
     "Everything but the seed. What has buffers, or levels of its own fitted afterwards, cannot be stacked; wide recurrent agents on a processor gain nothing, having arithmetic enough in one."
-    wide = s.channel == "recurrent" and s.hidden > 256 and device.type == "cpu"
+    wide = s.channel != "instant" and s.hidden > 256 and device.type == "cpu"
     return s if wide or s.fine_tune or s.fitted or s.bottleneck in ("fsq", "vq") else dataclasses.replace(s, seed=0)
 
 def run(
@@ -276,5 +276,5 @@ def run(
     channel, results = ensemble.template.channel, []
     for m, s in enumerate(specs):
         summary = dict(best_epoch=fitted.best_epoch[m], n_parameters=ensemble.n_parameters, capacity_bits=None if channel.bottleneck.alphabet_size is None else channel.capacity_bits)
-        results.append(RunResult(rows[m], summary, fitted.member(m, s.patience), messages[m]))
+        results.append(RunResult(rows[m], summary, fitted.member(m, s.patience), messages[m], ensemble.weights(m) if context.weights else None))
     return results
