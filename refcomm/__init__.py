@@ -1,1 +1,15 @@
 __version__ = "0.1.0"
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach(__name__, submod_attrs={
+    "own": ["Objects", "Run", "load_objects", "make_game", "referential", "sweep", "topsim", "train"],
+    "keep": ["find_record", "load", "load_game", "push_game", "save_game"],
+    "metrics.structure": ["bosdis", "entropy", "measure", "posdis", "topographic_similarity"],
+    "metrics.task": ["n_unique"],
+    "corpora": ["load_corpus", "load_elcc", "make_corpus", "save_corpus", "save_elcc"],
+    "channels": ["make_bottleneck", "make_channel"],
+    "games.referential": ["ReferentialGame"],
+    "interact.explore": ["explore", "explore_games"],
+    "runs.execute": ["execute"],
+})

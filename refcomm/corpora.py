@@ -29,6 +29,10 @@ class Corpus(NamedTuple):
     about:dict # where they come from
     lengths:Tensor|None = None # [n] int64 symbols of each message before its end, `messages` being −1 from there on; None: all are as long
 
+    def push(self, folder, name="messages", **kwargs):
+        "Write these messages as a folder of their own, see `save_elcc`."
+        return save_elcc(folder, {"all": self}, name, **kwargs)
+
 def _integers(rows, what, where="", least=0)->Tensor: # [n, width] int64
     "Rows of one width of integers from 0."
     if isinstance(rows, np.ndarray): rows = integers(rows, f"{where}{what}s")

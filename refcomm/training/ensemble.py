@@ -92,6 +92,10 @@ class Ensemble(nn.Module):
         for (m, name), values in zip(self._varied, self.values): setattr(m, name, values[i])
         return self.template
 
+    def weights(self, i:int)->dict: # name → tensor, copies on the processor
+        "The weights and buffers of member `i`, as its own `load_state_dict` takes them."
+        return {k: v.detach().cpu().clone() for k, v in self.member(i).state_dict().items()}
+
     def train(self, mode:bool=True):
         self.template.train(mode)
         return super().train(mode)

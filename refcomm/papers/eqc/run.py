@@ -291,5 +291,5 @@ def run(
     for m, s in enumerate(specs):
         channel = ensemble.member(m).channel
         summary = dict(best_epoch=fitted.best_epoch[m], n_parameters=ensemble.n_parameters, capacity_bits=None if channel.bottleneck.alphabet_size is None else channel.capacity_bits)
-        results.append(RunResult(rows[m], summary, fitted.member(m, s.patience), messages[m]))
+        results.append(RunResult(rows[m], summary, fitted.member(m, s.patience), messages[m], ensemble.weights(m) if context.weights else None))
     return results

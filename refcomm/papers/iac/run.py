@@ -293,4 +293,4 @@ def run(
     sizes = dict(n_train=len(parts.train.images), n_valid=len(parts.valid.images), n_ood_images=len(parts.ood.images), n_known=len(parts.train.labels.unique()))
     summary = dict(images=parts.train.name, last_accuracy=float(history.accuracy.iloc[-1]) if "accuracy" in history else None, n_parameters=ensemble.n_parameters, **sizes)
     if s.model == "game": summary["capacity_bits"] = model.channel.capacity_bits
-    return [RunResult(rows + probe(model, s, parts, device), summary, history, sent)]
+    return [RunResult(rows + probe(model, s, parts, device), summary, history, sent, ensemble.weights(0) if context.weights else None)]

@@ -152,5 +152,5 @@ def run(
     for m in range(len(specs)):
         own = fitted.member(m, s.epochs)
         summary = dict(best_epoch=fitted.best_epoch[m], last_accuracy=own.accuracy.iloc[-1], n_parameters=ensemble.n_parameters, capacity_bits=ensemble.template.channel.capacity_bits)
-        results.append(RunResult(rows[m], summary, own, dict(messages=packed(symbols[m], s.alphabet_size))))
+        results.append(RunResult(rows[m], summary, own, dict(messages=packed(symbols[m], s.alphabet_size)), ensemble.weights(m) if context.weights else None))
     return results
