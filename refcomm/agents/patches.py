@@ -171,7 +171,7 @@ class Speaker(nn.Module):
         of_symbols, of_gate, of_rank = (None,)*3 if noise is None else noise.split((l*v, 2, self.rank.noise_width), -1)
         said = self.bottleneck(self.symbol(images), None if noise is None else of_symbols.unflatten(-1, (l, v)))
         scores = self.rank(images, of_rank)
-        importance, middle = (soft_rank(scores, self.strength) / n, (n + .999)/2/n) if self.budget == "half" else (keep_by(scores, self.budget), .5) # equal ranks, a rounding error apart, are all kept
+        importance, middle = (soft_rank(scores, self.strength) / n, (n + .999)/2/n) if self.budget == "half" else (keep_by(scores, self.budget), .999/n**.5 if self.budget == "l2" else .5) # equal ranks, a rounding error apart, are all kept
         gate = self.gate(importance, of_gate, middle=middle)[..., None]
         symbols = said.symbols.squeeze(-1).where(gate > .5, -1)
         return Message((said.word * gate[..., None]).flatten(1, 2), symbols.flatten(1), importance)

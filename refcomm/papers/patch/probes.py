@@ -30,6 +30,7 @@ def use_of(
     symbols:Tensor, # [n, n_symbols], −1 where a patch is dropped
 )->dict: # used, equally_used, commonest (share), unique and most_unique (in a message), length
     "How messages use a vocabulary (Gupta et al. 2021, App. E and H)."
+    if not (symbols >= 0).any(): return dict(used=0, equally_used=0., commonest=0., unique=0., most_unique=0, length=0.)
     counts = symbol_counts(symbols[symbols >= 0])[1]
     share = counts.double() / counts.sum()
     unique = torch.tensor([len(row[row >= 0].unique()) for row in symbols])
