@@ -18,6 +18,7 @@ ITEMS = { # item → what is played, and at which message lengths
     "figure3": (dict(min_symbols=(3,)), (1, 2, 3, 4, 5)),
     "epoch30": (dict(min_symbols=(2, 3)), (1, 2, 3, 4, 5)),
     "rates": (dict(min_symbols=(2, 3), lr=(1e-3, 2.5e-3, 1e-2)), (1, 2, 5)),
+    "batches": (dict(min_symbols=(3,), batch_size=(32, 128, 512)), (1, 2)),
     "reinforce": (dict(min_symbols=(2, 3), bottleneck=("gumbel", "reinforce")), (2, 5)),
     "complexity": (dict(min_symbols=(2, 3, 4, 5, 6, 7, 8), sampler=("tilted",)), (1, 2, 4, 8)),
     "pictures": (dict(min_symbols=(2, 3, 4), sampler=("tilted",)), (1, 4)),
@@ -51,10 +52,10 @@ def grid(
 # %% ../../nbs/94_items.sms.ipynb #f31235ae
 def epochs_of(
     records, # from `runs.execute`
-): # DataFrame: a row per run and epoch: min_symbols, message_length, bottleneck, lr, seed, epoch (from 1), accuracy, loss
+): # DataFrame: a row per run and epoch: min_symbols, message_length, bottleneck, lr, batch_size, seed, epoch (from 1), accuracy, loss
     "Validation accuracy over epochs."
     import pandas as pd
-    fields = ("min_symbols", "message_length", "bottleneck", "lr", "seed")
+    fields = ("min_symbols", "message_length", "bottleneck", "lr", "batch_size", "seed")
     return pd.concat([r.history().assign(**{k: r.spec[k] for k in fields}, epoch=lambda h: h.epoch + 1) for r in records], ignore_index=True)[[*fields, "epoch", "accuracy", "loss"]]
 
 def fidelity(
@@ -63,7 +64,7 @@ def fidelity(
     "What differs from the paper, and what it leaves open."
     changed = differences(specs, vars(SMSSpec()), ("n_attributes", "n_values", "n_distractors", "n_train", "n_valid", "picture_size", "alphabet_size", "hidden", "embedding", "epochs", "sampler"))
     s = specs[0]
-    return (f"{', '.join(changed) or 'Sizes as printed'}. Not stated in the paper, ours: batch size {s.batch_size}, learning rate {' / '.join(f'{lr:g}' for lr in dict.fromkeys(x.lr for x in specs))}, temperature {s.temperature:g}, messages of full length, "
+    return (f"{', '.join(changed) or 'Sizes as printed'}. Not stated in the paper, ours: batch size {' / '.join(str(b) for b in dict.fromkeys(x.batch_size for x in specs))}, learning rate {' / '.join(f'{lr:g}' for lr in dict.fromkeys(x.lr for x in specs))}, temperature {s.temperature:g}, messages of full length, "
             "a receiver that compares by dot product, and no distractor equal to the target. Seeds share their games. Symbols at work are those of the best epoch.")
 
 # %% ../../nbs/94_items.sms.ipynb #93ce1a31
