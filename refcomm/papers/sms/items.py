@@ -20,6 +20,7 @@ ITEMS = { # item → what is played, and at which message lengths
     "figure3": (dict(min_symbols=(3,)), (1, 2, 3, 4, 5)),
     "epoch30": (dict(min_symbols=(2, 3)), (1, 2, 3, 4, 5)),
     "rates": (dict(min_symbols=(2, 3), lr=(1e-3, 2.5e-3, 1e-2)), (1, 2, 5)),
+    "batches": (dict(min_symbols=(3,), batch_size=(32, 128, 512)), (1, 2)),
     "reinforce": (dict(min_symbols=(2, 3), bottleneck=("gumbel", "reinforce")), (2, 5)),
     "complexity": (dict(min_symbols=(2, 3, 4, 5, 6, 7, 8), sampler=("tilted",)), (1, 2, 4, 8)),
     "pictures": (dict(min_symbols=(2, 3, 4), sampler=("tilted",)), (1, 4)),
@@ -53,10 +54,10 @@ def grid(
 # %% ../../../nbs/91_papers.sms.items.ipynb #f31235ae
 def epochs_of(
     records, # from `runs.execute`
-): # DataFrame: a row per run and epoch: min_symbols, message_length, bottleneck, lr, seed, n_valid, epoch (from 1), accuracy, loss
+): # DataFrame: a row per run and epoch, with the Spec's `fields` below, epoch (from 1), accuracy, loss
     "Validation accuracy over epochs."
     import pandas as pd
-    fields = ("min_symbols", "message_length", "bottleneck", "lr", "seed", "n_valid")
+    fields = ("min_symbols", "message_length", "bottleneck", "lr", "batch_size", "seed", "n_valid")
     return pd.concat([r.history().assign(**{k: r.spec[k] for k in fields}, epoch=lambda h: h.epoch + 1) for r in records], ignore_index=True)[[*fields, "epoch", "accuracy", "loss"]]
 
 def fidelity(
