@@ -13,7 +13,7 @@ Found: operations over devices (0-dim tensors on the CPU are allowed where CUDA 
 `numpy.asarray` on the device, states of generators of another device, comparisons of `cuda` with `cuda:0` (both are made as CUDA makes them).
 Counted: kernels (operations that are neither views nor allocations) and synchronisations (reading values, shapes that depend on values,
 copies between host and device unless pinned and non-blocking), each per step of an optimiser.
-Not modelled: the kernels' own rounding, CUDA's list of autocast operations (the CPU's is used), memory, streams, other threads and processes."""
+Not modelled: the kernels' own rounding, CUDA's list of autocast operations (the CPU's is used, fp16 computed as bf16), memory, streams, other threads and processes."""
 import contextlib
 import hashlib
 import importlib.util
@@ -265,7 +265,8 @@ class PretendGPU(contextlib.ExitStack):
             with contextlib.nullcontext() if on else _Functions(self): return run_backward(*args, **kwargs)
 
         class autocast(real):
-            def __init__(self, device_type, *args, **kwargs): super().__init__(CPU if device_type == CUDA else device_type, *args, **kwargs)
+            def __init__(self, device_type, dtype=None, *args, **kwargs):  # CPUs are slow with fp16: it is computed as bf16
+                super().__init__(CPU if device_type == CUDA else device_type, torch.bfloat16 if dtype == torch.float16 else dtype, *args, **kwargs)
 
         there = dict(is_available=lambda: True, is_initialized=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
                      get_device_name=lambda *a: "Pretended GPU", get_device_capability=lambda *a: (9, 0), is_bf16_supported=lambda *a: True,

@@ -14,7 +14,7 @@ WAITS = {  # beginning of a name → most synchronisations in a usual training s
     "eqc": 0, "iac": 0, "patch": 0, "sms": 0,
     "eqc object instant vq": 1, "eqc object recurrent vq": 2,  # vector-quantize-pytorch asks whether its codebook has begun
     "eqc sent-cls fine-tuned": 2,  # transformers asks, for either agent, whether any sentence is padded
-    "patch VQ-VAE2": 2, "patch ViT": 1,  # as the first; how many patches are shown is the shape of all that follows
+    "patch VQ-VAE2": 2, "patch MoCo": 1, "patch ViT": 1,  # as the first; lightly asks where its queue stands; how many patches are shown is the shape of what follows
     "sms gumbel fp16": 1, "sms reinforce fp16": 1,  # the scaler asks whether gradients were finite before a step of schedulefree
 }
 NAMES = [*all_specs("no encoder")]
@@ -110,3 +110,14 @@ def test_temperatures_are_stacked(home):
     together, alone = eqc.run(specs, context("cpu")), [eqc.run([s], context("cpu"))[0] for s in specs]
     for a, b in zip(together, alone): torch.testing.assert_close(torch.tensor(a.history.loss.to_numpy()), torch.tensor(b.history.loss.to_numpy()), atol=1e-5, rtol=0)
     assert together[0].history.loss.tolist() != together[1].history.loss.tolist()
+
+
+def test_the_script_for_a_real_gpu_says_what_it_timed(home, tmp_path):
+    import json
+
+    import on_gpu
+    with PretendGPU(): failed = on_gpu.main(["--out", str(tmp_path/"gpu.json"), "--profile", "smoke", "--only", "sms/figure2", "--specs", "sms adam"])
+    told = json.loads((tmp_path/"gpu.json").read_text())
+    assert not failed and not told["failed"] and told["device"] == "Pretended GPU"
+    assert [c["near"] for c in told["compared"]] == [True]
+    assert all(t["experiment"] == "sms" and t["fields"]["hidden"] == 16 and t["runs"] == 3 for t in told["timed"]["sms/figure2"])

@@ -1,0 +1,114 @@
+"""What only a GPU can tell, in one run: the Specs of `device_specs` on it and on the CPU, and a training step of every item at a profile.
+
+    python tests/on_gpu.py --out gpu.json [--minutes 8] [--profile gpu] [--only eqc/table5] [--specs patch]
+
+Small Specs: both devices must end within an interval of each other (numbers differ in rounding and in what is drawn). Items: of every shape of
+Spec, some steps are trained; seconds of a step and peak memory go into the file, from which costs are estimated. Nothing is written elsewhere."""
+import argparse
+import dataclasses
+import importlib
+import json
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from device_specs import all_specs, experiment, tiny_distilbert
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from refcomm.core import pick_device
+from refcomm.runs.execute import Context, make_stacks
+from refcomm.runs.store import spec_fields
+
+
+class Enough(Exception): "The steps that were wanted are done."
+
+
+def silent(device): return Context(str(device), None, lambda *a: None)
+
+
+def compared(name, specs, device):
+    "A Spec's last losses and mean accuracies on both devices, and whether they are near."
+    def ends(where):
+        results = experiment(specs).run(specs, silent(where))
+        accuracy = [r["accuracy"] for x in results for r in x.rows if r.get("accuracy") is not None]
+        loss = [x.history.loss.iloc[-1] for x in results if "loss" in x.history]
+        return sum(loss)/max(len(loss), 1), sum(accuracy)/max(len(accuracy), 1)
+    there = ends(device)
+    if "fp16" in name: return dict(name=name, gpu=there, cpu=None, near=all(x == x for x in there))  # not for CPUs
+    here = ends("cpu")
+    near = abs(here[0] - there[0]) <= .25*abs(here[0]) + .05 and abs(here[1] - there[1]) <= .25
+    return dict(name=name, gpu=there, cpu=here, near=near)
+
+
+def timed(specs, device, steps=20):
+    "Seconds of a training step, the first ones apart, and peak memory, of a stack."
+    at, optimizers = [], set()
+
+    def stepped(optimizer, args, kwargs):
+        optimizers.add(type(optimizer).__name__)
+        torch.cuda.synchronize(device)
+        at.append(time.perf_counter())
+        if len(at) > steps: raise Enough
+    hook = register_optimizer_step_post_hook(stepped)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    begun = time.perf_counter()
+    try: experiment(specs).run(specs, silent(device))
+    except Enough: pass
+    finally: hook.remove()
+    later = sorted(b - a for a, b in zip(at[5:], at[6:]))
+    return dict(experiment=specs[0].experiment, fields=spec_fields(specs[0]), together=len(specs), before_first_step=at[0] - begun if at else None,
+                step_seconds=later[len(later)//2] if later else None, peak_bytes=torch.cuda.max_memory_allocated(device), optimizers=sorted(optimizers))
+
+
+def items(profile, only):
+    "Item → its Specs; trainings that differ in seed or learning rate alone cost the same and are timed once."
+    for paper in ("eqc", "iac", "patch", "sms"):
+        grids = importlib.import_module(f"refcomm.papers.{paper}.items")
+        for item in grids.ITEMS:
+            if not only or f"{paper}/{item}".startswith(only): yield f"{paper}/{item}", grids.grid(item, profile)
+
+
+def shape(stack):
+    fields = {k: v for k, v in dataclasses.asdict(stack[0]).items() if k not in ("seed", "lr", "alphabets", "candidates", "epochs")}
+    return type(stack[0]).__name__, len(stack), json.dumps(fields, sort_keys=True, default=str)
+
+
+def main(argv=None):
+    parse = argparse.ArgumentParser(description=__doc__)
+    parse.add_argument("--out", required=True)
+    parse.add_argument("--minutes", type=float, default=8.)
+    parse.add_argument("--profile", default="gpu")
+    parse.add_argument("--only", default="", help="beginning of an item, such as eqc/table5")
+    parse.add_argument("--specs", default="", help="beginning of a small Spec's name, such as 'patch MoCo'")
+    parse.add_argument("--device", default="cuda")
+    args = parse.parse_args(argv)
+    device, until = pick_device(args.device), time.monotonic() + 60*args.minutes
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    told = dict(device=torch.cuda.get_device_name(device), torch=torch.__version__, profile=args.profile, compared=[], timed={}, failed={}, left_out=[])
+
+    def save(): Path(args.out).write_text(json.dumps(told, indent=1, default=str))
+
+    def attempt(name, work):
+        if time.monotonic() > until: return told["left_out"].append(name)
+        try: return work()
+        except Exception as e: told["failed"][name] = f"{type(e).__name__}: {e}\n{traceback.format_exc(limit=-3)}"
+        finally: save()
+    seen = {}
+    for item, specs in items(args.profile, args.only):
+        for stack in make_stacks(specs, device):
+            name = f"{item} #{len(told['timed'].setdefault(item, []))}"
+            if shape(stack) not in seen: seen[shape(stack)] = attempt(name, lambda: timed(stack, device))
+            told["timed"][item].append(dict(seen[shape(stack)] or {}, runs=len(stack), epochs=stack[0].epochs))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, specs in all_specs(tiny_distilbert(folder)).items():
+            if name.startswith(args.specs): told["compared"].append(attempt(name, lambda: compared(name, specs, device)) or dict(name=name, near=None))
+    save()
+    wrong = [c["name"] for c in told["compared"] if c["near"] is False]
+    print(f"{told['device']}: {len(told['compared'])} Specs compared, {len(wrong)} apart {wrong}; {len(seen)} kinds of training timed; {len(told['failed'])} failed {list(told['failed'])}; {len(told['left_out'])} left out for time")
+    return bool(wrong or told["failed"])
+
+
+if __name__ == "__main__": raise SystemExit(main())
