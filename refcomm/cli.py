@@ -84,7 +84,8 @@ def reproduce_item(
     with disk_errors(executed): executed.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("REFCOMM_PROGRESS", "text")
     own = ["--IPKernelApp.log_level=40", "--IPKernelApp.ignore_cwd=True"] # the kernel imports the installed package, whatever the working folder holds
-    work = lambda: papermill.execute_notebook(str(path), str(executed), parameters, progress_bar=False, stderr_file=sys.stderr, kernel_name="python3", extra_arguments=own)
+    work = lambda: papermill.execute_notebook(str(path), str(executed), parameters, progress_bar=False,
+        stderr_file=sys.stderr, kernel_name="python3", extra_arguments=own)
     try:
         with disk_errors(executed), used_runs() as used: _in_thread(item, work)
     except papermill.PapermillExecutionError as e: return "failed", executed, f"{e.ename}: {e.evalue}"
@@ -297,7 +298,9 @@ def runs_list():
     show = ("channel", "bottleneck", "alphabet_size", "word_length", "lr", "seed")
     weights = lambda r: size(r.bytes("weights.safetensors")) if "weights.safetensors" in r.files else "–"
     print_table(f"{len(rows)} runs in {store.root}", ("run", *show, "seconds", "disk", "weights", "device", "commit"),
-        [(f"{r.experiment}/{r.key}", *(r.spec.get(k, "") for k in show), f"{r.provenance['seconds']/r.provenance['trained_together']:.1f}", size(r.bytes()), weights(r), r.provenance["device"], r.provenance["commit"]) for r in rows])
+        [(f"{r.experiment}/{r.key}", *(r.spec.get(k, "") for k in show),
+            f"{r.provenance['seconds']/r.provenance['trained_together']:.1f}", size(r.bytes()), weights(r),
+                r.provenance["device"], r.provenance["commit"]) for r in rows])
     for d in bad: print(d)
 
 @runs_app.command("show")

@@ -141,7 +141,9 @@ def _python(x): # NumPy's and PyTorch's numbers and arrays, lists and paths as P
     if isinstance(x, os.PathLike): x = os.fspath(x)
     return tuple(map(_python, x)) if isinstance(x, (list, tuple)) else x
 
-def _stores(x): return x is None or isinstance(x, (bool, int, str)) or isinstance(x, float) and math.isfinite(x) or isinstance(x, tuple) and all(map(_stores, x))
+def _stores(x):
+    if isinstance(x, float): return math.isfinite(x)
+    return x is None or isinstance(x, (bool, int, str)) or isinstance(x, tuple) and all(map(_stores, x))
 
 def fitted(
     what:str, # the field's name, for the message
@@ -156,7 +158,8 @@ def fitted(
     if kinds == (float,) and type(x) is int: x = float(x)
     if int in kinds and float not in kinds and type(x) is float and x.is_integer(): x = int(x)
     if (type(x) in kinds or type(x) is int and float in kinds) and _stores(x): return x
-    said = " or ".join({int: "a whole number", float: "a finite number", bool: "True or False", str: "text", tuple: "a tuple of numbers or text", types.NoneType: "None"}[k] for k in kinds)
+    said = " or ".join({int: "a whole number", float: "a finite number", bool: "True or False", str: "text",
+        tuple: "a tuple of numbers or text", types.NoneType: "None"}[k] for k in kinds)
     hint = f": write {what}={x} without quotation marks" if isinstance(x, str) and {int, float} & set(kinds) and re.fullmatch(r"-?\d+(\.\d+)?", x) else ""
     raise ConfigError(f"{what} must be {said}, got {value!r} ({type(value).__name__}){hint}")
 

@@ -275,7 +275,8 @@ def load_checkpoint(path)->tuple|None: # tensors and meta; None when there is no
     try:
         open_regular(path).close()
         with safe_open(path, "pt") as f: tensors, about = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-        if about.get("sha256") != _state_digest(tensors, about.get("meta", "")): raise ValueError("it does not hold what was written" if "sha256" in about else "it has no checksum")
+        if about.get("sha256") != _state_digest(tensors, about.get("meta", "")):
+            raise ValueError("it does not hold what was written" if "sha256" in about else "it has no checksum")
         return tensors, json.loads(about["meta"])
     except Exception as e: distrust_checkpoint(path, e)
 

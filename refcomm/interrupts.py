@@ -55,4 +55,5 @@ class Interruptible:
         for s, handler in self.before.items():
             signal.signal(s, handler)
             outer = getattr(handler, "__self__", None)
-            if isinstance(outer, Interruptible) and isinstance(error, Interrupted): outer.signum, outer.heard, outer.ended = error.signum, time.monotonic(), True
+            if isinstance(outer, Interruptible) and isinstance(error, Interrupted):
+                outer.signum, outer.heard, outer.ended = error.signum, time.monotonic(), True

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from conftest import free_port
 from refcomm.core import ConfigError, generator, seeded_init
-from refcomm.distributed import agree, join_processes, sum_over_processes
+from refcomm.distributed import agree, any_process, join_processes, sum_over_processes
 from refcomm.training.ensemble import Ensemble
 from refcomm.papers.patch.run import settings_of
 from refcomm.papers.iac import items as iac
@@ -36,6 +36,21 @@ def trained(checkpoint=None, **changes):
     return fitted.history.loss.tolist(), [p.detach().clone() for p in e.parameters()]
 
 
+class Cut(Exception): pass
+
+
+def noisy(checkpoint=None, steps=10**6):
+    "Each process draws noise of its own; after so many batches the power goes."
+    with seeded_init(0): e = Ensemble([torch.nn.Linear(5, 3)])
+    left = iter(range(steps))
+    def loss(i, generators):
+        if next(left, None) is None: raise Cut
+        return e.map(lambda m, x, n: F.cross_entropy(m(x + n), x[:, :3].argmax(-1)), X[i], torch.randn(1, i.shape[1], 5, generator=generators[0]))
+    def validate(): return {k: e.map(lambda m: F.cross_entropy(m(X), X[:, :3].argmax(-1))) for k in ("accuracy", "loss")}
+    fitted = fit(e, loss, validate, 40, TrainSettings(epochs=3, batch_size=4, lr=.05, accumulate=2), [0], checkpoint=checkpoint, checkpoint_seconds=0, report=lambda *_: None)
+    return fitted.history.drop(columns="seconds"), [p.detach().clone() for p in e.parameters()]
+
+
 def one_of_two(rank, port, folder):
     os.environ |= {k: str(v) for k, v in dict(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items()}
     torch.set_num_threads(1)
@@ -46,7 +61,11 @@ def one_of_two(rank, port, folder):
     for a, b in zip(expected[1], got[1]): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert trained(os.path.join(folder, "training.safetensors"))[0] == got[0], "resumed at its end"
     with pytest.raises(ConfigError, match="2 processes cannot share the 3 batches of a step"): trained(accumulate=3)
-    assert agree([rank == 0, True, False]) == [True, True, False]
+    whole = noisy()
+    with pytest.raises(Cut): noisy(os.path.join(folder, "noisy.safetensors"), 8)
+    again = noisy(os.path.join(folder, "noisy.safetensors"))
+    assert again[0].equals(whole[0]) and all(torch.equal(a, b) for a, b in zip(again[1], whole[1])), "each goes on with its own noise"
+    assert agree([rank == 0, True, False]) == [True, True, False] and any_process([rank == 1, False]) == [True, False]
     x = torch.full((2,), rank + 1.)
     sum_over_processes(x)
     assert x.tolist() == [3, 3]
@@ -55,7 +74,7 @@ def one_of_two(rank, port, folder):
 
 def test_two_processes_train_what_one_trains(tmp_path):
     mp.spawn(one_of_two, (free_port(), str(tmp_path)), nprocs=2)
-    assert [p.name for p in tmp_path.iterdir()] == ["training.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["noisy.safetensors", "training.safetensors"]
 
 
 def test_torchrun_makes_one_record_of_each_run(home, tmp_path):

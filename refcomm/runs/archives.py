@@ -127,7 +127,8 @@ def _check_member(name, size):
 def _check_room(total, path, folder):
     most = max(2**30, 100*Path(path).stat().st_size)
     if total > most: raise RecordError(f"it unpacks to {total} bytes, more than a hundred times its own size")
-    if total > .9*shutil.disk_usage(folder).free: raise StoreError(f"the {total} bytes of {path} do not fit on the disk: free some space, or set REFCOMM_HOME to another disk")
+    if total > .9*shutil.disk_usage(folder).free:
+        raise StoreError(f"the {total} bytes of {path} do not fit on the disk: free some space, or set REFCOMM_HOME to another disk")
 
 # %% ../../nbs/69_runs.archives.ipynb #86a00016
 def _store_member(f, file, size)->str: # its checksum
@@ -165,7 +166,8 @@ def _unpack(path, folder)->list: # sentences about what is wrong
         problems.append(f"it was cut short or damaged ({type(e).__name__}: {e})")
     except tarfile.TarError as e: problems.append(f"it is no tar file, or damaged ({e})")
     missing = sorted(set(listed or {}) - set(seen))
-    if missing: problems.append(f"{len(missing)} of the {len(listed)} files in its list are missing: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
+    if missing:
+        problems.append(f"{len(missing)} of the {len(listed)} files in its list are missing: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
     problems += [f"{name} does not match its checksum" for name, sha in seen.items() if listed and listed[name][1] != sha]
     if listed is None and not seen and not problems: problems.append("it holds no records")
     return problems
@@ -179,7 +181,8 @@ def _checked(check, store, also)->tuple: # keys of the sound records, sentences 
             if not (spec_class(e) or e in also or (store.root/e).is_dir()): raise RecordError(f"run {e}/{k} is of an unknown experiment")
             record = check.read(e, k)
             with pq.ParquetFile(record.path/"history.parquet") as history: rows = history.metadata.num_rows
-            if isinstance(record.spec.get("epochs"), int) and rows > max(1, record.spec["epochs"]): raise RecordError(f"run {e}/{k} has a history of {rows} rows, more than its {record.spec['epochs']} epochs")
+            if isinstance(record.spec.get("epochs"), int) and rows > max(1, record.spec["epochs"]):
+                raise RecordError(f"run {e}/{k} has a history of {rows} rows, more than its {record.spec['epochs']} epochs")
             sound.append((e, k))
         except (RecordError, StoreError) as error: problems.append(str(error))
         except Exception as error: problems.append(f"run {e}/{k} is unreadable: {type(error).__name__}: {error}")
@@ -196,9 +199,11 @@ def import_runs(
     folder, held = store.own_folder("import")
     with held, disk_errors(store.root):
         try: problems = _unpack(path, folder)
-        except RecordError as e: raise RecordError(f"cannot read archive {path}: {str(e).removeprefix(f'cannot read archive {path}: ')}: nothing was imported") from None
+        except RecordError as e:
+            raise RecordError(f"cannot read archive {path}: {str(e).removeprefix(f'cannot read archive {path}: ')}: nothing was imported") from None
         sound, bad = _checked(Store(folder), store, also)
-        if (problems := problems + bad) and not (partial and sound): raise RecordError(f"archive {path}: {problems[0]}{f' (and {len(problems) - 1} more)' if problems[1:] else ''}: nothing was imported" + ("; --partial takes the runs that are sound" if sound else ""))
+        if (problems := problems + bad) and not (partial and sound):
+            raise RecordError(f"archive {path}: {problems[0]}{f' (and {len(problems) - 1} more)' if problems[1:] else ''}: nothing was imported" + ("; --partial takes the runs that are sound" if sound else ""))
         for e, k in sound:
             with store.lock(e, k):
                 into = new

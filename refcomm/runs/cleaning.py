@@ -17,7 +17,8 @@ from .store import FILES, MARKER, NAME, OWN, Store
 
 # %% ../../nbs/70_runs.cleaning.ipynb #87a00007
 _DRIVER, _RUN = "(progress|import|slurm|ray)-[0-9a-f]{8,32}", "[a-z][a-z0-9_]*-[0-9a-f]{16}"
-MADE = {"tmp": re.compile(f"{_DRIVER}|[0-9a-f]{{16}}-[0-9a-f]{{32}}"), "unfinished": re.compile(_RUN), "set-aside": re.compile(f"{_RUN}-[0-9a-f]{{6}}"), "locks": re.compile(rf"({_DRIVER}|{_RUN}|clean)\.lock")} # names in a store's own folders
+MADE = {"tmp": re.compile(f"{_DRIVER}|[0-9a-f]{{16}}-[0-9a-f]{{32}}"), "unfinished": re.compile(_RUN),
+    "set-aside": re.compile(f"{_RUN}-[0-9a-f]{{6}}"), "locks": re.compile(rf"({_DRIVER}|{_RUN}|clean)\.lock")} # names in a store's own folders
 
 def _names(path): # without what operating systems leave in folders
     try: return sorted(n for n in os.listdir(path) if not DROPPINGS.fullmatch(n))
@@ -33,7 +34,9 @@ def foreign(
         if name == MARKER: continue
         if not (root/name).is_dir(): found.append(root/name)
         elif name in MADE: found += [root/name/n for n in inside if not MADE[name].fullmatch(n)]
-        else: found += [root/name] if not inside else [root/name/n for n in inside if not NAME.fullmatch(f"{name}/{n}/record.json") or not set(_names(root/name/n)) <= set(FILES)]
+        else:
+            found += [root/name] if not inside else [root/name/n for n in inside
+                if not NAME.fullmatch(f"{name}/{n}/record.json") or not set(_names(root/name/n)) <= set(FILES)]
     return found
 
 def recognise(
@@ -42,7 +45,8 @@ def recognise(
 ):
     "Raise a `ConfigError` for a folder that is no store; mark one that was made before stores were marked."
     if (store.root/MARKER).is_file() or not _names(store.root): return
-    if (others := foreign(store.root)) and not adopt: raise ConfigError(f"{others[0]} was not made by refcomm, and {store.root} has no file {MARKER}: nothing was removed. If it is a store of runs, say so with --adopt")
+    if (others := foreign(store.root)) and not adopt:
+        raise ConfigError(f"{others[0]} was not made by refcomm, and {store.root} has no file {MARKER}: nothing was removed. If it is a store of runs, say so with --adopt")
     store.make()
 
 # %% ../../nbs/70_runs.cleaning.ipynb #87a00010
@@ -110,7 +114,8 @@ def clean(
         for part in ("set-aside", "unfinished", "tmp"):
             for path in (store.root/part/n for n in _names(store.root/part)):
                 if not MADE[part].fullmatch(path.name): done.others.append(path); continue
-                locks = [path.name] if part != "tmp" or re.match(_DRIVER, path.name) else [p.stem for p in (store.root/"locks").glob(f"*-{path.name[:16]}.lock")]
+                locks = [path.name] if part != "tmp" or re.match(_DRIVER, path.name) else [p.stem
+                    for p in (store.root/"locks").glob(f"*-{path.name[:16]}.lock")]
                 with contextlib.ExitStack() as held:
                     free = all([held.enter_context(_free(store, name)) for name in (locks if part != "set-aside" else [])])
                     if free and not (part == "tmp" and _busy(path)): _remove(path, done)

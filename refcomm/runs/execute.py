@@ -104,7 +104,8 @@ def _unfinished(store, specs): return store.root/"unfinished"/f"{specs[0].experi
 def _follow(specs, store, device)->list: # keys
     "Take part in what the first process makes; that one keeps checkpoints and writes the records."
     if members := [s for s, wanted in zip(specs, agree([False]*len(specs))) if wanted]:
-        importlib.import_module(type(specs[0]).__module__).run(members, Context(device, _checkpoint(_unfinished(store, specs), members), lambda done, text: None))
+        importlib.import_module(type(specs[0]).__module__).run(members,
+            Context(device, _checkpoint(_unfinished(store, specs), members), lambda done, text: None))
     agree([True])
     return [run_key(s) for s in specs]
 
@@ -112,7 +113,8 @@ def _reporter(path):
     "Write progress to a file, for a driver that watches it."
     def say(done, text):
         tmp = Path(f"{path}.{uuid.uuid4().hex}")
-        with contextlib.suppress(OSError): tmp.write_text(json.dumps([done, text]), encoding="utf-8"); os.replace(tmp, path) # a lost report is no reason to stop
+        with contextlib.suppress(OSError):
+            tmp.write_text(json.dumps([done, text]), encoding="utf-8"); os.replace(tmp, path) # a lost report is no reason to stop
     return say
 
 # %% ../../nbs/72_runs.execute.ipynb #a6df4eae
@@ -167,7 +169,8 @@ def _note_used(records):
 
 def _make(stacks, n_stacks, jobs, store, device, executor, logger, weights, desc):
     if not stacks: return
-    with progress_bar(sum(map(len, stacks)), desc, unit="run", bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} {unit}s [{elapsed}<{remaining}{postfix}]") as bar:
+    with progress_bar(sum(map(len, stacks)), desc, unit="run",
+        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.1f}/{total} {unit}s [{elapsed}<{remaining}{postfix}]") as bar:
         if jobs == 1 and executor == "local": _inline(stacks, store, device, logger, weights, bar)
         elif not isinstance(executor, str): _submit(stacks, store, device, logger, weights, bar, executor)
         else:

@@ -140,8 +140,10 @@ def _tensor_bytes(tensors, what)->bytes:
     from safetensors.torch import save
     own, seen = {}, set()
     for k, v in tensors.items():
-        if not isinstance(k, str) or not isinstance(v, torch.Tensor): raise RecordError(f"{what}[{k!r}] is {type(v).__name__}, which cannot be stored there: use text for names, and tensors")
-        if v.layout != torch.strided or v.is_quantized: raise RecordError(f"{what}[{k!r}] is a tensor of layout {v.layout} and type {v.dtype}, which cannot be stored: make it dense")
+        if not isinstance(k, str) or not isinstance(v, torch.Tensor):
+            raise RecordError(f"{what}[{k!r}] is {type(v).__name__}, which cannot be stored there: use text for names, and tensors")
+        if v.layout != torch.strided or v.is_quantized:
+            raise RecordError(f"{what}[{k!r}] is a tensor of layout {v.layout} and type {v.dtype}, which cannot be stored: make it dense")
         v = v.detach().cpu().contiguous()
         shared = v.untyped_storage().data_ptr() in seen or v.untyped_storage().nbytes() != v.nbytes
         own[k] = v.clone() if shared else v
@@ -160,7 +162,8 @@ def _history_bytes(history)->bytes:
     except Exception as e:
         for c in table:
             try: table[[c]].to_parquet(io.BytesIO(), index=False)
-            except Exception: raise RecordError(f"history[{c!r}] holds {', '.join(sorted({type(v).__name__ for v in table[c]}))}, which cannot be stored: use numbers or text") from None
+            except Exception:
+                raise RecordError(f"history[{c!r}] holds {', '.join(sorted({type(v).__name__ for v in table[c]}))}, which cannot be stored: use numbers or text") from None
         raise RecordError(f"history cannot be stored: {e}") from None
     return out.getvalue()
 
@@ -189,17 +192,23 @@ def body_errors(
     "What is wrong with the form of a record: kinds of Spec, rows, summary, provenance and files."
     if not isinstance(body, dict): return [f"it holds {type(body).__name__}, not a record"]
     kinds = dict(experiment=str, version=int, spec=dict, rows=list, summary=dict, provenance=dict, files=dict)
-    if wrong := [f"its {k} is {'missing' if k not in body else type(body[k]).__name__}" for k, kind in kinds.items() if not isinstance(body.get(k), kind)]: return wrong
+    if wrong := [f"its {k} is {'missing' if k not in body else type(body[k]).__name__}" for k, kind in kinds.items() if not isinstance(body.get(k), kind)]:
+        return wrong
     wrong = [f"its provenance has no {k}, or one of another kind" for k, kind in PROVENANCE.items() if not isinstance(body["provenance"].get(k), kind)]
-    if not wrong and not (body["provenance"]["seconds"] >= 0 and body["provenance"]["trained_together"] >= 1): wrong.append("its provenance has times or members below what is possible")
+    if not wrong and not (body["provenance"]["seconds"] >= 0 and body["provenance"]["trained_together"] >= 1):
+        wrong.append("its provenance has times or members below what is possible")
     wrong += [f"row {i} is {type(r).__name__}, not a table of names and values" for i, r in enumerate(body["rows"]) if not isinstance(r, dict)][:3]
-    wrong += [f"its Spec's {k} is {type(v).__name__}" for k, v in body["spec"].items() if not (_scalar(v) or isinstance(v, list) and all(_scalar(x) or isinstance(x, list) for x in v))]
+    wrong += [f"its Spec's {k} is {type(v).__name__}" for k, v in body["spec"].items()
+        if not (_scalar(v) or isinstance(v, list) and all(_scalar(x) or isinstance(x, list) for x in v))]
     if (cls := spec_class(body["experiment"])) and cls.version == body["version"]:
         fields = {f.name: f.type for f in dataclasses.fields(cls)}
-        wrong += [f"its Spec's {k} is {v!r}, but it is to be {getattr(fields[k], '__name__', fields[k])}" for k, v in body["spec"].items() if k in fields and not _fits(fields[k], v)]
+        wrong += [f"its Spec's {k} is {v!r}, but it is to be {getattr(fields[k], '__name__', fields[k])}" for k,
+            v in body["spec"].items() if k in fields and not _fits(fields[k], v)]
     expected = [set(FILES[1:]), set(FILES[1:3])]
-    if set(body["files"]) not in expected: wrong.append(f"it names the files {', '.join(sorted(map(str, body['files'])))[:80] or 'none'}, and a record has {', '.join(FILES[1:3])}, and perhaps {FILES[3]}")
-    elif not all(isinstance(sha, str) and re.fullmatch("[0-9a-f]{64}", sha) for sha in body["files"].values()): wrong.append("the checksums of its files are none")
+    if set(body["files"]) not in expected:
+        wrong.append(f"it names the files {', '.join(sorted(map(str, body['files'])))[:80] or 'none'}, and a record has {', '.join(FILES[1:3])}, and perhaps {FILES[3]}")
+    elif not all(isinstance(sha, str) and re.fullmatch("[0-9a-f]{64}", sha) for sha in body["files"].values()):
+        wrong.append("the checksums of its files are none")
     return wrong
 
 # %% ../../nbs/68_runs.store.ipynb #82177125
@@ -208,7 +217,8 @@ def _reading(what, path): # names what cannot be read; what may pass by itself (
     try: yield
     except (FileNotFoundError, NotADirectoryError): raise RecordError(f"run {what} is incomplete: {path.name} is missing") from None
     except OSError as e:
-        if e.errno in (errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG, errno.ENXIO): raise RecordError(f"run {what} is unreadable: {path.name}: {e.strerror}") from None
+        if e.errno in (errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG, errno.ENXIO):
+            raise RecordError(f"run {what} is unreadable: {path.name}: {e.strerror}") from None
         raise StoreError(f"cannot read {path}: {e}") from e
 
 def _read_record(store, experiment:str, key:str)->RunRecord:
@@ -226,7 +236,8 @@ def _read_record(store, experiment:str, key:str)->RunRecord:
     for file, sha in body["files"].items():
         with _reading(name, path/file), open_regular(path/file) as f: found = hashlib.file_digest(f, "sha256").hexdigest()
         if found != sha: raise RecordError(f"run {name} was edited or cut short: {file} does not match its checksum")
-    return RunRecord(experiment, key, body["spec"], body["rows"], body["summary"], body["provenance"], path, tuple(f for f in FILES if f == "record.json" or f in body["files"]))
+    return RunRecord(experiment, key, body["spec"], body["rows"], body["summary"], body["provenance"], path,
+        tuple(f for f in FILES if f == "record.json" or f in body["files"]))
 
 # %% ../../nbs/68_runs.store.ipynb #82177124
 NAME = re.compile(rf"[a-z][a-z0-9_]*/[0-9a-f]{{16}}/({'|'.join(map(re.escape, FILES))})")
@@ -246,7 +257,8 @@ class Store:
         if (self.root/MARKER).exists(): return
         with disk_errors(self.root):
             make_folder(self.root)
-            with contextlib.suppress(FileExistsError), open(self.root/MARKER, "x", encoding="utf-8") as f: f.write("Runs of refcomm: `refcomm runs list` shows them, `refcomm runs clean` tidies up.\n")
+            with contextlib.suppress(FileExistsError), open(self.root/MARKER, "x", encoding="utf-8") as f:
+                f.write("Runs of refcomm: `refcomm runs list` shows them, `refcomm runs clean` tidies up.\n")
 
     def lock(self, experiment, key):
         "The run's lock, a context manager; the same process may take it again."
@@ -333,7 +345,8 @@ class Store:
         "Write a record. What cannot be stored is a `RecordError` that names it."
         files = {"tensors.safetensors": _tensor_bytes(result.tensors, "tensors"), "history.parquet": _history_bytes(result.history)}
         if weights and result.weights: files["weights.safetensors"] = _tensor_bytes(result.weights, "weights")
-        body = dict(experiment=spec.experiment, version=spec.version, spec=spec_fields(spec), rows=_plain(result.rows, "rows"), summary=_plain(result.summary, "summary"), provenance=_plain(origin, "provenance"),
+        body = dict(experiment=spec.experiment, version=spec.version, spec=spec_fields(spec),
+            rows=_plain(result.rows, "rows"), summary=_plain(result.summary, "summary"), provenance=_plain(origin, "provenance"),
                     files={k: digest(v) for k,v in files.items()})
         if wrong := body_errors(body): raise RecordError(f"run {spec.experiment}/{run_key(spec)} cannot be stored: {'; '.join(wrong[:3])}")
         self._place(spec.experiment, run_key(spec), {**files, "record.json": _json(dict(sha256=digest(body), body=body))})
@@ -363,7 +376,8 @@ class Store:
     def ready(self, specs):
         "Find out before training whether its results can be written: the Specs' fields, the packages, the disk."
         for s in specs: digest(spec_fields(s))
-        empty = dict(files={k: digest(v) for k, v in {"tensors.safetensors": _tensor_bytes(dict(x=torch.zeros(1)), "tensors"), "history.parquet": _history_bytes(dict(epoch=[0]))}.items()})
+        empty = dict(files={k: digest(v) for k, v in {"tensors.safetensors": _tensor_bytes(dict(x=torch.zeros(1)),
+            "tensors"), "history.parquet": _history_bytes(dict(epoch=[0]))}.items()})
         probe = self.root/"tmp"/f"{run_key(specs[0])}-{uuid.uuid4().hex}"
         self.make()
         with disk_errors(self.root):

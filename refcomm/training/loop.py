@@ -157,7 +157,8 @@ class Training:
 
     def meta(self, shape):
         groups = [{k: v for k,v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        return dict(epoch=self.epoch, step=self.step, lr=self.lr, history=self.history, scaler=self.scaler.state_dict(), groups=groups, shape=shape, device=self.total.device.type)
+        return dict(epoch=self.epoch, step=self.step, lr=self.lr, history=self.history, scaler=self.scaler.state_dict(),
+            groups=groups, shape=shape, device=self.total.device.type)
 
     def mode(self,
         name:str, # "train" or "eval"
@@ -205,18 +206,25 @@ def misfit(
     if other := [k for k in shape if found.get(k) != shape[k]]: return f"it belongs to another model, data or setting: {', '.join(other)}"
     kinds = dict(epoch=int, step=int, lr=(int, float), history=list, scaler=dict, groups=list, device=str)
     if bad := [k for k, kind in kinds.items() if not isinstance(meta.get(k), kind)]: return f"its {bad[0]} is missing or of another kind"
-    if not (0 <= meta["epoch"] <= t.settings.epochs and 0 <= meta["step"] <= t.batches and len(meta["history"]) == meta["epoch"]*len(t.seeds)): return "its epoch, step and history do not fit each other"
-    own, params = t.tensors() | {f"noise_generators.{i} of {rank}": g.get_state() for rank in range(1, t.size) for i, g in enumerate(t.noise_generators)}, [p for g in t.optimizer.param_groups for p in g["params"]]
+    if not (0 <= meta["epoch"] <= t.settings.epochs and 0 <= meta["step"] <= t.batches and len(meta["history"]) == meta["epoch"]*len(t.seeds)):
+        return "its epoch, step and history do not fit each other"
+    own, params = t.tensors() | {f"noise_generators.{i} of {rank}": g.get_state() for rank in range(1, t.size) for i,
+        g in enumerate(t.noise_generators)}, [p for g in t.optimizer.param_groups for p in g["params"]]
     if missing := sorted(k for k in own if k not in tensors and not k.startswith("optimizer.")): return f"it has no {missing[0]}"
     if len(meta["groups"]) != len(t.optimizer.param_groups): return "its optimiser has other groups of parameters"
     for k, v in own.items():
         elsewhere = k.startswith("noise_generators") and meta["device"] != t.total.device.type # states of another kind of device
-        if not (k == "order" or elsewhere) and (tensors[k].shape, tensors[k].dtype) != (v.shape, v.dtype): return f"its {k} is {tensors[k].dtype} {list(tensors[k].shape)}, not {v.dtype} {list(v.shape)}"
+        if not (k == "order" or elsewhere) and (tensors[k].shape, tensors[k].dtype) != (v.shape, v.dtype):
+            return f"its {k} is {tensors[k].dtype} {list(tensors[k].shape)}, not {v.dtype} {list(v.shape)}"
     moments = [k.split(".", 2) for k in tensors if k.startswith("optimizer.")]
-    if any(not i.isdigit() or int(i) >= len(params) or tensors[f"optimizer.{i}.{n}"].numel() > 1 and tensors[f"optimizer.{i}.{n}"].shape != params[int(i)].shape for _, i, n in moments): return "its optimiser's state does not fit the parameters"
+    if any(not i.isdigit() or int(i) >= len(params) or tensors[f"optimizer.{i}.{n}"].numel() > 1
+        and tensors[f"optimizer.{i}.{n}"].shape != params[int(i)].shape for _, i, n in moments):
+        return "its optimiser's state does not fit the parameters"
     if len({frozenset(n for _, j, n in moments if j == i) for _, i, _ in moments}) > 1: return "its optimiser's state is incomplete"
     order = tensors["order"]
-    if (meta["step"] or meta["epoch"]) and not (order.dtype == torch.int64 and order.shape[:1] == (len(t.seeds),) and order.numel() and 0 <= order.min() and order.max() < t.n_items): return "its order of items is none"
+    if (meta["step"] or meta["epoch"]) and not (order.dtype == torch.int64 and order.shape[:1] == (len(t.seeds),)
+        and order.numel() and 0 <= order.min() and order.max() < t.n_items):
+        return "its order of items is none"
     return ""
 
 def resume(
@@ -234,7 +242,8 @@ def resume(
         except Exception as e: why = f"{type(e).__name__}: {e}"
     good = agree([bool(found) and not why])[0]
     if good and t.rank: t.load(*load_checkpoint(checkpoint))
-    if good and found and found[1]["device"] != t.total.device.type: warnings.warn(f"training that was begun on {found[1]['device']} goes on on {t.total.device.type}: noise is drawn anew from here, and rounding differs")
+    if good and found and found[1]["device"] != t.total.device.type:
+        warnings.warn(f"training that was begun on {found[1]['device']} goes on on {t.total.device.type}: noise is drawn anew from here, and rounding differs")
     if not why: return t
     distrust_checkpoint(checkpoint, why)
     if before: t.ensemble.load_full_state(before)
@@ -289,7 +298,8 @@ def fit(
     "Train `ensemble` in place and leave it with the weights that `settings.keep` names."
     seeds, (path, owner) = list(seeds), checkpoint_of(checkpoint)
     if len(seeds) != ensemble.n_members: raise ConfigError(f"{ensemble.n_members} members need as many seeds, got {len(seeds)}")
-    shape = dict(layout=3, owner=owner, processes=processes()[1], n_items=n_items, seeds=seeds, settings=repr(settings), lr_factors=[list(f) for f in lr_factors], parameters=[list(p.shape) for p in ensemble.parameters()])
+    shape = dict(layout=3, owner=owner, processes=processes()[1], n_items=n_items, seeds=seeds, settings=repr(settings),
+        lr_factors=[list(f) for f in lr_factors], parameters=[list(p.shape) for p in ensemble.parameters()])
     t = resume(lambda: Training(ensemble, settings, seeds, n_items, device, lr_factors), path, shape)
     bar = None if report else progress_bar(settings.epochs, "epochs", initial=t.epoch)
     say = report or (lambda done, text: (bar.set_postfix_str(text, refresh=False), bar.update(round(done*settings.epochs) - bar.n)))
@@ -326,7 +336,8 @@ def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop=Non
         with stop.hold(): train_step(t, loss, device, on_progress)
         due = time.monotonic() - t.saved > (checkpoint_seconds if t.kept else min(checkpoint_seconds, FIRST))
         halt = stop.pending
-        if t.size > 1: due, halt = (any_process([due and t.rank == 0, halt]) if (t.step // s.accumulate) % TOGETHER == 0 or t.step >= t.batches else (False, False))
+        if t.size > 1:
+            due, halt = (any_process([due and t.rank == 0, halt]) if (t.step // s.accumulate) % TOGETHER == 0 or t.step >= t.batches else (False, False))
         if due or halt and t.size > 1:
             with stop.hold(): save()
         if halt: stop.end()
