@@ -185,7 +185,7 @@ def fidelity(
     models = {s.model for s in specs}
     names += (("queue", "momentum") if "moco" in models else ()) + (("autoencoder_width",) if models & {"vqvae2", "patchvae"} else ())
     changed = [f"images: {data_name(specs)} (paper: ILSVRC-2012)", *differences(specs, vars(PatchSpec()) | dict(patch_size="32/16"), names, dict(batch_size="512 on 4 GPUs"))]
-    normed = "Scores of symbols are normalised over the patches of a batch (norm), which the text does not have: without it most of what differs between patches is brightness, and a short training uses few symbols. " if {s.norm for s in specs if s.model == "game"} - {None} else ""
+    normed = "The text does not normalise scores of symbols; without it a short training uses few of them. " if {s.norm for s in specs if s.model == "game"} - {None} else ""
     return (f"{', '.join(changed)}. S counts pixels of an image of 224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14. {normed}Of the text's settings, temperatures of the cosines (0.07), width of hidden layers, the strength of soft ranks and weight decay are not stated: they are the public code's, or ours. "
             + ("VQ-VAE-2 and PatchVAE reconstruct the speaker's views. " if models & {"vqvae2", "patchvae"} else "")
             + ("PatchVAE with S=16 is left out, as it would take a processor half an hour. " if any(s.model == "patchvae" for s in specs) and all(s.view_size//s.patch_size == 7 for s in specs if s.model == "patchvae") else "") +
