@@ -72,6 +72,7 @@ def footnote(
     *paragraphs:str, # wrapped to its width
 ):
     "Small print below everything that the figure shows."
+    figure.draw_without_rendering() # a constrained layout is made when the figure is drawn
     box, (w, h) = literal(figure).get_tightbbox(), figure.get_size_inches()
     lines = [line for p in paragraphs for line in textwrap.wrap(p, int(box.width*17))]
     figure.text(box.x0/w, (box.y0 - .12)/h, "\n".join(lines), fontsize=7, color="#666", va="top", parse_math=False)

@@ -181,6 +181,7 @@ def fidelity(
     specs, # PatchSpecs of one item
 )->str: # sentences
     "What differs from the paper, read off the table of deviations and the Specs."
+    specs = [s for s in specs if s.trained] or specs
     fine = any(s.model == "patchvae" for s in specs) and all(s.view_size//s.patch_size == 7 for s in specs if s.model == "patchvae")
     return (f"Images: {data_name(specs)} (paper: ILSVRC-2012). {note('patch', specs)} S counts pixels of an image of 224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14."
             + " PatchVAE with S=16 is left out, as it would take a processor half an hour."*fine)
