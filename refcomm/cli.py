@@ -90,7 +90,7 @@ def reproduce_item(
         with disk_errors(executed), used_runs() as used: _in_thread(item, work)
     except papermill.PapermillExecutionError as e: return "failed", executed, f"{e.ename}: {e.evalue}"
     except (DeadKernelError, RefcommError) as e: return "failed", executed, str(e)
-    if used and profile != "smoke": keep_item(item, used, parameters)
+    if used and profile != "smoke" and "REFCOMM_STAMPS" not in os.environ: keep_item(item, used, parameters)
     with write_atomic(state_file) as tmp: tmp.write_text(json.dumps(_state(item, path, parameters, profile)), encoding="utf-8")
     return "done", executed, ""
 
@@ -236,6 +236,7 @@ def redraw(
     from_store:bool = typer.Option(False, "--from-store", help="read the runs of your store and keep them as records, in place of reading records"),
     profile:str = typer.Option("cpu", help="with --from-store: cpu | gpu | paper"),
     parameters:list[str] = typer.Option([], "-p", help="with --from-store: name=value, for the notebook's parameters cell"),
+    into:Path = typer.Option(None, help="the folder for what is redrawn; the one that has the records when none is named"),
     check:bool = typer.Option(False, "--check", help="only say which items have no records, or older ones than the code"),
 ):
     "Make figures, statistics and claims again from kept runs, without training."
@@ -252,7 +253,7 @@ def redraw(
         try:
             if from_store: results.append((item, *_from_store(item, path, dict(parse_parameters(parameters), profile=check_choice("profile", profile, PROFILES), jobs=1))))
             else:
-                with kept_store(item) as given: status, _, message = reproduce_item(item, path, dict(given, jobs=1), force=True)
+                with kept_store(item, into=into and into.expanduser().absolute()) as given: status, _, message = reproduce_item(item, path, dict(given, jobs=1), force=True)
                 results.append((item, status.replace("done", "redrawn"), message))
         except ConfigError as e: results.append((item, "no records" if str(e).startswith("no records") else "failed", str(e)))
     print_table(None, ("item", "", ""), results)

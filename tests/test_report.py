@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
+from refcomm.papers.claims import counted
 from refcomm.publish import catalogue, report
 from refcomm.core import ConfigError, StoreError
 from refcomm.publish.figures import save
@@ -58,6 +59,9 @@ def folder(tmp_path):
     return d
 
 
+PLAIN = dict(id="a", sentence="b", test="c", source="", kind="result", ours=False, numbers={}, intervals={}, verdict="refuted", cause="", power="", decide="")
+
+
 def edit(path, **changes): path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
@@ -68,7 +72,7 @@ def test_every_item_once(html):
     assert sorted(shown) == sorted(f"{r['paper']}-{r['item']}" for r in recipes) and len(shown) == len(set(shown))
     text = " ".join(page.texts)
     for r in recipes:
-        for part in (r["note"], r["runs"], r["command"], *(c["statement"] for c in r["claims"])): assert part in text
+        for part in (r["note"], r["runs"], r["command"], *(c["sentence"] for c in r["claims"])): assert part in text
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids)) and {a["href"][1:] for a in page.all("a") if a["href"].startswith("#")} <= set(ids)
 
@@ -102,24 +106,23 @@ def test_nothing_is_fetched(html):
 
 
 def test_the_ledger_counts_what_the_recipes_claim(html):
-    claims = {json.dumps([r["paper"], c], sort_keys=True): (r["paper"], report.VERDICTS[c["verdict"]])
-              for r in (json.loads(p.read_text()) for p in FIGURES.glob("*.json")) for c in r["claims"]}
+    claims = {c["id"]: (r["paper"], c) for r in (json.loads(p.read_text()) for p in FIGURES.glob("*.json")) for c in r["claims"]}
     rows = [(a["data-paper"], a["data-verdict"]) for a in Reader(html).all("tr", class_="claim")]
-    assert sorted(rows) == sorted(claims.values())
-    verdicts = [v for _, v in rows]
-    assert f"Of {len(rows)} claims, {verdicts.count('held')} held and {verdicts.count('failed')} failed here" in html
+    assert sorted(rows) == sorted((paper, c["verdict"]) for paper, c in claims.values())
+    n = counted([c for _, c in claims.values()])
+    assert f"Of {sum(n.values())} claims of the papers" in html and all(f"{k} {'are ' if i == 0 else ''}{v}" in html for i, (v, k) in enumerate(n.items()) if k)
 
 
 def test_texts_are_escaped(folder):
     evil = "</script><img src=x onerror=alert(1)> & \"quotes\" '"
-    claim = dict(id="eqc.x", statement=evil, evidence="a < b", numbers={evil: 1.}, verdict="untested")
+    claim = dict(id="eqc.x", sentence=evil, test="a < b", source=evil, kind="result", ours=False, numbers={evil: 1.}, intervals={}, verdict="untestable here", cause=evil, power="", decide=evil)
     edit(folder/"eqc_table5.json", title=evil, note=evil, runs=evil, data=evil, command=evil, seeds=[evil], claims=[claim])
     t = pd.read_csv(folder/"eqc_table5.csv"); t["row"] = t["column"] = t["note"] = evil; t.to_csv(folder/"eqc_table5.csv", index=False)
     (folder/"<b>.json").write_text("{}")
     html = report.page(*report.read_items(folder), {"eqc/<i>": evil})
     page = Reader(html)
     assert evil in page.texts and "<b>.json has no paper" in "".join(page.texts) and not [a for _, a in page.tags if "onerror" in a]
-    assert len(page.all("img")) == 3 and evil not in html and "<b>.json" not in html and "1 could not be tested" in html
+    assert len(page.all("img")) == 3 and evil not in html and "<b>.json" not in html and "1 are untestable here" in html
 
 
 @pytest.mark.parametrize("spoil, says", [
@@ -132,8 +135,8 @@ def test_texts_are_escaped(folder):
     (lambda d: edit(d/"eqc_table5.json", profile="cpuu"), "unknown profile in eqc_table5.json 'cpuu'"),
     (lambda d: edit(d/"eqc_table5.json", profile="smoke"), "eqc_table5 was made at smoke, which is no result"),
     (lambda d: edit(d/"eqc_table5.json", claims=[{}]), "a claim in eqc_table5.json has no id"),
-    (lambda d: edit(d/"eqc_table5.json", claims=[dict(id="a", statement="b", evidence="c", numbers=dict(x="y"), verdict="holds")]), "decided by what is not a number"),
-    (lambda d: edit(d/"eqc_table5.json", claims=[dict(id="a", statement="b", evidence="c", numbers={}, verdict="hods")]), "did you mean 'holds'"),
+    (lambda d: edit(d/"eqc_table5.json", claims=[dict(PLAIN, numbers=dict(x="y"))]), "decided by what is not a number"),
+    (lambda d: edit(d/"eqc_table5.json", claims=[dict(PLAIN, verdict="refuted?")]), "did you mean 'refuted'"),
     (lambda d: (d/"eqc_table5.png").unlink(), "No such file or directory: 'eqc_table5.png'"),
     (lambda d: (d/"eqc_table5.png").write_bytes((d/"eqc_table5.png").read_bytes()[:5000]), "eqc_table5: "),
     (lambda d: (d/"eqc_table5.png").write_text("<svg/>"), "cannot identify image file"),
@@ -203,7 +206,7 @@ def test_intervals_are_shown_where_they_were_kept(html, folder):
         low = numbers.low if "low" in numbers else pd.Series(dtype=float)
         assert len(shown[True]) == low.notna().sum() and all(" … " in i for i in shown[True]) and shown[False] <= {"–", "one seed", "3 seeds"}
         if low.notna().any(): assert (numbers.low <= numbers.ours)[low.notna()].all() and (numbers.ours <= numbers.high)[low.notna()].all()
-    assert "95 % interval" in html and "seeds are drawn again" in html
+    assert "95 % interval" in html and "standard errors of both sides" in html
     t = pd.read_csv(folder/"eqc_table5.csv").assign(low=.1234, high=.5678)
     t.loc[0, ["low", "high"]] = float("nan")
     t.to_csv(folder/"eqc_table5.csv", index=False)
@@ -271,15 +274,15 @@ def test_in_a_browser(opened, html, scheme, width):
     rows = Reader(html).all("tr", class_="claim")
     visible = lambda: page.locator("tr.claim:visible").evaluate_all("rows => rows.map(r => [r.dataset.paper, r.dataset.verdict])")
     assert len(visible()) == len(rows)
-    page.locator("label", has_text="failed").click()
-    failed = [[a["data-paper"], a["data-verdict"]] for a in rows if a["data-verdict"] == "failed"]
+    page.locator("label", has_text="refuted").click()
+    failed = [[a["data-paper"], a["data-verdict"]] for a in rows if a["data-verdict"] == "refuted"]
     assert 0 < len(failed) < len(rows) and visible() == failed
     page.locator("label", has_text="sms").click()
     both = [f for f in failed if f[0] == "sms"]
     assert visible() == both and page.locator("output").inner_text() == f"{len(both)} of {len(rows)} claims"
     assert page.locator(".ledger tbody:visible").count() == 1, "headings of other papers are hidden as well"
-    page.locator("label", has_text="untested").click()
-    assert visible() == [f for f in ([a["data-paper"], a["data-verdict"]] for a in rows) if f == ["sms", "untested"]]
+    page.locator("label", has_text="untestable here").click()
+    assert visible() == [f for f in ([a["data-paper"], a["data-verdict"]] for a in rows) if f == ["sms", "untestable here"]]
     page.locator("label", has_text="all").first.click(); page.locator("label", has_text="all").last.click()
     assert len(visible()) == len(rows) and fits()
     assert not said and not [u for u in asked if not u.startswith(("file:", "data:"))], (said, asked)

@@ -107,6 +107,7 @@ def kept_items(
 def kept_store(
     item:str, # "eqc/table5"
     folder=None, # of records; `records_dir()` when None
+    into=None, # the folder for figures; `figures_dir()` when None
 ):
     "A temporary home whose store holds an item's kept runs; training is refused in it."
     folder = Path(folder or records_dir())
@@ -115,7 +116,7 @@ def kept_store(
     with tempfile.TemporaryDirectory() as home:
         store = Store(Path(home)/"runs")
         for run in index["runs"]: unpack_run(folder/f"{run}.parquet", store)
-        changes = dict(REFCOMM_HOME=home, REFCOMM_FIGURES=str(figures_dir()), REFCOMM_TRAINING="refuse", REFCOMM_STAMPS=json.dumps(index["stamps"]))
+        changes = dict(REFCOMM_HOME=home, REFCOMM_FIGURES=str(into or figures_dir()), REFCOMM_TRAINING="refuse", REFCOMM_STAMPS=json.dumps(index["stamps"]))
         before = {k: os.environ.get(k) for k in changes}
         os.environ.update(changes)
         try: yield index["parameters"]

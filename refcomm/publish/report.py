@@ -69,7 +69,7 @@ def comparison(
 
 # %% ../../nbs/97_publish.report.ipynb #b89e3e55
 FIELDS = dict(paper=str, item=str, title=str, profile=str, data=str, note=str, runs=str, command=str, seeds=list, claims=list)
-CLAIM = dict(id=str, sentence=str, test=str, source=str, kind=str, ours=bool, numbers=dict, intervals=dict, verdict=str, cause=str, power=str)
+CLAIM = dict(id=str, sentence=str, test=str, source=str, kind=str, ours=bool, numbers=dict, intervals=dict, verdict=str, cause=str, power=str, decide=str)
 
 def heading(
     paper:str, # "eqc"

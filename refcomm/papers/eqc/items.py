@@ -274,14 +274,14 @@ def map_values(
     game, n = rows.game.iloc[0], rows.n_targets.max()
     table = rows.pivot_table(index="seed", columns=["quantised", "alphabet", "word_length"], values="accuracy")
     maps = {mode: table[mode] for mode in ("inference only", "train+inference")}
-    alphabets, lengths = sorted(set(rows.alphabet)), sorted(set(rows.word_length))
+    alphabets, lengths = sorted(set.intersection(*(set(m.columns.get_level_values(0)) for m in maps.values()))), sorted(set(rows.word_length))
     long, most, usual = lengths[-1], alphabets[-1], [w for w in lengths if w >= 8]
     diagonal = list(zip(alphabets, lengths))
     each = lambda make: {mode: estimate(make(m)) for mode, m in maps.items()}
     by_length = lambda m: sum(m[v, long] - m[v, usual[0]] for v in alphabets)/len(alphabets)
     by_alphabet = lambda m: sum(m[most, w] - m[alphabets[0], w] for w in usual)/len(usual)
     values = {
-        "capacity": dict(step={f"{mode}, {b[0]:g} symbols": estimate(m[b] - m[a], n) for mode, m in maps.items() for a, b in zip(diagonal, diagonal[1:])},
+        "capacity": dict(step={f"{mode}, {b[0]:g} symbols": estimate(m[b] - m[a], n) for mode, m in maps.items() for a, b in zip(diagonal, diagonal[1:])} or {"none": Estimate(float("nan"))},
                          whole=each(lambda m: m[most, long] - m[alphabets[0], lengths[0]])),
         "length-first": dict(more_by_length=each(lambda m: by_length(m) - by_alphabet(m))),
         "binary": dict(loss=each(lambda m: m[m.xs(long, axis=1, level=1).mean().idxmax(), long] - m[alphabets[0], long])),

@@ -1,0 +1,71 @@
+"Kept runs: what is committed redraws figures, and nothing is trained for it."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from refcomm.publish import records
+from refcomm.files import checkout
+from refcomm.papers.sms.items import grid
+from refcomm.runs.execute import execute
+from refcomm.runs.store import Store
+
+KEPT = records.kept_items(checkout()/"figures"/"records") if checkout() else {}
+
+
+def cli(*args, **env):
+    return subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", *args], capture_output=True, text=True, env={**os.environ, **env})
+
+
+@pytest.fixture
+def kept(tmp_path):
+    store, folder = Store(tmp_path/"runs"), tmp_path/"figures"/"records"
+    made = execute(grid("figure2", "smoke", 1), store=store)
+    records.keep_item("sms/figure2", [f"{r.experiment}/{r.key}" for r in made], dict(profile="smoke", n_seeds=1), folder, store)
+    return folder
+
+
+def test_redraw_makes_the_item_and_trains_nothing(kept, tmp_path):
+    r = cli("redraw", "sms/figure2", REFCOMM_FIGURES=str(kept.parent), REFCOMM_HOME=str(tmp_path/"home"))
+    assert r.returncode == 0 and "redrawn" in r.stdout, r.stdout + r.stderr
+    assert not (tmp_path/"home"/"runs").exists()
+
+
+def test_redraw_names_a_missing_run(kept, tmp_path):
+    index = json.loads((kept/"sms_figure2.json").read_text())
+    gone = index["runs"].pop()
+    (kept/"sms_figure2.json").write_text(json.dumps(index))
+    r = cli("redraw", "sms/figure2", REFCOMM_FIGURES=str(kept.parent), REFCOMM_HOME=str(tmp_path/"home"))
+    assert r.returncode == 1 and gone.split("/")[1] in " ".join(r.stdout.split()).replace(" ", ""), r.stdout
+
+
+def test_an_item_without_records_says_so(kept, tmp_path):
+    r = cli("redraw", "sms/figure3", REFCOMM_FIGURES=str(kept.parent), REFCOMM_HOME=str(tmp_path/"home"))
+    assert "no records" in r.stdout and r.returncode == 0
+
+
+def test_an_older_version_is_named(kept, monkeypatch):
+    from refcomm.papers.sms.run import SMSSpec
+    assert records.outdated(kept) == {}
+    monkeypatch.setattr(SMSSpec, "version", SMSSpec.version + 1)
+    assert "of version" in records.outdated(kept)["sms/figure2"]
+
+
+def test_what_is_committed_is_small_and_of_this_version():
+    folder = checkout()/"figures"/"records"
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 25*2**20
+    assert not records.outdated(folder)
+
+
+@pytest.mark.parametrize("item", sorted(KEPT))
+def test_every_committed_item_is_redrawn(item, tmp_path):
+    figures, stem = checkout()/"figures", item.replace("/", "_")
+    r = cli("redraw", item, "--into", str(tmp_path), REFCOMM_FIGURES=str(figures))
+    assert r.returncode == 0, r.stdout[-3000:]
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/f"{stem}.csv"), pd.read_csv(figures/f"{stem}.csv"))
+    old, new = (json.loads(Path(d/f"{stem}.json").read_text()) for d in (figures, tmp_path))
+    assert [(c["id"], c["verdict"], c["numbers"]) for c in new["claims"]] == [(c["id"], c["verdict"], c["numbers"]) for c in old["claims"]]
