@@ -71,7 +71,7 @@ def _claims(section)->list: # lines
     lines = ["| claim | verdict | cause | numbers |", "|---|---|---|---|"]
     for c in section["claims"]:
         whose = " (ours)" if c.get("ours") else ""
-        lines.append(f"| {cell(c['statement'])}{whose} | {c['verdict']} | {cell(c.get('cause') or '')} | {cell(_numbers(c))} |")
+        lines.append(f"| {cell(c['sentence'])}{whose} | {c['verdict']} | {cell(c.get('cause') or '')} | {cell(_numbers(c))} |")
     return lines
 
 def results_page(
