@@ -150,10 +150,11 @@ class Training:
         kept = {f"best_{k}": getattr(self.best, k) for k in ("accuracy", "loss", "epoch")}
         return {**opt, **streams, **best, **state, **kept, "order": self.order, "total": self.total}
 
-    def other_noise(self): # of the processes but the first; all of them call it
+    def of_others(self): # what differs between processes, of all but the first; all of them call it
         if self.size == 1: return {}
         states = gather_batches(torch.stack([g.get_state() for g in self.noise_generators]).to(self.total.device)).cpu().split(len(self.seeds))
-        return {f"noise_generators.{i} of {rank}": s for rank, own in enumerate(states) for i, s in enumerate(own) if rank}
+        noise = {f"noise_generators.{i} of {rank}": s for rank, own in enumerate(states) for i, s in enumerate(own) if rank}
+        return noise | {f"total of {rank}": own for rank, own in enumerate(gather_batches(self.total[None])) if rank}
 
     def meta(self, shape):
         groups = [{k: v for k,v in g.items() if k != "params"} for g in self.optimizer.param_groups]
@@ -180,7 +181,7 @@ class Training:
         for k,w in self.best.weights.items(): w.copy_(tensors[f"best.{k}"])
         for k in ("accuracy", "loss", "epoch"): setattr(self.best, k, tensors[f"best_{k}"])
         self.ensemble.load_full_state({k[6:]: v for k,v in tensors.items() if k.startswith("model.")})
-        self.order, self.total = tensors["order"], tensors["total"].to(self.total.device)
+        self.order, self.total = tensors["order"], tensors[f"total of {self.rank}" if self.rank else "total"].to(self.total.device)
         self.epoch, self.step, self.lr, self.history = (meta[k] for k in ("epoch", "step", "lr", "history"))
         self.scaler.load_state_dict(meta["scaler"])
 
@@ -208,8 +209,8 @@ def misfit(
     if bad := [k for k, kind in kinds.items() if not isinstance(meta.get(k), kind)]: return f"its {bad[0]} is missing or of another kind"
     if not (0 <= meta["epoch"] <= t.settings.epochs and 0 <= meta["step"] <= t.batches and len(meta["history"]) == meta["epoch"]*len(t.seeds)):
         return "its epoch, step and history do not fit each other"
-    own, params = t.tensors() | {f"noise_generators.{i} of {rank}": g.get_state() for rank in range(1, t.size) for i,
-        g in enumerate(t.noise_generators)}, [p for g in t.optimizer.param_groups for p in g["params"]]
+    own, params = t.tensors(), [p for g in t.optimizer.param_groups for p in g["params"]]
+    for rank in range(1, t.size): own |= {f"noise_generators.{i} of {rank}": g.get_state() for i, g in enumerate(t.noise_generators)} | {f"total of {rank}": t.total}
     if missing := sorted(k for k in own if k not in tensors and not k.startswith("optimizer.")): return f"it has no {missing[0]}"
     if len(meta["groups"]) != len(t.optimizer.param_groups): return "its optimiser has other groups of parameters"
     for k, v in own.items():
@@ -270,7 +271,7 @@ def checkpoint_of(checkpoint)->Checkpoint: # a `Checkpoint`, a path or None
 
 def keep(t, path, shape):
     "Save the state of a training, between two steps. All processes of several take part; the first one writes."
-    others = t.other_noise() if path else {}
+    others = t.of_others() if path else {}
     if path and t.rank == 0: save_checkpoint(path, t.tensors() | others, t.meta(shape))
     t.saved, t.kept = time.monotonic(), True
 
