@@ -17,7 +17,7 @@ from ..files import checkout
 # %% ../../nbs/96_publish.catalogue.ipynb #386f0fbd
 HEADLINE = { # what `refcomm reproduce` makes when nothing is named → its parameters for a first look of minutes on two cores, without data of one's own
     "eqc/table5": dict(n_seeds=1),
-    "iac/table1": dict(n_seeds=1, images="embedded", epochs=10),
+    "iac/table1": dict(n_seeds=1, images="embedded", epochs=12),
     "patch/figure9": dict(n_seeds=1, images="embedded", epochs=20),
     "sms/epoch30": dict(n_seeds=1),
 }
