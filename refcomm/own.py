@@ -108,7 +108,7 @@ def referential(
         if count <= distractors: raise ConfigError(f"{count} objects for {part!r} are too few for {distractors} distractors: give at least {distractors + 1}, by a larger share or fewer distractors")
     return Referential(objects, x, split(len(x), dict(train=len(x) - sum(n.values()), **n), generator(seed, "split")), check_at_least("distractors", distractors, 1), seed)
 
-# %% ../nbs/76_own.ipynb #e39d8b33
+# %% ../nbs/76_own.ipynb #c82d4c41
 def _own_bottleneck(bottleneck, alphabet_size, word_length, options):
     if isinstance(bottleneck, nn.Module): return bottleneck
     check_choice("bottleneck", bottleneck, BOTTLENECKS)
@@ -144,8 +144,9 @@ def make_game(
             sizes = dict(message_length=message_length, hidden=hidden, embedding=embedding, cell=cell) if name != "instant" else {}
             if name == "instant" and (ends or length_cost): raise ConfigError("an instant channel sends one word, which cannot end earlier: use channel='recurrent'")
             channel = make_channel(name, word, **sizes, **(dict(length_cost=length_cost, warmup=warmup) if name == "ending" else {}))
-        game = ReferentialGame(sender or LinearEncoder(width, channel.dim), channel, receiver or LinearEncoder(width, channel.dim))
-    return check_game(game, seen.x, getattr(seen.candidates, "items", None))
+        own = hasattr(task, "make_receiver") # a receiver that is not an encoder of candidates
+        game = ReferentialGame(sender or LinearEncoder(width, channel.dim), channel, receiver or (task.make_receiver(channel.dim) if own else LinearEncoder(width, channel.dim)))
+    return game if own else check_game(game, seen.x, getattr(seen.candidates, "items", None))
 
 # %% ../nbs/76_own.ipynb #161cb43b
 topsim = topographic_similarity

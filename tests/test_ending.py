@@ -200,3 +200,11 @@ def test_explorer_hears_what_is_sent(bottleneck, sizes):
         torch.testing.assert_close(e.scores(i), scores[i].log_softmax(-1))
         assert "of" in game_html(e, i, {0: -1})
     torch.testing.assert_close(e.scores(0, {0: -1}), e.scores(0, {0: -1, 1: 1})) # nothing is heard after the end
+
+def test_dumps_of_egg_are_read():
+    from refcomm.egg import load_egg
+    corpus = load_egg(Path(__file__).parent/"reference"/"egg_interaction.pt", sizes=(3, 3))
+    assert corpus.lengths.tolist() == [2, 1, 4, 0, 2, 3, 2, 1, 4] # EGG counts the end, too
+    assert corpus.messages[0].tolist() == [1, 2, -1, -1] and corpus.meanings.tolist() == [[a, b] for a in range(3) for b in range(3)]
+    assert load_egg(Path(__file__).parent/"reference"/"egg_interaction.pt").meanings is None # one-hot, of unknown sizes
+    with pytest.raises(Exception, match="make 7 numbers"): load_egg(Path(__file__).parent/"reference"/"egg_interaction.pt", sizes=(3, 4))

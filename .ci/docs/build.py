@@ -161,7 +161,7 @@ class Site:
         self.notebook(name, [nb["cells"][0], markdown(f"In short: [the API of refcomm.{module}](/api/{module}.md).", "api"), *nb["cells"][1:]])
 
     def tutorials(self):
-        names, lines = [n for n in self.notebooks if n.startswith("tutorials/")], ["# Build your own game", "", "Three short notebooks, each of which ends with something that the library does not have. They run in seconds on a laptop."]
+        names, lines = [n for n in self.notebooks if n.startswith("tutorials/")], ["# Build your own game", "", "Short notebooks, each of which ends with something that the library does not have. They run in seconds on a laptop."]
         for n in names: self.notebook(n); lines.append(f"\n- [{title(self.notebooks[n])}]({Path(n).name}.ipynb): {summary(self.notebooks[n])}")
         self.put("tutorials/index.md", "\n".join([*lines, "", tree([Path(n).name for n in names])]))
 
