@@ -7,7 +7,7 @@ from torch import nn
 
 import refcomm
 from refcomm.core import ConfigError
-from refcomm.games.populations import Paired, Population, cross_play
+from refcomm.training.populations import Paired, Population, cross_play
 from refcomm.games.reconstruction import Reconstruction
 from refcomm.games.tasks import SampledTask
 from refcomm.keep import described, load, load_game, push_game, save_game

@@ -47,6 +47,18 @@ def test_one_notebook_one_module():
         assert (ROOT/"refcomm"/f"{module.replace('.', '/')}.py").is_file()
 
 
+def test_notebooks_stand_in_reading_order():
+    "Each has a number of its own, and what it exports imports only what comes before it."
+    number = {p.stem.split("_", 1)[1]: int(p.stem.split("_")[0]) for p in (ROOT/"nbs").glob("[0-9]*.ipynb")}
+    assert len(set(number.values())) == len(number)
+    for module, own in number.items():
+        code, room = (ROOT/"refcomm"/f"{module.replace('.', '/')}.py").read_text(), module.split(".")[:-1]
+        for dots, name in re.findall(r"^\s*from (\.+)([\w.]*) import", code, re.M):
+            base = room[:len(room) - len(dots) + 1]
+            used = ".".join([*base, *filter(None, name.split("."))])
+            assert number.get(used, -1) < own, f"{module} imports {used}, which comes later"
+
+
 def test_every_package_folder_is_built():
     listed = tomllib.loads((ROOT/"pyproject.toml").read_text())["tool"]["setuptools"]
     code = {"refcomm" + "".join(f".{q}" for q in p.parent.relative_to(ROOT/"refcomm").parts) for p in (ROOT/"refcomm").rglob("__init__.py")}
