@@ -191,6 +191,7 @@ def _printed(item, row, column, half=.0005)->Estimate:
     t = t[(t.row == row) & (t.column == str(column))]
     return published_estimate(float(t["mean"].iloc[0]), float(t.sd.iloc[0]), 3, half) if len(t) else Estimate(float("nan"))
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #2b8195ee
 def table_values(
     rows, # from `printed_rows`, of one game
 )->dict: # claim → its values
@@ -267,6 +268,7 @@ def noum_values(
     of = lambda kind: {f"{g}, {name}": _mean(_row(share[share.game == g], name), "share") for g in dict.fromkeys(rows.game) for name in (f"{kind}-Inst", f"{kind}-RNN")}
     return {"eqc.noum-qt": dict(share=of("QT")), "eqc.noum-gs": dict(share=of("GS"))}
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #a29d137c
 def map_values(
     rows, # from `rows_of`: Instant QT at the most candidates, one game
 )->dict: # claim → its values

@@ -165,6 +165,7 @@ def _printed(item, row, column, like=None)->Estimate:
     t = t[(t.row == row) & (t.column == column)]
     return published_estimate(float(t["mean"].iloc[0]), half_digit=.05, like=like) if len(t) else Estimate(math.nan)
 
+# %% ../../../nbs/86_papers.iac.items.ipynb #497eadd7
 def play_values(
     play, # from `play_rows`
     n_candidates:int, # at which number of them
@@ -209,6 +210,7 @@ def protocol_values(
         "iac.augmentations-help": dict(gain={f"{m}, {name}": gain(m, measure) for m in GAMES[2:4] for measure, name in (("nmi", "nMI"), ("wnsim", "WNSim"))}),
     }
 
+# %% ../../../nbs/86_papers.iac.items.ipynb #9d34d260
 def probe_values(
     probes, # from `rows_of`: kind "probe"
     similarity, # from `rows_of`: kind "similarity"

@@ -200,6 +200,7 @@ def _accuracy(part)->Estimate: # in %, over seeds and, where they are known, tar
 
 def _less(one, other)->Estimate: return combine([(1, one), (-1, other)])
 
+# %% ../../../nbs/89_papers.patch.items.ipynb #e10a2fa2
 def table_values(
     rows, # DataFrame: row, seed, accuracy in %; of one measure
     item:str, # "table1", "table2" or "table5"
@@ -242,6 +243,7 @@ def speed_values(
     rates = {f"{lr:g}": _less(last[usual], e) for lr, e in last.items() if lr != usual} if usual in last else {}
     return {"patch.vocabulary": dict(step=_steps(mean("vocab_size"))), "patch.length": dict(step=_steps(mean("symbols_per_patch"))), "patch.rates": dict(cost=rates or NONE)}
 
+# %% ../../../nbs/89_papers.patch.items.ipynb #914bd993
 def order_values(
     rows, # DataFrame: judge ("transformer", "listener"), grid ("S=32", "S=16"), seed, order ("trained", "untrained" or "untrained 0" …), k, accuracy in %
 )->dict: # claim → its values
@@ -274,6 +276,7 @@ def message_values(
             "patch.unique": dict(least=of(lambda u: u.min()), most=of(lambda u: u.max())), "patch.thirteen": dict(mode=of(lambda u: u.mode().values)),
             "patch.half": dict(share=estimate([float((s >= 0).double().mean()) for s in sent]))}
 
+# %% ../../../nbs/89_papers.patch.items.ipynb #fe368bba
 def used_values(
     sent, # one [n, n_symbols] tensor a seed, −1 where a patch is dropped
     vocab_size:int,

@@ -124,6 +124,7 @@ def pictures_values(
     return {"sms.pictures-longer": dict(gain={f"{m}": combine([(1, mean(m, long)), (-1, mean(m, 1))]) for m in sorted(set(whole.min_symbols))}),
             "sms.pictures-symbols": dict(step=_steps(list(whole[whole.message_length == long].groupby("min_symbols")), "n_used"))}
 
+# %% ../../../nbs/91_papers.sms.items.ipynb #d075f746
 def rates_values(
     epochs, # from `epochs_of`
 )->dict: # claim → its values
