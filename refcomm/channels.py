@@ -110,7 +110,8 @@ class WordCell(nn.Module):
     )->tuple: # weight [gates, width] and bias [gates] from a word to the input gates, then the gates of each vector
         "Multiply the input weights with the embedding, its bias and `embedded`, all in one product."
         columns = torch.cat([self.embed.weight, torch.stack([self.embed.bias, *embedded], 1)], 1)
-        weight, bias, *gates = (self.cell.weight_ih @ columns).split([self.embed.in_features] + [1]*(1 + len(embedded)), 1)
+        weight, bias, *gates = (self.cell.weight_ih @ columns).split([self.embed.in_features] + [1]*(1 + len(embedded)),
+            1)
         return weight, *(g.squeeze(1) + self.cell.bias_ih for g in (bias, *gates))
 
     def start(self, h): return (h,) + (torch.zeros_like(h),)*(self.n_states - 1)
@@ -120,7 +121,8 @@ class WordCell(nn.Module):
         state:tuple|None, # hidden state first; None is the zero state, which needs no product
     )->tuple: # the next state
         if state is None:
-            return self.update(gates, self.cell.bias_hh.expand_as(gates), self.start(gates.new_zeros(len(gates), self.cell.hidden_size)))
+            return self.update(gates, self.cell.bias_hh.expand_as(gates),
+                self.start(gates.new_zeros(len(gates), self.cell.hidden_size)))
         return self.update(gates, F.linear(state[0], self.cell.weight_hh, self.cell.bias_hh), state)
 
 # %% ../nbs/27_channels.ipynb #8a8018ce
@@ -148,7 +150,8 @@ class Recurrent(Channel):
             state = self.speaker.step(gates, state)
             sent.append(self.bottleneck(self.speak(state[0]), None if noise is None else noise[:, i]))
             if i + 1 < self.message_length: gates = F.linear(sent[-1].word, weight, bias)
-        return Sent(*(None if part[0] is None else stack(part) for stack, part in zip((_words, _words, sum, sum), zip(*sent))))
+        return Sent(*(None if part[0] is None else stack(part)
+            for stack, part in zip((_words, _words, sum, sum), zip(*sent))))
 
     def receive(self, words):
         gates = F.linear(words, *self.listener.fold())
@@ -159,7 +162,8 @@ class Recurrent(Channel):
 def _words(parts): return torch.stack(parts, 1)
 
 # %% ../nbs/27_channels.ipynb #2b95c678
-BOTTLENECKS = {"continuous": Continuous, "gumbel": GumbelSoftmax, "quantized": UniformQuantizer, "fsq": FSQ, "vq": VQ, "learned": LearnedQuantizer, "reinforce": Reinforce}
+BOTTLENECKS = {"continuous": Continuous, "gumbel": GumbelSoftmax, "quantized": UniformQuantizer, "fsq": FSQ, "vq": VQ,
+    "learned": LearnedQuantizer, "reinforce": Reinforce}
 CHANNELS = {"instant": Instant, "recurrent": Recurrent, "ending": "refcomm.ending:Ending"} # a name is resolved when it is used
 
 def make_bottleneck(

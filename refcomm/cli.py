@@ -27,7 +27,8 @@ def _state(item, path, parameters, profile)->dict:
     package = sorted(p for p in Path(__file__).parent.rglob("*") if p.suffix in (".py", ".csv", ".json"))
     fixed = {k: v for k,v in parameters.items() if k != "jobs"}
     data = [[p.name, p.stat().st_size, p.stat().st_mtime] for p in sorted(data_dir().rglob("*"))] if data_dir() else []
-    return dict(notebook=files_digest(path), package=files_digest(*package), data=data, parameters=fixed, outputs={str(p): files_digest(p) for p in _outputs(item, profile)})
+    return dict(notebook=files_digest(path), package=files_digest(*package), data=data, parameters=fixed,
+        outputs={str(p): files_digest(p) for p in _outputs(item, profile)})
 
 def found_done(
     item:str, # "eqc/table5"
@@ -57,7 +58,8 @@ def _in_thread(what, work):
         except Interrupted as e:
             for child in psutil.Process().children(): child.send_signal(signal.SIGINT)
             with contextlib.suppress(Exception): result.result(20)
-            raise Interrupted(f"{e} in {what}: finished runs and unfinished training are kept in {home()/'runs'}; the same command continues", e.signum) from None
+            raise Interrupted(f"{e} in {what}: finished runs and unfinished training are kept in {home()/'runs'}; the "
+                f"same command continues", e.signum) from None
 
 def _waited(result):
     while True:
@@ -79,7 +81,8 @@ def reproduce_item(
     try:
         import papermill, ipykernel
         from nbclient.exceptions import DeadKernelError
-    except ImportError as e: raise ConfigError(f"running notebooks needs {e.name}: pip install 'refcomm[notebooks]'") from None
+    except ImportError as e:
+        raise ConfigError(f"running notebooks needs {e.name}: pip install 'refcomm[notebooks]'") from None
     state_file.unlink(missing_ok=True)
     with disk_errors(executed): executed.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("REFCOMM_PROGRESS", "text")
@@ -91,11 +94,13 @@ def reproduce_item(
     except papermill.PapermillExecutionError as e: return "failed", executed, f"{e.ename}: {e.evalue}"
     except (DeadKernelError, RefcommError) as e: return "failed", executed, str(e)
     if used and profile != "smoke" and "REFCOMM_STAMPS" not in os.environ: keep_item(item, used, parameters)
-    with write_atomic(state_file) as tmp: tmp.write_text(json.dumps(_state(item, path, parameters, profile)), encoding="utf-8")
+    with write_atomic(state_file) as tmp:
+        tmp.write_text(json.dumps(_state(item, path, parameters, profile)), encoding="utf-8")
     return "done", executed, ""
 
 # %% ../nbs/99_cli.ipynb #511564c5
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Referential games from four papers: reproduce their tables and figures.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Referential games from four papers: reproduce their tables and figures.")
 runs_app = typer.Typer(no_args_is_help=True, help="Look after the store of finished runs.")
 app.add_typer(runs_app, name="runs")
 
@@ -105,7 +110,8 @@ def _version(asked:bool):
     raise typer.Exit()
 
 @app.callback()
-def options(version:bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="say which version this is")):
+def options(version:bool = typer.Option(False, "--version", callback=_version, is_eager=True,
+    help="say which version this is")):
     "Referential games from four papers: reproduce their tables and figures."
 @contextlib.contextmanager
 def _stopped_in_one_line():
@@ -131,20 +137,27 @@ def print_table(title, columns, rows):
 @app.command("list")
 def list_items():
     "Show every table and figure that can be reproduced."
-    print_table(None, ("item", "", "what it shows"), [(i, "headline" if i in HEADLINE else "", title(p)) for i,p in notebooks().items()])
+    print_table(None, ("item", "", "what it shows"),
+        [(i, "headline" if i in HEADLINE else "", title(p)) for i,p in notebooks().items()])
 
 # %% ../nbs/99_cli.ipynb #bf03e0b6
 @app.command("reproduce")
 def reproduce(
-    items:list[str] = typer.Argument(None, help="items or papers, e.g. eqc/table5 or eqc; the headline items when none is named"),
+    items:list[str] = typer.Argument(None,
+    help="items or papers, e.g. eqc/table5 or eqc; the headline items when none is named"),
     profile:str = typer.Option("cpu", help="smoke | cpu | gpu | paper"),
     jobs:int = typer.Option(0, help="runs made at a time; 0: one a core, or one on a GPU"),
-    executor:str = typer.Option(None, help="where they are made: local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
-    logger:str = typer.Option(None, help="to watch them: csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
-    weights:bool = typer.Option(None, help="keep the trained weights in the store; unless REFCOMM_WEIGHTS is off when not said"),
+    executor:str = typer.Option(None,
+    help="where they are made: local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
+    logger:str = typer.Option(None,
+    help="to watch them: csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
+    weights:bool = typer.Option(None,
+    help="keep the trained weights in the store; unless REFCOMM_WEIGHTS is off when not said"),
     parameters:list[str] = typer.Option([], "-p", help="name=value, for the notebook's parameters cell"),
-    quick:bool = typer.Option(False, help="a first look: headline items with one seed, embedded data and short trainings"),
-    into:Path = typer.Option(None, help="the folder for tables and figures; REFCOMM_FIGURES or results/ when none is named"),
+    quick:bool = typer.Option(False,
+    help="a first look: headline items with one seed, embedded data and short trainings"),
+    into:Path = typer.Option(None,
+    help="the folder for tables and figures; REFCOMM_FIGURES or results/ when none is named"),
     force:bool = typer.Option(False, help="execute notebooks again even when nothing has changed"),
     dry_run:bool = typer.Option(False, help="say what would be executed, and execute nothing"),
 ):
@@ -169,11 +182,14 @@ def reproduce(
     for n, (item, path) in enumerate(chosen.items(), 1):
         print(f"[{n}/{len(chosen)}] {item}: {title(path)}", flush=True)
         start = time.time()
-        with _stopped_in_one_line(): results.append((item, *reproduce_item(item, path, given[item], force), time.time() - start))
+        with _stopped_in_one_line():
+            results.append((item, *reproduce_item(item, path, given[item], force), time.time() - start))
     for item, status, *_ in results:
         if status != "failed" and profile != "smoke": print_comparison(item, profile)
-    written = lambda i, s, e: f"{e}" if s == "failed" else f"{figures_dir(profile)/i.replace('/', '_')}.{{png,csv,json}}\n{e}"
-    print_table("\nReproduced" + (" (smoke: the path was checked, no number is a result)" if profile == "smoke" else ""), ("item", "status", "time", "written"),
+    written = (lambda i, s, e: f"{e}" if s == "failed"
+        else f"{figures_dir(profile)/i.replace('/', '_')}.{{png,csv,json}}\n{e}")
+    print_table("\nReproduced" + (" (smoke: the path was checked, no number is a result)" if profile == "smoke"
+    else ""), ("item", "status", "time", "written"),
         [(i, f"failed: {m}" if s == "failed" else s, f"{t:.0f} s", written(i, s, e)) for i,s,e,m,t in results])
     made = {i for i, s, *_ in results if s != "failed" and profile != "smoke"}.intersection(HEADLINE)
     if made: print("\n" + "\n".join(map(_in_short, sorted(made), [profile]*len(made))))
@@ -184,7 +200,8 @@ def _in_short(item, profile):
     from refcomm.runs.costs import shipped
     from refcomm.publish.figures import load_recipe
     png = figures_dir(profile)/f"{item.replace('/', '_')}.png"
-    return in_short(item, pd.read_csv(png.with_suffix(".csv"), dtype={"column": str}), load_recipe(png), shipped().get(item))
+    return in_short(item, pd.read_csv(png.with_suffix(".csv"), dtype={"column": str}), load_recipe(png),
+        shipped().get(item))
 
 def print_comparison(item, profile):
     "An item's numbers beside the paper's, and its claims."
@@ -197,10 +214,13 @@ def print_comparison(item, profile):
             wide = side_by_side(numbers, intervals=True)
             rows = [(a if b == "paper" else "", b, *v) for (a, b), v in zip(wide.index, wide.values)]
             columns = ("", "", *wide.columns)
-            if max(map(len, wide.columns)) > 14: columns, rows = ("", *(" ".join(i) for i in wide.index)), [(c, *v) for c, v in zip(wide.columns, wide.T.values)]
+            if max(map(len, wide.columns)) > 14:
+                columns = ("", *(" ".join(i) for i in wide.index))
+                rows = [(c, *v) for c, v in zip(wide.columns, wide.T.values)]
             heading = f"{recipe['title']} [profile {recipe['profile']}; * the 95 % interval of the difference leaves out 0]"
             print_table(f"\n{heading}", columns, rows)
-        for c in recipe["claims"]: print(printable(f"  {c['verdict']:22} {c['sentence']}\n{'':25}{c['cause']} {c['power']}"))
+        for c in recipe["claims"]:
+            print(printable(f"  {c['verdict']:22} {c['sentence']}\n{'':25}{c['cause']} {c['power']}"))
 
 # %% ../nbs/99_cli.ipynb #71aa0c05
 @app.command("plan")
@@ -222,22 +242,32 @@ def plan(
             without[item] = str(e)
         else:
             if specs is not None: wanted[item] = specs
-            else: without[item] = "trains nothing" if recipes.get(item, {}).get("runs") == "no training" else "only its notebook knows its runs, if it has any"
+            else:
+                without[item] = ("trains nothing" if recipes.get(item, {}).get("runs") == "no training"
+                    else "only its notebook knows its runs, if it has any")
     *lines, total = plan_costs(wanted, profile, recorded(), recipes)
-    cells = {l.item: (l.item, l.runs, l.cached, l.runs - l.cached, duration(l.seconds, l.untimed), size(l.bytes, l.unsized), l.basis) for l in (*lines, total)}
+    cells = {l.item: (l.item, l.runs, l.cached, l.runs - l.cached, duration(l.seconds, l.untimed),
+        size(l.bytes, l.unsized), l.basis) for l in (*lines, total)}
     rows = sorted([*(cells[l.item] for l in lines), *((i, "", "", "", "", "", why) for i, why in without.items())])
-    print_table(f"Profile {profile}", ("item", "runs", "cached", "to do", "time", "disk", "time estimated"), [*rows, cells["total"]])
-    print("A run shared by several items counts once in the total. Time is of training, one run after the other on this machine; evaluation, data and figures come on top.")
+    print_table(f"Profile {profile}", ("item", "runs", "cached", "to do", "time", "disk", "time estimated"),
+        [*rows, cells["total"]])
+    print("A run shared by several items counts once in the total. Time is of training, one run after the other on "
+        "this machine; evaluation, data and figures come on top.")
 
 # %% ../nbs/99_cli.ipynb #c963acb6
 @app.command("redraw")
 def redraw(
-    items:list[str] = typer.Argument(None, help="items or papers, e.g. eqc/table5 or eqc; all that have records when none is named"),
-    from_store:bool = typer.Option(False, "--from-store", help="read the runs of your store and keep them as records, in place of reading records"),
+    items:list[str] = typer.Argument(None,
+    help="items or papers, e.g. eqc/table5 or eqc; all that have records when none is named"),
+    from_store:bool = typer.Option(False, "--from-store",
+    help="read the runs of your store and keep them as records, in place of reading records"),
     profile:str = typer.Option("cpu", help="with --from-store: cpu | gpu | paper"),
-    parameters:list[str] = typer.Option([], "-p", help="with --from-store: name=value, for the notebook's parameters cell"),
-    into:Path = typer.Option(None, help="the folder for what is redrawn; the one that has the records when none is named"),
-    check:bool = typer.Option(False, "--check", help="only say which items have no records, or older ones than the code"),
+    parameters:list[str] = typer.Option([], "-p",
+    help="with --from-store: name=value, for the notebook's parameters cell"),
+    into:Path = typer.Option(None,
+    help="the folder for what is redrawn; the one that has the records when none is named"),
+    check:bool = typer.Option(False, "--check",
+    help="only say which items have no records, or older ones than the code"),
 ):
     "Make figures, statistics and claims again from kept runs, without training."
     known, have = notebooks(), kept_items()
@@ -251,11 +281,15 @@ def redraw(
     for item, path in chosen.items():
         print(f"{item}: {title(path)}", flush=True)
         try:
-            if from_store: results.append((item, *_from_store(item, path, dict(parse_parameters(parameters), profile=check_choice("profile", profile, PROFILES), jobs=1))))
+            if from_store:
+                results.append((item, *_from_store(item, path,
+                    dict(parse_parameters(parameters), profile=check_choice("profile", profile, PROFILES), jobs=1))))
             else:
-                with kept_store(item, into=into and into.expanduser().absolute()) as given: status, _, message = reproduce_item(item, path, dict(given, jobs=1), force=True)
+                with kept_store(item, into=into and into.expanduser().absolute()) as given:
+                    status, _, message = reproduce_item(item, path, dict(given, jobs=1), force=True)
                 results.append((item, status.replace("done", "redrawn"), message))
-        except ConfigError as e: results.append((item, "no records" if str(e).startswith("no records") else "failed", str(e)))
+        except ConfigError as e:
+            results.append((item, "no records" if str(e).startswith("no records") else "failed", str(e)))
     print_table(None, ("item", "", ""), results)
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
 
@@ -274,16 +308,20 @@ def _from_store(item, path, parameters)->tuple: # status, message
 # %% ../nbs/99_cli.ipynb #c963acb5
 def _with_figures()->Path:
     "The folder that `refcomm reproduce` writes to, if it is named or has figures; else the figures that come with the checkout."
-    return figures_dir() if os.environ.get("REFCOMM_FIGURES") or any(figures_dir().glob("*.json")) or not checkout() else checkout()/"figures"
+    return (figures_dir() if os.environ.get("REFCOMM_FIGURES") or any(figures_dir().glob("*.json")) or not checkout()
+        else checkout()/"figures")
 
 @app.command("report")
 def report(
-    out:Path = typer.Option(None, help="the file to write; refcomm-report.html in the working folder when none is named"),
-    figures:Path = typer.Option(None, help="the folder of figures; the one that `refcomm reproduce` writes to, or the checkout's kept figures if that has none"),
+    out:Path = typer.Option(None,
+    help="the file to write; refcomm-report.html in the working folder when none is named"),
+    figures:Path = typer.Option(None,
+    help="the folder of figures; the one that `refcomm reproduce` writes to, or the checkout's kept figures if that has none"),
 ):
     "Write one HTML page of everything that was made: claims, pictures, paper beside ours."
     from refcomm.publish.report import write_report
-    out, folder = expanded(out or "refcomm-report.html", "--out").absolute(), expanded(figures or _with_figures(), "--figures").absolute()
+    out = expanded(out or "refcomm-report.html", "--out").absolute()
+    folder = expanded(figures or _with_figures(), "--figures").absolute()
     items, problems = write_report(out, folder, {item: title(path) for item, path in notebooks().items()})
     for p in problems: print(f"refcomm: not shown: {p}", file=sys.stderr)
     print(f"{len(items)} items of {folder} are in {out}")
@@ -312,7 +350,8 @@ def runs_show(run:str = typer.Argument(..., help="experiment/key, or the beginni
     found = [k for k in store.keys() if f"{k[0]}/{k[1]}".startswith(run) or k[1].startswith(run)]
     if len(found) != 1: raise ConfigError(f"{run!r} matches {len(found)} runs: `refcomm runs list` shows all")
     r = store.read(*found[0])
-    print(json.dumps(dict(run=f"{r.experiment}/{r.key}", spec=r.spec, summary=r.summary, provenance=r.provenance, rows=r.rows), indent=1))
+    print(json.dumps(dict(run=f"{r.experiment}/{r.key}", spec=r.spec, summary=r.summary, provenance=r.provenance,
+        rows=r.rows), indent=1))
 
 @runs_app.command("verify")
 def runs_verify():
@@ -340,19 +379,24 @@ def runs_plan(
         own = item_runs(item, dict(profile=profile, n_seeds=n_seeds))
         if own is None: left_out.append(item)
         else: specs += own
-    if left_out: print(f"refcomm: not in the plan, as only the notebook knows its runs, if it has any: {', '.join(left_out)}; `refcomm reproduce` makes them", file=sys.stderr)
+    if left_out:
+        print(f"refcomm: not in the plan, as only the notebook knows its runs, if it has any: {', '.join(left_out)}; "
+            f"`refcomm reproduce` makes them", file=sys.stderr)
     print(write_plan([s for s in specs if store.get(s) is None], None))
 
 @runs_app.command("execute")
-def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time"), device:str = typer.Option("auto", help="auto, cpu, cuda …"),
+def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time"),
+device:str = typer.Option("auto", help="auto, cpu, cuda …"),
     executor:str = typer.Option(None, help="local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
     logger:str = typer.Option(None, help="csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
-    weights:bool = typer.Option(None, help="keep the trained weights in the store; unless REFCOMM_WEIGHTS is off when not said")):
+    weights:bool = typer.Option(None,
+    help="keep the trained weights in the store; unless REFCOMM_WEIGHTS is off when not said")):
     "Make the runs of a plan; those that are in the store are not made again."
     from refcomm.distributed import join_processes, processes
     from refcomm.runs.execute import execute, read_plan
     join_processes(int(os.environ.get("WORLD_SIZE", 1)))
-    with _stopped_in_one_line(): n = len(execute(read_plan(plan), jobs, device, executor=executor, logger=logger, weights=weights))
+    with _stopped_in_one_line():
+        n = len(execute(read_plan(plan), jobs, device, executor=executor, logger=logger, weights=weights))
     if processes()[0] == 0: print(f"{n} runs are in the store")
 
 @runs_app.command("export")
@@ -365,8 +409,10 @@ def runs_export(archive:Path, force:bool = typer.Option(False, help="replace a f
     print(f"{n} runs written to {archive}")
 
 @runs_app.command("import")
-def runs_import(archive:Path, partial:bool = typer.Option(False, help="take the sound runs of an archive that is not whole"),
-    experiments:list[str] = typer.Option([], "--experiment", help="accept the runs of an experiment that refcomm does not know")):
+def runs_import(archive:Path, partial:bool = typer.Option(False,
+help="take the sound runs of an archive that is not whole"),
+    experiments:list[str] = typer.Option([], "--experiment",
+    help="accept the runs of an experiment that refcomm does not know")):
     "Take over the runs of an archive, each checked first."
     from refcomm.runs.archives import import_runs
     done = import_runs(archive, partial=partial, also=experiments)
@@ -375,8 +421,10 @@ def runs_import(archive:Path, partial:bool = typer.Option(False, help="take the 
     print(f"{len(done.new)} new runs from {archive}" + (f", {len(done.replaced)} replaced" if done.replaced else ""))
 
 @runs_app.command("clean")
-def runs_clean(everything:bool = typer.Option(False, "--all", help="finished runs too"), yes:bool = typer.Option(False, "--yes", help="do not ask"),
-    adopt:bool = typer.Option(False, help="the folder is a store, though it has no marker and holds other things, which are left")):
+def runs_clean(everything:bool = typer.Option(False, "--all", help="finished runs too"),
+yes:bool = typer.Option(False, "--yes", help="do not ask"),
+    adopt:bool = typer.Option(False,
+    help="the folder is a store, though it has no marker and holds other things, which are left")):
     "Remove what is set aside, unfinished or temporary, and not in use."
     from refcomm.runs.cleaning import clean, recognise
     from refcomm.runs.store import Store

@@ -113,13 +113,18 @@ def integers(
     "Whole numbers of any type as 64-bit ones, or a `ConfigError`."
     if not isinstance(x, torch.Tensor):
         try: x = np.asarray(x)
-        except ValueError as e: raise ConfigError(f"{what} must be a table of numbers ({str(e).splitlines()[0]})") from None
-        if x.dtype.kind not in "biuf" or x.dtype.itemsize > 8: raise ConfigError(f"{what} must be whole numbers, got {x.dtype}: number them 0, 1, 2, …")
+        except ValueError as e:
+            raise ConfigError(f"{what} must be a table of numbers ({str(e).splitlines()[0]})") from None
+        if x.dtype.kind not in "biuf" or x.dtype.itemsize > 8:
+            raise ConfigError(f"{what} must be whole numbers, got {x.dtype}: number them 0, 1, 2, …")
         x = torch.from_numpy(np.array(x, x.dtype.newbyteorder("="), order="C"))
     if x.is_floating_point() or x.is_complex():
         if fractions: return x
-        if not whole or x.is_complex() or not (x == x.trunc()).all(): raise ConfigError(f"{what} must be whole numbers, got {str(x.dtype).removeprefix('torch.')}: number them 0, 1, 2, …, or quantise them first")
-    if x.dtype == torch.uint64 and (x.view(torch.int64) < 0).any(): raise ConfigError(f"{what} must be below 2^63: number them 0, 1, 2, …")
+        if not whole or x.is_complex() or not (x == x.trunc()).all():
+            raise ConfigError(f"{what} must be whole numbers, got {str(x.dtype).removeprefix('torch.')}: number them "
+                f"0, 1, 2, …, or quantise them first")
+    if x.dtype == torch.uint64 and (x.view(torch.int64) < 0).any():
+        raise ConfigError(f"{what} must be below 2^63: number them 0, 1, 2, …")
     return x.long()
 
 # %% ../nbs/00_core.ipynb #0dc748ff
@@ -132,7 +137,8 @@ def fetch_weights(
     "A pretrained network, or the way out where its weights cannot be had."
     try: return load()
     except Exception as e:
-        raise ConfigError(f"the weights of {what} are neither on this disk nor to be downloaded ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): "
+        raise ConfigError(f"the weights of {what} are neither on this disk nor to be downloaded ({type(e).__name__}: "
+        f"{str(e).splitlines()[0] if str(e) else ''}): "
                           f"fetch them where there is a network and copy the {folders} here, or {otherwise}") from None
 
 # %% ../nbs/00_core.ipynb #abafdb6b
@@ -152,7 +158,8 @@ def fitted(
 ): # the same, as it is stored
     "A field's value in the one form that is stored, or a `ConfigError`: whole numbers for `int`, finite ones for `float`, tuples for lists."
     if isinstance(kind, str): kind = dict(int=int, float=float, bool=bool, str=str, tuple=tuple).get(kind, object)
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else (typing.get_origin(kind) or kind,)
+    kinds = (typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+        else (typing.get_origin(kind) or kind,))
     x = _python(value)
     if not set(kinds) <= {bool, int, float, str, tuple, types.NoneType}: return value
     if kinds == (float,) and type(x) is int: x = float(x)
@@ -160,7 +167,8 @@ def fitted(
     if (type(x) in kinds or type(x) is int and float in kinds) and _stores(x): return x
     said = " or ".join({int: "a whole number", float: "a finite number", bool: "True or False", str: "text",
         tuple: "a tuple of numbers or text", types.NoneType: "None"}[k] for k in kinds)
-    hint = f": write {what}={x} without quotation marks" if isinstance(x, str) and {int, float} & set(kinds) and re.fullmatch(r"-?\d+(\.\d+)?", x) else ""
+    hint = (f": write {what}={x} without quotation marks" if isinstance(x, str) and {int, float} & set(kinds)
+        and re.fullmatch(r"-?\d+(\.\d+)?", x) else "")
     raise ConfigError(f"{what} must be {said}, got {value!r} ({type(value).__name__}){hint}")
 
 # %% ../nbs/00_core.ipynb #abafdb6c
@@ -214,7 +222,8 @@ def seeded(
     "Within this block PyTorch's global generators begin with `seed`; the caller's are untouched, and so are other GPUs'."
     device = torch.device(device)
     own = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if own else []), torch.cuda.device(device) if own else contextlib.nullcontext():
+    with torch.random.fork_rng(devices=[device] if own
+        else []), torch.cuda.device(device) if own else contextlib.nullcontext():
         torch.random.default_generator.manual_seed(seed)
         if own: torch.cuda.manual_seed(seed)
         yield
@@ -235,7 +244,8 @@ def anneal(
 )->float:
     "The value of a schedule after `progress` of the training."
     curve, p = SCHEDULES[check_choice("schedule", schedule, SCHEDULES)], min(max(progress, 0.), 1.)
-    if not (start > 0 and end > 0): raise ConfigError(f"a schedule runs between values above 0, got {start!r} and {end!r}")
+    if not (start > 0 and end > 0):
+        raise ConfigError(f"a schedule runs between values above 0, got {start!r} and {end!r}")
     return start * (end/start)**p if curve is None else start + (end - start)*curve(p)
 
 # %% ../nbs/00_core.ipynb #6146cbac
@@ -252,7 +262,9 @@ def device_fault(
 )->str: # what went wrong; empty where nothing did
     "Train a small network for one step on a device and compare with the CPU."
     def step(d):
-        with seeded_init(0): net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5)).to(d)
+        with seeded_init(0):
+            net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(),
+                torch.nn.Linear(144, 5)).to(d)
         drawn = torch.rand(4, 5, generator=generator(0, device=d), device=d).argsort(-1)
         scores = net(torch.linspace(-1, 1, 768, device=d).view(4, 3, 8, 8)).gather(1, drawn.sort(-1).values)
         torch.nn.functional.cross_entropy(scores.cumsum(-1), drawn.sort(-1).values[:, 2]).backward()
@@ -275,12 +287,16 @@ def pick_device(
     name:str="auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
 )->"torch.device":
     "The device called `name`, with its number; `auto` takes a GPU when there is one, and Apple's where it computes as the CPU does."
-    if name == "auto": name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and _mps_computes() else "cpu"
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and _mps_computes()
+            else "cpu")
     try: device = torch.device(name)
-    except RuntimeError: raise ConfigError(f"unknown device {name!r}: {nearest(name, ['auto', 'cpu', 'cuda', 'mps'])}") from None
+    except RuntimeError:
+        raise ConfigError(f"unknown device {name!r}: {nearest(name, ['auto', 'cpu', 'cuda', 'mps'])}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r} asked for, but PyTorch sees no GPU: use device='cpu' or 'auto'")
-    return device if device.index is not None or device.type != "cuda" else torch.device("cuda", torch.cuda.current_device())
+    return (device if device.index is not None or device.type != "cuda"
+        else torch.device("cuda", torch.cuda.current_device()))
 
 def same_device(
     a, # a device or its name
@@ -288,7 +304,8 @@ def same_device(
 )->bool:
     "Whether two devices are one: a GPU without a number is the current one."
     a, b = (torch.device(d) for d in (a, b))
-    number = lambda d: d.index if d.index is not None else torch.cuda.current_device() if d.type == "cuda" and torch.cuda.is_available() else 0
+    number = (lambda d: d.index if d.index is not None else torch.cuda.current_device() if d.type == "cuda"
+        and torch.cuda.is_available() else 0)
     return a.type == b.type and number(a) == number(b)
 
 def n_cores()->int:
@@ -313,8 +330,10 @@ def check_parameter(
 ):
     "Raise a `ConfigError` unless the value is of the parameter's type, and possible."
     kind = type(default)
-    if type(value) is not kind and not (kind is float and type(value) is int): raise ConfigError(f"parameter {name} is {kind.__name__}, got {value!r:.80}")
-    if kind is float and not math.isfinite(value): raise ConfigError(f"parameter {name} must be a number, got {value!r}")
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ConfigError(f"parameter {name} is {kind.__name__}, got {value!r:.80}")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"parameter {name} must be a number, got {value!r}")
     if kind is int: check_at_least(f"parameter {name}", value, _LEAST.get(name, 0))
     if name == "profile": check_choice("profile", value, PROFILES)
     if name == "device": pick_device(value)
@@ -323,8 +342,10 @@ def check_injected(
     namespace:dict, # a notebook's `globals()`, in the cell after its parameters
 ):
     "Refuse what papermill injected if the notebook has no such parameter, or the value is impossible. Elsewhere nothing is asked."
-    cells = [ast.parse(source) for source in namespace.get("In", []) if source.startswith("# Parameters") or re.match(r"\w+ *: *\w+ *=", source)]
-    known = {n.target.id: ast.literal_eval(n.value) for cell in cells for n in cell.body if isinstance(n, ast.AnnAssign) and isinstance(n.value, (ast.Constant, ast.List))}
+    cells = [ast.parse(source) for source in namespace.get("In", []) if source.startswith("# Parameters")
+        or re.match(r"\w+ *: *\w+ *=", source)]
+    known = {n.target.id: ast.literal_eval(n.value) for cell in cells for n in cell.body if isinstance(n, ast.AnnAssign)
+        and isinstance(n.value, (ast.Constant, ast.List))}
     given = [t.id for cell in cells for n in cell.body if isinstance(n, ast.Assign) for t in n.targets]
     for name in given:
         if name not in known: raise ConfigError(f"this notebook has no parameter {name!r}: {nearest(name, known)}")

@@ -39,15 +39,21 @@ def _integers(rows, what, where="", least=0)->Tensor: # [n, width] int64
     if not isinstance(rows, Tensor):
         rows = list(rows)
         for i, row in enumerate(rows):
-            if not isinstance(row, (list, tuple)): raise ConfigError(f"{where}{what} {i} is {row!r}: a list of integers is expected")
-            if len(row) != len(rows[0]): raise ConfigError(f"{where}{what} {i} has {len(row)} entries, {what} 0 has {len(rows[0])}: one width is expected")
+            if not isinstance(row, (list, tuple)):
+                raise ConfigError(f"{where}{what} {i} is {row!r}: a list of integers is expected")
+            if len(row) != len(rows[0]):
+                raise ConfigError(f"{where}{what} {i} has {len(row)} entries, {what} 0 has {len(rows[0])}: one width is expected")
         try: rows = torch.tensor(rows)
-        except (TypeError, ValueError, RuntimeError) as e: raise ConfigError(f"{where}{what}s must be lists of integers ({str(e).splitlines()[0]})") from None
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise ConfigError(f"{where}{what}s must be lists of integers ({str(e).splitlines()[0]})") from None
     rows = rows.flatten(1) if rows.dim() > 2 else rows
-    if rows.dim() != 2 or not rows.numel(): raise ConfigError(f"{where}{what}s must be [n, width] with at least one row and column, got {list(rows.shape)}")
-    if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool: raise ConfigError(f"{where}{what}s must be integers, got {str(rows.dtype).removeprefix('torch.')}: quantise them first")
+    if rows.dim() != 2 or not rows.numel():
+        raise ConfigError(f"{where}{what}s must be [n, width] with at least one row and column, got {list(rows.shape)}")
+    if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+        raise ConfigError(f"{where}{what}s must be integers, got {str(rows.dtype).removeprefix('torch.')}: quantise them first")
     rows = integers(rows, f"{where}{what}s")
-    if (smallest := int(rows.min())) < least: raise ConfigError(f"{where}{what}s must be numbered from 0, got {smallest}")
+    if (smallest := int(rows.min())) < least:
+        raise ConfigError(f"{where}{what}s must be numbered from 0, got {smallest}")
     return rows.detach().cpu()
 
 def _spelled(rows, lengths=None, where="")->tuple: # [n, width] int64, and [n] or None
@@ -57,7 +63,8 @@ def _spelled(rows, lengths=None, where="")->tuple: # [n, width] int64, and [n] o
         n = [len(r) for r in rows if isinstance(r, list)]
         if lengths is None and len(n) == len(rows) and len(set(n)) > 1:
             for i, r in enumerate(rows):
-                if any(isinstance(s, int) and s < 0 for s in r): raise ConfigError(f"{where}messages must be numbered from 0, got {min(r)} in message {i}")
+                if any(isinstance(s, int) and s < 0 for s in r):
+                    raise ConfigError(f"{where}messages must be numbered from 0, got {min(r)} in message {i}")
             rows, lengths = [r + [-1]*(max(n) - len(r)) for r in rows], torch.tensor(n)
     elif rows.dim() > 2:
         if lengths is not None: lengths = torch.as_tensor(lengths) * rows.shape[2:].numel()
@@ -65,7 +72,8 @@ def _spelled(rows, lengths=None, where="")->tuple: # [n, width] int64, and [n] o
     rows = _integers(rows, "message", where, 0 if lengths is None else -1)
     if lengths is None: return rows, None
     rows, lengths = ended(rows, torch.as_tensor(lengths).detach().cpu())
-    if (gap := rows.masked_fill(torch.arange(rows.shape[1]) >= lengths[:, None], 0).amin()) < 0: raise ConfigError(f"{where}messages must be numbered from 0, got {int(gap)} before the end")
+    if (gap := rows.masked_fill(torch.arange(rows.shape[1]) >= lengths[:, None], 0).amin()) < 0:
+        raise ConfigError(f"{where}messages must be numbered from 0, got {int(gap)} before the end")
     return rows[:, :max(int(lengths.max()), 1)], lengths
 
 def _filled(rows)->tuple: # rows of one width, −1 from the ends on, and lengths
@@ -80,10 +88,13 @@ def make_corpus(
     lengths=None, # [n] where messages end, in words where they come as [n, n_words, n_symbols]
 )->Corpus:
     "A corpus, checked."
-    (messages, lengths), meanings = _spelled(messages, lengths), meanings if meanings is None else _integers(meanings, "meaning")
-    if meanings is not None and len(messages) != len(meanings): raise ConfigError(f"{len(messages)} messages but {len(meanings)} meanings: one of each is expected")
+    (messages, lengths), meanings = (_spelled(messages, lengths), meanings if meanings is None
+        else _integers(meanings, "meaning"))
+    if meanings is not None and len(messages) != len(meanings):
+        raise ConfigError(f"{len(messages)} messages but {len(meanings)} meanings: one of each is expected")
     try: return Corpus(messages, meanings, json.loads(json.dumps(dict(about or {}), allow_nan=False)), lengths)
-    except (TypeError, ValueError, RecursionError) as e: raise ConfigError(f"what is said about a corpus must be a dict of numbers, text or lists of them ({e})") from None
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ConfigError(f"what is said about a corpus must be a dict of numbers, text or lists of them ({e})") from None
 
 # %% ../nbs/74_corpora.ipynb #9a0fb23b
 def describe(
@@ -93,12 +104,15 @@ def describe(
     whole, positions = entropy(corpus.messages, corpus.lengths)
     said = corpus.messages[corpus.messages >= 0]
     known = lambda x: defined(round(x, 6))
-    numbers = dict(n_messages=len(corpus.messages), message_length=corpus.messages.shape[1], n_unique_messages=len(symbol_counts(corpus.messages)[0]),
-        n_symbols=len(said.unique()), symbol_bits=known(float(entropy(said)[0])) if len(said) else None, message_bits=known(float(whole)), position_bits=[known(b) for b in positions.tolist()])
+    numbers = dict(n_messages=len(corpus.messages), message_length=corpus.messages.shape[1],
+    n_unique_messages=len(symbol_counts(corpus.messages)[0]),
+        n_symbols=len(said.unique()), symbol_bits=known(float(entropy(said)[0])) if len(said) else None,
+        message_bits=known(float(whole)), position_bits=[known(b) for b in positions.tolist()])
     if corpus.lengths is not None: numbers |= dict(mean_length=known(float(corpus.lengths.double().mean())))
     if corpus.meanings is None: return numbers
     numbers |= dict(n_attributes=corpus.meanings.shape[1], n_unique_meanings=len(symbol_counts(corpus.meanings)[0]))
-    if corpus.meanings.shape[1] > 1: numbers |= {m.__name__: known(m(*corpus[:2], corpus.lengths)) for m in (posdis, bosdis)}
+    if corpus.meanings.shape[1] > 1:
+        numbers |= {m.__name__: known(m(*corpus[:2], corpus.lengths)) for m in (posdis, bosdis)}
     return numbers
 
 # %% ../nbs/74_corpora.ipynb #c9f2c60d
@@ -110,10 +124,13 @@ def _column(x, lengths=None):
     starts = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()])
     return pa.ListArray.from_arrays(pa.array(starts.numpy()), pa.array(x[x >= 0].to(small).numpy()))
 
-def _digest(corpus): return content_digest(*(x for x in (*corpus[:2], corpus.lengths) if x is not None), json.dumps(corpus.about, sort_keys=True))
+def _digest(corpus):
+    return content_digest(*(x for x in (*corpus[:2], corpus.lengths) if x is not None),
+        json.dumps(corpus.about, sort_keys=True))
 
 def _lists(corpus): # the messages, each up to its end
-    return corpus.messages.tolist() if corpus.lengths is None else [m[:n] for m, n in zip(corpus.messages.tolist(), corpus.lengths.tolist())]
+    return (corpus.messages.tolist() if corpus.lengths is None
+        else [m[:n] for m, n in zip(corpus.messages.tolist(), corpus.lengths.tolist())])
 
 def save_corpus(
     path, # the .parquet file to make or replace
@@ -122,8 +139,10 @@ def save_corpus(
     "Write a corpus as parquet; the file is there complete or not at all."
     import pyarrow as pa, pyarrow.parquet as pq
     corpus = make_corpus(*corpus)
-    columns = {name: _column(x, ends) for name, x, ends in zip(("message", "meaning"), corpus[:2], (corpus.lengths, None)) if x is not None}
-    table = pa.table(columns).replace_schema_metadata({"refcomm.corpus": json.dumps(dict(about=corpus.about, digest=_digest(corpus)))})
+    columns = {name: _column(x, ends) for name, x, ends in zip(("message", "meaning"), corpus[:2],
+        (corpus.lengths, None)) if x is not None}
+    table = pa.table(columns).replace_schema_metadata({"refcomm.corpus": json.dumps(dict(about=corpus.about,
+        digest=_digest(corpus)))})
     with write_atomic(path) as tmp: pq.write_table(table, tmp, compression="zstd")
     return Path(path)
 
@@ -132,37 +151,51 @@ def load_corpus(
 )->Corpus:
     "Read a corpus back, checked."
     table = read_parquet(path, "save_corpus")
-    try: stored = from_json((table.schema.metadata or {})[b"refcomm.corpus"]); about, digest = dict(stored["about"]), stored["digest"]
+    try:
+        stored = from_json((table.schema.metadata or {})[b"refcomm.corpus"])
+        about, digest = dict(stored["about"]), stored["digest"]
     except (KeyError, ValueError, TypeError): about = None
-    if about is None or "message" not in table.column_names: raise ConfigError(f"{path} is a parquet file but not a corpus: write it with save_corpus")
+    if about is None or "message" not in table.column_names:
+        raise ConfigError(f"{path} is a parquet file but not a corpus: write it with save_corpus")
     columns = [table[name].to_pylist() if name in table.column_names else None for name in ("message", "meaning")]
     ends = not str(table["message"].type).startswith("fixed_size_list")
     try:
-        messages, lengths = _filled(columns[0]) if ends and all(isinstance(m, list) for m in columns[0]) else (columns[0], None)
+        messages, lengths = (_filled(columns[0]) if ends and all(isinstance(m, list) for m in columns[0])
+            else (columns[0], None))
         corpus = make_corpus(messages, columns[1], about, lengths)
     except ConfigError as e: raise ConfigError(f"{path} is damaged: {e}") from None
-    if _digest(corpus) != digest: raise ConfigError(f"{path} is damaged: it does not hold what was written; fetch or make it again")
+    if _digest(corpus) != digest:
+        raise ConfigError(f"{path} is damaged: it does not hold what was written; fetch or make it again")
     return corpus
 
 # %% ../nbs/74_corpora.ipynb #19264888
-SYSTEM = dict(game_type="signalling", game_subtype="discrimination", data_source="synthetic", observation_type="vector", observation_continuous=False,
+SYSTEM = dict(game_type="signalling", game_subtype="discrimination", data_source="synthetic", observation_type="vector",
+observation_continuous=False,
     seeding_available=True, multi_step=False, multi_utterance=False, more_than_2_agents=False, symmetric_agents=False)
 
 def _card(name, corpora, numbers, license)->str:
     import yaml
-    front = dict(pretty_name=name, tags=["emergent communication", "synthetic", "referential game"], configs=[dict(config_name=v, data_files=f"data/{v}/corpus.parquet") for v in corpora])
+    front = dict(pretty_name=name, tags=["emergent communication", "synthetic", "referential game"],
+        configs=[dict(config_name=v, data_files=f"data/{v}/corpus.parquet") for v in corpora])
     if license: front["license"] = license
     bits = lambda n, key: "–" if n.get(key) is None else f"{n[key]:.2f}"
-    rows = [f"| {v} | {n['n_messages']:,} | {n['n_unique_messages']:,} | {n['message_length']} | {n['n_symbols']} | {bits(n, 'message_bits')} | {n.get('n_attributes', '–')} | {bits(n, 'posdis')} | {bits(n, 'bosdis')} |" for v, n in numbers.items()]
+    rows = [f"| {v} | {n['n_messages']:,} | {n['n_unique_messages']:,} | {n['message_length']} | {n['n_symbols']} | "
+        f"{bits(n, 'message_bits')} | {n.get('n_attributes', '–')} | {bits(n, 'posdis')} | {bits(n, 'bosdis')} |"
+        for v, n in numbers.items()]
     first, about = next(iter(corpora)), {v: c.about for v, c in corpora.items()}
     return "\n".join(["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", f"# {name}", "",
-        "Messages that trained agents sent to each other in a referential game, with what each is about where that is known.", "",
-        "| variant | messages | different | length | symbols | bits | attributes | posdis | bosdis |", "|---|---|---|---|---|---|---|---|---|", *rows, "",
-        "Bits are the entropy of messages as wholes; posdis and bosdis are those of Chaabouni et al. (2020).", "", "## Files", "",
+        "Messages that trained agents sent to each other in a referential game, with what each is about where that is known.",
+        "",
+        "| variant | messages | different | length | symbols | bits | attributes | posdis | bosdis |",
+        "|---|---|---|---|---|---|---|---|---|", *rows, "",
+        "Bits are the entropy of messages as wholes; posdis and bosdis are those of Chaabouni et al. (2020).", "",
+        "## Files", "",
         "- `data/<variant>/corpus.jsonl`: a message a line, a JSON array of symbols numbered from 0",
         "- `data/<variant>/corpus.parquet`: `message` and, where it is known, `meaning`, the value of each attribute, numbered from 0",
-        "- `data/<variant>/metadata.json`: counts, entropies, and how the messages were made", "- `metadata.yml`: the system", "",
-        "```python", "from datasets import load_dataset", f'messages = load_dataset("path/to/this/folder", "{first}", split="train")', "```", "",
+        "- `data/<variant>/metadata.json`: counts, entropies, and how the messages were made",
+        "- `metadata.yml`: the system", "",
+        "```python", "from datasets import load_dataset",
+        f'messages = load_dataset("path/to/this/folder", "{first}", split="train")', "```", "",
         "## How they were made", "", "```json", json.dumps(about, indent=1, ensure_ascii=False), "```", ""])
 
 def save_elcc(
@@ -180,18 +213,24 @@ def save_elcc(
     if folder.exists(): raise ConfigError(f"{folder} exists: name a folder that does not, or remove it first")
     if not corpora: raise ConfigError("there are no corpora: give at least one, as variant → Corpus")
     for variant in corpora:
-        if not re.fullmatch(r"\w[\w.+=-]*", variant): raise ConfigError(f"variant {variant!r} is no name of a folder: use letters, digits and _ . + = -")
+        if not re.fullmatch(r"\w[\w.+=-]*", variant):
+            raise ConfigError(f"variant {variant!r} is no name of a folder: use letters, digits and _ . + = -")
     for key in system: check_choice("field of the system", key, SYSTEM)
     corpora = {v: make_corpus(*c) for v, c in corpora.items()}
-    numbers, tmp = {v: describe(c) for v, c in corpora.items()}, folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    files = {"metadata.yml": yaml.safe_dump(dict(origin=dict(name=name, source=source, upstream_source="", paper=paper), system=SYSTEM | system | dict(variants={v: c.about for v, c in corpora.items()})), sort_keys=False, allow_unicode=True),
+    numbers = {v: describe(c) for v, c in corpora.items()}
+    tmp = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    files = {"metadata.yml": yaml.safe_dump(dict(origin=dict(name=name, source=source, upstream_source="", paper=paper),
+    system=SYSTEM | system | dict(variants={v: c.about for v, c in corpora.items()})), sort_keys=False,
+    allow_unicode=True),
              "README.md": _card(name, corpora, numbers, license)}
     for v, c in corpora.items():
         files[f"data/{v}/corpus.jsonl"] = "".join(json.dumps(m) + "\n" for m in _lists(c))
-        files[f"data/{v}/metadata.json"] = json.dumps(dict(numbers[v], about=c.about), indent=1, ensure_ascii=False) + "\n"
+        files[f"data/{v}/metadata.json"] = (json.dumps(dict(numbers[v], about=c.about), indent=1, ensure_ascii=False)
+            + "\n")
     with disk_errors(folder):
         try:
-            for file, text in files.items(): (tmp/file).parent.mkdir(parents=True, exist_ok=True), (tmp/file).write_text(text, encoding="utf-8")
+            for file, text in files.items():
+                (tmp/file).parent.mkdir(parents=True, exist_ok=True), (tmp/file).write_text(text, encoding="utf-8")
             for v, c in corpora.items(): save_corpus(tmp/"data"/v/"corpus.parquet", c)
             os.rename(tmp, folder)
             fsync_dir(folder.parent)
@@ -201,13 +240,15 @@ def save_elcc(
 # %% ../nbs/74_corpora.ipynb #10631fb3
 def _lines(path)->list: # of lists
     "The messages of a JSONL file."
-    if not path.is_file(): raise ConfigError(f"no file {path}: a folder of ELCC's layout has data/<variant>/corpus.jsonl")
+    if not path.is_file():
+        raise ConfigError(f"no file {path}: a folder of ELCC's layout has data/<variant>/corpus.jsonl")
     rows = []
     try: lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as e: raise ConfigError(f"{path} is not text ({e}): fetch or make it again") from None
     for i, line in enumerate(lines, 1):
         try: rows.append(from_json(line))
-        except ValueError as e: raise ConfigError(f"{path}, line {i}, is no JSON ({e}): fetch or make it again") from None
+        except ValueError as e:
+            raise ConfigError(f"{path}, line {i}, is no JSON ({e}): fetch or make it again") from None
     _spelled(rows, where=f"{path}: ")
     return rows
 
@@ -218,13 +259,16 @@ def load_elcc(
     "Read one corpus of a system."
     data = Path(folder)/"data"
     variants = sorted(p.name for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
-    if not variants: raise ConfigError(f"{folder} has no folder data with variants in it: it is no system of ELCC's layout")
-    if variant is None and len(variants) > 1: raise ConfigError(f"{folder} has {len(variants)} variants, {', '.join(variants[:9])}: name one")
+    if not variants:
+        raise ConfigError(f"{folder} has no folder data with variants in it: it is no system of ELCC's layout")
+    if variant is None and len(variants) > 1:
+        raise ConfigError(f"{folder} has {len(variants)} variants, {', '.join(variants[:9])}: name one")
     here = data/check_choice("variant", variant or variants[0], variants)
     messages = _lines(here/"corpus.jsonl")
     if not (here/"corpus.parquet").exists(): return make_corpus(messages)
     corpus = load_corpus(here/"corpus.parquet")
-    if _lists(corpus) != messages: raise ConfigError(f"{here} is damaged: corpus.jsonl and corpus.parquet hold different messages; fetch or make it again")
+    if _lists(corpus) != messages:
+        raise ConfigError(f"{here} is damaged: corpus.jsonl and corpus.parquet hold different messages; fetch or make it again")
     return corpus
 
 # %% ../nbs/74_corpora.ipynb #351f927c
@@ -234,12 +278,18 @@ def from_record(
 )->Corpus:
     "The messages of a finished run, with their meanings."
     module = importlib.import_module(f"refcomm.papers.{record.experiment}.run")
-    if not hasattr(module, "meanings"): raise ConfigError(f"what messages of {record.experiment} runs are about is not in their Spec: use make_corpus(record.tensors()[…], meanings)")
+    if not hasattr(module, "meanings"):
+        raise ConfigError(f"what messages of {record.experiment} runs are about is not in their Spec: use "
+            f"make_corpus(record.tensors()[…], meanings)")
     tensors = record.tensors()
     kinds = sorted(k for k, v in tensors.items() if not v.is_floating_point())
-    if not kinds: raise ConfigError(f"run {record.experiment}/{record.key} sent no symbols, only real numbers ({', '.join(sorted(tensors))}): quantise them first")
-    if name is None and len(kinds) > 1: raise ConfigError(f"run {record.experiment}/{record.key} has messages of {len(kinds)} kinds: name one of {', '.join(kinds)}")
+    if not kinds:
+        raise ConfigError(f"run {record.experiment}/{record.key} sent no symbols, only real numbers "
+            f"({', '.join(sorted(tensors))}): quantise them first")
+    if name is None and len(kinds) > 1:
+        raise ConfigError(f"run {record.experiment}/{record.key} has messages of {len(kinds)} kinds: name one of {', '.join(kinds)}")
     sent = tensors[check_choice("messages", name or kinds[0], kinds)].flatten(1).long()
     lengths = (sent >= 0).sum(1) if int(sent.min()) < 0 else None
-    origin = dict(experiment=record.experiment, run=record.key, messages=name or kinds[0], spec=record.spec, made=record.provenance)
+    origin = dict(experiment=record.experiment, run=record.key, messages=name or kinds[0], spec=record.spec,
+        made=record.provenance)
     return make_corpus(sent, module.meanings(load_spec(record.experiment, record.spec)), origin, lengths)

@@ -27,10 +27,13 @@ def join_processes(
     check_at_least("world_size", world_size, 1)
     if processes()[1] == 1 < world_size:
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            raise ConfigError(f"{world_size} processes were asked for, but this one was started alone: start it by torchrun --nproc-per-node={world_size}, or ask for one")
+            raise ConfigError(f"{world_size} processes were asked for, but this one was started alone: start it by "
+                f"torchrun --nproc-per-node={world_size}, or ask for one")
         dist.init_process_group(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
-    if processes()[1] != world_size: raise ConfigError(f"{world_size} processes were asked for, but the launcher started {processes()[1]}: ask for as many as there are")
-    if dist.is_initialized() and dist.get_backend() == "nccl": torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if processes()[1] != world_size:
+        raise ConfigError(f"{world_size} processes were asked for, but the launcher started {processes()[1]}: ask for as many as there are")
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
 # %% ../nbs/02_distributed.ipynb #4c25e405
 def sum_over_processes(
@@ -44,7 +47,8 @@ def agree(
     flags, # list of bools; of another process than the first, only their number counts
 )->list: # the first process's
     "What the first process has decided."
-    told = torch.tensor([bool(f) and processes()[0] == 0 for f in flags], dtype=torch.int32, device="cuda" if processes()[1] > 1 and dist.get_backend() == "nccl" else "cpu")
+    told = torch.tensor([bool(f) and processes()[0] == 0 for f in flags], dtype=torch.int32, device="cuda"
+        if processes()[1] > 1 and dist.get_backend() == "nccl" else "cpu")
     sum_over_processes(told)
     return [bool(f) for f in told.tolist()]
 
@@ -52,7 +56,8 @@ def any_process(
     flags, # list of bools
 )->list: # of bools
     "Which flags are set in at least one process."
-    told = torch.tensor([bool(f) for f in flags], dtype=torch.int32, device="cuda" if processes()[1] > 1 and dist.get_backend() == "nccl" else "cpu")
+    told = torch.tensor([bool(f) for f in flags], dtype=torch.int32, device="cuda" if processes()[1] > 1
+        and dist.get_backend() == "nccl" else "cpu")
     sum_over_processes(told)
     return [f > 0 for f in told.tolist()]
 

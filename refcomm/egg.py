@@ -24,10 +24,13 @@ def load_egg(
     known = [(_Interaction, f"egg.core.{name}") for name in ("interaction.Interaction", "Interaction")]
     try:
         with torch.serialization.safe_globals(known): dump = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError: raise ConfigError(f"no file {Path(path).absolute()}: name a dump of EGG's InteractionSaver") from None
-    except Exception as e: raise ConfigError(f"{path} is no interaction dump of EGG, or holds what is not read safely: {str(e).splitlines()[0]}") from None
+    except FileNotFoundError:
+        raise ConfigError(f"no file {Path(path).absolute()}: name a dump of EGG's InteractionSaver") from None
+    except Exception as e:
+        raise ConfigError(f"{path} is no interaction dump of EGG, or holds what is not read safely: {str(e).splitlines()[0]}") from None
     message, seen = getattr(dump, "message", None), getattr(dump, "sender_input", None)
-    if not isinstance(message, torch.Tensor): raise ConfigError(f"{path} holds no messages: they are stored with LoggingStrategy(store_message=True)")
+    if not isinstance(message, torch.Tensor):
+        raise ConfigError(f"{path} holds no messages: they are stored with LoggingStrategy(store_message=True)")
     if message.dim() == 3 or (message.dim() == 2 and message.is_floating_point()): message = message.argmax(-1)
     if message.dim() == 1: message, lengths = message[:, None].long(), None # one symbol, and no end
     else: lengths = (message == 0).cumsum(1).eq(0).sum(1)
@@ -35,6 +38,9 @@ def load_egg(
 
 def _meanings(path, seen, sizes): # [n, n_attributes] int64, or None
     if not isinstance(seen, torch.Tensor) or seen.dim() != 2: return None
-    if sizes is None: return seen.long() if not seen.is_floating_point() or (seen == seen.round()).all() and (seen >= 0).all() and (seen > 1).any() else None
-    if sum(sizes) != seen.shape[1]: raise ConfigError(f"sizes {list(sizes)} make {sum(sizes)} numbers, but senders in {path} see {seen.shape[1]}")
+    if sizes is None:
+        return (seen.long() if not seen.is_floating_point() or (seen == seen.round()).all() and (seen >= 0).all()
+            and (seen > 1).any() else None)
+    if sum(sizes) != seen.shape[1]:
+        raise ConfigError(f"sizes {list(sizes)} make {sum(sizes)} numbers, but senders in {path} see {seen.shape[1]}")
     return torch.stack([part.argmax(-1) for part in seen.split(list(sizes), 1)], 1)

@@ -69,8 +69,12 @@ class CausalLayer(nn.Module):
         heads:int=4, # of the attention
     ):
         super().__init__()
-        if dim % check_at_least("heads", heads, 1): raise ConfigError(f"hidden must be a multiple of heads, got {dim} and {heads}: {dim//heads*heads or heads} would do")
-        self.heads, self.norm, self.attend, self.mix = heads, nn.LayerNorm(dim), nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
+        if dim % check_at_least("heads", heads, 1):
+            raise ConfigError(f"hidden must be a multiple of heads, got {dim} and {heads}: {dim//heads*heads or heads} would do")
+        self.heads = heads
+        self.norm = nn.LayerNorm(dim)
+        self.attend = nn.Linear(dim, 3*dim)
+        self.mix = nn.Linear(dim, dim)
         self.think = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4*dim), nn.GELU(), nn.Linear(4*dim, dim))
 
     def forward(self,
@@ -90,7 +94,8 @@ class TransformerSpeaker(nn.Module):
     def __init__(self, width, n_words, hidden, layers=1, heads=4, **_):
         super().__init__()
         self.embed, self.positions = nn.Linear(width, hidden), nn.Parameter(.02*torch.randn(n_words + 1, hidden))
-        self.layers, self.norm = nn.ModuleList(CausalLayer(hidden, heads) for _ in range(check_at_least("layers", layers, 1))), nn.LayerNorm(hidden)
+        self.layers = nn.ModuleList(CausalLayer(hidden, heads) for _ in range(check_at_least("layers", layers, 1)))
+        self.norm = nn.LayerNorm(hidden)
 
     def forward(self, u, say, n):
         x, past = u, [None]*len(self.layers)
@@ -104,7 +109,8 @@ class TransformerListener(nn.Module):
     def __init__(self, width, n_words, hidden, layers=1, heads=4, **_):
         super().__init__()
         self.embed, self.positions = nn.Linear(width, hidden), nn.Parameter(.02*torch.randn(n_words + 1, hidden))
-        self.layers, self.norm = nn.ModuleList(CausalLayer(hidden, heads) for _ in range(check_at_least("layers", layers, 1))), nn.LayerNorm(hidden)
+        self.layers = nn.ModuleList(CausalLayer(hidden, heads) for _ in range(check_at_least("layers", layers, 1)))
+        self.norm = nn.LayerNorm(hidden)
 
     def forward(self, words)->Tensor: # [batch, n, width] → [batch, n, hidden]
         x = self.embed(words) + self.positions[:words.shape[1]]
@@ -124,8 +130,11 @@ class EndingChannel(Channel):
         warmup:tuple=(0., 0.), # shares of the training between which the cost rises from 0
     ):
         super().__init__(bottleneck, message_length)
-        if not (len(warmup) == 2 and 0 <= warmup[0] <= warmup[1] <= 1): raise ConfigError(f"warmup is two shares of the training, 0 ≤ first ≤ second ≤ 1, got {warmup!r}")
-        self.length_cost, self.warmup, self.gated = check_at_least("length_cost", length_cost, 0), tuple(warmup), not isinstance(bottleneck, OneSymbol)
+        if not (len(warmup) == 2 and 0 <= warmup[0] <= warmup[1] <= 1):
+            raise ConfigError(f"warmup is two shares of the training, 0 ≤ first ≤ second ≤ 1, got {warmup!r}")
+        self.length_cost = check_at_least("length_cost", length_cost, 0)
+        self.warmup = tuple(warmup)
+        self.gated = not isinstance(bottleneck, OneSymbol)
         self.at(1.)
 
     def at(self, done:float): # share of the training done
@@ -172,14 +181,16 @@ class Ending(EndingChannel):
         super().__init__(bottleneck, message_length, length_cost, warmup)
         for name in transformer: check_choice("argument of a transformer", name, ("layers", "heads"))
         self.dim, heard = check_at_least("hidden", hidden, 1), listener or cell
-        sizes = dict(width=bottleneck.width + self.gated, n_words=message_length, hidden=hidden, embedding=check_at_least("embedding", embedding, 1), **transformer)
+        sizes = dict(width=bottleneck.width + self.gated, n_words=message_length, hidden=hidden,
+            embedding=check_at_least("embedding", embedding, 1), **transformer)
         self.speaker = SPEAKERS[check_choice("cell", cell, SPEAKERS)](**sizes, cell=cell)
         self.speak = nn.Linear(hidden, bottleneck.width)
         self.stop, self.gate = (nn.Linear(hidden, 1), Gate()) if self.gated else (None, None)
         self.listener = LISTENERS[check_choice("listener", heard, LISTENERS)](**sizes, cell=heard)
 
     def draw_noise(self, batch, generator):
-        return self.gate.draw_noise((batch, self.message_length), generator) if self.gated else super().draw_noise(batch, generator)
+        return (self.gate.draw_noise((batch, self.message_length), generator) if self.gated
+            else super().draw_noise(batch, generator))
 
     def utter(self, u, noise=None)->tuple: # [batch, T, width] words with their ends, the bottleneck's `Sent`s, and scores [batch, T, ...]
         "Speak `message_length` words, whatever is said after the end."
@@ -202,7 +213,8 @@ class Ending(EndingChannel):
         over = (words[..., -1] > .5 if self.gated else symbols[..., 0] == 0).cumsum(1) > 0
         lengths, loss = (over.logical_not()).sum(1), None if parts[0].loss is None else sum(p.loss for p in parts)
         if symbols is not None: symbols = symbols.masked_fill(over[..., None], -1)
-        if not self.training: return Sent(self.complete(words[..., :self.bottleneck.width], lengths), symbols, loss, None, lengths)
+        if not self.training:
+            return Sent(self.complete(words[..., :self.bottleneck.width], lengths), symbols, loss, None, lengths)
         heard = torch.cat([words, self.end_word(words).expand(len(words), 1, -1)], 1)
         if parts[0].log_prob is None: return Sent(heard, symbols, loss, None, lengths)
         said = F.pad(over.logical_not(), (1, 0), value=True)[:, :-1].to(words.dtype) # the end is drawn, too; nothing after it
@@ -224,7 +236,8 @@ class Ending(EndingChannel):
         "The loss of each game over the places where its message may end, with what its length costs."
         if sent.log_prob is not None: return loss(self.receive(sent.word)) + self.cost*sent.lengths
         losses = torch.vmap(loss, in_dims=1, out_dims=1, randomness="same")(self.listener(sent.word))
-        return (self.shares(sent.word) * (losses + self.cost*torch.arange(losses.shape[1], device=losses.device))).sum(1)
+        return (self.shares(sent.word) * (losses
+            + self.cost*torch.arange(losses.shape[1], device=losses.device))).sum(1)
 
 def _mean_negentropy(scores, said): # [batch, T, alphabet_size], [batch, T] whether a word was said → mean over messages of their words' mean
     bits = (scores.softmax(-1) * scores.log_softmax(-1)).sum(-1)

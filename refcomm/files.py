@@ -25,7 +25,8 @@ def expanded(
 )->Path:
     "A path with home folders filled in, or the way out where there is no such user."
     try: return Path(path).expanduser()
-    except RuntimeError: raise ConfigError(f"{what} is {str(path)!r}, but there is no home folder of that user here: give the whole path") from None
+    except RuntimeError:
+        raise ConfigError(f"{what} is {str(path)!r}, but there is no home folder of that user here: give the whole path") from None
 
 # %% ../nbs/01_files.ipynb #ff82c502
 def home()->Path: # the folder for runs, executed notebooks and caches
@@ -66,7 +67,8 @@ def find_data(
 )->Path|None: # the file or folder, None if there is none
     "Find a file or folder: an absolute path as it is, a relative one in `data_folders`."
     paths = [expanded(f"{name}{suffix}", "a source") for suffix in suffixes]
-    tried = [p for path in paths for p in ([path] if path.is_absolute() else [folder/path for folder in data_folders()])]
+    tried = [p for path in paths for p in ([path] if path.is_absolute()
+        else [folder/path for folder in data_folders()])]
     return next((p for p in tried if os.path.exists(p)), Path(name) if str(name) in known_stamps() else None)
 
 # %% ../nbs/01_files.ipynb #7be0c5a2
@@ -81,7 +83,8 @@ def read_parquet(
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if twice := sorted({c for c in names if names.count(c) > 1}): raise ConfigError(f"{path} has several columns called {twice[0]!r}: rename them")
+            if twice := sorted({c for c in names if names.count(c) > 1}):
+                raise ConfigError(f"{path} has several columns called {twice[0]!r}: rename them")
             table = file.read(pick and pick(names))
         table.validate(full=True)
     except ConfigError: raise
@@ -286,7 +289,8 @@ def distrust_checkpoint(
 ):
     "Set a checkpoint aside with a warning."
     aside = set_aside(path, f".unreadable-{secrets.token_hex(3)}")
-    warnings.warn(f"checkpoint {path} cannot be continued ({str(why).splitlines()[0] if str(why) else repr(why)}); moved to {aside.name}, training begins anew")
+    warnings.warn(f"checkpoint {path} cannot be continued ({str(why).splitlines()[0] if str(why) else repr(why)}); "
+        f"moved to {aside.name}, training begins anew")
 
 # %% ../nbs/01_files.ipynb #dddfef73
 def stamped(
@@ -306,5 +310,7 @@ def unstamped(
     "The name alone, if its content is still what it was when it was stamped."
     name, _, content = source.partition("#")
     found = stamped(name, suffixes).partition("#")[2]
-    if content and found != content: raise ConfigError(f"{name} is not the file that this Spec was made for (content {content}, found {found or 'no such file'}): set REFCOMM_DATA to the folder that has it")
+    if content and found != content:
+        raise ConfigError(f"{name} is not the file that this Spec was made for (content {content}, found "
+            f"{found or 'no such file'}): set REFCOMM_DATA to the folder that has it")
     return name

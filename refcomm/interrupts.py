@@ -41,7 +41,8 @@ class Interruptible:
     def end(self):
         "Raise `Interrupted` for the signal that was heard."
         self.ended = True
-        raise Interrupted(f"stopped by {signal.Signals(self.signum or signal.SIGINT).name}", self.signum or signal.SIGINT)
+        raise Interrupted(f"stopped by {signal.Signals(self.signum or signal.SIGINT).name}", self.signum
+            or signal.SIGINT)
 
     @contextlib.contextmanager
     def hold(self):

@@ -29,23 +29,37 @@ from .runs.store import RunRecord, Store
 # %% ../nbs/75_keep.ipynb #7282a215
 def _linear(m): return dict(in_features=m.in_features, out_features=m.out_features, bias=m.bias is not None)
 def _words(b): return dict(alphabet_size=b.alphabet_size, word_length=b.n_symbols)
-def _recurrent(c): return dict(bottleneck=c.bottleneck, message_length=c.message_length, hidden=c.dim, embedding=c.speaker.embed.out_features, cell=_cell(c.speaker))
+def _recurrent(c):
+    return dict(bottleneck=c.bottleneck, message_length=c.message_length, hidden=c.dim,
+        embedding=c.speaker.embed.out_features, cell=_cell(c.speaker))
 def _cell(words): return {nn.RNNCell: "rnn", nn.GRUCell: "gru", nn.LSTMCell: "lstm"}[type(words.cell)]
 def _ending(c):
     kinds = [_cell(a.words) if hasattr(a, "words") else "transformer" for a in (c.speaker, c.listener)]
     widths = [a.words.embed.out_features for a in (c.speaker, c.listener) if hasattr(a, "words")]
-    depth = next((dict(layers=len(a.layers), heads=a.layers[0].heads) for a in (c.speaker, c.listener) if hasattr(a, "layers")), {})
-    return dict(bottleneck=c.bottleneck, message_length=c.message_length, hidden=c.dim, embedding=(widths or [c.dim])[0], cell=kinds[0], listener=kinds[1], length_cost=c.length_cost, warmup=list(c.warmup), **depth)
+    depth = next((dict(layers=len(a.layers), heads=a.layers[0].heads) for a in (c.speaker, c.listener)
+        if hasattr(a, "layers")), {})
+    return dict(bottleneck=c.bottleneck, message_length=c.message_length, hidden=c.dim,
+        embedding=(widths or [c.dim])[0], cell=kinds[0], listener=kinds[1], length_cost=c.length_cost,
+        warmup=list(c.warmup), **depth)
 
 PARTS = { # class → the arguments that build one like it
-    nn.Linear: _linear, LinearEncoder: _linear, nn.ReLU: lambda m: {}, nn.Tanh: lambda m: {}, nn.GELU: lambda m: {}, nn.Sigmoid: lambda m: {}, nn.Identity: lambda m: {}, nn.Flatten: lambda m: {},
-    nn.LayerNorm: lambda m: dict(normalized_shape=list(m.normalized_shape)), nn.BatchNorm1d: lambda m: dict(num_features=m.num_features), nn.Dropout: lambda m: dict(p=m.p),
-    InformedSender: lambda m: dict(in_features=m.embed.in_features, dim=m.encode.out_features, n_candidates=m.mix.in_features, embedding=m.embed.out_features, n_filters=m.mix.out_features),
-    Continuous: lambda b: dict(word_length=b.width, normalize=b.normalize), GumbelSoftmax: lambda b: dict(alphabet_size=b.alphabet_size, temperature=b.temperature, straight_through=b.straight_through),
-    Reinforce: lambda b: dict(alphabet_size=b.alphabet_size, entropy_weight=b.entropy_weight), FSQ: lambda b: dict(_words(b), when=b.when),
-    UniformQuantizer: lambda b: dict(alphabet_size=b.steps + 1, word_length=b.width, when=b.when, gradient=b.gradient, normalize=b.normalize),
-    VQ: lambda b: dict(_words(b), symbol_width=b.symbol_width), LearnedQuantizer: lambda b: dict(_words(b), symbol_width=b.levels.shape[1]),
-    Instant: lambda c: dict(bottleneck=c.bottleneck, dim=c.dim, speak=c.speak, listen=c.listen), Recurrent: _recurrent, Ending: _ending,
+    nn.Linear: _linear, LinearEncoder: _linear, nn.ReLU: lambda m: {}, nn.Tanh: lambda m: {}, nn.GELU: lambda m: {},
+    nn.Sigmoid: lambda m: {}, nn.Identity: lambda m: {}, nn.Flatten: lambda m: {},
+    nn.LayerNorm: lambda m: dict(normalized_shape=list(m.normalized_shape)),
+    nn.BatchNorm1d: lambda m: dict(num_features=m.num_features), nn.Dropout: lambda m: dict(p=m.p),
+    InformedSender: lambda m: dict(in_features=m.embed.in_features, dim=m.encode.out_features,
+    n_candidates=m.mix.in_features, embedding=m.embed.out_features, n_filters=m.mix.out_features),
+    Continuous: lambda b: dict(word_length=b.width, normalize=b.normalize),
+    GumbelSoftmax: lambda b: dict(alphabet_size=b.alphabet_size, temperature=b.temperature,
+    straight_through=b.straight_through),
+    Reinforce: lambda b: dict(alphabet_size=b.alphabet_size, entropy_weight=b.entropy_weight),
+    FSQ: lambda b: dict(_words(b), when=b.when),
+    UniformQuantizer: lambda b: dict(alphabet_size=b.steps + 1, word_length=b.width, when=b.when, gradient=b.gradient,
+    normalize=b.normalize),
+    VQ: lambda b: dict(_words(b), symbol_width=b.symbol_width),
+    LearnedQuantizer: lambda b: dict(_words(b), symbol_width=b.levels.shape[1]),
+    Instant: lambda c: dict(bottleneck=c.bottleneck, dim=c.dim, speak=c.speak, listen=c.listen), Recurrent: _recurrent,
+    Ending: _ending,
     ReferentialGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver),
 }
 
@@ -64,20 +78,26 @@ def built(
     "The inverse of `described`: a module with weights of its own."
     if not isinstance(x, dict): return tuple(x) if isinstance(x, list) else x
     if "foreign" in x:
-        if x["foreign"] not in given: raise ConfigError(f"this game has a part of class {x['foreign']}, which is not of this package: give one, as parts={{{x['foreign']!r}: …}}")
+        if x["foreign"] not in given:
+            raise ConfigError(f"this game has a part of class {x['foreign']}, which is not of this package: give one, "
+                f"as parts={{{x['foreign']!r}: …}}")
         return given[x["foreign"]] if isinstance(given[x["foreign"]], nn.Module) else given[x["foreign"]]()
     if x.get("part") == "Sequential": return nn.Sequential(*(built(m, given) for m in x["layers"]))
     names = {c.__name__: c for c in PARTS}
     if x.get("part") not in names: raise ConfigError(f"unknown part {x.get('part')!r}: {nearest(x.get('part'), names)}")
     try: return names[x["part"]](**{k: built(v, given) for k, v in x.items() if k != "part"})
-    except TypeError as e: raise ConfigError(f"the description of a {x['part']} does not fit this version of refcomm: {e}") from None
+    except TypeError as e:
+        raise ConfigError(f"the description of a {x['part']} does not fit this version of refcomm: {e}") from None
 
 # %% ../nbs/75_keep.ipynb #6abcce6c
 def _card(words, about)->str:
     import yaml
-    front = yaml.safe_dump(dict(library_name="refcomm", tags=["emergent communication", "referential game", "refcomm"]), sort_keys=False).strip()
-    return "\n".join(["---", front, "---", "# Agents of a referential game", "", "A sender and a receiver, trained with [refcomm](https://pypi.org/project/refcomm/).", "",
-        "```python", "import refcomm", 'game = refcomm.load_game("path/to/this/folder")', "```", "", "## What they are", "", "```json", json.dumps(words, indent=1, ensure_ascii=False), "```", "",
+    front = yaml.safe_dump(dict(library_name="refcomm", tags=["emergent communication", "referential game", "refcomm"]),
+        sort_keys=False).strip()
+    return "\n".join(["---", front, "---", "# Agents of a referential game", "",
+    "A sender and a receiver, trained with [refcomm](https://pypi.org/project/refcomm/).", "",
+        "```python", "import refcomm", 'game = refcomm.load_game("path/to/this/folder")', "```", "", "## What they are",
+        "", "```json", json.dumps(words, indent=1, ensure_ascii=False), "```", "",
         "## How they were made", "", "```json", json.dumps(about, indent=1, ensure_ascii=False), "```", ""])
 
 def save_game(
@@ -89,13 +109,16 @@ def save_game(
     from safetensors.torch import save_file
     import refcomm
     folder, words, tmp = Path(folder), described(game), None
-    if folder.exists() and not (folder/"config.json").is_file() and any(folder.iterdir()): raise ConfigError(f"{folder} holds something else: name a folder that does not exist, or an empty one")
-    tmp, weights = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp"), {k: v.detach().cpu().clone().contiguous() for k, v in game.state_dict().items()}
+    if folder.exists() and not (folder/"config.json").is_file() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} holds something else: name a folder that does not exist, or an empty one")
+    tmp = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    weights = {k: v.detach().cpu().clone().contiguous() for k, v in game.state_dict().items()}
     with disk_errors(folder):
         try:
             tmp.mkdir(parents=True)
             save_file(weights, tmp/"model.safetensors", metadata={"format": "pt"})
-            (tmp/"config.json").write_text(json.dumps(dict(refcomm=refcomm.__version__, game=words, about=about or {}), indent=1), encoding="utf-8")
+            (tmp/"config.json").write_text(json.dumps(dict(refcomm=refcomm.__version__, game=words, about=about or {}),
+                indent=1), encoding="utf-8")
             (tmp/"README.md").write_text(_card(words, about or {}), encoding="utf-8")
             if folder.exists(): shutil.rmtree(folder)
             os.rename(tmp, folder)
@@ -111,14 +134,20 @@ def load_game(
     from safetensors.torch import load_file
     here = Path(folder)
     if not here.is_dir() and str(folder).count("/") == 1 and not str(folder).startswith((".", "/")):
-        hub = need("huggingface_hub", f"there is no folder {folder}, and the hub needs the package huggingface_hub: pip install huggingface_hub")
+        hub = need("huggingface_hub",
+            f"there is no folder {folder}, and the hub needs the package huggingface_hub: pip install huggingface_hub")
         try: here = Path(hub.snapshot_download(str(folder)))
-        except Exception as e: raise ConfigError(f"there is no folder {folder}, and the hub does not give it ({type(e).__name__}): name a folder that save_game wrote") from None
+        except Exception as e:
+            raise ConfigError(f"there is no folder {folder}, and the hub does not give it ({type(e).__name__}): name a "
+                f"folder that save_game wrote") from None
     try: words = json.loads((here/"config.json").read_text(encoding="utf-8"))["game"]
-    except (OSError, ValueError, KeyError, TypeError): raise ConfigError(f"{folder} holds no game: name a folder that save_game wrote") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{folder} holds no game: name a folder that save_game wrote") from None
     game = built(words, parts)
     try: game.load_state_dict(load_file(here/"model.safetensors"))
-    except Exception as e: raise ConfigError(f"the weights in {folder} do not fit its game ({str(e).splitlines()[-1].strip()}): write it again with save_game") from None
+    except Exception as e:
+        raise ConfigError(f"the weights in {folder} do not fit its game ({str(e).splitlines()[-1].strip()}): write it "
+            f"again with save_game") from None
     return game.eval()
 
 def push_game(
@@ -149,7 +178,9 @@ def find_record(
     store, (experiment, _, key) = store or Store(), str(run).rpartition("/")
     found = [k for k in store.keys() if k[1].startswith(key) and key and (not experiment or k[0] == experiment)]
     if len(found) == 1: return store.read(*found[0])
-    raise ConfigError(f"{len(found) or 'no'} runs in {store.root} have a key like {run!r}: " + ("name one in full: " + ", ".join("/".join(k) for k in found[:5]) if found else "`refcomm runs list` shows them"))
+    raise ConfigError(f"{len(found) or 'no'} runs in {store.root} have a key like {run!r}: "
+        + ("name one in full: " + ", ".join("/".join(k) for k in found[:5]) if found
+        else "`refcomm runs list` shows them"))
 
 def load(
     run, # a record or a key, see `find_record`
@@ -163,7 +194,9 @@ def load(
     task = module.make_task(spec, device) if hasattr(module, "make_task") else module.make_parts(spec)
     if hasattr(module, "load_model"): return Kept(module.load_model(record).to(device), task, spec, record)
     weights = record.weights()
-    if not weights: raise RecordError(f"run {record.experiment}/{record.key} kept no weights: make it again without --no-weights, or before that remove it with `refcomm runs clean`")
+    if not weights:
+        raise RecordError(f"run {record.experiment}/{record.key} kept no weights: make it again without --no-weights, "
+            f"or before that remove it with `refcomm runs clean`")
     game = module.build(spec, task if hasattr(module, "make_task") else len(task.train.classes)).to(device)
     game.load_state_dict(weights)
     return Kept(game.eval(), task, spec, record)

@@ -44,12 +44,15 @@ class Objects:
     def __len__(self): return len(self.values)
 
     def one_hot(self)->Tensor: # [n, n_values of all attributes together]
-        return torch.cat([nn.functional.one_hot(column, len(k)).float() for column, k in zip(self.values.T, self.kinds)], 1)
+        return torch.cat([nn.functional.one_hot(column, len(k)).float()
+            for column, k in zip(self.values.T, self.kinds)], 1)
 
     def look(self, i:int)->str: # what object `i` is
         return ", ".join(f"{name} {k[v]}" for name, k, v in zip(self.names, self.kinds, self.values[i].tolist()))
 
-    def __repr__(self): return f"Objects({len(self)} objects: " + ", ".join(f"{n} ({len(k)})" for n, k in zip(self.names, self.kinds)) + ")"
+    def __repr__(self):
+        return (f"Objects({len(self)} objects: " + ", ".join(f"{n} ({len(k)})" for n, k in zip(self.names, self.kinds))
+            + ")")
 
 def load_objects(
     table, # a DataFrame, or a .csv or .parquet file with a header
@@ -60,8 +63,10 @@ def load_objects(
     if not isinstance(table, pd.DataFrame):
         path = Path(table)
         if not path.is_file(): raise ConfigError(f"no file {path.absolute()}: name a .csv or .parquet file")
-        try: table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, sep=None, engine="python")
-        except Exception as e: raise ConfigError(f"{path} cannot be read as a table: {str(e).splitlines()[0]}") from None
+        try:
+            table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, sep=None, engine="python")
+        except Exception as e:
+            raise ConfigError(f"{path} cannot be read as a table: {str(e).splitlines()[0]}") from None
     columns = list(table.columns if columns is None else columns)
     for name in (*columns, *bins): check_choice("column", name, table.columns)
     if not columns or not len(table): raise ConfigError("a table needs at least one row and one column")
@@ -70,14 +75,19 @@ def load_objects(
         row, name = next((r, c) for c in columns for r in table.index[holes[c]])
         raise ConfigError(f"column {name!r} has no value in row {row}: fill it, or leave the row out")
     for name, n in bins.items():
-        if not pd.api.types.is_numeric_dtype(table[name]): raise ConfigError(f"column {name!r} holds no numbers, and cannot be binned")
-        table = table.assign(**{name: pd.qcut(table[name], check_at_least(f"bins of {name!r}", n, 2), duplicates="drop")})
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            raise ConfigError(f"column {name!r} holds no numbers, and cannot be binned")
+        table = table.assign(**{name: pd.qcut(table[name], check_at_least(f"bins of {name!r}", n, 2),
+            duplicates="drop")})
     distinct = table.drop_duplicates()
-    if len(distinct) < len(table): warnings.warn(f"{len(table) - len(distinct)} of {len(table)} rows repeat another one and are left out: no message can tell them apart")
+    if len(distinct) < len(table):
+        warnings.warn(f"{len(table) - len(distinct)} of {len(table)} rows repeat another one and are left out: no message can tell them apart")
     values, kinds = [], []
     for name in columns:
         codes, found = pd.factorize(distinct[name], sort=True)
-        if len(found) == len(distinct) > 20: warnings.warn(f"column {name!r} is different in every row: leave a name or a number of the row out, and bin what is measured, bins={{{name!r}: 5}}")
+        if len(found) == len(distinct) > 20:
+            warnings.warn(f"column {name!r} is different in every row: leave a name or a number of the row out, and "
+                f"bin what is measured, bins={{{name!r}: 5}}")
         values.append(torch.as_tensor(codes.astype("int64"))), kinds.append(found)
     return Objects(torch.stack(values, 1), columns, kinds)
 
@@ -85,13 +95,16 @@ def load_objects(
 class Referential(ItemTask):
     "Objects of one's own as targets and candidates."
     def __init__(self, objects, x, parts, distractors, seed):
-        super().__init__(x, torch.arange(len(x)), parts, distractors, distractors + 1, generator=generator(seed, "games"))
+        super().__init__(x, torch.arange(len(x)), parts, distractors, distractors + 1,
+            generator=generator(seed, "games"))
         self.objects, self.ids, self.given = objects, parts, dict(distractors=distractors, seed=seed)
 
     def meanings(self, part)->Tensor|None: # [n, n_attributes] int64; None where objects are features
         return self.objects.values[self.ids[part]] if isinstance(self.objects, Objects) else None
 
-    def digest(self): return content_digest(*(x for k in ("train", "valid", "test") for x in (self.x[k].cpu(), self.ids[k])), json.dumps(self.given, sort_keys=True))
+    def digest(self):
+        return content_digest(*(x for k in ("train", "valid", "test") for x in (self.x[k].cpu(), self.ids[k])),
+            json.dumps(self.given, sort_keys=True))
 
 def referential(
     objects, # `Objects`, or features [n, dim]
@@ -105,8 +118,11 @@ def referential(
     if x.dim() != 2: raise ConfigError(f"objects are `Objects` or features [n, dim], got {list(x.shape)}")
     n = {k: round(v*len(x)) if isinstance(v, float) else v for k, v in dict(valid=valid, test=test).items()}
     for part, count in dict(n, train=len(x) - sum(n.values())).items():
-        if count <= distractors: raise ConfigError(f"{count} objects for {part!r} are too few for {distractors} distractors: give at least {distractors + 1}, by a larger share or fewer distractors")
-    return Referential(objects, x, split(len(x), dict(train=len(x) - sum(n.values()), **n), generator(seed, "split")), check_at_least("distractors", distractors, 1), seed)
+        if count <= distractors:
+            raise ConfigError(f"{count} objects for {part!r} are too few for {distractors} distractors: give at least "
+                f"{distractors + 1}, by a larger share or fewer distractors")
+    return Referential(objects, x, split(len(x), dict(train=len(x) - sum(n.values()), **n), generator(seed, "split")),
+        check_at_least("distractors", distractors, 1), seed)
 
 # %% ../nbs/76_own.ipynb #c82d4c41
 def _own_bottleneck(bottleneck, alphabet_size, word_length, options):
@@ -140,12 +156,17 @@ def make_game(
     with seeded_init(seed):
         if not isinstance(channel, nn.Module):
             word = _own_bottleneck(bottleneck, alphabet_size, word_length, options)
-            name = "ending" if channel == "recurrent" and (ends or (ends is None and (length_cost > 0 or cell == "transformer"))) else channel
-            sizes = dict(message_length=message_length, hidden=hidden, embedding=embedding, cell=cell) if name != "instant" else {}
-            if name == "instant" and (ends or length_cost): raise ConfigError("an instant channel sends one word, which cannot end earlier: use channel='recurrent'")
-            channel = make_channel(name, word, **sizes, **(dict(length_cost=length_cost, warmup=warmup) if name == "ending" else {}))
+            name = ("ending" if channel == "recurrent"
+                and (ends or (ends is None and (length_cost > 0 or cell == "transformer"))) else channel)
+            sizes = (dict(message_length=message_length, hidden=hidden, embedding=embedding, cell=cell)
+                if name != "instant" else {})
+            if name == "instant" and (ends or length_cost):
+                raise ConfigError("an instant channel sends one word, which cannot end earlier: use channel='recurrent'")
+            channel = make_channel(name, word, **sizes,
+                **(dict(length_cost=length_cost, warmup=warmup) if name == "ending" else {}))
         own = hasattr(task, "make_receiver") # a receiver that is not an encoder of candidates
-        game = ReferentialGame(sender or LinearEncoder(width, channel.dim), channel, receiver or (task.make_receiver(channel.dim) if own else LinearEncoder(width, channel.dim)))
+        game = ReferentialGame(sender or LinearEncoder(width, channel.dim), channel, receiver
+            or (task.make_receiver(channel.dim) if own else LinearEncoder(width, channel.dim)))
     return game if own else check_game(game, seen.x, getattr(seen.candidates, "items", None))
 
 # %% ../nbs/76_own.ipynb #161cb43b
@@ -188,11 +209,13 @@ class Run:
 
     def corpus(self)->Corpus:
         "The test messages with their meanings."
-        return make_corpus(self.messages, self.meanings, dict(run=self.record.key, spec=self.record.spec, made=self.record.provenance), self.lengths)
+        return make_corpus(self.messages, self.meanings,
+            dict(run=self.record.key, spec=self.record.spec, made=self.record.provenance), self.lengths)
 
     def save(self, folder)->Path:
         "The game, its numbers and its messages in one folder: see `save_game`."
-        folder = save_game(folder, self.game, dict(metrics=self.metrics, run=self.record.key, name=self.record.spec["name"], made=self.record.provenance))
+        folder = save_game(folder, self.game,
+            dict(metrics=self.metrics, run=self.record.key, name=self.record.spec["name"], made=self.record.provenance))
         if not self.messages.is_floating_point(): save_corpus(folder/"corpus.parquet", self.corpus())
         return folder
 
@@ -209,9 +232,12 @@ def _tested(game, task, metrics)->tuple: # a row of metrics, and tensors
     sent, tensors = torch.cat(sent).cpu(), {}
     row = dict(accuracy=right/n, noum=n_unique(sent), n_targets=n)
     if ends: tensors["lengths"] = torch.cat(ends).cpu(); row["mean_length"] = float(tensors["lengths"].float().mean())
-    meanings, extra = task.meanings("test") if hasattr(task, "meanings") else None, dict(lengths=tensors["lengths"]) if ends else {}
+    meanings = task.meanings("test") if hasattr(task, "meanings") else None
+    extra = dict(lengths=tensors["lengths"]) if ends else {}
     for metric in metrics:
-        if meanings is None or sent.is_floating_point(): raise ConfigError(f"{metric.__name__} compares symbols with attributes, and this game has " + ("no attributes" if meanings is None else "no symbols"))
+        if meanings is None or sent.is_floating_point():
+            raise ConfigError(f"{metric.__name__} compares symbols with attributes, and this game has "
+                + ("no attributes" if meanings is None else "no symbols"))
         value = float(metric(sent.flatten(1), meanings, **extra))
         row[_short(metric)] = None if value != value else value
     return row, tensors | dict(messages=sent.contiguous())
@@ -219,10 +245,14 @@ def _tested(game, task, metrics)->tuple: # a row of metrics, and tensors
 def _short(metric): return {"topographic_similarity": "topsim"}.get(metric.__name__, metric.__name__)
 
 def _spec_of(game, task, settings, metrics, name, seed):
-    weights = content_digest(*(v.detach().cpu() for v in game.state_dict().values()), json.dumps(list(game.state_dict())))
-    about = task.digest() if hasattr(task, "digest") else content_digest(*(task.seen(k).cpu() for k in ("train", "test")))
-    words = json.dumps(described(game) | (dict(text=repr(game)) if "foreign" in json.dumps(described(game)) else {}), sort_keys=True)
-    return OwnSpec(name=name, game=words, weights=weights, task=about, settings=json.dumps([repr(settings), [_short(m) for m in metrics]]), seed=seed)
+    weights = content_digest(*(v.detach().cpu() for v in game.state_dict().values()),
+        json.dumps(list(game.state_dict())))
+    about = (task.digest() if hasattr(task, "digest")
+        else content_digest(*(task.seen(k).cpu() for k in ("train", "test"))))
+    words = json.dumps(described(game) | (dict(text=repr(game)) if "foreign" in json.dumps(described(game)) else {}),
+        sort_keys=True)
+    return OwnSpec(name=name, game=words, weights=weights, task=about,
+        settings=json.dumps([repr(settings), [_short(m) for m in metrics]]), seed=seed)
 
 def train(
     game:ReferentialGame, # is left as it is; the trained one is the run's
@@ -243,7 +273,8 @@ def train(
 )->Run:
     "Train a game, or load what the same call has trained before."
     store, where = store or Store(), pick_device(device)
-    settings = TrainSettings(epochs=epochs, lr=lr, batch_size=min(batch_size, task.n_train), patience=patience or epochs, **settings)
+    settings = TrainSettings(epochs=epochs, lr=lr, batch_size=min(batch_size, task.n_train), patience=patience
+        or epochs, **settings)
     s = _spec_of(game, task, settings, metrics, name, check_at_least("seed", seed, 0))
     check_logger(logger)
     with store.lock(s.experiment, run_key(s)):
@@ -267,11 +298,13 @@ def _made(s, game, task, settings, metrics, store, device, logger, on_step, on_e
         def log(rows):
             logs.epochs(rows)
             for r in rows if on_epoch else (): on_epoch(r)
-        fitted = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [s.seed], device, folder/"training.safetensors", checkpoint_interval(), on_progress=step, log=log)
+        fitted = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [s.seed], device,
+            folder/"training.safetensors", checkpoint_interval(), on_progress=step, log=log)
         trained = ensemble.eval().member(0)
         row, tensors = _tested(trained, task, metrics)
         history = fitted.member(0, settings.patience)
-        result = RunResult([row], dict(best_epoch=fitted.best_epoch[0], n_parameters=ensemble.n_parameters), history, tensors, ensemble.weights(0))
+        result = RunResult([row], dict(best_epoch=fitted.best_epoch[0], n_parameters=ensemble.n_parameters), history,
+            tensors, ensemble.weights(0))
         record = store.put(s, result, provenance(device, float(history["seconds"].sum()), 1))
         logs.finish([result])
     shutil.rmtree(folder, ignore_errors=True)
@@ -284,7 +317,8 @@ def sweep(
 )->pd.DataFrame: # a row for every combination: its values, and the metrics of its run
     "Make the runs of a grid."
     for name, values in grid.items():
-        if isinstance(values, str) or not hasattr(values, "__iter__"): raise ConfigError(f"grid[{name!r}] is {values!r}: a list of values is expected")
+        if isinstance(values, str) or not hasattr(values, "__iter__"):
+            raise ConfigError(f"grid[{name!r}] is {values!r}: a list of values is expected")
     rows = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values))

@@ -58,15 +58,18 @@ class InformedSender(nn.Module):
         n_filters:int=20, # of the first convolution
     ):
         super().__init__()
-        for name, value in dict(n_candidates=n_candidates, embedding=embedding, n_filters=n_filters).items(): check_at_least(name, value, 1)
-        self.embed, self.mix = nn.Linear(in_features, embedding, bias=False), nn.Linear(n_candidates, n_filters, bias=False)
+        for name, value in dict(n_candidates=n_candidates, embedding=embedding, n_filters=n_filters).items():
+            check_at_least(name, value, 1)
+        self.embed = nn.Linear(in_features, embedding, bias=False)
+        self.mix = nn.Linear(n_candidates, n_filters, bias=False)
         self.merge, self.encode = nn.Linear(n_filters, 1, bias=False), nn.Linear(embedding, dim)
 
     def forward(self,
         seen:Drawn, # the target in first place
     )->Tensor: # [batch, dim]
         n = seen.index.shape[-1]
-        if n > self.mix.in_features: raise ConfigError(f"{n} candidates shown to a sender that sees at most {self.mix.in_features}: build it with n_candidates={n}")
+        if n > self.mix.in_features:
+            raise ConfigError(f"{n} candidates shown to a sender that sees at most {self.mix.in_features}: build it with n_candidates={n}")
         h = self.embed(seen.items)[seen.index]
         h = (self.mix.weight[:, :n] @ h).sigmoid()
         return self.encode((self.merge.weight @ h).sigmoid().squeeze(-2))

@@ -37,21 +37,29 @@ class PatchSymbol(nn.Module):
         **vit, # dim, layers and heads of `ViT`
     ):
         super().__init__()
-        check_at_least("vocab_size", vocab_size, 2, "one symbol carries nothing"), check_at_least("symbols_per_patch", symbols_per_patch, 1)
-        if check_choice("kind of PatchSymbol", kind, SYMBOLS) != "vit" and vit: raise ConfigError(f"{', '.join(vit)} belong to kind='vit', got kind={kind!r}")
-        self.size, self.patch_size, self.vocab_size, self.symbols_per_patch = size, patch_size, vocab_size, symbols_per_patch
+        (check_at_least("vocab_size", vocab_size, 2, "one symbol carries nothing"),
+            check_at_least("symbols_per_patch", symbols_per_patch, 1))
+        if check_choice("kind of PatchSymbol", kind, SYMBOLS) != "vit" and vit:
+            raise ConfigError(f"{', '.join(vit)} belong to kind='vit', got kind={kind!r}")
+        self.size = size
+        self.patch_size = patch_size
+        self.vocab_size = vocab_size
+        self.symbols_per_patch = symbols_per_patch
         self.n_patches = math.prod(patch_grid(size, size, patch_size))
-        self.look = ViT(size, patch_size, **vit) if kind == "vit" else nn.Linear(3*patch_size**2, check_at_least("hidden", hidden, 1))
+        self.look = (ViT(size, patch_size, **vit) if kind == "vit"
+            else nn.Linear(3*patch_size**2, check_at_least("hidden", hidden, 1)))
         self.positions = nn.Parameter(.02*torch.randn(self.n_patches, hidden)) if kind == "linear" else 0.
         if kind == "vit": between = [nn.Linear(self.look.feature_dim, hidden), nn.ReLU()]
         else: between = [nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()] if kind == "mlp" else []
         self.speak = nn.Sequential(*between, nn.Linear(hidden, symbols_per_patch*vocab_size))
         self.norm = None if norm is None else nn.BatchNorm1d(symbols_per_patch*vocab_size)
-        if norm is not None: check_choice("norm of PatchSymbol", norm, ("batch",)), nn.init.constant_(self.norm.weight, 3.)
+        if norm is not None:
+            check_choice("norm of PatchSymbol", norm, ("batch",)), nn.init.constant_(self.norm.weight, 3.)
 
     def forward(self, images)->Tensor: # [batch, n_patches, symbols_per_patch, vocab_size]
         check_size(images, self.size)
-        seen = self.look.tokens(images)[:, 1:] if isinstance(self.look, ViT) else self.look(cut_patches(images, self.patch_size)) + self.positions
+        seen = (self.look.tokens(images)[:, 1:] if isinstance(self.look, ViT)
+            else self.look(cut_patches(images, self.patch_size)) + self.positions)
         scores = self.speak(seen)
         if self.norm is not None: scores = self.norm(scores.flatten(0, 1)).view_as(scores)
         return scores.unflatten(-1, (self.symbols_per_patch, self.vocab_size))
@@ -67,7 +75,8 @@ class PatchRank(nn.Module):
         dropout:float=0., # share of features dropped in training; .1 in the public code
     ):
         super().__init__()
-        check_choice("patch_size of PatchRank", patch_size, RANK_SIZES), check_choice("trunk of PatchRank", trunk, RANK_TRUNKS)
+        (check_choice("patch_size of PatchRank", patch_size, RANK_SIZES),
+            check_choice("trunk of PatchRank", trunk, RANK_TRUNKS))
         if not 0 <= dropout < 1: raise ConfigError(f"dropout must be from 0 to below 1, got {dropout!r}")
         self.patch_size, self.dropout = patch_size, dropout
         grid = grid_trunk(trunk, patch_size)
@@ -84,7 +93,8 @@ class PatchRank(nn.Module):
         patch_grid(*images.shape[-2:], self.patch_size)
         seen = self.features(images).flatten(2).mT
         if self.training and self.dropout:
-            if noise is None: raise ConfigError("PatchRank with dropout trains on noise: pass noise=rank.draw_noise((batch, n_patches), generator)")
+            if noise is None:
+                raise ConfigError("PatchRank with dropout trains on noise: pass noise=rank.draw_noise((batch, n_patches), generator)")
             seen = seen * (noise >= self.dropout) / (1 - self.dropout)
         return self.score(seen).squeeze(-1)
 
@@ -94,7 +104,8 @@ def top_patches(
     k:int, # how many
 )->Tensor: # [batch, k] patch numbers, the best first
     "The `k` patches with the highest scores."
-    if check_at_least("k", k, 1) > scores.shape[-1]: raise ConfigError(f"the {k} best patches were asked for, but an image has {scores.shape[-1]}")
+    if check_at_least("k", k, 1) > scores.shape[-1]:
+        raise ConfigError(f"the {k} best patches were asked for, but an image has {scores.shape[-1]}")
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
 
 # %% ../../nbs/34_agents.patches.ipynb #d79766de
@@ -115,7 +126,8 @@ def message_of(
     vocab_size:int,
 )->Message: # whose importance is that all or nothing
     "A message of these symbols."
-    if (high := int(symbols.max())) >= vocab_size: raise ConfigError(f"symbol {high} is not one of the {vocab_size}: they are numbered from 0 to {vocab_size - 1}")
+    if (high := int(symbols.max())) >= vocab_size:
+        raise ConfigError(f"symbol {high} is not one of the {vocab_size}: they are numbered from 0 to {vocab_size - 1}")
     sent = symbols >= 0
     return Message(F.one_hot(symbols.clamp_min(0), vocab_size).float() * sent[..., None], symbols, sent.float())
 
@@ -145,9 +157,16 @@ class Speaker(nn.Module):
         cooled:float=.5, # share of the training after which the last temperature is reached
     ):
         super().__init__()
-        if symbol.patch_size != rank.patch_size: raise ConfigError(f"PatchSymbol looks at patches of {symbol.patch_size} pixels, PatchRank at {rank.patch_size}: build both with the same patch_size")
-        if not 0 < cooled <= 1: raise ConfigError(f"cooled is a share of the training, above 0 and at most 1: got {cooled!r}")
-        self.symbol, self.rank, self.gate, self.strength, self.budget = symbol, rank, Gate(gate), strength, check_choice("budget", budget, BUDGETS)
+        if symbol.patch_size != rank.patch_size:
+            raise ConfigError(f"PatchSymbol looks at patches of {symbol.patch_size} pixels, PatchRank at "
+                f"{rank.patch_size}: build both with the same patch_size")
+        if not 0 < cooled <= 1:
+            raise ConfigError(f"cooled is a share of the training, above 0 and at most 1: got {cooled!r}")
+        self.symbol = symbol
+        self.rank = rank
+        self.gate = Gate(gate)
+        self.strength = strength
+        self.budget = check_choice("budget", budget, BUDGETS)
         self.bottleneck = GumbelSoftmax(symbol.vocab_size, temperatures[0], straight_through=True)
         self.temperatures, self.schedule, self.cooled = temperatures, schedule, cooled
         self.cool(0.)
@@ -164,14 +183,16 @@ class Speaker(nn.Module):
     def draw_noise(self, batch, generator)->Tensor: # [batch, n_patches, …]
         "The randomness of one training pass: of symbols, gates and dropout."
         shape, l = (batch, self.symbol.n_patches), self.symbol.symbols_per_patch
-        return torch.cat([self.bottleneck.draw_noise((*shape, l), generator).flatten(2), self.gate.draw_noise(shape, generator), self.rank.draw_noise(shape, generator)], -1)
+        return torch.cat([self.bottleneck.draw_noise((*shape, l), generator).flatten(2),
+            self.gate.draw_noise(shape, generator), self.rank.draw_noise(shape, generator)], -1)
 
     def forward(self, images, noise=None)->Message:
         l, v, n = self.symbol.symbols_per_patch, self.symbol.vocab_size, self.symbol.n_patches
         of_symbols, of_gate, of_rank = (None,)*3 if noise is None else noise.split((l*v, 2, self.rank.noise_width), -1)
         said = self.bottleneck(self.symbol(images), None if noise is None else of_symbols.unflatten(-1, (l, v)))
         scores = self.rank(images, of_rank)
-        importance, middle = (soft_rank(scores, self.strength) / n, (n + .999)/2/n) if self.budget == "half" else (keep_by(scores, self.budget), .999/n**.5 if self.budget == "l2" else .5) # equal ranks, a rounding error apart, are all kept
+        importance, middle = ((soft_rank(scores, self.strength) / n, (n + .999)/2/n) if self.budget == "half" # equal ranks, a rounding error apart, are all kept
+            else (keep_by(scores, self.budget), .999/n**.5 if self.budget == "l2" else .5))
         gate = self.gate(importance, of_gate, middle=middle)[..., None]
         symbols = said.symbols.squeeze(-1).where(gate > .5, -1)
         return Message((said.word * gate[..., None]).flatten(1, 2), symbols.flatten(1), importance)
@@ -189,16 +210,22 @@ class Listener(nn.Module):
         masked:bool=False, # hide what is dropped, in place of a zero vector
     ):
         super().__init__()
-        self.embed, self.language, self.vision, self.masked = symbol_embedding(vocab_size, language.dim), language, vision, masked
-        self.project_language, self.project_vision = (projection_head(n, dim, hidden, narrow) for n in (language.dim, vision.feature_dim))
+        self.embed = symbol_embedding(vocab_size, language.dim)
+        self.language = language
+        self.vision = vision
+        self.masked = masked
+        self.project_language, self.project_vision = (projection_head(n, dim, hidden, narrow)
+            for n in (language.dim, vision.feature_dim))
 
     def read(self,
         message:Message,
     )->Tensor: # [batch, dim]
         "What each message means."
         width, known = message.word.shape[-1], self.embed.in_features
-        if width != known: raise ConfigError(f"the speaker has {width} symbols, the listener knows {known}: build both with the same vocab_size")
-        return self.project_language(self.language.summary(self.embed(message.word), message.sent if self.masked else None))
+        if width != known:
+            raise ConfigError(f"the speaker has {width} symbols, the listener knows {known}: build both with the same vocab_size")
+        return self.project_language(self.language.summary(self.embed(message.word), message.sent if self.masked
+            else None))
 
     def see(self,
         images:Tensor, # [batch, 3, size, size]

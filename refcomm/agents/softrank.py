@@ -19,14 +19,16 @@ def pool_violators(
 )->tuple: # block of each element [..., n], numbered through the batch, and the size of each block [n_blocks]
     "Pool adjacent violators of all rows at once: the block means are the non-increasing rows nearest to `y` (Ayer et al. 1955)."
     n, total = y.shape[-1], y.flatten()
-    size, last = torch.ones_like(total), torch.arange(1, len(total) + 1, device=y.device) % n == 0 if ends is None else ends.flatten()
+    size = torch.ones_like(total)
+    last = torch.arange(1, len(total) + 1, device=y.device) % n == 0 if ends is None else ends.flatten()
     while True:
         mean, ends = total/size, last.clone()
         ends[:-1] |= mean[1:] <= mean[:-1]
         if ends.all(): break
         into, last = ends.cumsum(0) - ends.long(), last[ends]
         total, size = (x.new_zeros(len(last)).index_add_(0, into, x) for x in (total, size))
-    return torch.arange(len(size), device=y.device).repeat_interleave(size.long(), output_size=y.numel()).view(y.shape), size
+    return (torch.arange(len(size), device=y.device).repeat_interleave(size.long(),
+        output_size=y.numel()).view(y.shape), size)
 
 def block_means(
     x:Tensor, # [..., n]
@@ -60,7 +62,8 @@ PRECISE = 2**10 # scores up to here, over their strength, are ranked as they are
 def _apart(ordered):
     "Scores that fall, as differences from the first of their group where a row has scores beyond `PRECISE`, and the groups' ends [..., n]."
     n, far = ordered.shape[-1], ordered[..., [0, -1]].abs().amax(-1, keepdim=True) > PRECISE
-    finite = ordered.nan_to_num(nan=torch.nan, posinf=torch.finfo(ordered.dtype).max, neginf=torch.finfo(ordered.dtype).min)
+    finite = ordered.nan_to_num(nan=torch.nan, posinf=torch.finfo(ordered.dtype).max,
+        neginf=torch.finfo(ordered.dtype).min)
     split = far & (finite[..., :-1] - finite[..., 1:] > n) # blocks never reach across a gap of more than n
     begins = F.pad(split, (1, 0), value=True)
     place = torch.where(begins, torch.arange(n, device=ordered.device), 0).cummax(-1).values
@@ -97,7 +100,9 @@ def soft_rank(
     strength:float=1., # above 0; scores at least this far apart get hard ranks
 )->Tensor: # [..., n] from 1 for the lowest score to n for the highest, in single precision at least
     "Differentiable ranks: the projection onto the permutahedron (Blondel et al. 2020, with L2 regularisation)."
-    if not strength > 0: raise ConfigError(f"strength must be above 0, got {strength!r}: 1 is the usual choice, and less makes harder ranks")
-    if not scores.dim() or 0 in scores.shape: raise ConfigError(f"scores of shape {list(scores.shape)} have no ranks: at least one score in each row is expected")
+    if not strength > 0:
+        raise ConfigError(f"strength must be above 0, got {strength!r}: 1 is the usual choice, and less makes harder ranks")
+    if not scores.dim() or 0 in scores.shape:
+        raise ConfigError(f"scores of shape {list(scores.shape)} have no ranks: at least one score in each row is expected")
     with torch.autocast(scores.device.type, enabled=False):
         return _SoftRank.apply((scores if scores.dtype == torch.float64 else scores.float()) / strength)[0]

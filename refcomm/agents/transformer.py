@@ -22,8 +22,10 @@ def patch_grid(
     "How many patches an image has."
     check_at_least("patch_size", patch_size, 1)
     if height % patch_size or width % patch_size or not height or not width:
-        near = dict.fromkeys(tuple(max(side//patch_size + (up and side % patch_size > 0), 1)*patch_size for side in (height, width)) for up in (0, 1))
-        raise ConfigError(f"images of {height} × {width} pixels cannot be cut into patches of {patch_size} × {patch_size}: the nearest sizes that can are {' and '.join('%d × %d' % n for n in near)}")
+        near = dict.fromkeys(tuple(max(side//patch_size + (up and side % patch_size > 0), 1)*patch_size
+            for side in (height, width)) for up in (0, 1))
+        raise ConfigError(f"images of {height} × {width} pixels cannot be cut into patches of {patch_size} × "
+            f"{patch_size}: the nearest sizes that can are {' and '.join('%d × %d' % n for n in near)}")
     return height // patch_size, width // patch_size
 
 def cut_patches(
@@ -41,7 +43,8 @@ def check_size(
 )->Tensor: # the same images
     "Refuse images of another size than an agent has learned places for."
     if images.shape[-2:] == (size, size): return images
-    raise ConfigError(f"images of {images.shape[-2]} × {images.shape[-1]} pixels were shown to an agent built for {size} × {size}: resize the views, or build it for theirs")
+    raise ConfigError(f"images of {images.shape[-2]} × {images.shape[-1]} pixels were shown to an agent built for "
+        f"{size} × {size}: resize the views, or build it for theirs")
 
 # %% ../../nbs/33_agents.transformer.ipynb #55ca1961
 def _of_first(layer, x, hidden):
@@ -64,10 +67,13 @@ class Transformer(nn.Module):
         activation:str="relu", # or "gelu"
     ):
         super().__init__()
-        for name, value in dict(n_tokens=n_tokens, dim=dim, layers=layers, heads=heads).items(): check_at_least(name, value, 1)
-        if dim % heads: raise ConfigError(f"dim must be a multiple of heads, got {dim} and {heads}: {dim//heads*heads or heads} would do")
+        for name, value in dict(n_tokens=n_tokens, dim=dim, layers=layers, heads=heads).items():
+            check_at_least(name, value, 1)
+        if dim % heads:
+            raise ConfigError(f"dim must be a multiple of heads, got {dim} and {heads}: {dim//heads*heads or heads} would do")
         self.first, self.positions = (nn.Parameter(.02*torch.randn(n, dim)) for n in (1, n_tokens + 1))
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(dim, heads, 4*dim, 0., activation, batch_first=True, norm_first=pre_norm) for _ in range(layers))
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(dim, heads, 4*dim, 0., activation, batch_first=True,
+            norm_first=pre_norm) for _ in range(layers))
         self.norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()
 
     def forward(self,
@@ -91,9 +97,12 @@ class Transformer(nn.Module):
         return self.norm(_of_first(last, x, hidden))[:, 0]
 
     def _placed(self, tokens, seen, places): # [batch, n+1, dim], and [batch, n+1] True where a token is hidden, or None
-        if tokens.shape[1] >= len(self.positions): raise ConfigError(f"{tokens.shape[1]} tokens for a transformer of at most {len(self.positions) - 1}: build it with n_tokens={tokens.shape[1]}")
+        if tokens.shape[1] >= len(self.positions):
+            raise ConfigError(f"{tokens.shape[1]} tokens for a transformer of at most {len(self.positions) - 1}: build "
+                f"it with n_tokens={tokens.shape[1]}")
         hidden = None if seen is None else F.pad(seen.logical_not(), (1, 0))
-        return torch.cat([self.first.expand(len(tokens), 1, -1), tokens], 1) + self.positions[slice(tokens.shape[1] + 1) if places is None else F.pad(places + 1, (1, 0))], hidden
+        return (torch.cat([self.first.expand(len(tokens), 1, -1), tokens], 1)
+            + self.positions[slice(tokens.shape[1] + 1) if places is None else F.pad(places + 1, (1, 0))], hidden)
 
     @property
     def dim(self): return self.positions.shape[1]
@@ -101,12 +110,16 @@ class Transformer(nn.Module):
 # %% ../../nbs/33_agents.transformer.ipynb #6547b278
 def _check_keep(keep, batch, n_patches):
     "Refuse patches that are not there, or named twice; a GPU, which would have to be waited for, is asked for their shape alone."
-    if keep.dim() == 2 and keep.dtype == torch.int64 and len(keep) == batch and 0 < keep.shape[1] <= n_patches and keep.device.type == "cuda": return keep
+    if keep.dim() == 2 and keep.dtype == torch.int64 and len(keep) == batch and 0 < keep.shape[1] <= n_patches and keep.device.type == "cuda":
+        return keep
     if keep.dim() == 2 and keep.dtype == torch.int64 and len(keep) == batch and keep.shape[1]:
         ordered = keep.sort(1).values
-        if int(ordered[:, 0].min()) >= 0 and int(ordered[:, -1].max()) < n_patches and (ordered.diff() > 0).all(): return keep
-        raise ConfigError(f"keep must name different patches of an image, numbered 0 … {n_patches - 1}, got {int(keep.min())} … {int(keep.max())}" + (", some of them twice" if (ordered.diff() == 0).any() else ""))
-    raise ConfigError(f"keep must be [batch, k] patch numbers, int64 and at least one for each of the {batch} images, got {keep.dtype} {list(keep.shape)}: see top_patches")
+        if int(ordered[:, 0].min()) >= 0 and int(ordered[:, -1].max()) < n_patches and (ordered.diff() > 0).all():
+            return keep
+        raise ConfigError(f"keep must name different patches of an image, numbered 0 … {n_patches - 1}, got "
+            f"{int(keep.min())} … {int(keep.max())}" + (", some of them twice" if (ordered.diff() == 0).any() else ""))
+    raise ConfigError(f"keep must be [batch, k] patch numbers, int64 and at least one for each of the {batch} images, "
+        f"got {keep.dtype} {list(keep.shape)}: see top_patches")
 
 class ViT(nn.Module):
     "A vision transformer (Dosovitskiy et al. 2021); `feature_dim` is its output's size."
@@ -122,11 +135,14 @@ class ViT(nn.Module):
         super().__init__()
         rows, columns = patch_grid(size, size, patch_size)
         self.size, self.patch_size, self.feature_dim = size, patch_size, dim
-        self.embed, self.transformer = nn.Linear(3*patch_size**2, dim), Transformer(rows*columns, dim, layers, heads, pre_norm, activation)
+        self.embed = nn.Linear(3*patch_size**2, dim)
+        self.transformer = Transformer(rows*columns, dim, layers, heads, pre_norm, activation)
 
     def _embedded(self, images, keep): # [batch, n_patches, dim], or [batch, k, dim] of those kept
         patches = cut_patches(check_size(images, self.size), self.patch_size)
-        if keep is not None: patches = patches.gather(1, _check_keep(keep, *patches.shape[:2])[..., None].expand(-1, -1, patches.shape[2]))
+        if keep is not None:
+            patches = patches.gather(1, _check_keep(keep, *patches.shape[:2])[..., None].expand(-1, -1,
+                patches.shape[2]))
         return self.embed(patches)
 
     def tokens(self, images, keep=None)->Tensor: # [batch, n_patches+1, dim], or [batch, k+1, dim] of those kept; CLS first
@@ -149,14 +165,21 @@ class PretrainedViT(nn.Module):
     ):
         super().__init__()
         from transformers import AutoConfig, AutoImageProcessor, ViTModel
-        config = fetch_weights(lambda: AutoConfig.from_pretrained(checkpoint, trust_remote_code=False), checkpoint, "folder that save_pretrained wrote", "train a small one in place")
-        if config.model_type != "vit": raise ConfigError(f"{checkpoint} is a model of kind {config.model_type!r}, expected was 'vit', such as google/vit-base-patch16-224")
-        load = lambda: (ViTModel.from_pretrained(checkpoint, add_pooling_layer=False, use_safetensors=True, output_loading_info=True), AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False))
-        (self.net, info), eyes = fetch_weights(load, checkpoint, "folder that save_pretrained wrote, with its preprocessor_config.json", "train a small one in place")
-        if info["missing_keys"]: raise ConfigError(f"the weights of {checkpoint} do not fit its config.json: {len(info['missing_keys'])} are absent, such as {min(info['missing_keys'])}")
+        config = fetch_weights(lambda: AutoConfig.from_pretrained(checkpoint, trust_remote_code=False), checkpoint,
+            "folder that save_pretrained wrote", "train a small one in place")
+        if config.model_type != "vit":
+            raise ConfigError(f"{checkpoint} is a model of kind {config.model_type!r}, expected was 'vit', such as google/vit-base-patch16-224")
+        load = lambda: (ViTModel.from_pretrained(checkpoint, add_pooling_layer=False, use_safetensors=True,
+            output_loading_info=True), AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False))
+        (self.net, info), eyes = fetch_weights(load, checkpoint,
+            "folder that save_pretrained wrote, with its preprocessor_config.json", "train a small one in place")
+        if info["missing_keys"]:
+            raise ConfigError(f"the weights of {checkpoint} do not fit its config.json: {len(info['missing_keys'])} "
+                f"are absent, such as {min(info['missing_keys'])}")
         self.patch_size, self.feature_dim = config.patch_size, config.hidden_size
         self.side = check_at_least("side", side or config.image_size//config.patch_size, 1)
-        for name, value in dict(mean=mean, std=std, own_mean=eyes.image_mean, own_std=eyes.image_std).items(): self.register_buffer(name, torch.tensor(value).view(-1, 1, 1))
+        for name, value in dict(mean=mean, std=std, own_mean=eyes.image_mean, own_std=eyes.image_std).items():
+            self.register_buffer(name, torch.tensor(value).view(-1, 1, 1))
         self.eval()
 
     def forward(self,
@@ -165,7 +188,8 @@ class PretrainedViT(nn.Module):
     )->Tensor: # [batch, feature_dim]
         x = F.interpolate(images*self.std + self.mean, (self.side*self.patch_size,)*2, mode="bicubic", antialias=True)
         places = None if keep is None else F.pad(_check_keep(keep, len(images), self.side**2) + 1, (1, 0))[..., None]
-        hook = self.net.embeddings.register_forward_hook(lambda module, given, tokens: tokens if places is None else tokens.gather(1, places.expand(-1, -1, tokens.shape[2])))
+        hook = self.net.embeddings.register_forward_hook(lambda module, given, tokens: tokens if places is None
+            else tokens.gather(1, places.expand(-1, -1, tokens.shape[2])))
         try: return self.net((x - self.own_mean)/self.own_std, interpolate_pos_encoding=True).last_hidden_state[:, 0]
         finally: hook.remove()
 
@@ -182,5 +206,7 @@ def projection_head(
     narrow:int=256, # of the layer between
 )->nn.Sequential:
     "The projection that PatchGame's public code puts behind language and vision."
-    for name, value in dict(in_dim=in_dim, dim=dim, hidden=hidden, narrow=narrow).items(): check_at_least(name, value, 1)
-    return nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, narrow), Cosines(narrow, dim))
+    for name, value in dict(in_dim=in_dim, dim=dim, hidden=hidden, narrow=narrow).items():
+        check_at_least(name, value, 1)
+    return nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+        nn.Linear(hidden, narrow), Cosines(narrow, dim))

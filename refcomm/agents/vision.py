@@ -22,8 +22,10 @@ def _narrow(widths=(24, 48, 96, 192)):
         shortcut = None if i == o and stride == 1 else nn.Sequential(conv(i, o, 1, stride), nn.BatchNorm2d(o))
         return BasicBlock(i, o, stride, shortcut)
     stages = {f"layer{k+1}": stage(widths[max(k-1, 0)], w, 1 if k == 0 else 2) for k, w in enumerate(widths)}
-    net = nn.Sequential(OrderedDict(conv1=conv(3, widths[0], 7, 2), bn1=nn.BatchNorm2d(widths[0]), relu=nn.ReLU(), maxpool=nn.MaxPool2d(3, 2, 1),
-                                    **stages, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(widths[-1], 1)))
+    net = nn.Sequential(OrderedDict(conv1=conv(3, widths[0], 7, 2), bn1=nn.BatchNorm2d(widths[0]), relu=nn.ReLU(),
+    maxpool=nn.MaxPool2d(3, 2, 1),
+                                    **stages, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
+                                    fc=nn.Linear(widths[-1], 1)))
     for m in net.modules():
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     return net
@@ -33,8 +35,10 @@ RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152") # torch
 def _pretrained(name):
     "A trunk with weights learned on ImageNet, or the way out where they cannot be had."
     import torchvision.models as models
-    if name not in RESNETS: raise ConfigError(f"there are no pretrained weights of the trunk {name!r}: use {' or '.join(RESNETS[:3])}, or pretrained=False")
-    return fetch_weights(lambda: models.get_model(name, weights=models.get_model_weights(name).DEFAULT), name, f"folder {torch.hub.get_dir()}", "train from scratch with pretrained=False")
+    if name not in RESNETS:
+        raise ConfigError(f"there are no pretrained weights of the trunk {name!r}: use {' or '.join(RESNETS[:3])}, or pretrained=False")
+    return fetch_weights(lambda: models.get_model(name, weights=models.get_model_weights(name).DEFAULT), name,
+        f"folder {torch.hub.get_dir()}", "train from scratch with pretrained=False")
 
 def make_trunk(
     name:str="resnet50", # "narrow", or a name in `RESNETS`
@@ -44,7 +48,8 @@ def make_trunk(
     "A residual trunk (He et al. 2016); `feature_dim` is its output's size."
     import torchvision.models as models
     check_choice("trunk", name, ("narrow", *RESNETS))
-    if pretrained and small_stem: raise ConfigError("pretrained weights are those of a 7×7 stem: set small_stem=False, or pretrained=False")
+    if pretrained and small_stem:
+        raise ConfigError("pretrained weights are those of a 7×7 stem: set small_stem=False, or pretrained=False")
     net = _pretrained(name) if pretrained else _narrow() if name == "narrow" else models.get_model(name, weights=None)
     net.feature_dim, net.fc = net.fc.in_features, nn.Identity()
     if small_stem: _small_stem(net)
@@ -77,7 +82,8 @@ def grid_trunk(
 )->nn.Sequential: # maps [batch, 3, height, width] to [batch, feature_dim, height/patch_size, width/patch_size]
     "A trunk without its pooling: features of every patch, seen in context."
     finer = GRID_SIZES.index(check_choice("patch_size", patch_size, GRID_SIZES))
-    net = ONE_BLOCK[name]() if check_choice("trunk", name, (*ONE_BLOCK, "narrow", *RESNETS)) in ONE_BLOCK else make_trunk(name)
+    net = (ONE_BLOCK[name]() if check_choice("trunk", name, (*ONE_BLOCK, "narrow", *RESNETS)) in ONE_BLOCK
+        else make_trunk(name))
     for k in range(finer): _dilate(getattr(net, f"layer{5 - finer + k}"), 2**k)
     parts = dict(net.named_children())
     grid = nn.Sequential(OrderedDict((k, parts[k]) for k in list(parts)[:list(parts).index("avgpool")]))
@@ -90,7 +96,8 @@ def vocabulary_head(
     vocab_size:int=2048, # symbols
 )->nn.Sequential:
     "Scores of the symbols of a vocabulary, normalised over the batch (Dessì et al. 2021, §3.1)."
-    return nn.Sequential(nn.Linear(check_at_least("dim", dim, 1), check_at_least("vocab_size", vocab_size, 2)), nn.BatchNorm1d(vocab_size))
+    return nn.Sequential(nn.Linear(check_at_least("dim", dim, 1), check_at_least("vocab_size", vocab_size, 2)),
+        nn.BatchNorm1d(vocab_size))
 
 def symbol_embedding(
     vocab_size:int, # symbols
@@ -106,4 +113,5 @@ def projector(
 )->nn.Sequential:
     "Linear, batch normalisation, ReLU, linear without bias: the receiver's projection of images, and SimCLR's."
     for name, value in dict(in_dim=in_dim, dim=dim, hidden=hidden).items(): check_at_least(name, value, 1)
-    return nn.Sequential(nn.Linear(in_dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim, bias=False))
+    return nn.Sequential(nn.Linear(in_dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+        nn.Linear(hidden, dim, bias=False))

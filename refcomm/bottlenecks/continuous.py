@@ -34,7 +34,8 @@ def refuse_nan(
     except RuntimeError as e:
         if "vmap" not in str(e): raise
         broken = False
-    if broken: raise ConfigError("a message holds NaN or infinity, for which there is no symbol: the sender diverged; lower lr")
+    if broken:
+        raise ConfigError("a message holds NaN or infinity, for which there is no symbol: the sender diverged; lower lr")
     return x
 
 def normalised(

@@ -32,11 +32,13 @@ class Gate(nn.Module):
         noise:Tensor|None=None, # [..., 2] from `draw_noise`
         middle:float=.5, # above which is kept without noise
     )->Tensor: # [...] 0 or 1; in between when soft
-        if noise is None and self.training: raise ConfigError("a gate trains on noise: pass noise=gate.draw_noise(shape, generator)")
+        if noise is None and self.training:
+            raise ConfigError("a gate trains on noise: pass noise=gate.draw_noise(shape, generator)")
         odds = self.odds(p) + (-self.odds(p.new_tensor(middle)) if noise is None else noise[..., 0] - noise[..., 1])
         soft = (odds/self.temperature).sigmoid()
         return soft if self.kind == "soft" else (odds > 0).to(soft) + (soft - soft.detach())
 
-    def odds(self, p): return 2*p - 1 if self.kind == "soft" else p.to(torch.promote_types(p.dtype, torch.float32)).logit(1e-6) # half precision cannot tell 1 − 1e-6 from 1
+    def odds(self, p): # half precision cannot tell 1 − 1e-6 from 1
+        return 2*p - 1 if self.kind == "soft" else p.to(torch.promote_types(p.dtype, torch.float32)).logit(1e-6)
 
     def extra_repr(self): return f"{self.kind}, temperature={self.temperature}"

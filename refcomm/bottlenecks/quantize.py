@@ -42,7 +42,8 @@ class UniformQuantizer(Bottleneck):
     def forward(self, x, noise=None):
         word = normalised(x, self.training) if self.normalize else x.float().clamp(0, 1)
         if self.training and self.when == "inference": return Sent(word.to(x.dtype) if self.normalize else x, None)
-        level = round_ste(word * self.steps) if self.gradient == "straight-through" else (word.detach() * self.steps).round()
+        level = (round_ste(word * self.steps) if self.gradient == "straight-through"
+            else (word.detach() * self.steps).round())
         return Sent((level / self.steps).to(x.dtype), level.detach().nan_to_num(-1).long())
 
 # %% ../../nbs/24_bottlenecks.quantize.ipynb #2c96b4c3
@@ -56,7 +57,8 @@ def reachable_words(
 
 # %% ../../nbs/24_bottlenecks.quantize.ipynb #ad6ecf3d
 def _vector_quantize():
-    return need("vector_quantize_pytorch", "FSQ and VQ need the package vector-quantize-pytorch: pip install 'refcomm[quantizers]'")
+    return need("vector_quantize_pytorch",
+        "FSQ and VQ need the package vector-quantize-pytorch: pip install 'refcomm[quantizers]'")
 
 class FSQ(Bottleneck):
     "Finite scalar quantisation of each element (Mentzer et al. 2023), by vector-quantize-pytorch."
@@ -67,7 +69,8 @@ class FSQ(Bottleneck):
     ):
         super().__init__(word_length)
         self.alphabet_size = check_at_least("alphabet_size", alphabet_size, 2, "one level carries nothing")
-        self.when, self.quantizer = check_choice("when", when, ("always", "inference")), _vector_quantize().FSQ(levels=[alphabet_size], preserve_symmetry=True)
+        self.when = check_choice("when", when, ("always", "inference"))
+        self.quantizer = _vector_quantize().FSQ(levels=[alphabet_size], preserve_symmetry=True)
 
     def forward(self, x, noise=None):
         if self.training and self.when == "inference": return Sent(x.tanh(), None)
@@ -106,7 +109,8 @@ class LearnedQuantizer(Bottleneck):
         check_at_least("word_length", word_length, 1), check_at_least("symbol_width", symbol_width, 1)
         super().__init__(word_length * symbol_width, n_symbols=word_length)
         self.alphabet_size = check_at_least("alphabet_size", alphabet_size, 2, "one level carries nothing")
-        start = torch.linspace(0, 1, alphabet_size)[:, None] if symbol_width == 1 else torch.rand(alphabet_size, symbol_width)
+        start = (torch.linspace(0, 1, alphabet_size)[:, None] if symbol_width == 1
+            else torch.rand(alphabet_size, symbol_width))
         self.levels = nn.Parameter(start)
 
     def forward(self, x, noise=None):
@@ -122,7 +126,9 @@ class LearnedQuantizer(Bottleneck):
         "Place the levels by k-means (scikit-learn), the same for the same words."
         from sklearn.cluster import MiniBatchKMeans
         points = words.reshape(-1, self.levels.shape[1]).cpu().numpy()
-        if len(points) < self.alphabet_size: raise ConfigError(f"{self.alphabet_size} levels cannot be fitted to {len(points)} symbols: give more words, or ask for fewer levels")
-        found = MiniBatchKMeans(self.alphabet_size, batch_size=8192, n_init=3, random_state=0).fit(points).cluster_centers_
+        if len(points) < self.alphabet_size:
+            raise ConfigError(f"{self.alphabet_size} levels cannot be fitted to {len(points)} symbols: give more words, or ask for fewer levels")
+        found = MiniBatchKMeans(self.alphabet_size, batch_size=8192, n_init=3,
+            random_state=0).fit(points).cluster_centers_
         self.levels.copy_(torch.as_tensor(found).to(self.levels))
         return self

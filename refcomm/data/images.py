@@ -34,14 +34,19 @@ class LabelledImages(NamedTuple):
     wnids:list|None=None # WordNet ids of the classes, where the source has them for all
 
     @property
-    def digest(self): return content_digest(self.images, self.labels, self.classes, *([self.wnids] if self.wnids else []))
+    def digest(self):
+        return content_digest(self.images, self.labels, self.classes, *([self.wnids] if self.wnids else []))
 
 def number_classes(labels, names, name)->tuple: # [n] int64, list of str
     "Number the classes that occur, and refuse fewer than two."
     absent = [i for i, l in enumerate(labels) if l is None or l != l]
-    if absent: raise ConfigError(f"{name}: {len(absent)} of {len(labels)} labels are missing (counted from 0: {', '.join(map(str, absent[:5]))}): label or remove these rows")
+    if absent:
+        raise ConfigError(f"{name}: {len(absent)} of {len(labels)} labels are missing (counted from 0: "
+            f"{', '.join(map(str, absent[:5]))}): label or remove these rows")
     try: keys = sorted(set(labels))
-    except TypeError: raise ConfigError(f"{name}: labels are missing or mixed, of types {sorted({type(l).__name__ for l in labels})}: one type is expected") from None
+    except TypeError:
+        raise ConfigError(f"{name}: labels are missing or mixed, of types "
+            f"{sorted({type(l).__name__ for l in labels})}: one type is expected") from None
     classes = [str(names.get(k, k)) for k in keys]
     if len(keys) < 2: raise ConfigError(f"{name}: a game needs at least 2 classes, got {len(keys)}: {classes}")
     number = {k: i for i, k in enumerate(keys)}
@@ -71,7 +76,9 @@ def _by_depth(image): # PIL image of 8 bits
     tags = getattr(image, "tag_v2", {})
     stated = tags.get(258, ())
     bits, x = int(stated[0]) if stated else 16, np.asarray(image).astype(np.int64)
-    if not stated and 0 < x.max() < 2**12: raise ConfigError(f"16 bits (mode {image.mode}), of which {int(x.max()).bit_length()} are used, without saying how bright the brightest is: save it with 8 bits")
+    if not stated and 0 < x.max() < 2**12:
+        raise ConfigError(f"16 bits (mode {image.mode}), of which {int(x.max()).bit_length()} are used, without saying "
+            f"how bright the brightest is: save it with 8 bits")
     x = (x.clip(0, 2**bits - 1)*255 + (2**bits - 1)//2) // (2**bits - 1)
     return Image.fromarray((255 - x if tags.get(262) == 0 else x).astype(np.uint8))
 
@@ -81,7 +88,8 @@ def as_rgb(
     "Bring an image of any mode to RGB; what has no known range is refused."
     from PIL import Image
     if image.mode.startswith("I;16") or image.mode == "I" and image.format == "PNG": image = _by_depth(image)
-    if image.mode in ("I", "F"): raise ConfigError(f"numbers of 32 bits (mode {image.mode}), whose range is not known: save it with 8 or 16 bits")
+    if image.mode in ("I", "F"):
+        raise ConfigError(f"numbers of 32 bits (mode {image.mode}), whose range is not known: save it with 8 or 16 bits")
     if not image.has_transparency_data: return image.convert("RGB")
     behind = Image.new("RGBA", image.size, (*BACKGROUND, 255))
     behind.alpha_composite(image.convert("RGBA"))
@@ -106,7 +114,8 @@ def _open(item, folders=()):
     if not isinstance(item, (bytes, Path)): raise ConfigError(f"{type(item).__name__} is no encoded image")
     try: image = Image.open(io.BytesIO(item) if isinstance(item, bytes) else item, formats=FORMATS)
     except Image.DecompressionBombError as e: raise ConfigError(f"{e}; at most {MAX_PIXELS:,} are read") from None
-    if image.width*image.height > MAX_PIXELS: raise ConfigError(f"{image.width:,} × {image.height:,} pixels, at most {MAX_PIXELS:,} are read: save it smaller")
+    if image.width*image.height > MAX_PIXELS:
+        raise ConfigError(f"{image.width:,} × {image.height:,} pixels, at most {MAX_PIXELS:,} are read: save it smaller")
     return image
 
 def _inside(name, folders)->Path:
@@ -124,22 +133,26 @@ def square(image, size:int)->Tensor: # [3, size, size] uint8
 
 def _read(source, size, n, skip_undecodable)->LabelledImages:
     "Decode `n` images of a source, drawn with a fixed seed, or all of them."
-    rows = list(range(len(source.labels))) if n is None else draw_distinct(len(source.labels), n, generator(0, "images")).sort().values.tolist()
+    rows = (list(range(len(source.labels))) if n is None
+        else draw_distinct(len(source.labels), n, generator(0, "images")).sort().values.tolist())
     images, bad = torch.zeros(len(rows), 3, size, size, dtype=torch.uint8), {}
     def decode(k):
         try:
             with source.open(rows[k]) as image: images[k] = square(upright(image), size)
-        except Exception as e: bad[k] = f"{source.where(rows[k])} ({e if isinstance(e, ConfigError) else type(e).__name__})"
+        except Exception as e:
+            bad[k] = f"{source.where(rows[k])} ({e if isinstance(e, ConfigError) else type(e).__name__})"
     with ThreadPoolExecutor(n_cores()) as pool, progress_bar(len(rows), source.name) as bar:
         for _ in pool.map(decode, range(len(rows))): bar.update()
     if bad:
-        text = f"{source.name}: {len(bad)} of {len(rows)} images cannot be decoded: {', '.join(bad[k] for k in sorted(bad)[:5])}{' …'*(len(bad) > 5)}"
+        text = (f"{source.name}: {len(bad)} of {len(rows)} images cannot be decoded: "
+            f"{', '.join(bad[k] for k in sorted(bad)[:5])}{' …'*(len(bad) > 5)}")
         if not skip_undecodable: raise ConfigError(f"{text}; repair them, or leave them out with skip_undecodable=True")
         warnings.warn(printable(f"{text}; they are left out"))
     keep = [k for k in range(len(rows)) if k not in bad]
     labels, part = ([x[rows[k]] for k in keep] for x in (source.labels, source.part))
     numbered = number_classes(labels, source.names, source.name)
-    return LabelledImages(images[keep] if bad else images, *numbered, part, source.name, class_wnids(labels, source.names, source.wnids))
+    return LabelledImages(images[keep] if bad else images, *numbered, part, source.name,
+        class_wnids(labels, source.names, source.wnids))
 
 # %% ../../nbs/14_data.images.ipynb #cee97f43
 _PARTS = dict(train="train", training="train", valid="valid", val="valid", validation="valid", dev="valid", test="test")
@@ -150,7 +163,8 @@ def _subs(folder): return sorted(p for p in folder.iterdir() if p.is_dir() and n
 
 def _files(folder, below=True)->list:
     "The files of a folder in their order, without those that systems leave there."
-    return [p for p in sorted(folder.rglob("*") if below else folder.iterdir()) if p.is_file() and not p.name.startswith(".") and p.name.lower() not in _NOTES]
+    return [p for p in sorted(folder.rglob("*") if below else folder.iterdir()) if p.is_file()
+        and not p.name.startswith(".") and p.name.lower() not in _NOTES]
 
 def _parts_of(path)->list: # (part, folder) of each
     "The folders that have classes in them: those of parts, if there are any."
@@ -158,7 +172,9 @@ def _parts_of(path)->list: # (part, folder) of each
     named = [p for p in subs if p.name.lower() in _PARTS]
     if not named or len(named) < len(subs) and not any(map(_subs, named)): return [("", path)]
     others = [p.name for p in subs if p not in named and any(file.suffix.lower() in _SUFFIXES for file in _files(p))]
-    if others: raise ConfigError(f"{path} has the parts {', '.join(p.name for p in named)}, and beside them images in {', '.join(others[:5])}, which is no part: move it elsewhere, or name it {', '.join(_PARTS)}")
+    if others:
+        raise ConfigError(f"{path} has the parts {', '.join(p.name for p in named)}, and beside them images in "
+            f"{', '.join(others[:5])}, which is no part: move it elsewhere, or name it {', '.join(_PARTS)}")
     return [(_PARTS[p.name.lower()], p) for p in named]
 
 def _folder(path)->_Source:
@@ -166,11 +182,16 @@ def _folder(path)->_Source:
     parts = _parts_of(path)
     every = [(file, c.name, part) for part, p in parts for c in _subs(p) for file in _files(c)]
     found = [f for f in every if f[0].suffix.lower() in _SUFFIXES]
-    if not found: raise ConfigError(f"no images in {path}: expected one sub-folder per class with files {', '.join(_SUFFIXES)}, or parquet files")
-    rest = [f[0] for f in every if f[0].suffix.lower() not in _SUFFIXES] + [file for _, p in parts for file in _files(p, False) if file.suffix.lower() in _SUFFIXES]
-    if rest: warnings.warn(printable(f"folder: {path.name}: {len(rest)} files are left out, as they are in no class or not {', '.join(_SUFFIXES)}: {', '.join(str(p.relative_to(path)) for p in rest[:5])}{' …'*(len(rest) > 5)}"))
+    if not found:
+        raise ConfigError(f"no images in {path}: expected one sub-folder per class with files {', '.join(_SUFFIXES)}, or parquet files")
+    rest = ([f[0] for f in every if f[0].suffix.lower() not in _SUFFIXES]
+        + [file for _, p in parts for file in _files(p, False) if file.suffix.lower() in _SUFFIXES])
+    if rest:
+        warnings.warn(printable(f"folder: {path.name}: {len(rest)} files are left out, as they are in no class or not "
+            f"{', '.join(_SUFFIXES)}: {', '.join(str(p.relative_to(path)) for p in rest[:5])}{' …'*(len(rest) > 5)}"))
     files, labels, part = zip(*found)
-    return _Source(lambda i: _open(files[i]), lambda i: files[i].relative_to(path), labels, {}, part, f"folder: {path.name}")
+    return _Source(lambda i: _open(files[i]), lambda i: files[i].relative_to(path), labels, {}, part,
+        f"folder: {path.name}")
 
 def _part_of(file)->str: # "train", "valid", "test", or "" where its name says none
     "The part that a file's name names, such as train-00000-of-00001.parquet or tiny_imagenet_val.parquet."
@@ -182,17 +203,21 @@ def _parquet(path, image_column, label_column)->_Source:
     for file in [path] if path.is_file() else sorted(path.glob("*.parquet")):
         def wanted(columns):
             own = [check_choice(f"column of {file.name}", c, columns) for c in (image_column, label_column)]
-            return own + [next((c for c in options if c in columns), None) for options in (("name", "category"), ("split",), ("wnid",))]
+            return (own + [next((c for c in options if c in columns), None)
+                for options in (("name", "category"), ("split",), ("wnid",))])
         table = read_parquet(file, pick=lambda columns: list({c for c in wanted(columns) if c}))
         read, named = table.to_pydict(), _class_names(table, label_column)
         empty = ("", "", "", _part_of(file) if path.is_dir() else "", "")
-        images, labels, called, split, ids = (read[c] if c else [e]*len(table) for c, e in zip(wanted(table.column_names), empty))
+        images, labels, called, split, ids = (read[c] if c else [e]*len(table)
+            for c, e in zip(wanted(table.column_names), empty))
         names |= dict(enumerate(named)) | {l: c for l, c in zip(labels, called) if c}
         wnids |= {l: i for l, i in zip(labels, ids) if i}
-        rows += [(x, l, _PARTS.get(s, str(s or "")), f"{file.name} row {i}") for i, (x, l, s) in enumerate(zip(images, labels, split))]
+        rows += [(x, l, _PARTS.get(s, str(s or "")), f"{file.name} row {i}")
+            for i, (x, l, s) in enumerate(zip(images, labels, split))]
     if not rows: raise ConfigError(f"{path} has no rows")
     images, labels, part, where = zip(*rows)
-    return _Source(lambda i: _open(images[i], [folder]), lambda i: where[i], labels, names, part, f"parquet: {path.stem}", wnids)
+    return _Source(lambda i: _open(images[i], [folder]), lambda i: where[i], labels, names, part,
+        f"parquet: {path.stem}", wnids)
 
 def _class_names(table, column)->list: # of text; empty where there are none
     "The names of classes that Hugging Face's datasets keep in a file's metadata."
@@ -206,13 +231,17 @@ def _hub(name, split, image_column, label_column)->_Source:
     import datasets
     try: data = datasets.load_dataset(name, split=split)
     except Exception as e:
-        raise ConfigError(f"cannot load split {split!r} of {name!r} from the Hugging Face hub ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): save it as "
-                          f"parquet where there is a network and give that file, absolute or under REFCOMM_DATA (now {data_dir() or 'not set'}), or use source='shapes'") from None
+        raise ConfigError(f"cannot load split {split!r} of {name!r} from the Hugging Face hub ({type(e).__name__}: "
+        f"{str(e).splitlines()[0] if str(e) else ''}): save it as "
+                          f"parquet where there is a network and give that file, absolute or under REFCOMM_DATA (now "
+                          f"{data_dir() or 'not set'}), or use source='shapes'") from None
     for column in (image_column, label_column): check_choice(f"column of {name}", column, data.column_names)
     names, labels = getattr(data.features[label_column], "names", []), list(data[label_column])
-    if isinstance(data.features[image_column], datasets.Image): data = data.cast_column(image_column, datasets.Image(decode=False))
+    if isinstance(data.features[image_column], datasets.Image):
+        data = data.cast_column(image_column, datasets.Image(decode=False))
     kept = [datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME]
-    return _Source(lambda i: _open(data[i][image_column], kept), lambda i: f"row {i}", labels, dict(enumerate(names)), [_PARTS.get(split, split)]*len(labels), f"hub: {name}")
+    return _Source(lambda i: _open(data[i][image_column], kept), lambda i: f"row {i}", labels, dict(enumerate(names)),
+        [_PARTS.get(split, split)]*len(labels), f"hub: {name}")
 
 def _torchvision(name, split)->_Source:
     "A set of `torchvision.datasets` that lies under REFCOMM_DATA."
@@ -230,26 +259,31 @@ def _torchvision(name, split)->_Source:
         raise ConfigError(f"cannot open torchvision:{name} ({type(e).__name__}: {e}): set REFCOMM_DATA to the folder into which "
                           f"torchvision.datasets.{name}(folder, download=True) has put it") from None
     names = dict(enumerate(getattr(data, "classes", [])))
-    return _Source(lambda i: data[i][0], lambda i: f"item {i}", labels, names, [_PARTS.get(split, split) if which else ""]*len(labels), f"torchvision: {name}")
+    return _Source(lambda i: data[i][0], lambda i: f"item {i}", labels, names,
+        [_PARTS.get(split, split) if which else ""]*len(labels), f"torchvision: {name}")
 
 # %% ../../nbs/14_data.images.ipynb #c40ee165
 def missing_data(name)->ConfigError:
     "The error for a source that is nowhere."
-    known = ["shapes", "scenes", *sorted({name for folder in data_folders() if os.path.isdir(folder) for name in os.listdir(folder) if not name.startswith(".")})]
-    return ConfigError(f"there is no {str(name)!r}: {nearest(name, known)}; a relative name is looked up in REFCOMM_DATA (now {data_dir() or 'not set'})")
+    known = ["shapes", "scenes", *sorted({name for folder in data_folders() if os.path.isdir(folder)
+        for name in os.listdir(folder) if not name.startswith(".")})]
+    return ConfigError(f"there is no {str(name)!r}: {nearest(name, known)}; a relative name is looked up in "
+        f"REFCOMM_DATA (now {data_dir() or 'not set'})")
 
 # %% ../../nbs/14_data.images.ipynb #d7588dc1
 def _shapes(size, n)->LabelledImages:
     "Rendered shapes, of one class per shape and colour."
     world = ShapeWorld(size=size)
     drawn = world.draw(n, generator(0, "shapes"))
-    return LabelledImages(world.render(drawn), *number_classes(world.label(drawn).tolist(), dict(enumerate(world.class_names())), "shapes"), [""]*n, "shapes")
+    return LabelledImages(world.render(drawn),
+        *number_classes(world.label(drawn).tolist(), dict(enumerate(world.class_names())), "shapes"), [""]*n, "shapes")
 
 def _scenes(size, n)->LabelledImages:
     "Scenes of several shapes, of one class per shape of the largest object."
     world = SceneWorld(size=size)
     drawn = world.draw(n, generator(0, "scenes"))
-    return LabelledImages(drawn.images, *number_classes(drawn.labels.tolist(), dict(enumerate(world.shapes)), "scenes"), [""]*n, "scenes")
+    return LabelledImages(drawn.images, *number_classes(drawn.labels.tolist(), dict(enumerate(world.shapes)), "scenes"),
+        [""]*n, "scenes")
 
 _RENDERED = {"shapes": _shapes, "scenes": _scenes}
 
@@ -269,7 +303,9 @@ def load_images(
     if kind[0] == "torchvision": opened = _torchvision(kind[2], split)
     elif path and path.is_dir() and not any(path.glob("*.parquet")): opened = _folder(path)
     elif path and (path.is_dir() or path.suffix == ".parquet"): opened = _parquet(path, image_column, label_column)
-    elif path: raise ConfigError(f"{path} is no source of images: give a folder with one sub-folder per class, a .parquet file, or a folder of them")
-    elif re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.parquet)", str(source)): opened = _hub(source, split, image_column, label_column)
+    elif path:
+        raise ConfigError(f"{path} is no source of images: give a folder with one sub-folder per class, a .parquet file, or a folder of them")
+    elif re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.parquet)", str(source)):
+        opened = _hub(source, split, image_column, label_column)
     else: raise missing_data(source)
     return _read(opened, size, n, skip_undecodable)

@@ -52,9 +52,11 @@ class ObjectWorld:
         check_at_least("n_values", n_values, 2, "an attribute with one value tells nothing apart")
         self.n_attributes, self.n_values, self.size = n_attributes, n_values, n_values**n_attributes
         self._bases = (n_values,)*n_attributes
-        if self.size >= 2**63: raise ConfigError(f"{n_values}^{n_attributes} objects cannot be numbered in 64 bits: use fewer attributes or values")
+        if self.size >= 2**63:
+            raise ConfigError(f"{n_values}^{n_attributes} objects cannot be numbered in 64 bits: use fewer attributes or values")
 
-    def __repr__(self): return f"ObjectWorld({self.n_attributes} attributes × {self.n_values} values = {self.size} objects)"
+    def __repr__(self):
+        return f"ObjectWorld({self.n_attributes} attributes × {self.n_values} values = {self.size} objects)"
 
     def attributes(self,
         ids:Tensor, # [...] object numbers

@@ -27,17 +27,23 @@ class ImageParts(NamedTuple):
     ood:LabelledImages # images of classes that are never trained on
     similarity:Tensor|None # [n_classes, n_classes] of all classes; None where there is no hierarchy
 
-def _take(images, rows): return images._replace(images=images.images[rows], labels=images.labels[rows], part=[images.part[i] for i in rows.tolist()])
+def _take(images, rows):
+    return images._replace(images=images.images[rows], labels=images.labels[rows],
+        part=[images.part[i] for i in rows.tolist()])
 
 def _hierarchy(images)->tuple: # names of the classes, and a function from each to those above it; None where there is none
     if images.wnids: return images.wnids, {}
-    if images.name == "shapes": return images.classes, dict(hypernyms=lambda name: {1: ("thing",), 2: tuple(name.split())}[len(name.split())] if name != "thing" else ())
+    if images.name == "shapes":
+        return (images.classes, dict(hypernyms=lambda name: {1: ("thing",), 2: tuple(name.split())}[len(name.split())]
+            if name != "thing" else ()))
     return images.classes, None
 
 def _join(a, b)->LabelledImages:
     "Two sets of images of different classes as one."
-    if both := sorted({*(a.wnids or a.classes)} & {*(b.wnids or b.classes)}): raise ConfigError(f"{b.name} has classes of {a.name}, such as {both[0]}: out-of-distribution classes must be others")
-    return LabelledImages(torch.cat([a.images, b.images]), torch.cat([a.labels, b.labels + len(a.classes)]), a.classes + b.classes, a.part + ["ood"]*len(b.part), a.name, a.wnids and b.wnids and a.wnids + b.wnids)
+    if both := sorted({*(a.wnids or a.classes)} & {*(b.wnids or b.classes)}):
+        raise ConfigError(f"{b.name} has classes of {a.name}, such as {both[0]}: out-of-distribution classes must be others")
+    return LabelledImages(torch.cat([a.images, b.images]), torch.cat([a.labels, b.labels + len(a.classes)]), a.classes
+        + b.classes, a.part + ["ood"]*len(b.part), a.name, a.wnids and b.wnids and a.wnids + b.wnids)
 
 def image_parts(
     source:str="shapes", # see `load_images`
@@ -54,30 +60,39 @@ def image_parts(
     names, above = _hierarchy(every)
     if not ood_source:
         check_at_least("n_ood", n_ood, 0)
-        if len(every.classes) < n_ood + 2: raise ConfigError(f"{n_ood} classes are to be held out, but {every.name} has {len(every.classes)}: lower n_ood, or bring more classes")
+        if len(every.classes) < n_ood + 2:
+            raise ConfigError(f"{n_ood} classes are to be held out, but {every.name} has {len(every.classes)}: lower "
+                f"n_ood, or bring more classes")
         ood = torch.zeros(len(names), dtype=torch.bool)
-        if n_ood: ood[class_disjoint_split(names, n_ood, generator(0, "ood"), **({"hypernyms": lambda name: ()} if above is None else above))["ood"]] = True
+        if n_ood:
+            ood[class_disjoint_split(names, n_ood, generator(0, "ood"),
+                **({"hypernyms": lambda name: ()} if above is None else above))["ood"]] = True
     known = ~ood[every.labels]
     train = torch.tensor([p == "train" for p in every.part]) & known
     if not train.any() or train.sum() == known.sum(): # the source names no parts
         rows = known.nonzero()[:, 0]
         train = torch.zeros_like(known)
-        train[rows[split(len(rows), dict(train=round(.8*len(rows)), valid=len(rows) - round(.8*len(rows))), generator(0, "valid"))["train"]]] = True
-    shuffled = lambda mask, name: _take(every, (rows := mask.nonzero()[:, 0])[torch.randperm(len(rows), generator=generator(0, name))])
-    return ImageParts(shuffled(train, "train"), shuffled(known & ~train, "valid order"), shuffled(~known, "ood order"), None if above is None else path_similarity(names, **above))
+        train[rows[split(len(rows), dict(train=round(.8*len(rows)), valid=len(rows) - round(.8*len(rows))),
+            generator(0, "valid"))["train"]]] = True
+    shuffled = lambda mask, name: _take(every,
+        (rows := mask.nonzero()[:, 0])[torch.randperm(len(rows), generator=generator(0, name))])
+    return ImageParts(shuffled(train, "train"), shuffled(known & ~train, "valid order"), shuffled(~known, "ood order"),
+        None if above is None else path_similarity(names, **above))
 
 # %% ../../nbs/20_data.parts.ipynb #d213369c
 def _shapes(size):
     "Rendered shapes, labelled by all values of all attributes."
     world = ShapeWorld(size=size)
     drawn = world.draw(4000, generator(0, "probe"))
-    return world.render(drawn), torch.cat([F.one_hot(v, n) for v, n in zip(drawn.T, world.n_values)], 1), ["train"]*3000 + ["test"]*1000
+    return (world.render(drawn), torch.cat([F.one_hot(v, n) for v, n in zip(drawn.T, world.n_values)], 1),
+        ["train"]*3000 + ["test"]*1000)
 
 def _digits(size):
     "Scikit-learn's scanned digits."
     from sklearn.datasets import load_digits
     data = load_digits()
-    grey = F.interpolate(torch.tensor(data.images)[:, None].float() * (255/16), size=(size, size), mode="bilinear").round().to(torch.uint8)
+    grey = F.interpolate(torch.tensor(data.images)[:, None].float() * (255/16), size=(size, size),
+        mode="bilinear").round().to(torch.uint8)
     return grey.expand(-1, 3, -1, -1).contiguous(), torch.tensor(data.target).long(), [""]*len(grey)
 
 def voc07_items(
@@ -85,10 +100,13 @@ def voc07_items(
 ): # yields "train" or "test", a PIL image, and its objects as VOC's annotations have them
     "The images of Pascal VOC 2007 under REFCOMM_DATA, one after the other."
     root = find_data("VOCdevkit")
-    if root is None: raise ConfigError(f"{what} needs the folder VOCdevkit under REFCOMM_DATA: torchvision.datasets.VOCDetection(REFCOMM_DATA, '2007', download=True) fetches it; or leave it out")
+    if root is None:
+        raise ConfigError(f"{what} needs the folder VOCdevkit under REFCOMM_DATA: "
+            f"torchvision.datasets.VOCDetection(REFCOMM_DATA, '2007', download=True) fetches it; or leave it out")
     from torchvision.datasets import VOCDetection
     for part, name in (("train", "trainval"), ("test", "test")):
-        for image, about in VOCDetection(str(root.parent), "2007", name): yield part, image, about["annotation"]["object"]
+        for image, about in VOCDetection(str(root.parent), "2007", name):
+            yield part, image, about["annotation"]["object"]
 
 def _voc07(size):
     "Pascal VOC 2007, labelled by all classes in sight."

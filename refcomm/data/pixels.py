@@ -66,7 +66,8 @@ def blur_weights(
     j = (torch.arange(size, device=sigma.device)[:, None] + offset).abs()
     j = size - 1 - (size - 1 - j).abs()
     weight = (-.5*(offset/sigma[:, None])**2).clamp(min=-40).softmax(-1)
-    return weight.new_zeros(len(sigma), size, size).scatter_add_(2, j.expand(len(sigma), -1, -1), weight[:, None].expand(-1, size, -1).contiguous())
+    return weight.new_zeros(len(sigma), size, size).scatter_add_(2, j.expand(len(sigma), -1, -1),
+        weight[:, None].expand(-1, size, -1).contiguous())
 
 # %% ../../nbs/18_data.pixels.ipynb #c625607d
 def solarise(

@@ -68,7 +68,9 @@ def _place(
 )->tuple: # sizes [n, most], boxes [n, most, 4] (zeros for none), and [n] whether all objects found a place
     "Sizes and places for the objects of many scenes."
     n, most = kinds.shape
-    sizes, boxes, fits = torch.zeros(n, most, dtype=torch.long), torch.zeros(n, most, 4, dtype=torch.long), torch.ones(n, dtype=torch.bool)
+    sizes = torch.zeros(n, most, dtype=torch.long)
+    boxes = torch.zeros(n, most, 4, dtype=torch.long)
+    fits = torch.ones(n, dtype=torch.bool)
     for k, kind in enumerate(kinds.T):
         drawn = torch.randint(extents.shape[1], (n, tries), generator=generator)
         left, right = extents[kind[:, None], drawn].split(2, -1)
@@ -133,29 +135,35 @@ class SceneWorld:
         overlap:float=.2, # greatest intersection of two boxes, as a share of the smaller one
         shapes:tuple=ATTRIBUTES["shape"], # names of the shapes that occur
     ):
-        if size not in range(32, 513): raise ConfigError(f"size must be a whole number of pixels from 32 to 512, got {size!r}")
-        if not 1 <= n_objects[0] <= n_objects[1]: raise ConfigError(f"n_objects must be the fewest, at least 1, and the most: got {n_objects!r}")
-        if not .08 <= radius[0] < radius[1] <= .4: raise ConfigError(f"radius must be two shares of the image's side, the lesser first, from 0.08 to 0.4: got {radius!r}")
+        if size not in range(32, 513):
+            raise ConfigError(f"size must be a whole number of pixels from 32 to 512, got {size!r}")
+        if not 1 <= n_objects[0] <= n_objects[1]:
+            raise ConfigError(f"n_objects must be the fewest, at least 1, and the most: got {n_objects!r}")
+        if not .08 <= radius[0] < radius[1] <= .4:
+            raise ConfigError(f"radius must be two shares of the image's side, the lesser first, from 0.08 to 0.4: got {radius!r}")
         if not 0 <= overlap <= 1: raise ConfigError(f"overlap must be from 0 to 1, got {overlap!r}")
         self.size, self.n_objects, self.overlap = int(size), n_objects, overlap
         self.shapes = tuple(check_choice("shape", s, ATTRIBUTES["shape"]) for s in shapes)
         self._stamps, self._backdrops = _stamps(self.size, radius, self.shapes), _backdrops(self.size)
         self._colours, self._backgrounds = _tones(_COLOURS), _tones(_BACKGROUNDS)
 
-    def __repr__(self): return f"SceneWorld({self.size} px, {self.n_objects[0]} … {self.n_objects[1]} objects, {len(self.shapes)} shapes)"
+    def __repr__(self):
+        return f"SceneWorld({self.size} px, {self.n_objects[0]} … {self.n_objects[1]} objects, {len(self.shapes)} shapes)"
 
     def _plan(self, n, generator, rounds=100)->_Plan:
         "Draw all but the pixels; where the objects of a scene find no place, places are drawn anew."
         fewest, most = self.n_objects
         draw = lambda below, *shape: torch.randint(below, (n, *shape), generator=generator)
         kinds = draw(len(self.shapes), most).where(torch.arange(most) < fewest + draw(most - fewest + 1, 1), -1)
-        looks = draw(len(_COLOURS), most), draw(len(_TEXTURES), most), draw(len(self._backdrops)), draw(len(_BACKGROUNDS))
+        looks = (draw(len(_COLOURS), most), draw(len(_TEXTURES), most), draw(len(self._backdrops)),
+            draw(len(_BACKGROUNDS)))
         sizes, boxes, todo = torch.empty_like(kinds), kinds.new_empty(n, most, 4), torch.arange(n)
         for _ in range(rounds):
             sizes[todo], boxes[todo], fits = _place(kinds[todo], self._stamps[2], self.size, self.overlap, generator)
             todo = todo[~fits]
             if not len(todo): return _Plan(kinds, sizes, boxes, *looks)
-        raise ConfigError(f"{most} objects that overlap by at most {self.overlap} find no place in a scene: lower n_objects or radius, or raise overlap")
+        raise ConfigError(f"{most} objects that overlap by at most {self.overlap} find no place in a scene: lower "
+            f"n_objects or radius, or raise overlap")
 
     def _paint(self, plan)->Tensor: # [n, 3, size, size] uint8
         "Paint a few scenes."
@@ -176,5 +184,7 @@ class SceneWorld:
         blocks = zip(*(p.split(max(2**17 // self.size**2, 1)) for p in plan))
         paint = lambda: torch.cat([self._paint(_Plan(*some)) for some in blocks])
         if n*self.size**2 < _MANY: return Scenes(paint(), plan.boxes.float(), plan.kinds)
-        name = content_digest("painted 1", self.size, *plan, *self._stamps, self._backdrops, self._colours, self._backgrounds)
-        return Scenes(cached_tensor(home()/"cache"/"scenes"/f"{name}.safetensors", paint, "scenes"), plan.boxes.float(), plan.kinds)
+        name = content_digest("painted 1", self.size, *plan, *self._stamps, self._backdrops, self._colours,
+            self._backgrounds)
+        return Scenes(cached_tensor(home()/"cache"/"scenes"/f"{name}.safetensors", paint, "scenes"), plan.boxes.float(),
+            plan.kinds)

@@ -30,7 +30,8 @@ def _choices(template, slots)->list: # one list of phrases for each part
     def phrases(p):
         if p["slot"]: return slots[check_choice("slot", p["slot"], slots)]
         if p["literal"]: return [p[0]]
-        return [text for a in p["alternatives"].split("|") for text in map("".join, itertools.product(*_choices(a, slots)))]
+        return [text for a in p["alternatives"].split("|")
+            for text in map("".join, itertools.product(*_choices(a, slots)))]
     return [phrases(p) for p in parts]
 
 def _pick(choices, i)->str:
@@ -56,7 +57,8 @@ def expand(
 )->str: # with single spaces
     "The `i`-th expansion of a template."
     size = n_expansions(template, slots)
-    if not 0 <= i < size: raise ConfigError(f"expansion {i} asked for, but the template {template!r} has {size}: count from 0 to {size-1}")
+    if not 0 <= i < size:
+        raise ConfigError(f"expansion {i} asked for, but the template {template!r} has {size}: count from 0 to {size-1}")
     return _pick(_choices(template, slots), i)
 
 # %% ../../nbs/15_data.sentences.ipynb #7cbf2f2b
@@ -96,8 +98,10 @@ def _synthetic(grammar, n)->Sentences:
                 yield text, label
     size = sum(n_expansions(t, slots) for templates in intents.values() for t in templates)
     drawn = list(itertools.islice(_take_turns(fresh(*x) for x in enumerate(intents.values())), n)) if n <= size else []
-    if len(drawn) < n: raise ConfigError(f"{n} sentences asked for, but the grammar makes {len(drawn) or size}: ask for at most as many")
-    return Sentences([t for t,_ in drawn], torch.tensor([l for _,l in drawn]), [c.replace("_", " ") for c in intents], "synthetic intents")
+    if len(drawn) < n:
+        raise ConfigError(f"{n} sentences asked for, but the grammar makes {len(drawn) or size}: ask for at most as many")
+    return Sentences([t for t,_ in drawn], torch.tensor([l for _,l in drawn]), [c.replace("_", " ") for c in intents],
+        "synthetic intents")
 
 # %% ../../nbs/15_data.sentences.ipynb #3c156b44
 BANKING77 = dict(path="mteb/banking77", revision="0fd18e25b25c072e09e0d92ab615fda904d66300") # the full 10,003 + 3,080 rows, without a script
@@ -105,10 +109,13 @@ BANKING77 = dict(path="mteb/banking77", revision="0fd18e25b25c072e09e0d92ab615fd
 def _from_file(path, split):
     "A table from a .parquet or .csv file, or the rows of one of its splits."
     import pandas as pd
-    try: frame = read_parquet(path).to_pandas() if path.suffix == ".parquet" else pd.read_csv(path, dtype=str, keep_default_na=False)
+    try:
+        frame = (read_parquet(path).to_pandas() if path.suffix == ".parquet"
+            else pd.read_csv(path, dtype=str, keep_default_na=False))
     except (OSError, ValueError) as e: raise ConfigError(f"cannot read sentences from {path}: {e}") from None
     if split is None: return frame
-    if "split" not in frame: raise ConfigError(f"split {split!r} asked for, but {path} has no column 'split': add one, or leave split=None")
+    if "split" not in frame:
+        raise ConfigError(f"split {split!r} asked for, but {path} has no column 'split': add one, or leave split=None")
     return frame[frame["split"] == check_choice("split", split, sorted(set(frame["split"])))]
 
 def _from_hub(path, split, **kwargs):
@@ -116,7 +123,8 @@ def _from_hub(path, split, **kwargs):
     import datasets
     try: data = datasets.load_dataset(path, split=split or "train", **kwargs)
     except Exception as e:
-        raise ConfigError(f"cannot load {path!r} from the Hugging Face hub ({type(e).__name__}: {e}): put banking77.parquet or banking77.csv (columns text, category) "
+        raise ConfigError(f"cannot load {path!r} from the Hugging Face hub ({type(e).__name__}: {e}): put "
+        f"banking77.parquet or banking77.csv (columns text, category) "
             "into a folder and set REFCOMM_DATA to it, or give the path of a .parquet or .csv file, or use source='synthetic'") from None
     frame = data.to_pandas()
     return frame.assign(**{c: f.int2str(frame[c].tolist()) for c,f in data.features.items() if hasattr(f, "int2str")})
@@ -130,10 +138,12 @@ def _table(source, split): # DataFrame, name
         return frame[frame["split"] == "train"] if split is None and "split" in frame else frame, source
     if str(source).endswith((".parquet", ".csv")):
         path = Path(source) if os.path.isfile(source) else find_data(str(source))
-        if path is None: raise ConfigError(f"no file {str(source)!r} with sentences: give its full path, or put it into the folder REFCOMM_DATA")
+        if path is None:
+            raise ConfigError(f"no file {str(source)!r} with sentences: give its full path, or put it into the folder REFCOMM_DATA")
         return _from_file(path, split), path.stem
     if "/" in str(source): return _from_hub(source, split), source
-    raise ConfigError(f"unknown source {source!r}: {nearest(source, ['synthetic', 'banking77'])} (or a .parquet or .csv file, or a data set 'owner/name' of the hub)")
+    raise ConfigError(f"unknown source {source!r}: {nearest(source, ['synthetic', 'banking77'])} (or a .parquet or "
+        f".csv file, or a data set 'owner/name' of the hub)")
 
 # %% ../../nbs/15_data.sentences.ipynb #f909227a
 def load_sentences(
@@ -146,18 +156,24 @@ def load_sentences(
     "Labelled sentences from the embedded grammar, from Banking77 (Casanueva et al. 2020), or from the user's own table."
     if n is not None: check_at_least("n", n, 1)
     if source == "synthetic":
-        if split is not None: raise ConfigError(f"split {split!r} asked for, but the synthetic sentences have no splits: deal them with refcomm.data.objects.split")
+        if split is not None:
+            raise ConfigError(f"split {split!r} asked for, but the synthetic sentences have no splits: deal them with refcomm.data.objects.split")
         grammar = json.loads(importlib.resources.files("refcomm.data").joinpath("intents.json").read_text("utf-8"))
         return _synthetic(grammar, n or 10_000)
     frame, name = _table(source, split)
     for column in (text_column, label_column):
         check_choice("column", column, list(frame.columns))
         blank = frame.index[frame[column].isna() | (frame[column].astype(str).str.strip() == "")].tolist()
-        if blank: raise ConfigError(f"{name}: column {column!r} is empty in {len(blank)} rows (counted from 0: {', '.join(map(str, blank[:5]))}): fill or remove them")
-    texts, names = frame[text_column].astype(str).str.split().str.join(" "), frame[label_column].astype(str).str.replace("_", " ")
+        if blank:
+            raise ConfigError(f"{name}: column {column!r} is empty in {len(blank)} rows (counted from 0: "
+                f"{', '.join(map(str, blank[:5]))}): fill or remove them")
+    texts = frame[text_column].astype(str).str.split().str.join(" ")
+    names = frame[label_column].astype(str).str.replace("_", " ")
     kept = ~texts.str.lower().duplicated()
     texts, names = texts[kept].tolist(), names[kept].tolist()
-    if len(set(names)) < 2: raise ConfigError(f"{name}: column {label_column!r} holds {len(set(names))} classes, and telling apart needs at least 2")
+    if len(set(names)) < 2:
+        raise ConfigError(f"{name}: column {label_column!r} holds {len(set(names))} classes, and telling apart needs at least 2")
     labels, classes = number_classes(names, {}, name)
-    rows = torch.arange(len(texts)) if n is None else draw_distinct(len(texts), n, generator(0, "sentences")).sort().values
+    rows = (torch.arange(len(texts)) if n is None
+        else draw_distinct(len(texts), n, generator(0, "sentences")).sort().values)
     return Sentences([texts[i] for i in rows.tolist()], labels[rows], classes, name)

@@ -86,8 +86,10 @@ _BACKDROPS = {
 
 # %% ../../nbs/11_data.shapes.ipynb #767bf156
 _COLOURS = { # red, green and blue of the first tone, and of the second
-    "red": ((222, 36, 44), (116, 0, 24)), "orange": ((255, 140, 0), (168, 68, 0)), "yellow": ((255, 224, 40), (176, 124, 0)),
-    "green": ((24, 150, 62), (0, 78, 30)), "cyan": ((64, 216, 228), (0, 122, 150)), "blue": ((28, 76, 214), (8, 24, 110)),
+    "red": ((222, 36, 44), (116, 0, 24)), "orange": ((255, 140, 0), (168, 68, 0)),
+    "yellow": ((255, 224, 40), (176, 124, 0)),
+    "green": ((24, 150, 62), (0, 78, 30)), "cyan": ((64, 216, 228), (0, 122, 150)),
+    "blue": ((28, 76, 214), (8, 24, 110)),
     "purple": ((122, 34, 168), (58, 0, 92)), "pink": ((255, 130, 196), (196, 28, 118)),
     "white": ((252, 252, 252), (160, 196, 255)), "black": ((22, 22, 26), (214, 214, 222))}
 _BACKGROUNDS = {name: (tone, tuple(round(.72*c) for c in tone)) for name, tone in {
@@ -108,7 +110,8 @@ def _named(
     "Return named attributes if objects made of them can be numbered; else raise a `ConfigError`."
     check_at_least("number of attributes", len(values), 1)
     for name, names in values.items():
-        if len(set(names)) < max(len(names), 1): raise ConfigError(f"{name} needs one or more different values, got {names!r}: name each once")
+        if len(set(names)) < max(len(names), 1):
+            raise ConfigError(f"{name} needs one or more different values, got {names!r}: name each once")
     if math.prod(map(len, values.values())) >= 2**63:
         raise ConfigError(f"{len(values)} attributes make too many objects to be numbered in 64 bits: use fewer attributes or values")
     return {name: tuple(names) for name, names in values.items()}
@@ -160,7 +163,8 @@ class AttributeWorld:
     )->Tensor: # [n, n_attributes] int64
         "Draw attribute vectors, each one equally likely."
         check_at_least("n", n, 1)
-        ids = draw_distinct(self.n_objects, n, generator) if distinct else torch.randint(self.n_objects, (n,), generator=generator, device=generator.device)
+        ids = (draw_distinct(self.n_objects, n, generator) if distinct
+            else torch.randint(self.n_objects, (n,), generator=generator, device=generator.device))
         return self.attributes(ids.to(self.device))
 
 # %% ../../nbs/11_data.shapes.ipynb #105301da
@@ -220,7 +224,8 @@ class ShapeWorld(AttributeWorld):
         device="cpu", # where images are made
     ):
         super().__init__(_known(attributes), device)
-        if size not in range(16, 513): raise ConfigError(f"size must be a whole number of pixels from 16 to 512, got {size!r}")
+        if size not in range(16, 513):
+            raise ConfigError(f"size must be a whole number of pixels from 16 to 512, got {size!r}")
         self.size = int(size)
         fixed = {name: names[:1] for name, names in ATTRIBUTES.items()}
         self._tables = _tables(self.size, fixed | self.values, self.device)

@@ -21,7 +21,8 @@ def _check_range(what, pair, low, high):
     "Refuse anything but two numbers in order, both within bounds."
     good = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(v, (int, float)) for v in pair)
     if not (good and low < pair[0] <= pair[1] <= high):
-        raise ConfigError(f"{what} must be two numbers, the lower first, above {low}" + (f" and at most {high}" if high < math.inf else "") + f": got {pair!r}")
+        raise ConfigError(f"{what} must be two numbers, the lower first, above {low}"
+            + (f" and at most {high}" if high < math.inf else "") + f": got {pair!r}")
 
 @spec
 class ViewSpec:
@@ -48,18 +49,25 @@ class ViewSpec:
     std:tuple=(.229, .224, .225) # divided by at the end
 
     def __post_init__(self):
-        if not isinstance(self.size, int): raise ConfigError(f"size must be a whole number of pixels, got {self.size!r}")
+        if not isinstance(self.size, int):
+            raise ConfigError(f"size must be a whole number of pixels, got {self.size!r}")
         check_at_least("size", self.size, 1), check_choice("interpolation", self.interpolation, pixels.REACH)
         for name in ("crop", "flip", "jitter", "grey", "blur", "solarise"):
             p = getattr(self, name)
-            if not (isinstance(p, float) and 0 <= p <= 1): raise ConfigError(f"{name} is a probability, from 0 to 1: got {p!r}")
+            if not (isinstance(p, float) and 0 <= p <= 1):
+                raise ConfigError(f"{name} is a probability, from 0 to 1: got {p!r}")
         for name in ("brightness", "contrast", "saturation"): check_at_least(name, getattr(self, name), 0)
         if not 0 <= self.threshold <= 255: raise ConfigError(f"threshold must be from 0 to 255, got {self.threshold!r}")
-        if not 0 <= self.hue <= .5: raise ConfigError(f"hue must be from 0 to 0.5, half a circle either way: got {self.hue!r}")
-        _check_range("scale", self.scale, 0, 1), _check_range("ratio", self.ratio, 0, math.inf), _check_range("sigma", self.sigma, 0, math.inf)
-        if self.kernel and (self.kernel < 1 or self.kernel % 2 == 0): raise ConfigError(f"kernel must be odd, or 0 for a tenth of the view: got {self.kernel!r}")
-        if self.taps // 2 >= self.size: raise ConfigError(f"kernel {self.kernel} is too wide for views of {self.size} pixels: at most {2*self.size - 1}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0: raise ConfigError(f"mean and std are three numbers each, std above 0: got {self.mean!r}, {self.std!r}")
+        if not 0 <= self.hue <= .5:
+            raise ConfigError(f"hue must be from 0 to 0.5, half a circle either way: got {self.hue!r}")
+        (_check_range("scale", self.scale, 0, 1), _check_range("ratio", self.ratio, 0, math.inf),
+            _check_range("sigma", self.sigma, 0, math.inf))
+        if self.kernel and (self.kernel < 1 or self.kernel % 2 == 0):
+            raise ConfigError(f"kernel must be odd, or 0 for a tenth of the view: got {self.kernel!r}")
+        if self.taps // 2 >= self.size:
+            raise ConfigError(f"kernel {self.kernel} is too wide for views of {self.size} pixels: at most {2*self.size - 1}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ConfigError(f"mean and std are three numbers each, std above 0: got {self.mean!r}, {self.std!r}")
 
     @property
     def taps(self): return self.kernel or min(max(self.size//10, 2)//2*2 + 1, 2*self.size - 1)
@@ -100,9 +108,11 @@ def _draw_boxes(u, height, width, s)->Tensor: # [n, 4]
     h, w = (area/ratio).sqrt().round(), (area*ratio).sqrt().round()
     fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
     first = fits.int().argmax(0, keepdim=True)
-    widest = constant(((min(height, round(width/s.ratio[0])),), (min(width, round(height*s.ratio[1])),)), u.device, torch.int64)
+    widest = constant(((min(height, round(width/s.ratio[0])),), (min(width, round(height*s.ratio[1])),)), u.device,
+        torch.int64)
     h, w = (torch.where(fits.any(0), x.gather(0, first)[0], least) for x, least in zip((h, w), widest))
-    place = [torch.where(fits.any(0), (v*(full - x + 1)).floor().minimum(full - x), (full - x)//2) for v, full, x in ((u[20], height, h), (u[21], width, w))]
+    place = [torch.where(fits.any(0), (v*(full - x + 1)).floor().minimum(full - x), (full - x)//2)
+        for v, full, x in ((u[20], height, h), (u[21], width, w))]
     whole = constant((0, 0, height, width), u.device)
     return torch.where((u[22] < s.crop)[:, None], torch.stack([*place, h, w], 1), whole).long()
 
@@ -116,10 +126,13 @@ def draw_views(
     "Draw what happens to each of `n` images."
     check_at_least("height", height, 1), check_at_least("width", width, 1)
     u = torch.rand(n, 37, generator=generator, device=generator.device).T
-    strength = constant((*((max(1 - x, 0), 1 + x) for x in (spec.brightness, spec.contrast, spec.saturation)), (-spec.hue, spec.hue)), u.device)
-    flip, jitter, grey, blur, solarise = u[23:28] < constant(((spec.flip,), (spec.jitter,), (spec.grey,), (spec.blur,), (spec.solarise,)), u.device)
+    strength = constant((*((max(1 - x, 0), 1 + x) for x in (spec.brightness, spec.contrast, spec.saturation)),
+        (-spec.hue, spec.hue)), u.device)
+    flip, jitter, grey, blur, solarise = u[23:28] < constant(((spec.flip,), (spec.jitter,), (spec.grey,), (spec.blur,),
+        (spec.solarise,)), u.device)
     factors = _between(u[32:36].T, *strength.T)
-    return DrawnViews(_draw_boxes(u, height, width, spec), flip, jitter, u[28:32].T.argsort(1), factors, grey, _between(u[36], *spec.sigma)*blur, solarise)
+    return DrawnViews(_draw_boxes(u, height, width, spec), flip, jitter, u[28:32].T.argsort(1), factors, grey,
+        _between(u[36], *spec.sigma)*blur, solarise)
 
 # %% ../../nbs/19_data.views.ipynb #ab5fe95d
 def _crop(images, drawn, s)->Tensor: # [3, n, size, size], 0 … 1
@@ -128,7 +141,8 @@ def _crop(images, drawn, s)->Tensor: # [3, n, size, size], 0 … 1
     (y, x), (height, width), how = low.tolist(), (high - low).tolist(), (s.size, s.interpolation, s.antialias)
     part = images[:, :, y:y+height, x:x+width].transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
     if height == width == s.size and not drawn.flip.any() and (drawn.box[:, 2:] == s.size).all(): return part.div_(255)
-    part = pixels.resample(part, pixels.resize_weights(top - y, h, height, *how), pixels.resize_weights(left - x, w, width, *how, drawn.flip))
+    part = pixels.resample(part, pixels.resize_weights(top - y, h, height, *how),
+        pixels.resize_weights(left - x, w, width, *how, drawn.flip))
     return part.div_(255).clamp_(0, 1) if s.interpolation == "bicubic" else part.div_(255)
 
 # %% ../../nbs/19_data.views.ipynb #4f2f0ac8
@@ -146,7 +160,8 @@ def _view(images, drawn, s, hue_at)->Tensor: # [n, 3, size, size]
     x = _crop(images, drawn, s)
     for k in range(4 if hue_at >= 0 else 0):
         kind = drawn.order[:, k]
-        x = pixels.turn_hue(x, drawn.factors[:, 3]) if k == hue_at else pixels.mix(x, kind, drawn.factors.gather(1, kind[:, None])[:, 0])
+        x = (pixels.turn_hue(x, drawn.factors[:, 3]) if k == hue_at
+            else pixels.mix(x, kind, drawn.factors.gather(1, kind[:, None])[:, 0]))
     x = _where(drawn.grey, lambda x, _: torch.stack([pixels.lightness(x)]*3), x)
     x = _where(drawn.sigma, lambda x, sigma: pixels.resample(x, *[pixels.blur_weights(sigma, s.size, s.taps)]*2), x)
     x = _where(drawn.solarise, lambda x, _: pixels.solarise(x, s.threshold/255), x)
@@ -162,7 +177,8 @@ def _crop_at_once(images, drawn, s)->Tensor: # [3, n, size, size], 0 … 1
     (top, left, h, w), (height, width), how = drawn.box.T, images.shape[2:], (s.size, s.interpolation, s.antialias)
     part = images.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
     if s.crop or s.flip or not height == width == s.size:
-        part = pixels.resample(part, pixels.resize_weights(top, h, height, *how), pixels.resize_weights(left, w, width, *how, drawn.flip))
+        part = pixels.resample(part, pixels.resize_weights(top, h, height, *how),
+            pixels.resize_weights(left, w, width, *how, drawn.flip))
     return part.div_(255).clamp_(0, 1)
 
 def _view_at_once(images, drawn, s, hue_at)->Tensor: # [n, 3, size, size]
@@ -185,14 +201,16 @@ def _view_at_once(images, drawn, s, hue_at)->Tensor: # [n, 3, size, size]
 # %% ../../nbs/19_data.views.ipynb #9b25f08a
 def _check_images(images):
     "Refuse all but a batch of colour images in bytes, and say how to make one."
-    if not isinstance(images, Tensor): raise ConfigError(f"images must be a tensor [n, 3, height, width] of uint8, got {type(images).__name__}")
+    if not isinstance(images, Tensor):
+        raise ConfigError(f"images must be a tensor [n, 3, height, width] of uint8, got {type(images).__name__}")
     shape, ways = list(images.shape), "a batch [n, 3, height, width] is expected"
     if len(shape) == 3: ways = "of a single image, give images[None]"
     elif len(shape) == 4 and shape[1] == 1: ways = "of a grey image, repeat the channel: images.expand(-1, 3, -1, -1)"
     elif len(shape) == 4 and shape[1] == 4: ways = "leave out the fourth channel: images[:, :3]"
     elif len(shape) == 4 and shape[3] == 3 != shape[1]: ways = "channels come second: images.permute(0, 3, 1, 2)"
     if len(shape) != 4 or shape[1] != 3: raise ConfigError(f"images of shape {shape}: {ways}")
-    if images.dtype != torch.uint8: raise ConfigError(f"images must be uint8, got {images.dtype}: of floats in 0 … 1, give (images*255).round().to(torch.uint8)")
+    if images.dtype != torch.uint8:
+        raise ConfigError(f"images must be uint8, got {images.dtype}: of floats in 0 … 1, give (images*255).round().to(torch.uint8)")
     if 0 in shape[2:]: raise ConfigError(f"images of shape {shape} have no pixels: at least 1 × 1 is expected")
 
 def apply_views(
@@ -202,16 +220,20 @@ def apply_views(
 )->Tensor: # [n, 3, size, size] normalised
     "The views that were drawn."
     _check_images(images)
-    if len(drawn.box) != len(images): raise ConfigError(f"{len(drawn.box)} views were drawn for {len(images)} images: draw_views takes their number")
-    if not same_device(drawn.box.device, images.device): raise ConfigError(f"the views were drawn on {drawn.box.device} for images on {images.device}: give a generator on {images.device}")
+    if len(drawn.box) != len(images):
+        raise ConfigError(f"{len(drawn.box)} views were drawn for {len(images)} images: draw_views takes their number")
+    if not same_device(drawn.box.device, images.device):
+        raise ConfigError(f"the views were drawn on {drawn.box.device} for images on {images.device}: give a generator on {images.device}")
     if (drawn.box[:, :2] + drawn.box[:, 2:] > drawn.box.new_tensor(images.shape[2:])).any():
-        raise ConfigError(f"boxes reach beyond the images of {images.shape[2]} × {images.shape[3]} pixels: give draw_views their height and width")
+        raise ConfigError(f"boxes reach beyond the images of {images.shape[2]} × {images.shape[3]} pixels: give "
+            f"draw_views their height and width")
     return _apply(images, drawn, spec, images.device.type != "cpu")
 
 def _apply(images, drawn, spec, at_once)->Tensor: # [n, 3, size, size]
     "Make the views block by block, group by group or all alike."
     views = torch.empty(len(images), 3, spec.size, spec.size, device=images.device)
-    block = max(_BLOCK.get(images.device.type, _BLOCK["other"]) // max(spec.size**2, images[0, 0].numel() if len(images) else 1), 1)
+    block = max(_BLOCK.get(images.device.type, _BLOCK["other"]) // max(spec.size**2, images[0, 0].numel() if len(images)
+        else 1), 1)
     hue_at = torch.where(drawn.jitter, (drawn.order == 3).int().argmax(1), -1)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         if at_once:
@@ -220,7 +242,8 @@ def _apply(images, drawn, spec, at_once)->Tensor: # [n, 3, size, size]
                 views[some] = _view_at_once(images[some], DrawnViews(*(x[some] for x in drawn)), spec, hue_at[some])
         for k in range(-1, 4) if not at_once else ():
             for rows in (hue_at == k).nonzero()[:, 0].split(block):
-                if len(rows): views[rows] = _view(images.index_select(0, rows), DrawnViews(*(x[rows] for x in drawn)), spec, k)
+                if len(rows):
+                    views[rows] = _view(images.index_select(0, rows), DrawnViews(*(x[rows] for x in drawn)), spec, k)
     return views
 
 def random_views(
@@ -230,8 +253,11 @@ def random_views(
 )->Tensor: # [n, 3, size, size] normalised
     "A random view of each image; call it twice for two."
     _check_images(images)
-    if not same_device(generator.device, images.device): raise ConfigError(f"the generator is on {generator.device}, the images on {images.device}: make it with generator(seed, stream, images.device)")
-    return _apply(images, draw_views(len(images), *images.shape[2:], spec, generator), spec, images.device.type != "cpu")
+    if not same_device(generator.device, images.device):
+        raise ConfigError(f"the generator is on {generator.device}, the images on {images.device}: make it with "
+            f"generator(seed, stream, images.device)")
+    return _apply(images, draw_views(len(images), *images.shape[2:], spec, generator), spec,
+        images.device.type != "cpu")
 
 # %% ../../nbs/19_data.views.ipynb #951aa9b7
 def views_by_torchvision(

@@ -28,16 +28,19 @@ def _from_nltk(wnid)->tuple|None: # lemma, hypernyms
         from nltk.corpus import wordnet
         if wordnet.get_version() != "3.0": return None
         found = wordnet.synset_from_pos_and_offset("n", int(wnid[1:]))
-        return found.lemma_names()[0], tuple(f"n{h.offset():08d}" for h in found.hypernyms() + found.instance_hypernyms())
+        return (found.lemma_names()[0], tuple(f"n{h.offset():08d}" for h in found.hypernyms()
+            + found.instance_hypernyms()))
     except Exception: return None
 
 def synset(
     wnid:str, # "n02084071"
 )->tuple: # its first lemma, and the wnids of its hypernyms
     "A noun synset of WordNet 3.0."
-    if not WNID.fullmatch(str(wnid)): raise ConfigError(f"{wnid!r} is no WordNet id: expected n and eight digits, as in 'n02084071' for dog")
+    if not WNID.fullmatch(str(wnid)):
+        raise ConfigError(f"{wnid!r} is no WordNet id: expected n and eight digits, as in 'n02084071' for dog")
     found = _shipped().get(wnid) or _from_nltk(wnid)
-    if not found: raise ConfigError(f"{wnid} is not among the {len(_shipped())} synsets shipped (ILSVRC-2012, OOD set and their hypernyms), nor in a WordNet 3.0 corpus of NLTK's: "
+    if not found: raise ConfigError(f"{wnid} is not among the {len(_shipped())} synsets shipped (ILSVRC-2012, OOD set "
+    f"and their hypernyms), nor in a WordNet 3.0 corpus of NLTK's: "
                                     "correct it, or install NLTK and that corpus")
     return found
 
@@ -62,7 +65,8 @@ def ascents(
             for a, d in up(above).items(): steps[a] = min(steps.get(a, _FAR), d + 1)
         return steps
     try: ways = [up(i) for i in ids]
-    except RecursionError: raise ConfigError("the hierarchy runs in a circle: a class must not stand above itself") from None
+    except RecursionError:
+        raise ConfigError("the hierarchy runs in a circle: a class must not stand above itself") from None
     column = {a: k for k, a in enumerate(dict.fromkeys(a for way in ways for a in way))}
     steps = np.full((len(ways), len(column)), _FAR, dtype=np.int16)
     for row, way in zip(steps, ways): row[[column[a] for a in way]] = list(way.values())
@@ -75,7 +79,8 @@ def path_similarity(
 )->Tensor: # [n, m] float32, from 1 for the same class down to 0 for those with no common ancestor
     "1 / (1 + length of the shortest path over a common ancestor), for all pairs."
     ids, others = list(ids), None if others is None else list(others)
-    if not ids or others == []: raise ConfigError("there are no classes to compare: give at least one wnid on each side")
+    if not ids or others == []:
+        raise ConfigError("there are no classes to compare: give at least one wnid on each side")
     _, steps = ascents(ids + (others or []), hypernyms)
     a, b = (steps, steps) if others is None else (steps[:len(ids)], steps[len(ids):])
     length = np.full((len(a), len(b)), _FAR, dtype=np.int16)
@@ -100,13 +105,16 @@ def class_disjoint_split(
     check_at_least("number of classes that stay", len(ids) - n_ood, 1, f"{n_ood} of {len(ids)} are held out")
     ancestors, steps = ascents(ids, hypernyms)
     kin = torch.from_numpy(connected_components(steps[:, [ancestors.index(i) for i in ids]] < _FAR, directed=False)[1])
-    families = [(kin == k).nonzero().flatten().tolist() for k in torch.randperm(int(kin.max()) + 1, generator=generator).tolist()]
+    families = [(kin == k).nonzero().flatten().tolist()
+        for k in torch.randperm(int(kin.max()) + 1, generator=generator).tolist()]
     sums = [{0}] # what the last 0, 1, … families can add up to
     for family in reversed(families): sums.append(sums[-1] | {s + len(family) for s in sums[-1]})
     ood = []
     for family, rest in zip(families, reversed(sums[:-1])):
         if n_ood - len(ood) - len(family) in rest: ood += family
-    if len(ood) != n_ood: raise ConfigError(f"{n_ood} classes cannot be held out without parting hypernyms from hyponyms: possible are {', '.join(map(str, sorted(sums[-1] - {0, len(ids)}))) or 'none'}")
+    if len(ood) != n_ood:
+        raise ConfigError(f"{n_ood} classes cannot be held out without parting hypernyms from hyponyms: possible are "
+            f"{', '.join(map(str, sorted(sums[-1] - {0, len(ids)}))) or 'none'}")
     return dict(train=torch.tensor(sorted(set(range(len(ids))) - set(ood))), ood=torch.tensor(sorted(ood)))
 
 def ood_synsets()->list: # of 80 wnids

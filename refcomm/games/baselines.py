@@ -84,23 +84,27 @@ class MoCo(Baseline):
         groups:int=1, # parts of a batch with statistics of their own, keys shuffled among them
     ):
         super().__init__()
-        if not 0 <= momentum < 1: raise ConfigError(f"momentum must be from 0 to below 1, got {momentum!r}: .999 is the usual choice")
+        if not 0 <= momentum < 1:
+            raise ConfigError(f"momentum must be from 0 to below 1, got {momentum!r}: .999 is the usual choice")
         for name, value in dict(queue=queue, dim=dim, groups=groups).items(): check_at_least(name, value, 1)
         self.momentum, self.temperature, self.groups = momentum, check_temperature(temperature, .2), groups
         self.trunk = make_trunk(trunk, small_stem)
         width = self.trunk.feature_dim
         self.project = _lightly("models.modules.heads").MoCoProjectionHead(width, hidden or width, dim)
         self.slow = _frozen(nn.ModuleDict(dict(trunk=self.trunk, project=self.project)))
-        self.loss = _lightly("loss.ntx_ent_loss").NTXentLoss(temperature, (queue, dim), torch.distributed.is_available())
+        self.loss = _lightly("loss.ntx_ent_loss").NTXentLoss(temperature, (queue, dim),
+            torch.distributed.is_available())
 
-    def draw_noise(self, batch, generator): return None if self.groups == 1 else torch.rand(batch, generator=generator, device=generator.device)
+    def draw_noise(self, batch, generator):
+        return None if self.groups == 1 else torch.rand(batch, generator=generator, device=generator.device)
 
     def queries(self, x): return torch.cat([self.project(self.trunk(part)) for part in x.tensor_split(self.groups)]) # [batch, dim]
 
     @torch.no_grad()
     def keys(self, seen, noise=None)->Tensor: # [batch, dim]
         order = torch.arange(len(seen), device=seen.device) if noise is None else noise.argsort()
-        found = torch.cat([self.slow["project"](self.slow["trunk"](part)) for part in seen[order].tensor_split(self.groups)])
+        found = torch.cat([self.slow["project"](self.slow["trunk"](part))
+            for part in seen[order].tensor_split(self.groups)])
         return found[order.argsort()]
 
     @torch.no_grad()
@@ -109,15 +113,19 @@ class MoCo(Baseline):
         for name, p in self.named_parameters(): self.slow.get_buffer(name).lerp_(p, 1 - self.momentum)
 
     def forward(self, x, seen, noise=None):
-        if len(check_batch(x, seen)[0]) < 2*self.groups: raise ConfigError(f"a batch of {len(x)} cannot be split into {self.groups} groups of 2 or more: raise batch_size, or lower groups")
+        if len(check_batch(x, seen)[0]) < 2*self.groups:
+            raise ConfigError(f"a batch of {len(x)} cannot be split into {self.groups} groups of 2 or more: raise batch_size, or lower groups")
         if self.training:
-            if noise is None and self.groups > 1: raise ConfigError("MoCo with groups trains on noise: pass noise=moco.draw_noise(batch, generator)")
+            if noise is None and self.groups > 1:
+                raise ConfigError("MoCo with groups trains on noise: pass noise=moco.draw_noise(batch, generator)")
             self.follow()
         found, keys = self.queries(x), self.keys(seen, noise)
-        with torch.autocast(x.device.type, enabled=False): return self.loss(found.float() if self.training else found.detach().float(), keys.float())
+        with torch.autocast(x.device.type, enabled=False):
+            return self.loss(found.float() if self.training else found.detach().float(), keys.float())
 
     def play(self, x, seen):
         "Tell each view from the others of its batch, in evaluation mode."
         check_batch(x, seen)
         scores, target = in_batch_scores(self.queries(x), self.keys(seen))
-        return Played(F.cross_entropy(scores / self.temperature, target), (scores.argmax(-1) == target).float().mean(), None)
+        return Played(F.cross_entropy(scores / self.temperature, target), (scores.argmax(-1) == target).float().mean(),
+            None)

@@ -27,8 +27,11 @@ def cosine_similarities(
     b:Tensor, # [m, dim]
 )->Tensor: # [n, m] float32, in [-1, 1]
     "Cosine of every row of `a` with every row of `b`, in single precision whatever the autocast."
-    if a.shape[-1] != b.shape[-1]: raise ConfigError(f"messages are understood as {a.shape[-1]} numbers, but images are projected to {b.shape[-1]}: they can be compared only if these are equal")
-    with torch.autocast(a.device.type, enabled=False): return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
+    if a.shape[-1] != b.shape[-1]:
+        raise ConfigError(f"messages are understood as {a.shape[-1]} numbers, but images are projected to "
+            f"{b.shape[-1]}: they can be compared only if these are equal")
+    with torch.autocast(a.device.type, enabled=False):
+        return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
 
 # %% ../../nbs/40_games.contrastive.ipynb #5b5e8a1d
 NEGATIVES = ("local", "global")
@@ -44,7 +47,8 @@ def in_batch_scores(
     if negatives == "global": keys = gather_batches(keys)
     scores = cosine_similarities(queries, keys)
     if n_candidates is None: return scores, own
-    if check_at_least("n_candidates", n_candidates, 2) > len(keys): raise ConfigError(f"{n_candidates} candidates were asked for, but a batch has {len(keys)}: make it larger, or ask for fewer")
+    if check_at_least("n_candidates", n_candidates, 2) > len(keys):
+        raise ConfigError(f"{n_candidates} candidates were asked for, but a batch has {len(keys)}: make it larger, or ask for fewer")
     near = (own[:, None] + torch.arange(n_candidates, device=own.device)) % len(keys)
     return scores.gather(1, near), torch.zeros_like(own)
 
@@ -53,8 +57,11 @@ def check_batch(
     b, # another
 )->tuple: # both
     "Refuse batches of different sizes, or too small to hold a distractor."
-    if len(a) != len(b): raise ConfigError(f"sender and receiver see {len(a)} and {len(b)} images: views of the same images, in the same order, are expected")
-    if len(a) < 2: raise ConfigError(f"a game within a batch needs at least 2 images, got {len(a)}: raise batch_size, or leave out an incomplete last batch with drop_last=True")
+    if len(a) != len(b):
+        raise ConfigError(f"sender and receiver see {len(a)} and {len(b)} images: views of the same images, in the same order, are expected")
+    if len(a) < 2:
+        raise ConfigError(f"a game within a batch needs at least 2 images, got {len(a)}: raise batch_size, or leave "
+            f"out an incomplete last batch with drop_last=True")
     return a, b
 
 def own_places(a, negatives:str)->Tensor: # [batch]
@@ -101,7 +108,9 @@ class SymmetricInfoNCE(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(start)) if learned else start
 
     @property
-    def scale(self): return self.log_scale.exp().clamp(max=self.most) if isinstance(self.log_scale, Tensor) else math.exp(self.log_scale)
+    def scale(self):
+        return (self.log_scale.exp().clamp(max=self.most) if isinstance(self.log_scale, Tensor)
+            else math.exp(self.log_scale))
 
     def forward(self, a, b):
         ways = [in_batch_scores(*pair, self.negatives) for pair in ((a, b), (b, a))]
@@ -140,7 +149,9 @@ class DiscriminationGame(ReferentialGame):
         n_candidates:int|None=None, # per game; None: the whole batch
     ):
         super().__init__(sender, channel, receiver)
-        self.temperature, self.negatives, self.n_candidates = check_temperature(temperature, .1), check_choice("negatives", negatives, NEGATIVES), n_candidates
+        self.temperature = check_temperature(temperature, .1)
+        self.negatives = check_choice("negatives", negatives, NEGATIVES)
+        self.n_candidates = n_candidates
 
     def candidates(self, seen, negatives="local"): return InBatch(seen, self.temperature, negatives, self.n_candidates)
 
@@ -154,7 +165,8 @@ class DiscriminationGame(ReferentialGame):
         candidates = self.candidates(check_batch(x, seen)[1], self.negatives)
         return super().forward(x, candidates.target, candidates, noise)
 
-    def understand(self, x)->tuple: # what the receiver takes from the messages about images [batch, dim], and their symbols [batch, symbols_per_message], None when nothing is discrete
+    # what the receiver takes from the messages about images [batch, dim], and their symbols [batch, symbols_per_message], None when nothing is discrete
+    def understand(self, x)->tuple:
         sent = self.send(x)
         return self.channel.receive(sent.word), sent.symbols if sent.symbols is None else sent.symbols.flatten(1)
 
@@ -163,7 +175,8 @@ class DiscriminationGame(ReferentialGame):
         candidates, (understood, symbols) = self.candidates(check_batch(x, seen)[1]), self.understand(x)
         return _played(candidates.scores(self.receiver, understood), candidates.target, symbols)
 
-def _played(scores, target, symbols): return Played(F.cross_entropy(scores, target), (scores.argmax(-1) == target).float().mean(), symbols)
+def _played(scores, target, symbols):
+    return Played(F.cross_entropy(scores, target), (scores.argmax(-1) == target).float().mean(), symbols)
 
 # %% ../../nbs/40_games.contrastive.ipynb #d53f0628
 def make_discrimination_game(
@@ -182,10 +195,12 @@ def make_discrimination_game(
     sender = make_trunk(trunk, small_stem, pretrained)
     eyes, width = sender if shared else make_trunk(trunk, small_stem, pretrained), sender.feature_dim
     if channel is None:
-        channel = Instant(GumbelSoftmax(vocab_size, temperature), width, vocabulary_head(width, vocab_size), symbol_embedding(vocab_size, dim))
+        channel = Instant(GumbelSoftmax(vocab_size, temperature), width, vocabulary_head(width, vocab_size),
+            symbol_embedding(vocab_size, dim))
     else: dim = channel.dim
     speaker = sender if channel.dim == width else nn.Sequential(sender, nn.Linear(width, channel.dim))
-    game = DiscriminationGame(speaker, channel, nn.Sequential(eyes, projector(width, dim, dim)), cosine_temperature, **kwargs)
+    game = DiscriminationGame(speaker, channel, nn.Sequential(eyes, projector(width, dim, dim)), cosine_temperature,
+        **kwargs)
     game.trunks = sender, eyes # in a tuple, so that they do not stand in the game twice
     return game
 
@@ -201,7 +216,8 @@ class SimCLR(nn.Module):
     ):
         super().__init__()
         self.trunk, self.trunks, self.projector, self.n_candidates = trunk, (trunk, trunk), projector, n_candidates
-        self.temperature, self.negatives = check_temperature(temperature, .1), check_choice("negatives", negatives, NEGATIVES)
+        self.temperature = check_temperature(temperature, .1)
+        self.negatives = check_choice("negatives", negatives, NEGATIVES)
 
     def layers(self, x)->dict: # "h", "s" and "z" → [batch, …]
         s = self.projector[:-1](h := self.trunk(x))
@@ -209,7 +225,8 @@ class SimCLR(nn.Module):
 
     def draw_noise(self, batch, generator): return None
 
-    def forward(self, x, seen, noise=None): return nt_xent(*(self.layers(v)["z"] for v in check_batch(x, seen)), self.temperature, self.negatives)
+    def forward(self, x, seen, noise=None):
+        return nt_xent(*(self.layers(v)["z"] for v in check_batch(x, seen)), self.temperature, self.negatives)
 
     def symbols(self,
         x:Tensor, # [batch, 3, size, size]

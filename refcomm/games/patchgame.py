@@ -29,7 +29,11 @@ class PatchGame(nn.Module):
         super().__init__()
         check_at_least("length_cost", length_cost, 0)
         if n_candidates is not None: check_at_least("n_candidates", n_candidates, 2)
-        self.speaker, self.listener, self.loss, self.n_candidates, self.length_cost = speaker, listener, loss, n_candidates, length_cost
+        self.speaker = speaker
+        self.listener = listener
+        self.loss = loss
+        self.n_candidates = n_candidates
+        self.length_cost = length_cost
 
     def draw_noise(self, batch, generator): return self.speaker.draw_noise(batch, generator)
 
@@ -50,8 +54,10 @@ class PatchGame(nn.Module):
         "Play the batch as it is played after training: in evaluation mode, the likeliest symbols, among its own images; given noise, the gates are drawn."
         check_batch(x, seen)
         sent = self.send(x, noise)
-        scores, target = in_batch_scores(self.listener.read(sent), self.listener.see(seen), n_candidates=self.n_candidates)
-        return Played(F.cross_entropy(self.loss.scale*scores, target), (scores.argmax(-1) == target).float().mean(), sent.symbols)
+        scores, target = in_batch_scores(self.listener.read(sent), self.listener.see(seen),
+            n_candidates=self.n_candidates)
+        return Played(F.cross_entropy(self.loss.scale*scores, target), (scores.argmax(-1) == target).float().mean(),
+            sent.symbols)
 
 # %% ../../nbs/41_games.patchgame.ipynb #18efb9ae
 PUBLIC_CODE = dict(symbol="vit", gate="soft", dropout=.1, schedule="linear", learned=True)
@@ -87,8 +93,10 @@ def make_patch_game(
 )->PatchGame:
     "The game of Gupta et al. (2021)."
     transformer = dict(dim=width, layers=layers, heads=heads)
-    says = PatchSymbol(size, patch_size, vocab_size, symbols_per_patch, symbol, symbol_width, norm, **(transformer if symbol == "vit" else {}))
+    says = PatchSymbol(size, patch_size, vocab_size, symbols_per_patch, symbol, symbol_width, norm,
+        **(transformer if symbol == "vit" else {}))
     speaker = Speaker(says, PatchRank(patch_size, rank, dropout), gate, strength, schedule=schedule, budget=budget)
-    eyes = ViT(size, patch_size, **transformer) if check_choice("vision", vision, ("vit", "narrow", *RESNETS)) == "vit" else make_trunk(vision, small_stem)
+    eyes = (ViT(size, patch_size, **transformer) if check_choice("vision", vision, ("vit", "narrow", *RESNETS)) == "vit"
+        else make_trunk(vision, small_stem))
     listener = Listener(Transformer(speaker.n_symbols, **transformer), eyes, vocab_size, dim, hidden, narrow, masked)
     return PatchGame(speaker, listener, SymmetricInfoNCE(temperature, learned, negatives), n_candidates, length_cost)

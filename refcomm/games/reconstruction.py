@@ -32,7 +32,8 @@ class Attributes(NamedTuple):
         return sum(p[..., v] for p, v in zip(parts, self.values.T))
 
     def loss(self, receiver, z, target, reduction="mean")->Tensor: # mean, or with "none" [batch]
-        each = sum(F.cross_entropy(p, self.values[target, a], reduction="none") for a, p in enumerate(self.logits(receiver, z)))
+        each = sum(F.cross_entropy(p, self.values[target, a], reduction="none")
+            for a, p in enumerate(self.logits(receiver, z)))
         return each.mean() if reduction == "mean" else each
 
 class Reconstruction(Task):
@@ -44,7 +45,8 @@ class Reconstruction(Task):
         seed:int=0, # deals the objects
     ):
         n = {k: round(v*len(objects)) if isinstance(v, float) else v for k, v in dict(valid=valid, test=test).items()}
-        if min(n.values()) < 1 or sum(n.values()) >= len(objects): raise ConfigError(f"{len(objects)} objects cannot be dealt into {n} and some to train on: change valid and test")
+        if min(n.values()) < 1 or sum(n.values()) >= len(objects):
+            raise ConfigError(f"{len(objects)} objects cannot be dealt into {n} and some to train on: change valid and test")
         self.ids = split(len(objects), dict(train=len(objects) - sum(n.values()), **n), generator(seed, "split"))
         self.objects, self.x, self.n_train = objects, objects.one_hot(), len(self.ids["train"])
         self.every = Attributes(objects.values, tuple(map(len, objects.kinds)))

@@ -28,7 +28,8 @@ def draw_distractors(
 )->Tensor: # [..., batch, n_distractors] item numbers, distinct in each row and never the row's target
     "Draw the distractors of a batch of games, uniformly and without replacement."
     check_at_least("n_distractors", n_distractors, 1)
-    if n_distractors >= pool: raise ConfigError(f"{n_distractors + 1} candidates asked for, but only {pool} are available")
+    if n_distractors >= pool:
+        raise ConfigError(f"{n_distractors + 1} candidates asked for, but only {pool} are available")
     shape, device = (targets.shape[-1], n_distractors), targets.device
     keys = lambda g: torch.rand(shape[0], pool - 1, generator=g, device=device)
     if device.type != "cpu": drawn = _draw(generator, keys).topk(n_distractors, largest=False).indices
@@ -57,7 +58,8 @@ def draw_other_classes(
     own = labels[..., None, :] == labels.gather(-1, targets)[..., None]
     check_at_least("n_distractors", n_distractors, 1)
     if not enough: _check_others(targets, labels, own, n_distractors)
-    keys = _draw(generator, lambda g: torch.rand(own.shape[-2:], generator=g, device=targets.device)).masked_fill_(own, torch.inf)
+    keys = _draw(generator, lambda g: torch.rand(own.shape[-2:], generator=g, device=targets.device)).masked_fill_(own,
+        torch.inf)
     return keys.topk(n_distractors, largest=False).indices
 
 def _check_others(targets, labels, own, n_distractors):
@@ -66,7 +68,8 @@ def _check_others(targets, labels, own, n_distractors):
     if (others < n_distractors).any():
         at = (others == others.min()).nonzero()[0].unbind()
         t = targets[at]
-        raise ConfigError(f"{n_distractors} distractors asked for, but only {others.min()} of {labels.shape[-1]} items are of other classes than item {t} (class {labels[*at[:-1], t]}): ask for fewer, or bring more classes")
+        raise ConfigError(f"{n_distractors} distractors asked for, but only {others.min()} of {labels.shape[-1]} items "
+            f"are of other classes than item {t} (class {labels[*at[:-1], t]}): ask for fewer, or bring more classes")
 
 # %% ../../nbs/38_games.referential.ipynb #713bab0d
 class EveryObject:
@@ -86,7 +89,8 @@ class EveryObject:
         z:Tensor, # [batch, dim] what the receiver understood
     )->Tensor: # [batch, n_attributes, n_values]
         "Score of each value of each attribute; an object's is the sum over its attributes."
-        if not hasattr(receiver, "pull_back"): raise ConfigError("EveryObject needs a linear receiver (one with `pull_back`): pass the candidates' features instead")
+        if not hasattr(receiver, "pull_back"):
+            raise ConfigError("EveryObject needs a linear receiver (one with `pull_back`): pass the candidates' features instead")
         return receiver.pull_back(z).unflatten(-1, (self.world.n_attributes, self.world.n_values))
 
     def scores(self, receiver, z)->Tensor: # [batch, world.size] log-probabilities in the order of object numbers
@@ -124,7 +128,8 @@ class ReferentialGame(nn.Module):
         return self.judge(self.channel.receive(words), candidates)
 
     def judge(self, z, candidates)->Tensor: # [batch, n_candidates] scores for what was understood, [batch, dim]
-        return candidates.scores(self.receiver, z) if hasattr(candidates, "scores") else dot_scores(self.receiver, z, candidates)
+        return (candidates.scores(self.receiver, z) if hasattr(candidates, "scores")
+            else dot_scores(self.receiver, z, candidates))
 
     def forward(self,
         x:Tensor, # [batch, ...] the targets as the sender sees them
@@ -153,5 +158,7 @@ def check_game(
     for role, seen in (("sender", x), ("receiver", x if items is None else items)):
         seen = tree_map(lambda t: t.to(device), seen)
         width = getattr(game, role)(seen).shape[-1]
-        if width != game.channel.dim: raise ConfigError(f"the {role} encodes to {width} numbers, but its channel works with {game.channel.dim}: build it with {game.channel.dim} outputs")
+        if width != game.channel.dim:
+            raise ConfigError(f"the {role} encodes to {width} numbers, but its channel works with {game.channel.dim}: "
+                f"build it with {game.channel.dim} outputs")
     return game

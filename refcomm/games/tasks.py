@@ -80,11 +80,13 @@ class ObjectTask(Task):
     def seen(self, part): return self.inputs[part]
 
     def games(self, part, block=125):
-        for x, target in zip(self.inputs[part].split(block), self.ids[part].split(block)): yield Games(x, target, self.every)
+        for x, target in zip(self.inputs[part].split(block), self.ids[part].split(block)):
+            yield Games(x, target, self.every)
 
     def validate(self, game):
         z = game.channel.receive(game.send(self.inputs["valid"]).word)
-        return (self.every.best(game.receiver, z) == self.values).all(-1).float().mean(), self.every.loss(game.receiver, z, self.ids["valid"])
+        return (self.every.best(game.receiver, z) == self.values).all(-1).float().mean(), self.every.loss(game.receiver,
+            z, self.ids["valid"])
 
 # %% ../../nbs/39_games.tasks.ipynb #30322788
 def _without(
@@ -112,27 +114,35 @@ class ItemTask(Task):
     ):
         self.x, self.labels = ({k: t[v].to(device) for k,v in parts.items()} for t in (x, labels))
         self.n_train, self.informed, self.other_classes = len(parts["train"]), informed, other_classes
-        self.n_negatives, self.pool = check_at_least("n_negatives", n_negatives, 1), self.n_train if pool is None else min(pool, self.n_train)
+        self.n_negatives = check_at_least("n_negatives", n_negatives, 1)
+        self.pool = self.n_train if pool is None else min(pool, self.n_train)
         self.most_of_a_class = int(labels[parts["train"]].unique(return_counts=True)[1].max())
         targets = {k: torch.arange(len(parts[k])) for k in ("valid", "test")}
-        self.index = {k: self._index(t, self.labels[k].cpu(), n_candidates - 1, generator).to(device) for k,t in targets.items()}
+        self.index = {k: self._index(t, self.labels[k].cpu(), n_candidates - 1, generator).to(device)
+            for k,t in targets.items()}
 
     def _index(self, targets, labels, n, generator)->Tensor: # [..., batch, 1 + n] the target and its distractors
         enough = self.pool - min(self.pool, self.most_of_a_class) >= n and labels.device.type != "cpu"
-        drawn = draw_other_classes(targets, labels, n, generator, enough) if self.other_classes else draw_distractors(targets, labels.shape[-1], n, generator)
+        drawn = (draw_other_classes(targets, labels, n, generator, enough) if self.other_classes
+            else draw_distractors(targets, labels.shape[-1], n, generator))
         return torch.cat([targets[..., None], drawn], -1)
 
     def _games(self, items, index):
         seen = Drawn(items, index)
-        if not self.informed: x = items[index[:, 0]] if items.dim() == 2 else items.gather(1, index[..., :1].expand(-1, -1, items.shape[-1]))
+        if not self.informed:
+            x = (items[index[:, 0]] if items.dim() == 2
+                else items.gather(1, index[..., :1].expand(-1, -1, items.shape[-1])))
         return Games(seen if self.informed else x, torch.zeros_like(index[..., 0]), seen)
 
     def batch(self, idx, generators):
-        if idx.shape[1] > self.pool: raise ConfigError(f"a batch of {idx.shape[1]} targets does not fit in a pool of {self.pool} items: make the pool larger")
-        shuffled = torch.stack([torch.randperm(self.n_train, generator=g, device=g.device) for g in generators]).to(idx.device)
+        if idx.shape[1] > self.pool:
+            raise ConfigError(f"a batch of {idx.shape[1]} targets does not fit in a pool of {self.pool} items: make the pool larger")
+        shuffled = torch.stack([torch.randperm(self.n_train, generator=g, device=g.device)
+            for g in generators]).to(idx.device)
         places = torch.cat([idx, _without(shuffled, idx)[:, :self.pool - idx.shape[1]]], 1)
         targets = torch.arange(idx.shape[1], device=idx.device).expand(idx.shape)
-        return self._games(self.x["train"][places], self._index(targets, self.labels["train"][places], self.n_negatives, generators))
+        return self._games(self.x["train"][places],
+            self._index(targets, self.labels["train"][places], self.n_negatives, generators))
 
     def seen(self, part): return super().seen(part) if self.informed else self.x[part]
 
@@ -151,20 +161,24 @@ class ClassTask(Task):
         device="cpu",
     ):
         self.x, self.labels = ({k: t[v].to(device) for k,v in parts.items()} for t in (x, labels))
-        if int(labels.max()) >= len(classes): raise ConfigError(f"labels reach {labels.max()}, but there are only {len(classes)} classes")
+        if int(labels.max()) >= len(classes):
+            raise ConfigError(f"labels reach {labels.max()}, but there are only {len(classes)} classes")
         self.every, self.n_train = Fixed(classes.to(device)), len(parts["train"])
         self.n_negatives = None if n_negatives == len(classes) - 1 else n_negatives
 
     def batch(self, idx, generators):
         x, target = self.x["train"][idx], self.labels["train"][idx]
         if self.n_negatives is None: return Games(x, target, self.every)
-        index = torch.cat([target[..., None], draw_distractors(target, len(self.every.items), self.n_negatives, generators)], -1)
-        return Games(x, torch.zeros_like(target), Drawn(self.every.items.expand(len(idx), *self.every.items.shape), index))
+        index = torch.cat([target[..., None],
+            draw_distractors(target, len(self.every.items), self.n_negatives, generators)], -1)
+        return Games(x, torch.zeros_like(target),
+            Drawn(self.every.items.expand(len(idx), *self.every.items.shape), index))
 
     def seen(self, part): return self.x[part]
 
     def games(self, part, block=125):
-        for x, target in zip(self.x[part].split(block), self.labels[part].split(block)): yield Games(x, target, self.every)
+        for x, target in zip(self.x[part].split(block), self.labels[part].split(block)):
+            yield Games(x, target, self.every)
 
 # %% ../../nbs/39_games.tasks.ipynb #0884009f
 class Valued(NamedTuple):
@@ -173,7 +187,9 @@ class Valued(NamedTuple):
     n_values:int # values of each attribute
 
     def scores(self, receiver, z)->Tensor: # [batch, n_candidates]
-        if not hasattr(receiver, "pull_back"): raise ConfigError("candidates known by their values need a linear receiver (one with `pull_back`): give the task a stock of what agents see")
+        if not hasattr(receiver, "pull_back"):
+            raise ConfigError("candidates known by their values need a linear receiver (one with `pull_back`): give "
+                "the task a stock of what agents see")
         places = self.values.long() + self.n_values*torch.arange(self.values.shape[-1], device=self.values.device)
         return receiver.pull_back(z).gather(1, places.flatten(1)).view(places.shape).sum(-1)
 
@@ -185,17 +201,23 @@ class SampledTask(Task):
         stock:Tensor|None=None, # [n_values**n_attributes, ...] what agents see of each object; None: one-hot values
         device="cpu",
     ):
-        self.values, self.n_values, self.n_train = {k: v.to(device) for k,v in games.items()}, n_values, len(games["train"])
+        self.values = {k: v.to(device) for k,v in games.items()}
+        self.n_values = n_values
+        self.n_train = len(games["train"])
         most = max(int(v.max()) for v in games.values())
         if most >= n_values: raise ConfigError(f"attribute values must lie in 0 … {n_values - 1}, got {most}")
         self.stock, n_objects = stock if stock is None else stock.to(device), n_values**games["train"].shape[-1]
-        if stock is not None and len(stock) != n_objects: raise ConfigError(f"a stock of {len(stock)} items was given for {n_objects} objects: one for each, in the order of their numbers, is expected")
+        if stock is not None and len(stock) != n_objects:
+            raise ConfigError(f"a stock of {len(stock)} items was given for {n_objects} objects: one for each, in the "
+                f"order of their numbers, is expected")
 
     def _games(self, values):
         target = torch.zeros(values.shape[:-2], dtype=torch.long, device=values.device)
-        if self.stock is None: return Games(one_hot(values[..., 0, :], self.n_values), target, Valued(values, self.n_values))
+        if self.stock is None:
+            return Games(one_hot(values[..., 0, :], self.n_values), target, Valued(values, self.n_values))
         index = from_digits(values.long(), (self.n_values,)*values.shape[-1])
-        return Games(self.stock[index[..., 0]], target, Drawn(self.stock if index.dim() == 2 else self.stock.expand(len(index), *self.stock.shape), index))
+        return Games(self.stock[index[..., 0]], target,
+            Drawn(self.stock if index.dim() == 2 else self.stock.expand(len(index), *self.stock.shape), index))
 
     def batch(self, idx, generators): return self._games(self.values["train"][idx])
 

@@ -42,18 +42,23 @@ class VQVAE2(Baseline):
         super().__init__()
         for name, value in dict(codebook_size=codebook_size, width=width).items(): check_at_least(name, value, 2)
         for name, value in dict(code_dim=code_dim, hidden=hidden).items(): check_at_least(name, value, 1)
-        make = need("vector_quantize_pytorch", "VQVAE2 needs the package vector-quantize-pytorch: pip install 'refcomm[baselines]'").VectorQuantize
-        codebook = lambda: make(code_dim, codebook_size, decay=decay, commitment_weight=commitment, accept_image_fmap=True, rotation_trick=False)
+        make = need("vector_quantize_pytorch",
+            "VQVAE2 needs the package vector-quantize-pytorch: pip install 'refcomm[baselines]'").VectorQuantize
+        codebook = lambda: make(code_dim, codebook_size, decay=decay, commitment_weight=commitment,
+            accept_image_fmap=True, rotation_trick=False)
         residual = lambda: _Residual(nn.ReLU(), _same(width, hidden), nn.ReLU(), nn.Conv2d(hidden, width, 1))
         think = lambda: [*(residual() for _ in range(blocks)), nn.ReLU()]
-        bottom = nn.Sequential(_halve(3, width//2), nn.ReLU(), _halve(width//2, width), nn.ReLU(), _same(width, width), *think())
+        bottom = nn.Sequential(_halve(3, width//2), nn.ReLU(), _halve(width//2, width), nn.ReLU(), _same(width, width),
+            *think())
         top = nn.Sequential(_halve(width, width//2), nn.ReLU(), _same(width//2, width), *think())
-        self.trunk = nn.Sequential(OrderedDict(bottom=bottom, top=top, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
+        self.trunk = nn.Sequential(OrderedDict(bottom=bottom, top=top, avgpool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten()))
         self.trunk.feature_dim, self.codebook_size = width, codebook_size
         self.say_top, self.say_bottom = nn.Conv2d(width, code_dim, 1), nn.Conv2d(width + code_dim, code_dim, 1)
         self.top, self.bottom, self.enlarge = codebook(), codebook(), _double(code_dim, code_dim)
         self.hear_top = nn.Sequential(_same(code_dim, width), *think(), _double(width, code_dim))
-        self.decoder = nn.Sequential(_same(2*code_dim, width), *think(), _double(width, width//2), nn.ReLU(), _double(width//2, 3))
+        self.decoder = nn.Sequential(_same(2*code_dim, width), *think(), _double(width, width//2), nn.ReLU(),
+            _double(width//2, 3))
 
     @property
     def vocab_size(self): return 2*self.codebook_size
@@ -100,7 +105,8 @@ def kl_bernoulli(
     prior:float, # probability
 )->Tensor: # [...]
     "Divergence of Bernoulli distributions from one with probability `prior`."
-    return logit.sigmoid()*(F.logsigmoid(logit) - math.log(prior)) + (-logit).sigmoid()*(F.logsigmoid(-logit) - math.log1p(-prior))
+    return (logit.sigmoid()*(F.logsigmoid(logit) - math.log(prior))
+        + (-logit).sigmoid()*(F.logsigmoid(-logit) - math.log1p(-prior)))
 
 def kl_uniform(
     logits:Tensor, # [..., n]
@@ -116,7 +122,8 @@ def edge_weights(
 )->Tensor: # as `x`, with mean 1 for every image and channel
     "How much each pixel counts, equal within a patch; 1 everywhere where there are no edges at all."
     around = F.pad(x, (1, 1, 1, 1), "replicate")
-    edges = (4*x - around[..., :-2, 1:-1] - around[..., 2:, 1:-1] - around[..., 1:-1, :-2] - around[..., 1:-1, 2:]).abs()
+    edges = (4*x - around[..., :-2, 1:-1] - around[..., 2:, 1:-1] - around[..., 1:-1, :-2] - around[..., 1:-1,
+        2:]).abs()
     found = F.avg_pool2d(edges, patch_size) + 1e-7
     return F.interpolate(found / found.mean((2, 3), keepdim=True), scale_factor=patch_size)
 
@@ -154,15 +161,24 @@ class PatchVAE(Baseline):
     ):
         super().__init__()
         for name, value in dict(code_dim=code_dim, width=width).items(): check_at_least(name, value, 1)
-        if not 0 < cooled <= 1: raise ConfigError(f"cooled is a share of the training, above 0 and at most 1: got {cooled!r}")
-        self.size, self.patch_size, self.parts, self.code_dim = size, patch_size, check_at_least("parts", parts, 2, "one part says nothing of where it is"), code_dim
-        self.occurrence, self.weights, self.temperatures, self.cooled, self.edges = check_choice("occurrence", occurrence, OCCURRENCES), weights, temperatures, cooled, edges
+        if not 0 < cooled <= 1:
+            raise ConfigError(f"cooled is a share of the training, above 0 and at most 1: got {cooled!r}")
+        self.size = size
+        self.patch_size = patch_size
+        self.parts = check_at_least("parts", parts, 2, "one part says nothing of where it is")
+        self.code_dim = code_dim
+        self.occurrence = check_choice("occurrence", occurrence, OCCURRENCES)
+        self.weights = weights
+        self.temperatures = temperatures
+        self.cooled = cooled
+        self.edges = edges
         finer = GRID_SIZES[0] // check_choice("patch_size", patch_size, GRID_SIZES)
         net, self.grid = make_trunk(trunk), patch_grid(size, size, patch_size)
         stages = {k: m for k, m in net.named_children() if k not in ("avgpool", "flatten", "fc")}
         self.trunk = nn.Sequential(OrderedDict(**stages, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
         dim = self.trunk.feature_dim = net.feature_dim
-        self.divide = nn.Sequential(nn.Conv2d(dim, dim*finer**2, 1), nn.PixelShuffle(finer)) if finer > 1 else nn.Identity()
+        self.divide = (nn.Sequential(nn.Conv2d(dim, dim*finer**2, 1), nn.PixelShuffle(finer)) if finer > 1
+            else nn.Identity())
         self.say = _same(dim, parts*(1 + 2*code_dim))
         self.decoder = _grow(parts*code_dim, width, patch_size.bit_length() - 1)
         self.cool(0.)
@@ -181,14 +197,16 @@ class PatchVAE(Baseline):
 
     def draw_noise(self, batch, generator)->Tensor: # [batch, …]
         "The randomness of one training pass: of occurrence and appearance."
-        return torch.cat([gumbel_noise((batch, self._drawn), generator), torch.randn(batch, self.parts*self.code_dim, generator=generator, device=generator.device)], 1)
+        return torch.cat([gumbel_noise((batch, self._drawn), generator),
+            torch.randn(batch, self.parts*self.code_dim, generator=generator, device=generator.device)], 1)
 
     def encode(self,
         x:Tensor, # [batch, 3, size, size]
     )->Parts:
         check_size(x, self.size)
         p, d = self.parts, self.code_dim
-        logits, mean, spread = self.say(self.divide(self.trunk[:-2](x))[..., :self.grid[0], :self.grid[1]]).float().flatten(2).split((p, p*d, p*d), 1)
+        logits, mean, spread = self.say(self.divide(self.trunk[:-2](x))[..., :self.grid[0],
+            :self.grid[1]]).float().flatten(2).split((p, p*d, p*d), 1)
         here = self.probability(logits).detach()[:, :, None]
         pool = lambda v, absent: ((v.unflatten(1, (p, d))*here).sum(-1) + 1e-7*absent) / (here.sum(-1) + 1e-7)
         return Parts(logits, pool(mean, 0), pool(spread.exp().clamp(1e-7, 1e7), 1))
@@ -203,7 +221,8 @@ class PatchVAE(Baseline):
         where, how = noise.split((self._drawn, self.parts*self.code_dim), 1)
         where = where.unflatten(1, (self.parts, parts.occurrence.shape[-1], -1))
         odds = where[..., 0] - where[..., 1] if self.occurrence == "bernoulli" else where[..., 0]
-        return self.probability((parts.occurrence + odds)/self.temperature), parts.mean + parts.variance.sqrt()*how.view_as(parts.mean)
+        return (self.probability((parts.occurrence + odds)/self.temperature), parts.mean
+            + parts.variance.sqrt()*how.view_as(parts.mean))
 
     def decode(self, occurrence, appearance)->Tensor: # [batch, 3, size, size]
         return self.decoder((appearance[..., None]*occurrence[:, :, None]).flatten(1, 2).unflatten(-1, self.grid))
@@ -224,7 +243,8 @@ class PatchVAE(Baseline):
         seen=None, # other views, not looked at
         noise:Tensor|None=None, # from `draw_noise`
     )->Tensor: # scalar
-        if self.training and noise is None: raise ConfigError("PatchVAE trains on noise: pass noise=vae.draw_noise(batch, generator)")
+        if self.training and noise is None:
+            raise ConfigError("PatchVAE trains on noise: pass noise=vae.draw_noise(batch, generator)")
         error, how, where = self.terms(x, noise)
         return error + self.weights[0]*how + self.weights[1]*where
 

@@ -40,7 +40,8 @@ def codebook(
     "The vectors that a bottleneck's symbols stand for."
     for kind, vectors in _CODEBOOKS.items():
         if isinstance(bottleneck, kind): return vectors(bottleneck)
-    way = "there are no symbols in it: put a quantiser in its place, such as UniformQuantizer(10, word_length)" if bottleneck.alphabet_size is None else f"known are those of {', '.join(k.__name__ for k in _CODEBOOKS)}"
+    way = ("there are no symbols in it: put a quantiser in its place, such as UniformQuantizer(10, word_length)"
+        if bottleneck.alphabet_size is None else f"known are those of {', '.join(k.__name__ for k in _CODEBOOKS)}")
     raise ConfigError(f"{type(bottleneck).__name__} has no codebook: {way}")
 
 # %% ../../nbs/77_interact.explore.ipynb #62721d6e
@@ -59,7 +60,8 @@ class Explorer:
 
     def __post_init__(self):
         if not callable(self.looks) and len(self.looks) <= self.index.max():
-            raise ConfigError(f"candidates are items up to number {self.index.max()}, but {len(self.looks)} looks are given: one picture or text is needed for each")
+            raise ConfigError(f"candidates are items up to number {self.index.max()}, but {len(self.looks)} looks are "
+                f"given: one picture or text is needed for each")
 
     def __len__(self): return len(self.symbols)
 
@@ -102,12 +104,15 @@ def items_of(
     "Which items the candidates of each game are."
     places = torch.arange(n_candidates).expand(n_games, -1)
     if isinstance(candidates, Drawn): return candidates.index.cpu()
-    if isinstance(candidates, InBatch) and candidates.n_candidates: return (torch.arange(n_games)[:, None] + places) % n_games
-    if isinstance(candidates, Valued) or (isinstance(candidates, Tensor) and candidates.dim() == 3): return places + n_candidates*torch.arange(n_games)[:, None]
+    if isinstance(candidates, InBatch) and candidates.n_candidates:
+        return (torch.arange(n_games)[:, None] + places) % n_games
+    if isinstance(candidates, Valued) or (isinstance(candidates, Tensor) and candidates.dim() == 3):
+        return places + n_candidates*torch.arange(n_games)[:, None]
     return places
 
 def _trained(game):
-    if game.training: raise ConfigError("this game is in training mode, where symbols may be soft or drawn: call game.eval() first")
+    if game.training:
+        raise ConfigError("this game is in training mode, where symbols may be soft or drawn: call game.eval() first")
 
 @torch.no_grad()
 def explore_games(
@@ -131,7 +136,8 @@ def explore_games(
         return game.scores(words, candidates)[i]
     symbols, columns = sent.symbols.flatten(1).cpu(), b.n_symbols if b.n_symbols > 1 else channel.message_length
     index = items_of(candidates, *game.scores(sent.word, candidates).shape)
-    return Explorer(symbols, target.cpu(), index, looks, respond, b.alphabet_size, columns, binary=b.n_symbols > 1 and b.alphabet_size > 2, gated=ends)
+    return Explorer(symbols, target.cpu(), index, looks, respond, b.alphabet_size, columns, binary=b.n_symbols > 1
+        and b.alphabet_size > 2, gated=ends)
 
 def _said(channel, symbols): # [n_words, n_symbols] → how many words come before the end
     "Words before the first that is not said, or that is the end."
@@ -169,7 +175,9 @@ def explore_patches(
         return game.loss.scale * in_batch_scores(meant, looked, n_candidates=game.n_candidates)[0][i]
     candidates, symbol = InBatch(seen, 1., n_candidates=game.n_candidates), game.speaker.symbol
     across = x.shape[-1] // symbol.patch_size * symbol.symbols_per_patch
-    return Explorer(said.symbols.cpu(), candidates.target.cpu(), items_of(candidates, len(x), game.n_candidates or len(x)), looks, respond, symbol.vocab_size, across, gated=True)
+    return Explorer(said.symbols.cpu(), candidates.target.cpu(),
+        items_of(candidates, len(x), game.n_candidates or len(x)), looks, respond, symbol.vocab_size, across,
+        gated=True)
 
 # %% ../../nbs/77_interact.explore.ipynb #8d52dc62
 STYLE = """<style>
@@ -204,9 +212,11 @@ def message_html(
     for place, (s, was) in enumerate(zip(now, e.symbols[game].tolist())):
         kinds = " ".join(k for k, so in (("changed", s != was), ("dropped", s < 0)) if so)
         bits = f"<small>{s:0{width}b}</small>" if e.binary else ""
-        cells.append(f'<code class="{kinds}" title="place {place}, sent {was}">{"·" if s < 0 else s}{bits}</code>' + "<br>"*((place + 1) % e.columns == 0))
+        cells.append(f'<code class="{kinds}" title="place {place}, sent {was}">{"·" if s < 0 else s}{bits}</code>'
+            + "<br>"*((place + 1) % e.columns == 0))
     n, said = len(now), sum(s >= 0 for s in now)
-    size = f"{said} of {n} symbols out of {e.alphabet_size}" if e.gated else f"{n} symbol{'s'*(n > 1)} out of {e.alphabet_size}, {n*math.log2(e.alphabet_size):.1f} bits"
+    size = (f"{said} of {n} symbols out of {e.alphabet_size}" if e.gated
+        else f"{n} symbol{'s'*(n > 1)} out of {e.alphabet_size}, {n*math.log2(e.alphabet_size):.1f} bits")
     return f"<div>{''.join(cells)}</div><div><small>{size}</small></div>"
 
 # %% ../../nbs/77_interact.explore.ipynb #a1d4b602
@@ -218,7 +228,8 @@ def places_shown(
 )->list: # places of candidates
     "All candidates in their order if they are few, else the likeliest."
     scores = e.scores(game, changes)
-    if len(scores) <= check_at_least("most", most, 3, "target, former and present choice are shown"): return list(range(len(scores)))
+    if len(scores) <= check_at_least("most", most, 3, "target, former and present choice are shown"):
+        return list(range(len(scores)))
     wanted = dict.fromkeys([e.target[game].item(), e.choice(game), *scores.argsort(descending=True)[:most].tolist()])
     return sorted(list(wanted)[:most], key=lambda c: -scores[c])
 
@@ -234,9 +245,12 @@ def game_html(
     for c in places_shown(e, game, changes, most):
         kinds = [k for k, so in (("target", c == target), ("chosen", c == chosen)) if so]
         was = f" (sent: {before[c]:.0%})" if changes else ""
-        cards.append(f'<figure class="{" ".join(kinds)}">{look_html(e.look(e.index[game, c].item()))}<meter value="{after[c]:.4f}"></meter><figcaption>{after[c]:.0%}{was} {", ".join(kinds)}</figcaption></figure>')
+        cards.append(f'<figure class="{" ".join(kinds)}">{look_html(e.look(e.index[game, c].item()))}<meter '
+            f'value="{after[c]:.4f}"></meter><figcaption>{after[c]:.0%}{was} {", ".join(kinds)}</figcaption></figure>')
     found = "finds the target" if chosen == target else "is wrong"
-    return f'{STYLE}<div class="refcomm"><b>Game {game}</b>{message_html(e, game, changes)}<div>{"".join(cards)}</div><div>Among {len(after)} candidates the receiver {found}.</div></div>'
+    return (f'{STYLE}<div class="refcomm"><b>Game '
+        f'{game}</b>{message_html(e, game, changes)}<div>{"".join(cards)}</div><div>Among {len(after)} candidates the '
+        f'receiver {found}.</div></div>')
 
 def static_page(
     e:Explorer,
@@ -247,12 +261,14 @@ def static_page(
 )->str: # a whole page
     "Games as one HTML page that needs neither kernel nor network."
     shown = [game_html(e, g, c, most) for g in games for c in ({}, changes)[:1 + bool(changes)]]
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><body><h1>{html.escape(title)}</h1>{"<hr>".join(shown)}</body></html>'
+    return (f'<!doctype html><html lang="en"><meta '
+        f'charset="utf-8"><title>{html.escape(title)}</title><body><h1>{html.escape(title)}</h1>{"<hr>".join(shown)}</body></html>')
 
 # %% ../../nbs/77_interact.explore.ipynb #f43974de
 def widgets():
     "The package ipywidgets, if it is there."
-    return need("ipywidgets", "exploring by hand needs ipywidgets: pip install 'refcomm[notebooks]', or show static_page(explorer)")
+    return need("ipywidgets",
+        "exploring by hand needs ipywidgets: pip install 'refcomm[notebooks]', or show static_page(explorer)")
 
 def explore(
     e:Explorer,
@@ -260,8 +276,11 @@ def explore(
 ): # an ipywidgets box
     "Choose a game, change symbols of its message, and watch the receiver's choice."
     w = widgets()
-    number = lambda name, end, least=0: w.BoundedIntText(description=name, min=least, max=end - 1, value=0, layout=w.Layout(width="170px"))
-    game, place, symbol = number("game", len(e)), number("place", e.symbols.shape[1]), number("symbol", e.alphabet_size, -1 if e.gated else 0)
+    number = lambda name, end, least=0: w.BoundedIntText(description=name, min=least, max=end - 1, value=0,
+        layout=w.Layout(width="170px"))
+    game = number("game", len(e))
+    place = number("place", e.symbols.shape[1])
+    symbol = number("symbol", e.alphabet_size, -1 if e.gated else 0)
     sent, shown, changes = w.Button(description="as sent"), w.HTML(), {}
     def point(_): symbol.value = e.change(game.value, changes)[place.value].item()
     def draw(): shown.value = game_html(e, game.value, changes, most)
@@ -270,6 +289,7 @@ def explore(
         if symbol.value == e.symbols[game.value, place.value]: changes.pop(place.value, None)
         else: changes[place.value] = symbol.value
         draw()
-    game.observe(restart, "value"), place.observe(point, "value"), symbol.observe(change, "value"), sent.on_click(restart)
+    (game.observe(restart, "value"), place.observe(point, "value"), symbol.observe(change, "value"),
+        sent.on_click(restart))
     restart(None)
     return w.VBox([w.HBox([game, place, symbol, sent]), shown])

@@ -21,8 +21,12 @@ class Match:
         *, generator:torch.Generator, # deals the games
     ):
         most = explorer.index.shape[1]
-        if not 2 <= n_candidates <= most: raise ConfigError(f"n_candidates must lie in 2 … {most}, as many as these games have, got {n_candidates!r}")
-        self.explorer, self.n_candidates, self.n_examples, self.generator = explorer, n_candidates, n_examples, generator
+        if not 2 <= n_candidates <= most:
+            raise ConfigError(f"n_candidates must lie in 2 … {most}, as many as these games have, got {n_candidates!r}")
+        self.explorer = explorer
+        self.n_candidates = n_candidates
+        self.n_examples = n_examples
+        self.generator = generator
         self.rounds = [] # (game, whether the person was right, whether the agent was)
         self.deal()
 
@@ -63,12 +67,19 @@ def match_html(
     e, over, cards = m.explorer, m.guessed is not None, []
     about = lambda game: look_html(e.look(e.index[game, e.target[game]].item()))
     for k, place in enumerate(m.places):
-        marks = [name for name, at in (("target", m.answer), ("agent", m.agent), ("you", m.guessed)) if over and at == k]
+        marks = [name for name, at in (("target", m.answer), ("agent", m.agent), ("you", m.guessed)) if over
+            and at == k]
         kinds = " ".join("chosen" if name == "you" else name for name in marks)
-        cards.append(f'<figure class="{kinds}">{look_html(e.look(e.index[m.game, place].item()))}<figcaption><b>{k + 1}</b> {", ".join(marks)}</figcaption></figure>')
-    examples = "".join(f"<tr><td>{message_html(e, i)}</td><td><figure>{about(i)}</figure></td></tr>" for i in m.examples())
-    score = "You found {person}, the agent {agent} of {rounds}; chance {chance:.1f}.".format(**m.score) if m.rounds else ""
-    return f'{STYLE}<div class="refcomm"><b>Which of these is meant?</b>{message_html(e, m.game)}<div>{"".join(cards)}</div><details open><summary>Other messages, and what they are about</summary><table>{examples}</table></details><div>{score}</div></div>'
+        cards.append(f'<figure '
+            f'class="{kinds}">{look_html(e.look(e.index[m.game, place].item()))}<figcaption><b>{k + 1}</b> '
+            f'{", ".join(marks)}</figcaption></figure>')
+    examples = "".join(f"<tr><td>{message_html(e, i)}</td><td><figure>{about(i)}</figure></td></tr>"
+        for i in m.examples())
+    score = ("You found {person}, the agent {agent} of {rounds}; chance {chance:.1f}.".format(**m.score) if m.rounds
+        else "")
+    return (f'{STYLE}<div class="refcomm"><b>Which of these is '
+        f'meant?</b>{message_html(e, m.game)}<div>{"".join(cards)}</div><details open><summary>Other messages, and '
+        f'what they are about</summary><table>{examples}</table></details><div>{score}</div></div>')
 
 def play(
     m:Match,

@@ -32,14 +32,20 @@ def check_boxes(
 )->BoxedImages: # the same
     "Refuse boxes and labels that nothing can be learnt from."
     n, size, n_classes = len(data.images), data.images.shape[-1], len(data.classes)
-    if not n == len(data.boxes) == len(data.labels): raise ConfigError(f"{n} images, {len(data.boxes)} sets of boxes and {len(data.labels)} of labels: one of each for each image is expected")
+    if not n == len(data.boxes) == len(data.labels):
+        raise ConfigError(f"{n} images, {len(data.boxes)} sets of boxes and {len(data.labels)} of labels: one of each for each image is expected")
     if not sum(map(len, data.boxes)): raise ConfigError("no image has a box: at least one object is expected")
     for i, (boxes, labels) in enumerate(zip(data.boxes, data.labels)):
-        if boxes.shape != (len(labels), 4): raise ConfigError(f"image {i} has boxes of shape {list(boxes.shape)} and {len(labels)} labels: [k, 4] and k are expected")
-        wrong = (boxes < 0).any(1) | (boxes > size).any(1) | (boxes[:, :2] >= boxes[:, 2:]).any(1) | ~boxes.isfinite().all(1)
-        if wrong.any(): raise ConfigError(f"image {i} has the box {boxes[wrong][0].tolist()}: expected are 0 ≤ left < right ≤ {size} and 0 ≤ top < bottom ≤ {size}")
+        if boxes.shape != (len(labels), 4):
+            raise ConfigError(f"image {i} has boxes of shape {list(boxes.shape)} and {len(labels)} labels: [k, 4] and k are expected")
+        wrong = (boxes < 0).any(1) | (boxes > size).any(1) | (boxes[:, :2] >= boxes[:,
+            2:]).any(1) | ~boxes.isfinite().all(1)
+        if wrong.any():
+            raise ConfigError(f"image {i} has the box {boxes[wrong][0].tolist()}: expected are 0 ≤ left < right ≤ "
+                f"{size} and 0 ≤ top < bottom ≤ {size}")
         wrong = (labels < 0) | (labels >= n_classes)
-        if wrong.any(): raise ConfigError(f"image {i} has the label {labels[wrong][0].item()}: expected are 0 … {n_classes - 1}")
+        if wrong.any():
+            raise ConfigError(f"image {i} has the label {labels[wrong][0].item()}: expected are 0 … {n_classes - 1}")
     return data
 
 def boxed(
@@ -48,7 +54,8 @@ def boxed(
 )->BoxedImages:
     "Rendered scenes as images with boxes."
     there = [k >= 0 for k in scenes.kinds]
-    return BoxedImages(scenes.images, [b[t] for b, t in zip(scenes.boxes, there)], [k[t] for k, t in zip(scenes.kinds, there)], list(shapes))
+    return BoxedImages(scenes.images, [b[t] for b, t in zip(scenes.boxes, there)],
+        [k[t] for k, t in zip(scenes.kinds, there)], list(shapes))
 
 # %% ../../nbs/54_metrics.detection.ipynb #6adf28f0
 def voc07(
@@ -59,12 +66,15 @@ def voc07(
     for part, image, objects in voc07_items("detection on voc07"):
         images, boxes, names = found[part]
         objects = [o for o in objects if o.get("difficult") != "1"]
-        corners = torch.tensor([[float(o["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")] for o in objects]).view(-1, 4)
+        corners = torch.tensor([[float(o["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")]
+            for o in objects]).view(-1, 4)
         images.append(square(image.resize((size, size)), size))
-        boxes.append((corners - torch.tensor([1, 1, 0, 0])) * size / torch.tensor(image.size*2)), names.append([o["name"] for o in objects])
+        (boxes.append((corners - torch.tensor([1, 1, 0, 0])) * size / torch.tensor(image.size*2)),
+            names.append([o["name"] for o in objects]))
     classes = sorted({name for *_, names in found.values() for some in names for name in some})
     labels = lambda names: [torch.tensor([classes.index(name) for name in some]).long() for some in names]
-    return {part: check_boxes(BoxedImages(torch.stack(images), boxes, labels(names), classes)) for part, (images, boxes, names) in found.items()}
+    return {part: check_boxes(BoxedImages(torch.stack(images), boxes, labels(names), classes))
+        for part, (images, boxes, names) in found.items()}
 
 # %% ../../nbs/54_metrics.detection.ipynb #1cb1299b
 class Precision(NamedTuple):
@@ -79,12 +89,14 @@ def mean_average_precision50(
     "mAP-50 of detections."
     message = "mAP-50 needs the packages torchmetrics and pycocotools: pip install 'refcomm[baselines]'"
     need("pycocotools", message)
-    metric = need("torchmetrics.detection", message).MeanAveragePrecision(iou_thresholds=[.5], rec_thresholds=[r/100 for r in range(101)], class_metrics=True)
+    metric = need("torchmetrics.detection", message).MeanAveragePrecision(iou_thresholds=[.5],
+        rec_thresholds=[r/100 for r in range(101)], class_metrics=True)
     metric.warn_on_many_detections = False
     metric.update(detections, [dict(boxes=b, labels=l) for b, l in zip(data.boxes, data.labels)])
     result = metric.compute()
     occur = {int(l) for labels in data.labels for l in labels}
-    each = {data.classes[c]: ap for c, ap in zip(result["classes"].view(-1).tolist(), result["map_per_class"].view(-1).tolist()) if c in occur}
+    each = {data.classes[c]: ap for c, ap in zip(result["classes"].view(-1).tolist(),
+        result["map_per_class"].view(-1).tolist()) if c in occur}
     return Precision(sum(each.values()) / len(each), each)
 
 # %% ../../nbs/54_metrics.detection.ipynb #29306b19
@@ -114,7 +126,9 @@ def _backbone(
     like = next(trunk.parameters())
     with torch.no_grad(): maps = body.eval()(like.new_zeros(1, 3, size, size))
     if staged: return BackboneWithFPN(trunk, levels, [m.shape[1] for m in maps.values()], width).to(like.device)
-    if not torch.is_tensor(maps) or maps.dim() != 4: raise ConfigError(f"a trunk must have the stages {', '.join(_STAGES)} or return maps [batch, channels, height, width], got {list(maps.shape) if torch.is_tensor(maps) else type(maps).__name__}")
+    if not torch.is_tensor(maps) or maps.dim() != 4:
+        raise ConfigError(f"a trunk must have the stages {', '.join(_STAGES)} or return maps [batch, channels, height, "
+            f"width], got {list(maps.shape) if torch.is_tensor(maps) else type(maps).__name__}")
     return _OneMap(trunk, maps.shape[1])
 
 def make_detector(
@@ -133,11 +147,15 @@ def make_detector(
     n_levels = 5 if hasattr(backbone, "fpn") else 1
     scales = [(size//8 * 2**k,) for k in range(n_levels)] if n_levels > 1 else [tuple(size//8 * 2**k for k in range(4))]
     pool = MultiScaleRoIAlign([str(k) for k in range(4 if n_levels > 1 else 1)], 5, 2)
-    return FasterRCNN(backbone, min_size=size, max_size=size, image_mean=list(ViewSpec.mean), image_std=list(ViewSpec.std),
+    return FasterRCNN(backbone, min_size=size, max_size=size, image_mean=list(ViewSpec.mean),
+    image_std=list(ViewSpec.std),
                       rpn_anchor_generator=AnchorGenerator(tuple(scales), ((.5, 1., 2.),)*n_levels), box_roi_pool=pool,
-                      box_head=TwoMLPHead(25*backbone.out_channels, hidden), box_predictor=FastRCNNPredictor(hidden, n_classes + 1),
-                      rpn_pre_nms_top_n_train=500, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100,
-                      rpn_batch_size_per_image=64, box_batch_size_per_image=32, box_detections_per_img=50).to(next(trunk.parameters()).device)
+                      box_head=TwoMLPHead(25*backbone.out_channels, hidden),
+                      box_predictor=FastRCNNPredictor(hidden, n_classes + 1),
+                      rpn_pre_nms_top_n_train=500, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=200,
+                      rpn_post_nms_top_n_test=100,
+                      rpn_batch_size_per_image=64, box_batch_size_per_image=32,
+                      box_detections_per_img=50).to(next(trunk.parameters()).device)
 
 # %% ../../nbs/54_metrics.detection.ipynb #90d6ca11
 class Detection(NamedTuple):
@@ -162,9 +180,11 @@ def fine_tune(
         losses.append(0.)
         for step, rows in enumerate(torch.randperm(len(data.images)).split(batch_size)):
             for group in optimizer.param_groups: group["lr"] = anneal("cosine", lr, lr/100, (epoch + step/steps)/epochs)
-            targets = [dict(boxes=data.boxes[i].to(device), labels=data.labels[i].to(device) + 1) for i in rows.tolist()]
+            targets = [dict(boxes=data.boxes[i].to(device), labels=data.labels[i].to(device) + 1)
+                for i in rows.tolist()]
             loss = sum(detector([*(data.images[rows].to(device)/255)], targets).values())
-            if not loss.isfinite(): raise TrainingDiverged(f"the detector's loss became {loss.item()} in epoch {epoch + 1}: lower lr, now {lr}")
+            if not loss.isfinite():
+                raise TrainingDiverged(f"the detector's loss became {loss.item()} in epoch {epoch + 1}: lower lr, now {lr}")
             optimizer.zero_grad(), loss.backward(), optimizer.step()
             losses[-1] += loss.item()/steps
     return losses
@@ -176,7 +196,8 @@ def find_objects(
 )->list: # [n] of dicts: boxes [k, 4], scores [k], labels [k] from 0; on the CPU
     "The objects that a detector sees."
     device = next(detector.parameters()).device
-    with torch.no_grad(): found = [d for some in images.split(batch_size) for d in detector.eval()([*(some.to(device)/255)])]
+    with torch.no_grad():
+        found = [d for some in images.split(batch_size) for d in detector.eval()([*(some.to(device)/255)])]
     return [dict(boxes=d["boxes"].cpu(), scores=d["scores"].cpu(), labels=d["labels"].cpu() - 1) for d in found]
 
 def detect(
@@ -191,8 +212,10 @@ def detect(
 )->Detection:
     "Fine-tune Faster R-CNN on a pretrained trunk and measure mAP-50 (Gupta et al. 2021, §4.4)."
     check_at_least("epochs", epochs, 1), check_at_least("batch_size", batch_size, 1)
-    if check_boxes(train).classes != check_boxes(test).classes: raise ConfigError(f"training and test images must have the same classes, got {train.classes} and {test.classes}")
-    if train.images.shape[1:] != test.images.shape[1:]: raise ConfigError(f"training and test images must be of one size, got {list(train.images.shape[1:])} and {list(test.images.shape[1:])}")
+    if check_boxes(train).classes != check_boxes(test).classes:
+        raise ConfigError(f"training and test images must have the same classes, got {train.classes} and {test.classes}")
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise ConfigError(f"training and test images must be of one size, got {list(train.images.shape[1:])} and {list(test.images.shape[1:])}")
     with seeded(int(torch.randint(2**62, (), generator=generator)), next(trunk.parameters()).device):
         detector = make_detector(trunk, len(train.classes), train.images.shape[-1], **sizes)
         losses = fine_tune(detector, train, epochs, lr, batch_size)

@@ -25,7 +25,8 @@ def _grey(images): # uint8 [n, 3, height, width] → float32 [n, height, width],
 def _check_images(images):
     "Refuse what are not images in bytes."
     if images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3 and images.numel(): return images
-    raise ConfigError(f"images must be uint8 [n, 3, height, width], got {images.dtype} {list(images.shape)}: of floats in 0 … 1, give (images*255).round().to(torch.uint8)")
+    raise ConfigError(f"images must be uint8 [n, 3, height, width], got {images.dtype} {list(images.shape)}: of floats "
+        f"in 0 … 1, give (images*255).round().to(torch.uint8)")
 
 def edge_density(
     images:Tensor, # [n, 3, height, width] uint8
@@ -49,18 +50,22 @@ def grey_entropy(
     found = []
     for part in _check_images(images).split(batch):
         level = _grey(part).round().long().flatten(1)
-        share = torch.zeros(len(part), 256, device=images.device).scatter_add_(1, level, torch.ones_like(level, dtype=torch.float32)) / level.shape[1]
+        share = (torch.zeros(len(part), 256, device=images.device).scatter_add_(1, level,
+            torch.ones_like(level, dtype=torch.float32)) / level.shape[1])
         found.append(-torch.xlogy(share, share).sum(1) / math.log(2))
     return torch.cat(found)
 
 # %% ../../nbs/55_metrics.images.ipynb #4097b51e
-PERCEPTUAL = {"lpips": "LPIPS (VGG-16)", "efficientnet": "EfficientNet-lite0, stage by stage", "trunk": "features of the trunk"}
+PERCEPTUAL = {"lpips": "LPIPS (VGG-16)", "efficientnet": "EfficientNet-lite0, stage by stage",
+    "trunk": "features of the trunk"}
 
 def _lpips(trunk, device):
     "LPIPS's maps, and its weights of their channels."
-    package = need("lpips", "kind='lpips' needs the package lpips: pip install 'refcomm[baselines]', or use kind='efficientnet' or 'trunk'")
+    package = need("lpips",
+        "kind='lpips' needs the package lpips: pip install 'refcomm[baselines]', or use kind='efficientnet' or 'trunk'")
     with seeded_init(0), warnings.catch_warnings(action="ignore"):
-        net = fetch_weights(lambda: package.LPIPS(net="vgg", verbose=False), "LPIPS (VGG-16)", f"folder {torch.hub.get_dir()}", "use kind='efficientnet' or 'trunk'").to(device).eval()
+        net = fetch_weights(lambda: package.LPIPS(net="vgg", verbose=False), "LPIPS (VGG-16)",
+            f"folder {torch.hub.get_dir()}", "use kind='efficientnet' or 'trunk'").to(device).eval()
     weights = [layer.model[-1].weight.flatten() for layer in net.lins]
     return lambda x: (net.net(net.scaling_layer(x.float()/127.5 - 1)), weights)
 
@@ -74,7 +79,8 @@ def _efficientnet(trunk, device):
     return see
 
 def _own(trunk, device):
-    if not isinstance(trunk, nn.Module): raise ConfigError(f"kind='trunk' needs a module that maps images in [0, 1] to features, got trunk={trunk!r}")
+    if not isinstance(trunk, nn.Module):
+        raise ConfigError(f"kind='trunk' needs a module that maps images in [0, 1] to features, got trunk={trunk!r}")
     net = copy.deepcopy(trunk).to(device).eval()
     def see(x):
         x = net(x.float()/255)
@@ -92,7 +98,8 @@ _SEE = {"lpips": _lpips, "efficientnet": _efficientnet, "trunk": _own}
 # %% ../../nbs/55_metrics.images.ipynb #3cb8e85f
 def _vectors(see, images, device): # → [n, n_features]
     maps, weights = see(images.to(device))
-    return torch.cat([(F.normalize(x, dim=1) * (w / x.shape[2:].numel()).sqrt().view(-1, 1, 1)).flatten(1) for x, w in zip(maps, weights)], 1)
+    return torch.cat([(F.normalize(x, dim=1) * (w / x.shape[2:].numel()).sqrt().view(-1, 1, 1)).flatten(1)
+        for x, w in zip(maps, weights)], 1)
 
 @torch.no_grad()
 def _apart(see, images, batch, device): # → [n, n]
@@ -110,9 +117,11 @@ def perceptual_distance(
     device="auto", # see `refcomm.core.pick_device`
 )->Tensor: # [n_pairs], or [n, n]
     "How unlike images look."
-    if check_choice("kind", kind, PERCEPTUAL) != "trunk" and trunk is not None: raise ConfigError(f"a trunk was given, but kind={kind!r} looks with {PERCEPTUAL[kind]}: use kind='trunk'")
+    if check_choice("kind", kind, PERCEPTUAL) != "trunk" and trunk is not None:
+        raise ConfigError(f"a trunk was given, but kind={kind!r} looks with {PERCEPTUAL[kind]}: use kind='trunk'")
     device, images = pick_device(device), _check_images(images)
-    if pairs is not None and (pairs.dim() != 2 or pairs.shape[1] != 2 or not len(pairs) or int(pairs.min()) < 0 or int(pairs.max()) >= len(images)):
+    if pairs is not None and (pairs.dim() != 2 or pairs.shape[1] != 2 or not len(pairs) or int(pairs.min()) < 0
+        or int(pairs.max()) >= len(images)):
         raise ConfigError(f"pairs must be [n_pairs, 2] numbers of images, 0 … {len(images) - 1}, and at least one, got {list(pairs.shape)}")
     see, found = _SEE[kind](trunk, device), []
     if pairs is None: return _apart(see, images, check_at_least("batch", batch, 1), device)
@@ -135,17 +144,28 @@ def saliency(
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     net = copy.deepcopy(classifier).eval().requires_grad_(True)
     names = [name for name, _ in net.named_modules() if name]
-    stages = [name for name in names if re.fullmatch("layer[1-4]", name.rpartition(".")[2])] if layer is None else [check_choice("layer", layer, names)]
-    if not stages: raise ConfigError(f"{type(classifier).__name__} has no stages called layer1 … layer4: name the last convolutional one by layer=, such as {names[-1]!r}" if names else "a classifier without modules has no layer")
+    stages = ([name for name in names if re.fullmatch("layer[1-4]", name.rpartition(".")[2])] if layer is None
+        else [check_choice("layer", layer, names)])
+    if not stages:
+        raise ConfigError(f"{type(classifier).__name__} has no stages called layer1 … layer4: name the last "
+            f"convolutional one by layer=, such as {names[-1]!r}" if names
+            else "a classifier without modules has no layer")
     sides = {}
-    for name in stages: net.get_submodule(name).register_forward_hook(lambda module, given, out, name=name: sides.update({name: min(out.shape[2:], default=0)}))
+    for name in stages:
+        net.get_submodule(name).register_forward_hook(lambda module, given, out, name=name: sides.update({name: min(out.shape[2:],
+            default=0)}))
     with torch.no_grad(): n_classes = net(images[:1]).shape[-1]
     fine = [name for name in stages if sides.get(name, 0) >= places]
-    if not fine: raise ConfigError(f"maps of {places} × {places} places were asked for, but those of the finest stage have {max(sides.values(), default=0)} on a side: lower places, or show larger images")
-    if len(images) != len(labels) or int(labels.min()) < 0 or int(labels.max()) >= n_classes: raise ConfigError(f"each of {len(images)} images needs a label in 0 … {n_classes - 1}, got {len(labels)} in {int(labels.min())} … {int(labels.max())}")
+    if not fine:
+        raise ConfigError(f"maps of {places} × {places} places were asked for, but those of the finest stage have "
+            f"{max(sides.values(), default=0)} on a side: lower places, or show larger images")
+    if len(images) != len(labels) or int(labels.min()) < 0 or int(labels.max()) >= n_classes:
+        raise ConfigError(f"each of {len(images)} images needs a label in 0 … {n_classes - 1}, got {len(labels)} in "
+            f"{int(labels.min())} … {int(labels.max())}")
     with torch.enable_grad():
         look = cam.XGradCAM(net, [net.get_submodule(fine[-1])])
-        maps = [torch.from_numpy(look(x, [ClassifierOutputTarget(c) for c in y.tolist()])) for x, y in zip(images.split(batch), labels.split(batch))]
+        maps = [torch.from_numpy(look(x, [ClassifierOutputTarget(c) for c in y.tolist()]))
+            for x, y in zip(images.split(batch), labels.split(batch))]
     return torch.cat(maps).clamp_(0, 1).to(images.device)
 
 # %% ../../nbs/55_metrics.images.ipynb #c1bff603
@@ -162,7 +182,8 @@ def rank_correlation(
 )->Tensor: # [n] float64 from -1 to 1; NaN where all of a row are equal
     "Spearman correlation of each row with its counterpart."
     from scipy.stats import rankdata
-    if a.shape != b.shape or a.dim() != 2: raise ConfigError(f"rows must have a counterpart of equal length, [n, n_patches] each, got {list(a.shape)} and {list(b.shape)}")
+    if a.shape != b.shape or a.dim() != 2:
+        raise ConfigError(f"rows must have a counterpart of equal length, [n, n_patches] each, got {list(a.shape)} and {list(b.shape)}")
     x, y = (torch.from_numpy(rankdata(t.detach().cpu().numpy(), axis=1)) for t in (a, b))
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     return ((x*y).sum(1) / (x.square().sum(1)*y.square().sum(1)).sqrt()).clamp(-1, 1).to(a.device)

@@ -32,8 +32,10 @@ def information(
     attributes:Tensor, # [n, n_attributes] integers
 )->Tensor: # [n_positions, n_attributes] bits; about 0, of either sign, where nothing is said
     "Mutual information of each position of a message with each attribute of what was meant."
-    symbols, attributes = (integers(t, what).flatten(1) for t, what in ((symbols, "messages"), (attributes, "attributes")))
-    if len(symbols) != len(attributes): raise ConfigError(f"{len(symbols)} messages but {len(attributes)} objects: one message for each object is expected")
+    symbols, attributes = (integers(t, what).flatten(1)
+        for t, what in ((symbols, "messages"), (attributes, "attributes")))
+    if len(symbols) != len(attributes):
+        raise ConfigError(f"{len(symbols)} messages but {len(attributes)} objects: one message for each object is expected")
     x, y = map(_near_zero, (symbols, attributes))
     nx, ny = int(x.max()) + 1, int(y.max()) + 1
     joint = x[:, :, None]*ny + y[:, None] # [n, n_positions, n_attributes]
@@ -60,7 +62,8 @@ def exchange(
 )->Tensor: # [n, n_positions, width]
     "The same messages with the words at one position dealt to other messages."
     if len(words) < 2: raise ConfigError("words cannot be exchanged in a single message: give at least 2")
-    if not -words.shape[1] <= position < words.shape[1]: raise ConfigError(f"there is no position {position} in messages of {words.shape[1]} words")
+    if not -words.shape[1] <= position < words.shape[1]:
+        raise ConfigError(f"there is no position {position} in messages of {words.shape[1]} words")
     source = torch.empty_like(order).index_copy_(0, order, order.roll(1))
     words, others = words.clone(), words[source, position]
     words[:, position] = others
@@ -81,9 +84,11 @@ def cooccurrence(
 )->Tensor: # [n_symbols in use, n_classes] int64
     "How often each symbol was sent for a target of each class."
     (s, n_symbols), labels = _number(symbols), integers(labels, "labels")
-    if len(s) != len(labels): raise ConfigError(f"{len(s)} messages but {len(labels)} labels: one label for each message is expected")
+    if len(s) != len(labels):
+        raise ConfigError(f"{len(s)} messages but {len(labels)} labels: one label for each message is expected")
     k = int(labels.max()) + 1 if n_classes is None else n_classes
-    if labels.min() < 0 or labels.max() >= k: raise ConfigError(f"labels must lie in 0 … {k - 1}, got {labels.min()} … {labels.max()}")
+    if labels.min() < 0 or labels.max() >= k:
+        raise ConfigError(f"labels must lie in 0 … {k - 1}, got {labels.min()} … {labels.max()}")
     return (s*k + labels).bincount(minlength=n_symbols*k).view(n_symbols, k)
 
 # %% ../../nbs/51_metrics.protocol.ipynb #1692b66f
@@ -93,7 +98,8 @@ def normalized_mutual_information(
     "Mutual information of symbols and classes over their mean entropy (nMI); 0 where one symbol is all that is said."
     table = integers(table, "counts", whole=True)
     n = table.sum((-1, -2)).double()
-    if ((table.sum(-2) > 0).sum(-1) < 2).any(): raise ConfigError("nMI needs labels of at least 2 classes: nothing can be told about one")
+    if ((table.sum(-2) > 0).sum(-1) < 2).any():
+        raise ConfigError("nMI needs labels of at least 2 classes: nothing can be told about one")
     count = torch.arange(int(n.max()) + 1, dtype=torch.double, device=table.device)
     weight = torch.xlogy(count, count)
     entropy = lambda counts, dims: n.log() - weight[counts].sum(dims)/n
@@ -107,8 +113,10 @@ def adjusted_mutual_information(
     "Mutual information of symbols and classes, less what chance gives, over the most that could be left (AMI, Vinh et al. 2010; mean entropy)."
     from sklearn.metrics import adjusted_mutual_info_score
     symbols, classes = table.nonzero(as_tuple=True)
-    if len(classes.unique()) < 2: raise ConfigError("AMI needs labels of at least 2 classes: nothing can be told about one")
-    return float(adjusted_mutual_info_score(*(x.repeat_interleave(table[symbols, classes]).cpu().numpy() for x in (symbols, classes))))
+    if len(classes.unique()) < 2:
+        raise ConfigError("AMI needs labels of at least 2 classes: nothing can be told about one")
+    return float(adjusted_mutual_info_score(*(x.repeat_interleave(table[symbols, classes]).cpu().numpy()
+        for x in (symbols, classes))))
 
 def within_symbol_similarity(
     table:Tensor, # [..., n_symbols, n_classes] counts
@@ -116,7 +124,8 @@ def within_symbol_similarity(
 )->Tensor: # [...] float64; NaN where no symbol is shared
     "Mean similarity of the classes of two different targets that share a symbol (WNSim, with WordNet's path similarity)."
     table, similarity = integers(table, "counts", whole=True), torch.as_tensor(similarity)
-    if similarity.shape != (k := table.shape[-1],)*2: raise ConfigError(f"similarity must be [{k}, {k}] for {k} classes, got {list(similarity.shape)}")
+    if similarity.shape != (k := table.shape[-1],)*2:
+        raise ConfigError(f"similarity must be [{k}, {k}] for {k} classes, got {list(similarity.shape)}")
     if not similarity.isfinite().all(): raise ConfigError("similarity contains NaN or infinity")
     counts, w = table.to(similarity.dtype), similarity.to(table.device)
     alike = ((counts @ w - w.diagonal()) * counts).sum(-1, dtype=torch.double).sum(-1)
@@ -144,7 +153,8 @@ def permutation_test(
     table, labels, null = cooccurrence(symbols, labels, n_classes), integers(labels, "labels"), []
     value, start = statistic(table), _number(symbols)[0]*table.shape[1]
     for part in torch.arange(n_permutations).split(max(1, 2**20 // table.numel())):
-        deals = torch.stack([labels[torch.randperm(len(labels), generator=generator, device=generator.device)] for _ in part])
+        deals = torch.stack([labels[torch.randperm(len(labels), generator=generator, device=generator.device)]
+            for _ in part])
         cells = start + deals + torch.arange(len(part), device=labels.device)[:, None]*table.numel()
         null.append(statistic(cells.flatten().bincount(minlength=len(part)*table.numel()).view(-1, *table.shape)))
     null = torch.cat(null)

@@ -22,10 +22,14 @@ from ..data.objects import split
 # %% ../../nbs/52_metrics.representation.ipynb #2888c0c1
 def _check(features, labels=None, dim=None):
     "Refuse features that nothing can be learnt from."
-    if features.dim() != 2 or not len(features): raise ConfigError(f"features must be [n, dim] with at least one row, got {list(features.shape)}")
-    if labels is not None and len(features) != len(labels): raise ConfigError(f"{len(features)} feature vectors but {len(labels)} labels: one label for each is expected")
-    if labels is not None and labels.min() < 0: raise ConfigError(f"labels must be numbered from 0, got {int(labels.min())}")
-    if dim is not None and features.shape[1] != dim: raise ConfigError(f"features of {dim} dimensions are expected, as in training, got {features.shape[1]}")
+    if features.dim() != 2 or not len(features):
+        raise ConfigError(f"features must be [n, dim] with at least one row, got {list(features.shape)}")
+    if labels is not None and len(features) != len(labels):
+        raise ConfigError(f"{len(features)} feature vectors but {len(labels)} labels: one label for each is expected")
+    if labels is not None and labels.min() < 0:
+        raise ConfigError(f"labels must be numbered from 0, got {int(labels.min())}")
+    if dim is not None and features.shape[1] != dim:
+        raise ConfigError(f"features of {dim} dimensions are expected, as in training, got {features.shape[1]}")
     if not features.isfinite().all(): raise ConfigError("features contain NaN or infinity: the trunk diverged")
 
 def _unit(x): # [n, dim] → float32 rows of length 1, or of 0
@@ -39,7 +43,8 @@ def _moderate(x, *others): # → float32, divided by a power of two where the sq
 
 def _loss(logits, labels):
     "Cross-entropy of classes [n], or summed over the columns of yes-no labels [n, n_classes]."
-    return F.cross_entropy(logits, labels) if labels.dim() == 1 else F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(-1).mean()
+    return (F.cross_entropy(logits, labels) if labels.dim() == 1
+        else F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(-1).mean())
 
 def fit_linear(
     features:Tensor, # [n, dim] standardised
@@ -50,10 +55,13 @@ def fit_linear(
     max_iter:int=200, # of L-BFGS
 )->tuple: # [dim, n_classes] weights, [n_classes] biases
     "The linear classifier of least regularised loss."
-    if not strength > 0: raise ConfigError(f"strength must be above 0, got {strength!r}: without a pull the weights of separable classes grow without end")
-    w, b = (t.clone() for t in start) if start else (features.new_zeros(features.shape[1], n_classes), features.new_zeros(n_classes))
+    if not strength > 0:
+        raise ConfigError(f"strength must be above 0, got {strength!r}: without a pull the weights of separable classes grow without end")
+    w, b = ((t.clone() for t in start) if start
+        else (features.new_zeros(features.shape[1], n_classes), features.new_zeros(n_classes)))
     labels = labels.to(features.dtype) if labels.dim() == 2 else labels.long()
-    optimizer = torch.optim.LBFGS([w.requires_grad_(), b.requires_grad_()], max_iter=max_iter, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([w.requires_grad_(), b.requires_grad_()], max_iter=max_iter, tolerance_grad=1e-6,
+        tolerance_change=1e-9, line_search_fn="strong_wolfe")
     def closure():
         optimizer.zero_grad()
         loss = _loss(torch.addmm(b, features, w), labels) + strength/2*w.square().sum()
@@ -69,13 +77,16 @@ def mean_average_precision(
 )->float:
     "Average precision of the ranking of images for each class, averaged over the classes that occur (mAP)."
     from sklearn.metrics import average_precision_score
-    if scores.shape != labels.shape: raise ConfigError(f"scores are {list(scores.shape)} but labels {list(labels.shape)}: one for each image and class is expected")
+    if scores.shape != labels.shape:
+        raise ConfigError(f"scores are {list(scores.shape)} but labels {list(labels.shape)}: one for each image and class is expected")
     occurs = (labels > 0).any(0)
     if not occurs.any(): raise ConfigError("no class occurs in any image: average precision is undefined")
-    return float(average_precision_score(labels[:, occurs].cpu().numpy(), scores[:, occurs].cpu().numpy(), average="macro"))
+    return float(average_precision_score(labels[:, occurs].cpu().numpy(), scores[:, occurs].cpu().numpy(),
+        average="macro"))
 
 def _score(logits, labels):
-    return (logits.argmax(-1) == labels).double().mean().item() if labels.dim() == 1 else mean_average_precision(logits, labels)
+    return ((logits.argmax(-1) == labels).double().mean().item() if labels.dim() == 1
+        else mean_average_precision(logits, labels))
 
 class Probe(NamedTuple):
     "A linear probe of frozen features, and how it did."
@@ -99,14 +110,17 @@ def linear_probe(
     _check(train, train_labels), _check(test, test_labels, train.shape[1])
     if not 0 < kept_back < 1: raise ConfigError(f"kept_back must lie between 0 and 1, got {kept_back!r}")
     check_at_least("number of strengths", len(strengths), 1)
-    n_classes = train_labels.shape[1] if train_labels.dim() == 2 else int(max(train_labels.max(), test_labels.max())) + 1
-    if train_labels.dim() == 1 and len(train_labels.unique()) < 2: raise ConfigError("a probe needs training images of at least 2 classes")
+    n_classes = (train_labels.shape[1] if train_labels.dim() == 2 else int(max(train_labels.max(), test_labels.max()))
+        + 1)
+    if train_labels.dim() == 1 and len(train_labels.unique()) < 2:
+        raise ConfigError("a probe needs training images of at least 2 classes")
     train, test = _moderate(train, test)
     mean, spread = train.mean(0), train.std(0).clamp_min(1e-6)
     constant = (train - train[0]).abs().amax(0) <= 1e-6*train[0].abs() # within rounding of one number: says nothing, whatever it is in the test
     train, test = ((x - mean)/spread.masked_fill(constant, torch.inf) for x in (train, test))
     n_valid = max(1, round(kept_back*len(train)))
-    fitted, valid = (i.to(train.device) for i in split(len(train), dict(train=len(train) - n_valid, valid=n_valid), generator).values())
+    fitted, valid = (i.to(train.device)
+        for i in split(len(train), dict(train=len(train) - n_valid, valid=n_valid), generator).values())
     tried, fits = {}, {None: None}
     for last, strength in pairwise([None, *sorted(strengths, reverse=True)]):
         w, b = fits[strength] = fit_linear(train[fitted], train_labels[fitted], n_classes, strength, fits[last])
@@ -133,7 +147,8 @@ def knn_votes(
     for part in test.split(batch):
         near, which = (part @ train.T).topk(k)
         weight = ((near - near[:, :1]) / temperature).exp()
-        votes.append(weight.new_zeros(len(part), int(train_labels.max()) + 1).scatter_add_(1, train_labels[which].long(), weight))
+        votes.append(weight.new_zeros(len(part), int(train_labels.max()) + 1).scatter_add_(1,
+            train_labels[which].long(), weight))
     return torch.cat(votes)
 
 def knn(
@@ -154,10 +169,13 @@ def top_accuracy(
     k:int=1, # guesses that are allowed
 )->float: # from 0 to 1
     "How often the right class is among the `k` best that are guessed at all (Top-k accuracy)."
-    if scores.dim() != 2 or not len(scores) or labels.shape != (len(scores),): raise ConfigError(f"scores must be [n, n_classes] and labels [n], got {list(scores.shape)} and {list(labels.shape)}")
+    if scores.dim() != 2 or not len(scores) or labels.shape != (len(scores),):
+        raise ConfigError(f"scores must be [n, n_classes] and labels [n], got {list(scores.shape)} and {list(labels.shape)}")
     n_classes, own = scores.shape[1], labels.long()[:, None]
-    if check_at_least("k", k, 1) > n_classes: raise ConfigError(f"Top-{k} accuracy of {n_classes} classes says nothing: choose k from 1 to {n_classes}")
-    if labels.min() < 0 or labels.max() >= n_classes: raise ConfigError(f"labels must lie in 0 … {n_classes - 1}, one for each column of scores, got {int(labels.min())} … {int(labels.max())}")
+    if check_at_least("k", k, 1) > n_classes:
+        raise ConfigError(f"Top-{k} accuracy of {n_classes} classes says nothing: choose k from 1 to {n_classes}")
+    if labels.min() < 0 or labels.max() >= n_classes:
+        raise ConfigError(f"labels must lie in 0 … {n_classes - 1}, one for each column of scores, got {int(labels.min())} … {int(labels.max())}")
     if scores.isnan().any(): raise ConfigError("scores contain NaN: they cannot be ranked")
     score = scores.gather(1, own)
     ahead = (scores > score) | (scores == score) & (torch.arange(n_classes, device=scores.device) < own)
@@ -169,12 +187,15 @@ def _counts(symbols, vocab_size):
     "How often each symbol is in each message, as a sparse table."
     from scipy.sparse import csr_array
     symbols = integers(symbols, "symbols")
-    if symbols.dim() < 2 or not len(symbols): raise ConfigError(f"symbols must be whole numbers [n, length], got {list(symbols.shape)}")
+    if symbols.dim() < 2 or not len(symbols):
+        raise ConfigError(f"symbols must be whole numbers [n, length], got {list(symbols.shape)}")
     symbols = symbols.flatten(1)
     if symbols.numel() and not (-1 <= symbols.min() and symbols.max() < vocab_size):
-        raise ConfigError(f"symbols must lie in 0 … {vocab_size - 1}, or be −1 where none was sent, got {int(symbols.min())} … {int(symbols.max())}: give the speaker's vocab_size")
+        raise ConfigError(f"symbols must lie in 0 … {vocab_size - 1}, or be −1 where none was sent, got "
+            f"{int(symbols.min())} … {int(symbols.max())}: give the speaker's vocab_size")
     row, place = (symbols >= 0).nonzero(as_tuple=True)
-    return csr_array((torch.ones(len(row)).numpy(), (row.cpu().numpy(), symbols[row, place].cpu().numpy())), shape=(len(symbols), vocab_size))
+    return csr_array((torch.ones(len(row)).numpy(), (row.cpu().numpy(), symbols[row, place].cpu().numpy())),
+        shape=(len(symbols), vocab_size))
 
 def bag_of_symbols(
     train:Tensor, # [n, length] symbols, −1 where none was sent
@@ -187,8 +208,10 @@ def bag_of_symbols(
     from sklearn.naive_bayes import ComplementNB
     check_at_least("vocab_size", vocab_size, 2)
     train, train_labels, test = integers(train, "symbols"), integers(train_labels, "labels"), integers(test, "symbols")
-    if len(train) != len(train_labels): raise ConfigError(f"{len(train)} messages but {len(train_labels)} labels: one label for each is expected")
-    if len(train_labels.unique()) < 2 or train_labels.min() < 0: raise ConfigError("a classifier needs training messages of at least 2 classes, numbered from 0")
+    if len(train) != len(train_labels):
+        raise ConfigError(f"{len(train)} messages but {len(train_labels)} labels: one label for each is expected")
+    if len(train_labels.unique()) < 2 or train_labels.min() < 0:
+        raise ConfigError("a classifier needs training messages of at least 2 classes, numbered from 0")
     counts, tfidf, bayes = _counts(test, vocab_size), TfidfTransformer(), ComplementNB()
     bayes.fit(tfidf.fit_transform(_counts(train, vocab_size)), train_labels.cpu().numpy())
     told = bayes.predict_joint_log_proba(tfidf.transform(counts))
@@ -213,7 +236,8 @@ def similarity_correlation(
 )->float: # from -1 to 1; NaN where one trunk finds all pairs equally alike
     "Spearman correlation of the pairwise cosines of two sets of features."
     _check(a), _check(b)
-    if len(a) != len(b): raise ConfigError(f"{len(a)} images in one set of features and {len(b)} in the other: the same images are expected")
+    if len(a) != len(b):
+        raise ConfigError(f"{len(a)} images in one set of features and {len(b)} in the other: the same images are expected")
     check_at_least("number of images", len(a), 3, "there must be pairs to rank")
     ranks = torch.stack([_cosine_ranks(a, batch), _cosine_ranks(b, batch)])
     ranks -= ranks.mean(1, keepdim=True)
@@ -235,7 +259,8 @@ class Clusters:
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         top = float(features.abs().amax())
         self.scale = 1. if 1e-9 < top < 1e15 or not top else 2.**math.frexp(top)[1] # where squares would overflow or vanish
-        fitted = MiniBatchKMeans(n_clusters, random_state=seed, n_init=1, batch_size=max(2048, 4*n_clusters)).fit(self._scaled(features).cpu().numpy())
+        fitted = MiniBatchKMeans(n_clusters, random_state=seed, n_init=1,
+            batch_size=max(2048, 4*n_clusters)).fit(self._scaled(features).cpu().numpy())
         self.centres = torch.from_numpy(fitted.cluster_centers_).to(features.device) # of features over `scale`
 
     def _scaled(self, features): return features.float() if self.scale == 1 else (features.double()/self.scale).float()

@@ -69,8 +69,10 @@ def combine(
     terms = [(c, as_estimate(e)) for c, e in terms]
     parts = [(c*e.se)**2 for c, e in terms]
     spread = sum(v*v/e.df for v, (_, e) in zip(parts, terms))
-    return Estimate(sum(c*e.value for c, e in terms), math.sqrt(sum(parts)), sum(parts)**2/spread if spread else math.inf,
-                    math.sqrt(sum((c*e.targets)**2 for c, e in terms)), min((e.n_seeds for _, e in terms if e.n_seeds), default=0), sum(e.lone for c, e in terms if c))
+    return Estimate(sum(c*e.value for c, e in terms), math.sqrt(sum(parts)), sum(parts)**2/spread if spread
+    else math.inf,
+                    math.sqrt(sum((c*e.targets)**2 for c, e in terms)),
+                    min((e.n_seeds for _, e in terms if e.n_seeds), default=0), sum(e.lone for c, e in terms if c))
 
 def paired(
     one, # [n_seeds] values
@@ -126,6 +128,7 @@ def published_estimate(
 )->Estimate:
     "A published mean with its errors."
     rounding = half_digit/math.sqrt(3) # standard deviation of what rounding hides
-    if not math.isnan(sd): return Estimate(mean, sd/math.sqrt(n_runs), max(n_runs - 1, 1) if n_runs > 1 else math.inf, rounding, n_runs)
+    if not math.isnan(sd):
+        return Estimate(mean, sd/math.sqrt(n_runs), max(n_runs - 1, 1) if n_runs > 1 else math.inf, rounding, n_runs)
     if like is None or like.lone or not like.n_seeds: return Estimate(mean, 0., math.inf, rounding, n_runs, 0)
     return Estimate(mean, like.sd/math.sqrt(n_runs), like.df, rounding, n_runs)

@@ -38,7 +38,8 @@ def _edit(a, b, ends_a=None, ends_b=None):
     if ends_a is not None: found = read(0, above, found)
     for i, x in enumerate(a.T):
         row = [start + i + 1]
-        for j, y in enumerate(b.T): row.append(torch.minimum(torch.minimum(above[j+1], row[j]) + 1, above[j] + (x[:, None] != y)))
+        for j, y in enumerate(b.T):
+            row.append(torch.minimum(torch.minimum(above[j+1], row[j]) + 1, above[j] + (x[:, None] != y)))
         above = row
         if ends_a is not None: found = read(i + 1, row, found)
     return above[-1] if found is None else found, torch.arange(length + 1.)
@@ -46,10 +47,12 @@ def _edit(a, b, ends_a=None, ends_b=None):
 def _jaccard(a, b, ends_a=None, ends_b=None):
     "Share of the symbols in either that are not in both; number 0 stands for no symbol where messages end."
     k, length = int(max(a.max(), b.max())) + 1, a.shape[1]
-    a, b = (torch.zeros(len(t), k, device=t.device).scatter_(1, t.long(), 1.)[:, int(ends_a is not None):] for t in (a, b))
+    a, b = (torch.zeros(len(t), k, device=t.device).scatter_(1, t.long(), 1.)[:, int(ends_a is not None):]
+        for t in (a, b))
     both = a @ b.T
     either = a.sum(1)[:, None] + b.sum(1) - both
-    both_of, either_of = torch.meshgrid(torch.arange(length + 1.).double(), torch.arange(2*length + 1.).double().clamp_min(1), indexing="ij")
+    both_of, either_of = torch.meshgrid(torch.arange(length + 1.).double(),
+        torch.arange(2*length + 1.).double().clamp_min(1), indexing="ij")
     apart = (1 - both_of/either_of).clamp_min(0)
     if ends_a is not None: apart[0, 0] = 0. # two messages without a symbol
     values, number = apart.unique(return_inverse=True)
@@ -71,7 +74,9 @@ def _all_pairs(x, kind, batch=256, ends=None)->tuple: # [n(n-1)/2] numbers of di
     found, places = [], torch.arange(len(x), device=x.device)
     if kind == "cosine":
         x = x.double() / x.double().norm(dim=1, keepdim=True)
-        if not x.isfinite().all(): raise ConfigError("the cosine of a vector of zeros, NaN or infinity is undefined: use meaning_distance='hamming', or drop those meanings")
+        if not x.isfinite().all():
+            raise ConfigError("the cosine of a vector of zeros, NaN or infinity is undefined: use "
+                "meaning_distance='hamming', or drop those meanings")
     else: x = _compact(x) if ends is None else _compact(F.pad(x, (0, 1), value=-1))[:, :-1] # so that −1 is number 0 even where no message is short
     for rows in places.split(batch):
         until = () if ends is None or kind in ("hamming", "cosine") else (ends[rows], ends[rows[0]:])
@@ -84,7 +89,8 @@ def _rows(x, what)->Tensor: # [n, width]
     "Messages or meanings as a table; a single column may be given flat, and words of several symbols as they come."
     x = integers(x, what, fractions=True)
     x = x[:, None] if x.dim() == 1 else x.flatten(1) if x.dim() > 2 else x
-    if x.dim() != 2 or not x.numel(): raise ConfigError(f"{what} must be [n, width] with at least one row and column, got {list(x.shape)}")
+    if x.dim() != 2 or not x.numel():
+        raise ConfigError(f"{what} must be [n, width] with at least one row and column, got {list(x.shape)}")
     return x
 
 def distances(
@@ -94,7 +100,8 @@ def distances(
 )->Tensor: # [n(n-1)/2] float64
     "Distances of all pairs, in the order of scipy's `pdist`."
     check_choice("distance", kind, [*MESSAGE_DISTANCES, "cosine"])
-    if lengths is not None and kind == "cosine": raise ConfigError("messages that end have no cosine: choose from hamming, edit, jaccard")
+    if lengths is not None and kind == "cosine":
+        raise ConfigError("messages that end have no cosine: choose from hamming, edit, jaccard")
     x, ends = (_rows(x, "what is compared"), None) if lengths is None else ended(x, lengths)
     number, values = _all_pairs(x, kind, ends=ends)
     return values.double().to(number.device)[number.long()]
@@ -107,9 +114,11 @@ def ended(
     "Messages up to their ends."
     given, lengths = torch.as_tensor(symbols), torch.as_tensor(lengths)
     rows = _rows(given, "messages")
-    if lengths.shape != (len(rows),) or lengths.is_floating_point(): raise ConfigError(f"lengths must be [{len(rows)}] whole numbers, one for each message, got {lengths.dtype} {list(lengths.shape)}")
+    if lengths.shape != (len(rows),) or lengths.is_floating_point():
+        raise ConfigError(f"lengths must be [{len(rows)}] whole numbers, one for each message, got {lengths.dtype} {list(lengths.shape)}")
     ends = lengths.long().to(rows.device) * (given.shape[1:].numel() // given.shape[1] if given.dim() > 2 else 1)
-    if ends.min() < 0 or ends.max() > rows.shape[1]: raise ConfigError(f"lengths must lie in 0 … {rows.shape[1]}, got {int(ends.min())} … {int(ends.max())}")
+    if ends.min() < 0 or ends.max() > rows.shape[1]:
+        raise ConfigError(f"lengths must lie in 0 … {rows.shape[1]}, got {int(ends.min())} … {int(ends.max())}")
     return rows.masked_fill(torch.arange(rows.shape[1], device=rows.device) >= ends[:, None], -1), ends
 
 # %% ../../nbs/53_metrics.structure.ipynb #fe574b51
@@ -120,7 +129,8 @@ def jaccard(
 )->Tensor: # [n] float64 from 0 to 1; 1 where both are empty
     "Similarity of each two messages as sets of symbols."
     a, b = _rows(a, "messages"), _rows(b, "messages")
-    if len(a) != len(b): raise ConfigError(f"{len(a)} messages on one side and {len(b)} on the other: one of each for everything that is meant is expected")
+    if len(a) != len(b):
+        raise ConfigError(f"{len(a)} messages on one side and {len(b)} on the other: one of each for everything that is meant is expected")
     def fresh(t): return ~(t[:, :, None] == t[:, None]).tril(-1).any(-1) & (True if dropped is None else t != dropped)
     both = (fresh(a) & (a[:, :, None] == b[:, None]).any(-1)).sum(-1)
     either = fresh(a).sum(-1) + fresh(b).sum(-1) - both
@@ -140,15 +150,23 @@ def _spearman(x, y, counts): # numbers of distances [n_cells] on both sides, flo
 class _Pairs:
     "Topographic similarity, ready to be asked again with other meanings or other weights."
     def __init__(self, symbols, meanings, message_distance="edit", meaning_distance="hamming", ends=None):
-        check_choice("message_distance", message_distance, MESSAGE_DISTANCES), check_choice("meaning_distance", meaning_distance, MEANING_DISTANCES)
+        (check_choice("message_distance", message_distance, MESSAGE_DISTANCES),
+            check_choice("meaning_distance", meaning_distance, MEANING_DISTANCES))
         check_at_least("number of messages", len(symbols), 3, "there must be pairs to rank")
-        self.n, ((x, nx), (y, ny)) = len(symbols), (_all_pairs(meanings, meaning_distance), _all_pairs(symbols, message_distance, ends=ends))
+        self.n, ((x, nx), (y, ny)) = (len(symbols),
+            (_all_pairs(meanings, meaning_distance), _all_pairs(symbols, message_distance, ends=ends)))
         self.few = len(nx)*len(ny) <= 2**16
         if self.few:
             small, k = _small(len(nx)*len(ny) + 1), torch.arange(len(nx)*len(ny), device=x.device)
             self.cell = x.to(small)*len(ny) + y.to(small)
-            self.x, self.y, self.counts = k // len(ny), k % len(ny), sum(torch.bincount(c, minlength=len(k)) for c in self.cell.split(2**20)).double()
-        else: self.cell, self.x, self.y, self.counts = torch.arange(len(x), device=x.device), x.long(), y.long(), torch.ones_like(x, dtype=torch.double)
+            self.x = k // len(ny)
+            self.y = k % len(ny)
+            self.counts = sum(torch.bincount(c, minlength=len(k)) for c in self.cell.split(2**20)).double()
+        else:
+            self.cell = torch.arange(len(x), device=x.device)
+            self.x = x.long()
+            self.y = y.long()
+            self.counts = torch.ones_like(x, dtype=torch.double)
 
     def value(self): return _spearman(self.x, self.y, self.counts)
 
@@ -159,13 +177,15 @@ class _Pairs:
 
     @functools.cached_property
     def blocks(self): # of 256 rows, from the diagonal on: cells of pairs, and one for what is no pair
-        return [(i, rows[:, i:].flatten().long()) for i, rows in zip(range(0, self.n, 256), self.square(self.cell, len(self.x)).split(256))]
+        return [(i, rows[:, i:].flatten().long())
+            for i, rows in zip(range(0, self.n, 256), self.square(self.cell, len(self.x)).split(256))]
 
     def drawn(self, weights): # [n] how often each object counts; no pair is of an object with itself
         "The value in a sample drawn again."
         w = weights.double()
         if not self.few: return _spearman(self.x, self.y, torch.cat([w[i]*w[i+1:] for i in range(self.n - 1)]))
-        counts = sum(torch.bincount(cells, (w[i:i+256, None]*w[i:]).flatten(), len(self.x) + 1) for i, cells in self.blocks)
+        counts = sum(torch.bincount(cells, (w[i:i+256, None]*w[i:]).flatten(), len(self.x) + 1)
+            for i, cells in self.blocks)
         return _spearman(self.x, self.y, counts[:-1])
 
     @functools.cached_property
@@ -176,15 +196,18 @@ class _Pairs:
     def dealt(self, order): # [n] whose meaning each message gets
         "The value with meanings dealt to other messages."
         x, y = self.tables
-        return sum((x[part][:, order[i:]] * y[i:i+64, i:]).sum() for i, part in zip(range(0, self.n, 64), order.split(64)))
+        return sum((x[part][:, order[i:]] * y[i:i+64, i:]).sum()
+            for i, part in zip(range(0, self.n, 64), order.split(64)))
 
 # %% ../../nbs/53_metrics.structure.ipynb #1bdae6a1
 def _told(symbols, meanings, lengths=None)->tuple: # [n, length], [n, width], and where messages end [n], or None
     "Messages and what they were about."
     symbols, ends = (_rows(symbols, "messages"), None) if lengths is None else ended(symbols, lengths)
     meanings = _rows(meanings, "meanings")
-    if len(symbols) != len(meanings): raise ConfigError(f"{len(symbols)} messages but {len(meanings)} meanings: one message for each is expected")
-    if symbols.is_floating_point(): raise ConfigError("messages must be symbols, integers, got numbers with a fraction: quantise them first")
+    if len(symbols) != len(meanings):
+        raise ConfigError(f"{len(symbols)} messages but {len(meanings)} meanings: one message for each is expected")
+    if symbols.is_floating_point():
+        raise ConfigError("messages must be symbols, integers, got numbers with a fraction: quantise them first")
     return symbols, meanings, ends
 
 def topographic_similarity(
@@ -209,7 +232,8 @@ def entropy(
         p = symbol_counts(column)[1].double() / len(column)
         return -(p * p.log2()).sum()
     symbols, ends = (_rows(symbols, "messages"), None) if lengths is None else ended(symbols, lengths)
-    return bits(symbols), torch.stack([bits(column if ends is None else column[ends > i]) for i, column in enumerate(symbols.T)])
+    return (bits(symbols), torch.stack([bits(column if ends is None else column[ends > i])
+        for i, column in enumerate(symbols.T)]))
 
 def _one_hot(x, gaps=False): # [n, width] → [n, width, n_kinds] float32; where there are gaps, −1 is no kind
     number = _compact(F.pad(x, (0, 1), value=-1) if gaps else x).long()[:, :x.shape[1]] - int(gaps)
@@ -222,8 +246,10 @@ def _nats(counts, *dims): # entropy of counts
 class _Gap:
     "How much more parts of messages tell about one attribute than about the next, ready to be asked again with other meanings or other weights."
     def __init__(self, parts, meanings, gaps=False):
-        if meanings.is_floating_point(): raise ConfigError("meanings must be attributes, integers, got numbers with a fraction: only topographic similarity takes vectors")
-        check_at_least("number of attributes", meanings.shape[1], 2, "what is told about one is compared with what is told about the next")
+        if meanings.is_floating_point():
+            raise ConfigError("meanings must be attributes, integers, got numbers with a fraction: only topographic similarity takes vectors")
+        check_at_least("number of attributes", meanings.shape[1], 2,
+            "what is told about one is compared with what is told about the next")
         said, self.meant = _one_hot(parts, gaps), _one_hot(meanings)
         self.said, self.kinds = said.flatten(1).T.contiguous(), said.shape[1:]
 
@@ -239,7 +265,8 @@ class _Gap:
 
 def _bags(symbols, gaps=False): # [n, length] → [n, n_symbols]; where there are gaps, −1 is no symbol
     number = _compact(F.pad(symbols, (0, 1), value=-1) if gaps else symbols).long()[:, :symbols.shape[1]]
-    return torch.zeros(len(symbols), int(number.max()) + 1, dtype=torch.long, device=number.device).scatter_add_(1, number, torch.ones_like(number))[:, int(gaps):]
+    return torch.zeros(len(symbols), int(number.max()) + 1, dtype=torch.long, device=number.device).scatter_add_(1,
+        number, torch.ones_like(number))[:, int(gaps):]
 
 def posdis(
     symbols:Tensor, # [n, length] messages
@@ -271,7 +298,8 @@ def class_pairs(
     order = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
     members = order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
     pairs = [torch.combinations(some[:n_images]) for some in members]
-    return torch.cat(pairs), torch.arange(len(pairs), device=labels.device).repeat_interleave(torch.tensor([len(p) for p in pairs], device=labels.device))
+    return (torch.cat(pairs), torch.arange(len(pairs),
+        device=labels.device).repeat_interleave(torch.tensor([len(p) for p in pairs], device=labels.device)))
 
 def class_correlations(
     similarity:Tensor, # [n_pairs] of messages
@@ -280,7 +308,9 @@ def class_correlations(
 ): # DataFrame: class, n_pairs, correlation, slope; NaN where all messages, or all images, of a class are equally alike
     "How closely messages about a class are alike as its images are (Gupta et al. 2021, Figure 8)."
     import pandas as pd
-    if not len(similarity) == len(distance) == len(classes) or not len(classes): raise ConfigError(f"{len(similarity)} similarities, {len(distance)} distances and {len(classes)} classes: one of each for every pair is expected, and at least one pair")
+    if not len(similarity) == len(distance) == len(classes) or not len(classes):
+        raise ConfigError(f"{len(similarity)} similarities, {len(distance)} distances and {len(classes)} classes: one "
+            f"of each for every pair is expected, and at least one pair")
     kinds, group = classes.unique(return_inverse=True)
     n = group.bincount()
     def mean(v): return torch.zeros(len(n), dtype=torch.double, device=v.device).index_add_(0, group, v) / n
@@ -289,7 +319,8 @@ def class_correlations(
         return d.where((mean(d*d) > 1e-24*mean(v*v))[group], torch.nan)
     x, y = spread(-distance.double()), spread(similarity.double())
     xx, xy, yy = mean(x*x), mean(x*y), mean(y*y)
-    return pd.DataFrame({"class": kinds.tolist(), "n_pairs": n.tolist(), "correlation": (xy/(xx*yy).sqrt()).clamp(-1, 1).tolist(), "slope": (xy/xx).tolist()})
+    return pd.DataFrame({"class": kinds.tolist(), "n_pairs": n.tolist(),
+        "correlation": (xy/(xx*yy).sqrt()).clamp(-1, 1).tolist(), "slope": (xy/xx).tolist()})
 
 # %% ../../nbs/53_metrics.structure.ipynb #bb8964d2
 STATISTICS = {
@@ -317,15 +348,18 @@ def measure(
     **options, # of `topographic_similarity`: message_distance, meaning_distance
 )->Measure:
     "A statistic with its bootstrap interval over objects and its permutation p-value."
-    check_choice("statistic", statistic, STATISTICS), check_at_least("n_resamples", n_resamples, 0), check_at_least("n_permutations", n_permutations, 0)
+    (check_choice("statistic", statistic, STATISTICS), check_at_least("n_resamples", n_resamples, 0),
+        check_at_least("n_permutations", n_permutations, 0))
     if not 0 < level < 1: raise ConfigError(f"level must lie between 0 and 1, got {level!r}")
-    if options and statistic != "topsim": raise ConfigError(f"{statistic} has no options, got {', '.join(options)}: distances are for 'topsim'")
+    if options and statistic != "topsim":
+        raise ConfigError(f"{statistic} has no options, got {', '.join(options)}: distances are for 'topsim'")
     symbols, meanings, ends = _told(symbols, meanings, lengths)
     ready, n, device = STATISTICS[statistic](symbols, meanings, ends=ends, **options), len(symbols), symbols.device
     value = float(ready.value())
     low = high = p = float("nan")
     if n_resamples and value == value:
-        draws = [float(ready.drawn(torch.randint(n, (n,), generator=generator).bincount(minlength=n).to(device))) for _ in range(n_resamples)]
+        draws = [float(ready.drawn(torch.randint(n, (n,), generator=generator).bincount(minlength=n).to(device)))
+            for _ in range(n_resamples)]
         low, high = (2*value - torch.tensor(draws).nanquantile(torch.tensor([(1 + level)/2, (1 - level)/2]))).tolist()
     if n_permutations and value == value:
         null = [float(ready.dealt(torch.randperm(n, generator=generator).to(device))) for _ in range(n_permutations)]

@@ -74,5 +74,6 @@ def n_unique(
 )->int:
     "Number of unique messages (NoUM; Carmeli et al. 2023, §4.4)."
     symbols = integers(symbols, "messages", fractions=True)
-    if not symbols.dim() or not len(symbols): raise ConfigError(f"messages must be [n_messages, ...] with at least one, got {list(symbols.shape)}")
+    if not symbols.dim() or not len(symbols):
+        raise ConfigError(f"messages must be [n_messages, ...] with at least one, got {list(symbols.shape)}")
     return len(symbols.reshape(len(symbols), -1).unique(dim=0))

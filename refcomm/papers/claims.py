@@ -48,9 +48,11 @@ def _linear(node, values, key)->dict: # name → factor; "" for the constant
     "A sum of multiples of named values."
     if isinstance(node, ast.Constant): return {"": float(node.value)}
     if isinstance(node, ast.Name):
-        if node.id not in values: raise ConfigError(f"no value for {node.id!r} in the test; given are {', '.join(map(str, values))}")
+        if node.id not in values:
+            raise ConfigError(f"no value for {node.id!r} in the test; given are {', '.join(map(str, values))}")
         return {(node.id, key) if isinstance(values[node.id], dict) else (node.id, None): 1.}
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub): return {k: -c for k, c in _linear(node.operand, values, key).items()}
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return {k: -c for k, c in _linear(node.operand, values, key).items()}
     if isinstance(node, ast.BinOp):
         a, b = _linear(node.left, values, key), _linear(node.right, values, key)
         if isinstance(node.op, (ast.Add, ast.Sub)):
@@ -74,16 +76,19 @@ def _excesses(node, values):
     sides = [node.left, *node.comparators]
     for a, op, b in zip(sides, node.ops, sides[1:]):
         if isinstance(op, (ast.Gt, ast.GtE)): a, b = b, a
-        elif not isinstance(op, (ast.Lt, ast.LtE, ast.Eq)): raise ConfigError(f"a test compares by <, <=, >, >= or ==, got {ast.unparse(node)!r}")
+        elif not isinstance(op, (ast.Lt, ast.LtE, ast.Eq)):
+            raise ConfigError(f"a test compares by <, <=, >, >= or ==, got {ast.unparse(node)!r}")
         strict = isinstance(op, (ast.Lt, ast.Gt))
-        inner = a.args[0] if isinstance(a, ast.Call) and getattr(a.func, "id", "") == "abs" and len(a.args) == 1 else None
+        inner = (a.args[0] if isinstance(a, ast.Call) and getattr(a.func, "id", "") == "abs" and len(a.args) == 1
+            else None)
         signs = (1, -1) if inner is not None or isinstance(op, ast.Eq) else (1,)
         names = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(values.get(n.id), dict)]
         for key in (list(values[names[0]]) if names else [None]):
             for sign in signs:
                 left, right = _linear(a if inner is None else inner, values, key), _linear(b, values, key)
                 whole = sign if isinstance(op, ast.Eq) else 1
-                terms = {k: whole*right.get(k, 0.) - (sign if inner is not None else whole)*left.get(k, 0.) for k in {**left, **right}}
+                terms = {k: whole*right.get(k, 0.) - (sign if inner is not None else whole)*left.get(k, 0.)
+                    for k in {**left, **right}}
                 excess = combine([(c, Estimate(1.) if k == "" else _value(values, *k)) for k, c in terms.items()])
                 yield ast.unparse(node) + (f" [{key}]" if key is not None else ""), excess, strict
 
@@ -146,7 +151,8 @@ def cause(
     if says is None: return "The runs at hand do not have these values."
     weakest = min(says.parts, key=lambda p: (not p.false, p.true, p.excess.value))
     word = verdict(says, near)
-    more = [f"smaller here: {short}"]*(word == "not seen at this scale" and bool(short)) + [explanation]*(says.false and bool(explanation))
+    more = [f"smaller here: {short}"]*(word == "not seen at this scale" and bool(short)) + [explanation]*(says.false
+        and bool(explanation))
     return "; ".join([_in_words(weakest), *more]).rstrip(".") + "."
 
 def power(
@@ -178,9 +184,12 @@ def check_claim(
     word = verdict(says, near)
     ends = {k: interval(e) for k, e in flat.items() if known and (e.se or e.targets)}
     decide = row["decide"] or (f"the paper's sizes: {short}" if short and word == "not seen at this scale" else "")
-    return dict({k: row[k] for k in ("id", "item", "game", "sentence", "test", "source", "kind")}, ours=bool(row["ours"]), verdict=word,
-        cause=cause(says, near, row["explanation"], short), power=power(says), decide=decide if word in ("not seen at this scale", "undecided") else "",
-        numbers={k: round(e.value, 5) for k, e in flat.items() if known}, intervals={k: [round(x, 5) for x in ab] for k, ab in ends.items() if not any(map(math.isnan, ab))})
+    return dict({k: row[k] for k in ("id", "item", "game", "sentence", "test", "source", "kind")},
+    ours=bool(row["ours"]), verdict=word,
+        cause=cause(says, near, row["explanation"], short), power=power(says), decide=decide
+        if word in ("not seen at this scale", "undecided") else "",
+        numbers={k: round(e.value, 5) for k, e in flat.items() if known},
+        intervals={k: [round(x, 5) for x in ab] for k, ab in ends.items() if not any(map(math.isnan, ab))})
 
 def check_claims(
     paper:str, # "eqc"
@@ -191,7 +200,9 @@ def check_claims(
     "Decide all claims of an item."
     table = claims(paper, item)
     wanted, given = set(table["id"]), set(values)
-    if wanted != given: raise ConfigError(f"{paper}/{item}: no values for the claims {sorted(wanted - given)}, no claims in the table for the values {sorted(given - wanted)}")
+    if wanted != given:
+        raise ConfigError(f"{paper}/{item}: no values for the claims {sorted(wanted - given)}, no claims in the table "
+            f"for the values {sorted(given - wanted)}")
     near, short = reach(paper, [r.spec for r in records]) if len(records) else (True, "")
     return [check_claim(row, values[row["id"]], near, short) for _, row in table.iterrows()]
 

@@ -27,7 +27,8 @@ def _literal(text):
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
 
-def _fields(spec)->dict: return spec if isinstance(spec, dict) else {k: getattr(spec, k) for k in spec.__dataclass_fields__}
+def _fields(spec)->dict:
+    return spec if isinstance(spec, dict) else {k: getattr(spec, k) for k in spec.__dataclass_fields__}
 
 def paper_value(
     cell:str, # of the column `paper`
@@ -67,10 +68,13 @@ def differing(
     varied, found = _varied(specs), []
     for row in deviations(paper).query("kind in @kinds").to_dict("records"):
         if row["field"] not in specs[0] or not applies(row["when"], specs, varied): continue
-        pairs = [(s[row["field"]], paper_value(row["paper"], s, varied)) for s in specs if applies(row["when"], [s], varied)]
-        pairs = [(tuple(a) if isinstance(a, list) else a.partition("#")[0] if isinstance(a, str) else a, b) for a, b in pairs]
+        pairs = [(s[row["field"]], paper_value(row["paper"], s, varied)) for s in specs
+            if applies(row["when"], [s], varied)]
+        pairs = [(tuple(a) if isinstance(a, list) else a.partition("#")[0] if isinstance(a, str) else a, b)
+            for a, b in pairs]
         off = list(dict.fromkeys((a, b) for a, b in pairs if a != b and b != "*"))
-        if off: found.append(dict(row, ours=[a for a, _ in off], theirs=list(dict.fromkeys(b for _, b in off)), pairs=off))
+        if off:
+            found.append(dict(row, ours=[a for a, _ in off], theirs=list(dict.fromkeys(b for _, b in off)), pairs=off))
     return found
 
 # %% ../../nbs/81_papers.deviations.ipynb #34faf0a4
@@ -84,7 +88,8 @@ def reach(
     least:float=.5, # share of each of the paper's sizes
 )->tuple: # (near, what is too small or other data, in words)
     "Whether runs are of about the paper's sizes, on its data."
-    short = [f"{d['field']} {_plain(a)} (paper {_plain(b)})" for d in differing(paper, specs, ("size", "data")) for a, b in [min(d["pairs"], key=lambda p: _share(*p))]
+    short = [f"{d['field']} {_plain(a)} (paper {_plain(b)})" for d in differing(paper, specs, ("size", "data"))
+    for a, b in [min(d["pairs"], key=lambda p: _share(*p))]
              if d["kind"] == "data" or _share(a, b) < least]
     return not short, ", ".join(short)
 
@@ -104,14 +109,18 @@ def note(
     specs = [_fields(s) for s in specs]
     varied, sentences = _varied(specs) if specs else [], []
     values = lambda d: "/".join(dict.fromkeys(map(_plain, d["ours"])))
-    side = lambda d: "not published" if d["origin"] == "nobody" else f"{SIDES[d['origin']]}: {'/'.join(dict.fromkeys(map(_plain, d['theirs'])))}"
+    side = (lambda d: "not published" if d["origin"] == "nobody"
+        else f"{SIDES[d['origin']]}: {'/'.join(dict.fromkeys(map(_plain, d['theirs'])))}")
     found = differing(paper, specs)
     if found: sentences.append("; ".join(f"{d['field']} {values(d)} ({side(d)})" for d in found) + ".")
-    rest = [r for r in deviations(paper).to_dict("records") if r["kind"] in ("unstated", "fact") and applies(r["when"], specs, varied)]
+    rest = [r for r in deviations(paper).to_dict("records") if r["kind"] in ("unstated", "fact")
+        and applies(r["when"], specs, varied)]
     silent = [f"{r['field']} {'/'.join(dict.fromkeys(_plain(s[r['field']]) for s in specs))}{' (public code)' if r['origin'] == 'code' else ''}"
               for r in rest if r["kind"] == "unstated" and specs and r["field"] in specs[0]]
     if silent: sentences.append(f"Not stated in the paper: {'; '.join(silent)}.")
-    sentences += [f"{r['field']}: {r['ours']} ({SIDES[r['origin']] + ': ' + r['paper'] if r['paper'] else 'not stated in the paper'})." for r in rest if r["kind"] == "fact"]
+    sentences += [f"{r['field']}: {r['ours']} "
+        f"({SIDES[r['origin']] + ': ' + r['paper'] if r['paper'] else 'not stated in the paper'})." for r in rest
+        if r["kind"] == "fact"]
     return " ".join(sentences) or "As printed."
 
 # %% ../../nbs/81_papers.deviations.ipynb #bf25c058
@@ -130,13 +139,16 @@ def incomplete(
     rows = table[table.kind != "fact"]
     for k, found in where.items():
         own = rows[rows.field == k]
-        if own.empty: wrong.append(f"{k} differs at {', '.join(found)}, as {next(iter(found.values()))}, without an entry")
+        if own.empty:
+            wrong.append(f"{k} differs at {', '.join(found)}, as {next(iter(found.values()))}, without an entry")
         elif not own.kind.isin(["design"]).any() and own.kind.ne("unstated").any() and set(" ".join(own.profiles).split()) != set(found):
             wrong.append(f"{k} differs at {' '.join(found)}, the entry says {' '.join(own.profiles)}")
-    wrong += [f"{r.field} differs nowhere any more: remove its entry" for r in rows.itertuples() if r.field not in where and r.kind != "unstated"]
+    wrong += [f"{r.field} differs nowhere any more: remove its entry" for r in rows.itertuples() if r.field not in where
+        and r.kind != "unstated"]
     for profile in PROFILES:
         for s in specs.get(profile, ()):
-            for r in rows[rows.kind.isin(["size", "data", "method", "schedule"]) & (rows.origin != "nobody")].itertuples():
+            for r in rows[rows.kind.isin(["size", "data", "method",
+                "schedule"]) & (rows.origin != "nobody")].itertuples():
                 want = paper_value(r.paper.partition("; varies:")[0], _fields(s))
                 if r.field in defaults(s) and applies(r.when, [_fields(s)]) and want not in ("*", defaults(s)[r.field]):
                     wrong.append(f"{r.field}: the entry says the paper has {want!r}, the Spec {defaults(s)[r.field]!r}")

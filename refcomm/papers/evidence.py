@@ -29,11 +29,13 @@ def paper_table(
     kind:str, # "published", "claims" or "deviations"
 )->pd.DataFrame: # columns of text, but for numbers where `kind` is "published"
     "One of a paper's tables of data; every reader of them goes through here."
-    check_choice("paper", paper, [*PAPERS, "beyond"]), check_choice("kind of table", kind, ("published", "claims", "deviations"))
+    (check_choice("paper", paper, [*PAPERS, "beyond"]),
+        check_choice("kind of table", kind, ("published", "claims", "deviations")))
     path = resources.files("refcomm.papers")/paper/f"{kind}.csv"
     with path.open(encoding="utf-8") as f:
         if kind != "published": return pd.read_csv(f, dtype=str, keep_default_na=False)
-        return pd.read_csv(f, dtype={k: str for k in ("item", "row", "column", "printed", "note")}, keep_default_na=False, na_values={"mean": [""], "sd": [""]})
+        return pd.read_csv(f, dtype={k: str for k in ("item", "row", "column", "printed", "note")},
+            keep_default_na=False, na_values={"mean": [""], "sd": [""]})
 
 def published(
     paper:str, # a name in `PAPERS`
@@ -71,14 +73,18 @@ def summarize(
     "Mean, standard deviation over seeds (dividing by n − 1; missing for a single seed), and 95 % interval of the mean."
     cells = rows.astype({"column": str}).groupby(["row", "column"], sort=False)
     targets = [part.n_targets.iloc[0] if whole else None for _, part in cells]
-    ends = pd.DataFrame([mean_interval(part[value], n, whole or 1) for n, (_, part) in zip(targets, cells)], columns=["low", "high"])
-    return cells[value].agg(ours="mean", ours_sd="std").reset_index().join(ends).assign(n_seeds=cells[value].count().values, n_targets=targets, whole=whole or 1.)
+    ends = pd.DataFrame([mean_interval(part[value], n, whole or 1) for n, (_, part) in zip(targets, cells)],
+        columns=["low", "high"])
+    return cells[value].agg(ours="mean",
+        ours_sd="std").reset_index().join(ends).assign(n_seeds=cells[value].count().values, n_targets=targets,
+        whole=whole or 1.)
 
 def _difference(c, paper):
     "The `Estimate` of ours less the published mean, of one row of a merged table."
     ours = estimate([c.ours], c.get("n_targets"), c.get("whole", 1.))
     n = c.get("n_seeds", 0)
-    if n > 1 and not pd.isna(c.ours_sd): ours = ours._replace(se=c.ours_sd/math.sqrt(n), df=n - 1, n_seeds=int(n), lone=0)
+    if n > 1 and not pd.isna(c.ours_sd):
+        ours = ours._replace(se=c.ours_sd/math.sqrt(n), df=n - 1, n_seeds=int(n), lone=0)
     sd = c.bound if pd.isna(c.published_sd) and not pd.isna(c.bound) else c.published_sd
     return combine([(1, ours), (-1, published_estimate(c.published, sd, RUNS.get(paper, 1), c.half, like=ours))])
 
@@ -92,17 +98,20 @@ def compare(
     "Put our numbers beside the published ones of the same row and column."
     theirs = published(paper, item).rename(columns=dict(mean="published", sd="published_sd"))
     t = ours.merge(theirs.drop(columns="item"), "left", ["row", "column"])
-    t = t.assign(half=_half_digit(t.printed.fillna("")), bound=_sd_bound(t.note.fillna("")), difference=t.ours - t.published)
+    t = t.assign(half=_half_digit(t.printed.fillna("")), bound=_sd_bound(t.note.fillna("")),
+        difference=t.ours - t.published)
     found = [None if pd.isna(c.published) or pd.isna(c.ours) else _difference(c, paper) for _, c in t.iterrows()]
     ends = [(math.nan, math.nan) if e is None else interval(e) for e in found]
     t["difference_low"], t["difference_high"] = [a for a, _ in ends], [b for _, b in ends]
     t["detectable"] = [math.nan if e is None else detectable(e) for e in found]
-    ceiling = [(round(c.ours/c.get("whole", 1.), 3) in (0., 1.)) and abs(c.difference) <= c.half + 1e-9 for _, c in t.iterrows()]
+    ceiling = [(round(c.ours/c.get("whole", 1.), 3) in (0., 1.)) and abs(c.difference) <= c.half + 1e-9
+        for _, c in t.iterrows()]
     again = shown_in is not None and shown_in.partition("_")[0] != item
     within = [None if e is None or again or top or math.isnan(a) else bool(a <= c.half + 1e-9 and b >= -c.half - 1e-9)
               for (_, c), e, top, (a, b) in zip(t.iterrows(), found, ceiling, ends)]
     t["within"] = pd.Series(within, dtype=object)
-    columns = ["row", "column", "published", "published_sd", "ours", "ours_sd", "low", "high", "n_seeds", "difference", "difference_low", "difference_high", "detectable", "within", "note"]
+    columns = ["row", "column", "published", "published_sd", "ours", "ours_sd", "low", "high", "n_seeds", "difference",
+        "difference_low", "difference_high", "detectable", "within", "note"]
     return t.reindex(columns=columns)
 
 # %% ../../nbs/80_papers.evidence.ipynb #83196e13
@@ -118,8 +127,11 @@ def side_by_side(
         return mean + (f" ±{sd:.{digits}f}" if not pd.isna(sd) and digits else "") + star
     lines = ["paper", "ours "] + ["95 %"]*(intervals and "low" in comparison and bool(comparison.low.notna().any()))
     c = comparison.assign(paper=[cell(m, s) for m,s in zip(comparison.published, comparison.published_sd)],
-                          **{"ours ": [cell(m, s, "*" if w is False else "") for m,s,w in zip(comparison.ours, comparison.ours_sd, comparison.within)],
-                             "95 %": ["" if pd.isna(a) else f"{cell(a, None)} … {cell(b, None)}" for a,b in zip(comparison.get("low", comparison.ours), comparison.get("high", comparison.ours))]})
+                          **{"ours ": [cell(m, s, "*" if w is False else "")
+                          for m,s,w in zip(comparison.ours, comparison.ours_sd, comparison.within)],
+                             "95 %": ["" if pd.isna(a) else f"{cell(a, None)} … {cell(b, None)}"
+                             for a,b in zip(comparison.get("low", comparison.ours),
+                             comparison.get("high", comparison.ours))]})
     wide = c.melt(["row", "column"], lines, "source").pivot(index=["row", "source"], columns="column", values="value")
     order = [(r, s) for r in dict.fromkeys(c.row) for s in lines]
     return wide.reindex(order)[list(dict.fromkeys(c.column))].fillna("").rename(index=lambda name: str(name).strip())

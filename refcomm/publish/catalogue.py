@@ -35,7 +35,8 @@ def choose(
     have = notebooks()
     papers = {i.split("/")[0] for i in have}
     for n in names:
-        if n not in have and n not in papers: raise ConfigError(f"unknown item {n!r}: {nearest(n, [*have, *sorted(papers)])}")
+        if n not in have and n not in papers:
+            raise ConfigError(f"unknown item {n!r}: {nearest(n, [*have, *sorted(papers)])}")
     return {i: p for i,p in have.items() if i in (names or HEADLINE) or i.split("/")[0] in names}
 
 def title(path)->str: # the notebook's first heading
@@ -61,8 +62,10 @@ def parameters_of(
     path, # the notebook
 )->dict: # name → default
     "What its parameters cell sets."
-    cell = next(c for c in json.loads(Path(path).read_text(encoding="utf-8"))["cells"] if "parameters" in c["metadata"].get("tags", []))
-    return {n.target.id: ast.literal_eval(n.value) for n in ast.parse("".join(cell["source"])).body if isinstance(n, ast.AnnAssign)}
+    cell = next(c for c in json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+        if "parameters" in c["metadata"].get("tags", []))
+    return {n.target.id: ast.literal_eval(n.value) for n in ast.parse("".join(cell["source"])).body
+        if isinstance(n, ast.AnnAssign)}
 
 def check_parameters(
     path, # the notebook
@@ -98,15 +101,26 @@ def in_short(
     def cell(row, column, form=".1f"):
         found = numbers[(numbers.row == row) & (numbers.column == column)]
         return f"{found.ours.iloc[0]:{form}} (published {found.published.iloc[0]:{form}})" if len(found) else "–"
-    if item == "eqc/table5": seen = f"of 10,000 objects quantised messages find {cell('QT-Inst', '10000', '.2f')}, Gumbel-softmax over the Recurrent channel {cell('GS-RNN', '10000', '.2f')}"
-    elif item == "iac/table1": seen = f"symbols for images, 128 candidates, chance 0.8 %: with augmentations {cell('+augmentations -shared', 'ILSVRC-val')} % on new images and {cell('+augmentations -shared', 'Gaussian Blobs')} % on noise, without {cell('-augmentations -shared', 'ILSVRC-val')} and {cell('-augmentations -shared', 'Gaussian Blobs')} %"
+    if item == "eqc/table5":
+        seen = (f"of 10,000 objects quantised messages find {cell('QT-Inst', '10000', '.2f')}, Gumbel-softmax over the "
+            f"Recurrent channel {cell('GS-RNN', '10000', '.2f')}")
+    elif item == "iac/table1":
+        seen = (f"symbols for images, 128 candidates, chance 0.8 %: with augmentations "
+            f"{cell('+augmentations -shared', 'ILSVRC-val')} % on new images and "
+            f"{cell('+augmentations -shared', 'Gaussian Blobs')} % on noise, without "
+            f"{cell('-augmentations -shared', 'ILSVRC-val')} and {cell('-augmentations -shared', 'Gaussian Blobs')} %")
     elif item == "patch/figure9":
         played = [c["numbers"] for c in recipe["claims"] if {"accuracy", "chance"} <= set(c["numbers"])]
-        found = f"; targets are found {played[0]['accuracy']/played[0]['chance']:.0f} times as often as by chance" if played else ""
-        seen = f"messages of {numbers.length.mean():.0f} patches (published 24 or 25) with {numbers.unique.mean():.1f} different symbols (published most often 13){found}"
+        found = (f"; targets are found {played[0]['accuracy']/played[0]['chance']:.0f} times as often as by chance"
+            if played else "")
+        seen = (f"messages of {numbers.length.mean():.0f} patches (published 24 or 25) with "
+            f"{numbers.unique.mean():.1f} different symbols (published most often 13){found}")
     elif item == "sms/epoch30":
         behind = "maximum accuracy minus accuracy at L=2, epoch 30"
-        seen = f"accuracy at L = 1 {cell('min|M|=2', 'accuracy at L=1', '.0f')} %; the best L is above L = 2 by {cell('min|M|=2', behind, '.0f')} points where two symbols suffice, by {cell('min|M|=3', behind, '.0f')} where it takes three"
+        seen = (f"accuracy at L = 1 {cell('min|M|=2', 'accuracy at L=1', '.0f')} %; the best L is above L = 2 by "
+            f"{cell('min|M|=2', behind, '.0f')} points where two symbols suffice, by {cell('min|M|=3', behind, '.0f')} "
+            f"where it takes three")
     else: raise ConfigError(f"{item} is no headline item: {', '.join(HEADLINE)}")
-    rest = f" The kept figure: {kept['command']} on {kept['data']}, {duration(kept['costs']['seconds'])} of one core." if kept and kept.get("costs") else ""
+    rest = (f" The kept figure: {kept['command']} on {kept['data']}, {duration(kept['costs']['seconds'])} of one core."
+        if kept and kept.get("costs") else "")
     return f"{item.split('/')[0]}: {seen}.{rest} All else: refcomm plan {item.split('/')[0]}."

@@ -35,7 +35,8 @@ def literal(
     for axis in figure.findobj(Axis):
         for which in ("major", "minor"):
             own = getattr(axis, f"get_{which}_formatter")()
-            if isinstance(own, (FixedFormatter, FuncFormatter, StrCategoryFormatter)) and not hasattr(own, "own"): getattr(axis, f"set_{which}_formatter")(escaped(own))
+            if isinstance(own, (FixedFormatter, FuncFormatter, StrCategoryFormatter)) and not hasattr(own, "own"):
+                getattr(axis, f"set_{which}_formatter")(escaped(own))
         for label in axis.get_ticklabels(which="both"): label.set_parse_math(True)
     return figure
 
@@ -123,9 +124,12 @@ def capacity_maps(
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(2, len(modes), figsize=(5*len(modes), 7.2), squeeze=False)
     for j, mode in enumerate(modes):
-        for i, (value, name, fmt, top) in enumerate((("accuracy", "accuracy", ".2f", 1), ("noum", "NoUM", ".0f", rows.n_targets.max()))):
-            cells = rows[rows.quantised == mode].pivot_table(index="alphabet", columns="word_length", values=value).rename(index=int)
-            heatmap(cells, f"{name}, {mode}", fmt, axes[i, j], vmin=0, vmax=top).set(xlabel="word length", ylabel="alphabet size")
+        for i, (value, name, fmt, top) in enumerate((("accuracy", "accuracy", ".2f", 1),
+            ("noum", "NoUM", ".0f", rows.n_targets.max()))):
+            cells = rows[rows.quantised == mode].pivot_table(index="alphabet", columns="word_length",
+                values=value).rename(index=int)
+            heatmap(cells, f"{name}, {mode}", fmt, axes[i, j], vmin=0, vmax=top).set(xlabel="word length",
+                ylabel="alphabet size")
     fig.tight_layout()
     return fig
 
@@ -155,14 +159,16 @@ def heat_maps(
 ): # matplotlib figure
     "Each image, and below it the same image under its map."
     import matplotlib.pyplot as plt
-    if not len(images) == len(maps) == len(titles) or not len(images): raise ConfigError(f"{len(images)} images, {len(maps)} maps and {len(titles)} titles: one of each is expected, and at least one image")
+    if not len(images) == len(maps) == len(titles) or not len(images):
+        raise ConfigError(f"{len(images)} images, {len(maps)} maps and {len(titles)} titles: one of each is expected, and at least one image")
     rows = 2*-(-len(images)//width)
     fig, axes = plt.subplots(rows, width, figsize=(1.5*width + .5, 1.55*rows), squeeze=False, layout="constrained")
     for ax in axes.flat: ax.axis("off")
     for k, (image, map, title) in enumerate(zip(images, maps, titles)):
         plain, under = (axes[2*(k//width) + i, k % width] for i in (0, 1))
         for ax in (plain, under): ax.imshow(image.permute(1, 2, 0).cpu(), extent=(0, 1, 0, 1))
-        drawn = under.imshow(map.cpu(), cmap=MAP, alpha=.55, vmin=0, vmax=1, extent=(0, 1, 0, 1), interpolation="nearest")
+        drawn = under.imshow(map.cpu(), cmap=MAP, alpha=.55, vmin=0, vmax=1, extent=(0, 1, 0, 1),
+            interpolation="nearest")
         plain.set_title(title, fontsize=8, pad=3)
     fig.colorbar(drawn, ax=axes, shrink=.6, label="importance")
     return literal(fig)
@@ -186,12 +192,23 @@ def save(
     stem = figures_dir(profile)/f"{paper}_{item}"
     runs, seeds = origins(records) if records else "no training", sorted({r.spec["seed"] for r in records})
     footnote(figure, note, f"Profile {profile} · data: {data} · seeds {', '.join(map(str, seeds)) or 'none'} · {runs}")
-    if profile == "smoke": figure.text(.5, .5, "SMOKE: NOT A RESULT", fontsize=26, color="red", alpha=.35, rotation=18, ha="center", va="center")
-    if profile == "smoke": claims = [{**c, "verdict": "untestable here", "cause": "A smoke run checks the path; its numbers are no result.", "decide": "profile cpu"} for c in claims]
-    recipe = dict(paper=paper, item=item, title=title, profile=profile, data=data, note=note, runs=runs, costs=spent(records) if records else {}, seeds=seeds, claims=list(claims), command=f"refcomm reproduce {paper}/{item} --profile {profile}" + "".join(f" -p {k}={v}" for k, v in (options or {}).items() if v not in (0, "auto") and (k, v) != ("n_seeds", 1)))
+    if profile == "smoke":
+        figure.text(.5, .5, "SMOKE: NOT A RESULT", fontsize=26, color="red", alpha=.35, rotation=18, ha="center",
+            va="center")
+    if profile == "smoke":
+        claims = [{**c, "verdict": "untestable here",
+            "cause": "A smoke run checks the path; its numbers are no result.", "decide": "profile cpu"}
+            for c in claims]
+    recipe = dict(paper=paper, item=item, title=title, profile=profile, data=data, note=note, runs=runs,
+        costs=spent(records) if records else {}, seeds=seeds, claims=list(claims),
+        command=f"refcomm reproduce {paper}/{item} --profile {profile}"
+        + "".join(f" -p {k}={v}" for k, v in (options or {}).items() if v not in (0, "auto")
+        and (k, v) != ("n_seeds", 1)))
     figure.savefig(png := io.BytesIO(), format="png", dpi=dpi, bbox_inches="tight")
-    csv, text = numbers.to_csv(index=False, float_format="%.6g", lineterminator="\n"), json.dumps(recipe, indent=1, ensure_ascii=False) + "\n"
-    write_together({stem.with_suffix(".csv"): csv.encode(), stem.with_suffix(".png"): png.getvalue(), stem.with_suffix(".json"): text.encode()})
+    csv = numbers.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    text = json.dumps(recipe, indent=1, ensure_ascii=False) + "\n"
+    write_together({stem.with_suffix(".csv"): csv.encode(), stem.with_suffix(".png"): png.getvalue(),
+        stem.with_suffix(".json"): text.encode()})
     return stem.with_suffix(".png")
 
 def load_recipe(path)->dict: # what `save` wrote beside a picture

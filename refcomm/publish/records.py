@@ -25,10 +25,12 @@ def _reduced(record, messages)->tuple: # body, history, tensors as bytes
     from safetensors.torch import save
     body = json.loads((record.path/"record.json").read_text())["body"]
     tensors, history = record.tensors(), (record.path/"history.parquet").read_bytes()
-    small = lambda name, x: not name.startswith("weights/") and (not x.is_floating_point() or x.numel()*x.element_size() <= LARGEST)
+    small = lambda name, x: not name.startswith("weights/") and (not x.is_floating_point()
+        or x.numel()*x.element_size() <= LARGEST)
     kept = {k: v for k, v in sorted(tensors.items()) if messages and small(k, v)}
     data = save(kept)
-    return body | dict(files={"tensors.safetensors": digest(data), "history.parquet": digest(history)}, left_out=sorted(set(tensors) - set(kept))), history, data
+    return (body | dict(files={"tensors.safetensors": digest(data), "history.parquet": digest(history)},
+        left_out=sorted(set(tensors) - set(kept))), history, data)
 
 def keep_run(
     record:RunRecord, # from the store
@@ -40,7 +42,8 @@ def keep_run(
     body, history, tensors = _reduced(record, messages)
     table = pa.table({"record": [json.dumps(body)], "history": [history], "tensors": [tensors]})
     path = Path(folder)/record.experiment/f"{record.key}.parquet"
-    with write_atomic(path) as tmp: pq.write_table(table, tmp, compression="zstd", compression_level=19, use_dictionary=False)
+    with write_atomic(path) as tmp:
+        pq.write_table(table, tmp, compression="zstd", compression_level=19, use_dictionary=False)
     return path
 
 def unpack_run(
@@ -50,9 +53,11 @@ def unpack_run(
     "Place a kept run in a store, checked as every record is."
     import pyarrow as pa, pyarrow.parquet as pq
     try: row = pq.read_table(path).to_pylist()[0]
-    except (pa.ArrowException, OSError, IndexError) as e: raise RecordError(f"{path} cannot be read as a kept run ({str(e).splitlines()[0]}): restore it with git checkout") from None
+    except (pa.ArrowException, OSError, IndexError) as e:
+        raise RecordError(f"{path} cannot be read as a kept run ({str(e).splitlines()[0]}): restore it with git checkout") from None
     body = json.loads(row["record"])
-    files = {"tensors.safetensors": row["tensors"], "history.parquet": row["history"], "record.json": json.dumps(dict(sha256=digest(body), body=body), indent=1).encode()}
+    files = {"tensors.safetensors": row["tensors"], "history.parquet": row["history"],
+        "record.json": json.dumps(dict(sha256=digest(body), body=body), indent=1).encode()}
     experiment, key = Path(path).parent.name, Path(path).stem
     if not store.path(experiment, key).exists(): store._place(experiment, key, files)
     return store.read(experiment, key)
@@ -83,7 +88,8 @@ def keep_item(
         if not path.exists(): path = keep_run(record, folder, spent < SHARE)
         spent += path.stat().st_size
     index = dict(item=item, runs=runs, parameters={k: v for k, v in parameters.items() if k != "jobs"}, stamps=stamps)
-    with write_atomic(_index(folder, item)) as tmp: tmp.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+    with write_atomic(_index(folder, item)) as tmp:
+        tmp.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
     tidy(folder)
     return _index(folder, item)
 
@@ -111,12 +117,14 @@ def kept_store(
 ):
     "A temporary home whose store holds an item's kept runs; training is refused in it."
     folder = Path(folder or records_dir())
-    if not _index(folder, item).is_file(): raise ConfigError(f"no records of {item} in {folder}: make it with `refcomm reproduce {item}`")
+    if not _index(folder, item).is_file():
+        raise ConfigError(f"no records of {item} in {folder}: make it with `refcomm reproduce {item}`")
     index = json.loads(_index(folder, item).read_text())
     with tempfile.TemporaryDirectory() as home:
         store = Store(Path(home)/"runs")
         for run in index["runs"]: unpack_run(folder/f"{run}.parquet", store)
-        changes = dict(REFCOMM_HOME=home, REFCOMM_FIGURES=str(into or figures_dir()), REFCOMM_TRAINING="refuse", REFCOMM_STAMPS=json.dumps(index["stamps"]))
+        changes = dict(REFCOMM_HOME=home, REFCOMM_FIGURES=str(into or figures_dir()), REFCOMM_TRAINING="refuse",
+            REFCOMM_STAMPS=json.dumps(index["stamps"]))
         before = {k: os.environ.get(k) for k in changes}
         os.environ.update(changes)
         try: yield index["parameters"]

@@ -51,7 +51,8 @@ def _interval(c, places)->str: # or how many seeds there are, where it was not k
 def _line(c, places, mark)->dict:
     means = {k: digits(c[k], n) for k,n in places.items()}
     sds = {f"{k}_sd": "" if pd.isna(c[f"{k}_sd"]) else digits(c[f"{k}_sd"], n) for k,n in places.items()}
-    return dict(column=c["column"], **means, **sds, difference=digits(c.difference, max(places.values()), sign=True), off=str(c.within) == "False", interval=_interval(c, places["ours"]), known=not pd.isna(c.get("low")), mark=mark)
+    return dict(column=c["column"], **means, **sds, difference=digits(c.difference, max(places.values()), sign=True),
+        off=str(c.within) == "False", interval=_interval(c, places["ours"]), known=not pd.isna(c.get("low")), mark=mark)
 
 def comparison(
     numbers:pd.DataFrame, # of one item
@@ -64,12 +65,16 @@ def comparison(
     notes = [rest if own == unit else "; ".join(filter(None, [own, rest])) for own, rest in zip(notes[0], notes[2])]
     remarks = list(dict.fromkeys(filter(None, notes)))
     marked = numbers.assign(mark=[remarks.index(n) + 1 if n else "" for n in notes])
-    tables = [dict(row=row, lines=[_line(c, places, c.mark) for _, c in part.iterrows()], sd={k: part[f"{k}_sd"].notna().any() for k in places}) for row, part in marked.groupby("row", sort=False)]
-    return dict(unit=unit, n_within=int((numbers.within.astype(str) == "True").sum()), n_compared=int(numbers.within.astype(str).isin(["True", "False"]).sum()), tables=tables, remarks=remarks)
+    tables = [dict(row=row, lines=[_line(c, places, c.mark) for _, c in part.iterrows()],
+        sd={k: part[f"{k}_sd"].notna().any() for k in places}) for row, part in marked.groupby("row", sort=False)]
+    return dict(unit=unit, n_within=int((numbers.within.astype(str) == "True").sum()),
+        n_compared=int(numbers.within.astype(str).isin(["True", "False"]).sum()), tables=tables, remarks=remarks)
 
 # %% ../../nbs/97_publish.report.ipynb #b89e3e55
-FIELDS = dict(paper=str, item=str, title=str, profile=str, data=str, note=str, runs=str, command=str, seeds=list, claims=list)
-CLAIM = dict(id=str, sentence=str, test=str, source=str, kind=str, ours=bool, numbers=dict, intervals=dict, verdict=str, cause=str, power=str, decide=str)
+FIELDS = dict(paper=str, item=str, title=str, profile=str, data=str, note=str, runs=str, command=str, seeds=list,
+    claims=list)
+CLAIM = dict(id=str, sentence=str, test=str, source=str, kind=str, ours=bool, numbers=dict, intervals=dict, verdict=str,
+    cause=str, power=str, decide=str)
 
 def heading(
     paper:str, # "eqc"
@@ -80,18 +85,23 @@ def heading(
     return short[:1].upper() + short[1:]
 
 def _check_fields(what, found, fields):
-    if not isinstance(found, dict): raise ConfigError(f"{what} is {type(found).__name__}, not a table of names and values")
+    if not isinstance(found, dict):
+        raise ConfigError(f"{what} is {type(found).__name__}, not a table of names and values")
     for name, kind in fields.items():
-        if not isinstance(found.get(name), kind): raise ConfigError(f"{what} has no {name}, or one that is not {kind.__name__}")
+        if not isinstance(found.get(name), kind):
+            raise ConfigError(f"{what} has no {name}, or one that is not {kind.__name__}")
 
 def _check_recipe(recipe, file):
     _check_fields(f"{file}.json", recipe, FIELDS)
-    if (name := f"{recipe['paper']}_{recipe['item']}") != file: raise ConfigError(f"{file}.json is the recipe of {name}")
-    if check_choice(f"profile in {file}.json", recipe["profile"], PROFILES) == "smoke": raise ConfigError(f"{file} was made at smoke, which is no result")
+    if (name := f"{recipe['paper']}_{recipe['item']}") != file:
+        raise ConfigError(f"{file}.json is the recipe of {name}")
+    if check_choice(f"profile in {file}.json", recipe["profile"], PROFILES) == "smoke":
+        raise ConfigError(f"{file} was made at smoke, which is no result")
     for c in recipe["claims"]:
         _check_fields(f"a claim in {file}.json", c, CLAIM)
         check_choice(f"verdict in {file}.json", c["verdict"], VERDICTS)
-        if not all(isinstance(v, (int, float)) for v in c["numbers"].values()): raise ConfigError(f"a claim in {file}.json is decided by what is not a number")
+        if not all(isinstance(v, (int, float)) for v in c["numbers"].values()):
+            raise ConfigError(f"a claim in {file}.json is decided by what is not a number")
 
 def read_item(
     stem, # path of its three files, without their ends
@@ -108,8 +118,10 @@ def _read_item(png, csv):
     _check_recipe(recipe, png.stem)
     json.dumps(recipe, ensure_ascii=False).encode() # half a character cannot be written
     with Image.open(png, formats=["PNG"]) as image: size = image.size; image.verify()
-    files = dict(png=png.read_bytes(), csv=csv.read_bytes(), beside=comparison(pd.read_csv(csv, dtype=dict(row=str, column=str, note=str), encoding="utf-8")))
-    return dict(recipe, name=f"{recipe['paper']}/{recipe['item']}", heading=heading(recipe["paper"], recipe["title"]), size=size, **files)
+    files = dict(png=png.read_bytes(), csv=csv.read_bytes(),
+        beside=comparison(pd.read_csv(csv, dtype=dict(row=str, column=str, note=str), encoding="utf-8")))
+    return dict(recipe, name=f"{recipe['paper']}/{recipe['item']}", heading=heading(recipe["paper"], recipe["title"]),
+        size=size, **files)
 
 def read_items(
     folder, # with the figures
@@ -119,7 +131,8 @@ def read_items(
     for name in sorted({p.name[:-len(p.suffix)] for p in folder.glob("[!.]*") if p.suffix in (".png", ".json")}):
         try: items.append(read_item(folder/name))
         except ConfigError as e: problems.append(str(e).replace(f"{folder}{os.sep}", ""))
-    if not items and not problems: raise ConfigError(f"no figures in {folder}: make some with `refcomm reproduce`, or name another folder with --figures")
+    if not items and not problems:
+        raise ConfigError(f"no figures in {folder}: make some with `refcomm reproduce`, or name another folder with --figures")
     return items, problems
 
 # %% ../../nbs/97_publish.report.ipynb #5767d164
@@ -128,7 +141,8 @@ def standing(
 )->dict: # within, reproduced: "3 of 4", or a dash
     "How many numbers agree with the paper's, and how many of the paper's claims are reproduced."
     c, n = item["beside"], counted(item["claims"])
-    return dict(within=f"{c['n_within']} of {c['n_compared']}" if c and c["n_compared"] else "–", reproduced=f"{n['reproduced']} of {sum(n.values())}" if sum(n.values()) else "–")
+    return dict(within=f"{c['n_within']} of {c['n_compared']}" if c and c["n_compared"] else "–",
+        reproduced=f"{n['reproduced']} of {sum(n.values())}" if sum(n.values()) else "–")
 
 def ledger(
     items, # from `read_items`
@@ -175,9 +189,11 @@ def section(
     place = {i: n for n,i in enumerate(own["item"])}
     order = lambda i: (place.get(i, place.get(i.split("_")[0], len(place))), i)
     have = {i["item"]: i for i in items}
-    missing = [dict(item=i, title=wanted[i], printed=int(printed.get(i, 0)), command=f"refcomm reproduce {paper}/{i}" if f"{paper}/{i}" in known else "") for i in sorted(set(wanted) - set(have), key=order)]
+    missing = [dict(item=i, title=wanted[i], printed=int(printed.get(i, 0)), command=f"refcomm reproduce {paper}/{i}"
+        if f"{paper}/{i}" in known else "") for i in sorted(set(wanted) - set(have), key=order)]
     made = [have[i] for i in sorted(have, key=order)]
-    return dict(paper=paper, name=NAMES.get(paper, paper), items=made, missing=missing, drawings=[label(i) for i in own["item"] if i not in results],
+    return dict(paper=paper, name=NAMES.get(paper, paper), items=made, missing=missing,
+    drawings=[label(i) for i in own["item"] if i not in results],
                 claims=ledger(made), n_results=len(results), n_made=len(set(have) & set(results)))
 
 def sections(
@@ -199,8 +215,10 @@ def page(
     "The report as one page of HTML."
     from jinja2 import Environment, StrictUndefined
     env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    env.filters.update(uri=lambda data, kind: _uri(kind, data), digits=digits, tally=tally, anchor=lambda name: name.replace("/", "-"),
-                       places=lambda values: decimals(values, 4), relation=lambda text: text.replace("<=", "≤").replace(">=", "≥"), slug=slug, standing=standing)
+    env.filters.update(uri=lambda data, kind: _uri(kind, data), digits=digits, tally=tally,
+    anchor=lambda name: name.replace("/", "-"),
+                       places=lambda values: decimals(values, 4),
+                       relation=lambda text: text.replace("<=", "≤").replace(">=", "≥"), slug=slug, standing=standing)
     parts = sections(items, known or {})
     template = env.from_string((resources.files("refcomm.publish")/"report.html.j2").read_text(encoding="utf-8"))
     return template.render(sections=parts, claims=[c for s in parts for c in s["claims"]], problems=problems,
@@ -222,5 +240,6 @@ def write_report(
         html = page(items, problems, known)
     try:
         with write_atomic(out) as tmp: tmp.write_text(html, encoding="utf-8")
-    except StoreError as e: raise StoreError(f"cannot write {out}: {getattr(e.__cause__, 'strerror', None) or e}; name another file with --out") from None
+    except StoreError as e:
+        raise StoreError(f"cannot write {out}: {getattr(e.__cause__, 'strerror', None) or e}; name another file with --out") from None
     return items, problems

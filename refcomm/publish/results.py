@@ -28,7 +28,8 @@ def headline(
     "One number of a paper, and ours."
     item, row, column, what, factor, unit = HEADLINES[paper]
     kept = [i for i in items if i["item"] == item and i["beside"]]
-    lines = [line for i in kept for t in i["beside"]["tables"] if t["row"] == row for line in t["lines"] if line["column"] == column]
+    lines = [line for i in kept for t in i["beside"]["tables"] if t["row"] == row for line in t["lines"]
+        if line["column"] == column]
     return f"{what}: **{lines[0]['ours']}{unit}** (paper: {lines[0]['published']}{unit})" if lines else "–"
 
 def verdicts(
@@ -78,8 +79,10 @@ def results_page(
     items, # from `read_items`
 )->str: # markdown, for `figures/README.md`
     "Every item and every claim, paper by paper."
-    page = ["# Results", "", "Every kept table and figure with the command that makes it again, and every claim with its verdict.",
-            "This page is generated from the recipes in this folder; `refcomm report` makes a page with all numbers beside the papers'.", ""]
+    page = ["# Results", "",
+    "Every kept table and figure with the command that makes it again, and every claim with its verdict.",
+            "This page is generated from the recipes in this folder; `refcomm report` makes a page with all numbers beside the papers'.",
+            ""]
     for s in sections(items, {}):
         if not s["items"]: continue
         page += [f"## {s['name']}", "", *_items(s), ""]

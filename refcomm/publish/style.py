@@ -13,7 +13,8 @@ from ..core import check_choice
 
 # %% ../../nbs/93_publish.style.ipynb #4ddd5b4f
 PALETTE = dict(
-    blue="#0072B2", orange="#E69F00", green="#009E73", vermilion="#D55E00", purple="#CC79A7", sky="#56B4E9", black="#000000", grey="#666666",
+    blue="#0072B2", orange="#E69F00", green="#009E73", vermilion="#D55E00", purple="#CC79A7", sky="#56B4E9",
+    black="#000000", grey="#666666",
 ) # Okabe and Ito (2008), with grey in place of yellow
 MARKERS = "osD^vPX*"
 MAP, DIVERGING = "viridis", "coolwarm" # perceptually ordered colour maps: of amounts, and of differences around zero
@@ -22,9 +23,11 @@ MAP, DIVERGING = "viridis", "coolwarm" # perceptually ordered colour maps: of am
 _BOTTLENECKS = dict(CN=("vermilion", "o"), GS=("green", "s"), QT=("blue", "^"))
 _CHANNELS = dict(RNN="-", Inst="--")
 CONFIGURATIONS = {f"{b}-{c}": (*look, ls) for b, look in _BOTTLENECKS.items() for c, ls in _CHANNELS.items()} | {
-    "trained": ("blue", "o", "-"), "untrained": ("orange", "s", "--"), "random": ("grey", "v", ":"), "shuffled": ("purple", "D", "-."),
+    "trained": ("blue", "o", "-"), "untrained": ("orange", "s", "--"), "random": ("grey", "v", ":"),
+    "shuffled": ("purple", "D", "-."),
     "saliency": ("green", "^", "-"), "all patches": ("black", "P", "-"),
-    "game": ("blue", "o", "-"), "MoCo-v2": ("vermilion", "^", "-"), "SimCLR": ("vermilion", "^", "-"), "VQ-VAE-2": ("green", "s", "-"),
+    "game": ("blue", "o", "-"), "MoCo-v2": ("vermilion", "^", "-"), "SimCLR": ("vermilion", "^", "-"),
+    "VQ-VAE-2": ("green", "s", "-"),
     "PatchVAE": ("orange", "D", "-"), "supervised": ("black", "P", "-"), "chance": ("grey", "", ":"),
 } # name of a line → colour, marker, dashes
 
@@ -48,18 +51,23 @@ def ordered_styles(
     import matplotlib
     values = list(dict.fromkeys(map(str, values)))
     steps = [.85*i/max(1, len(values) - 1) for i in range(len(values))]
-    return {v: dict(color=matplotlib.colormaps[MAP](s), marker=MARKERS[i % len(MARKERS)], ms=4, markevery=.12) for i, (v, s) in enumerate(zip(values, steps))}
+    return {v: dict(color=matplotlib.colormaps[MAP](s), marker=MARKERS[i % len(MARKERS)], ms=4, markevery=.12)
+        for i, (v, s) in enumerate(zip(values, steps))}
 
 # %% ../../nbs/93_publish.style.ipynb #90e058c5
 SETTINGS = {
-    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 9, "legend.fontsize": 8,
-    "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.grid": True, "grid.alpha": .3, "axes.spines.top": False, "axes.spines.right": False,
+    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.grid": True, "grid.alpha": .3, "axes.spines.top": False,
+    "axes.spines.right": False,
     "legend.frameon": False, "lines.linewidth": 1.5, "figure.dpi": 110, "image.cmap": MAP,
 }
 
 AXES = dict(
-    n_candidates="candidates", accuracy="accuracy", epoch="epoch", word_length="word length (symbols)", alphabet="alphabet size (symbols)",
-    noum="unique messages", min_symbols="min|M| (symbols)", n_symbols="symbols sent", alphabet_size="alphabet size (symbols)",
+    n_candidates="candidates", accuracy="accuracy", epoch="epoch", word_length="word length (symbols)",
+    alphabet="alphabet size (symbols)",
+    noum="unique messages", min_symbols="min|M| (symbols)", n_symbols="symbols sent",
+    alphabet_size="alphabet size (symbols)",
     nmi="normalised mutual information", position="position in the message", rank="rank", share="share",
 ) # column → what an axis is called
 

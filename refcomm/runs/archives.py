@@ -28,7 +28,8 @@ class _Hashed:
 def _check_target(path, force):
     if not os.path.lexists(path): return
     mode = os.lstat(path).st_mode
-    kind = next((k for k, of in (("a folder", stat.S_ISDIR), ("a link", stat.S_ISLNK), ("a file", stat.S_ISREG)) if of(mode)), "a device or a pipe")
+    kind = next((k for k, of in (("a folder", stat.S_ISDIR), ("a link", stat.S_ISLNK), ("a file", stat.S_ISREG))
+        if of(mode)), "a device or a pipe")
     if kind != "a file": raise ConfigError(f"{path} is {kind}: name a file that is not there yet")
     if not force: raise ConfigError(f"{path} is there already: name another file, or replace it with --force")
 
@@ -53,15 +54,18 @@ def export_runs(
     listed = [dict(experiment=r.experiment, key=r.key, files={}) for r in records]
     for r, entry in zip(records, listed):
         for name in r.files:
-            with open_regular(r.path/name) as f: entry["files"][name] = [os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest()]
+            with open_regular(r.path/name) as f:
+                entry["files"][name] = [os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest()]
     manifest = json.dumps(dict(format=1, records=listed), indent=1).encode()
     with write_atomic(path) as tmp:
         with tarfile.open(tmp, "w", format=tarfile.GNU_FORMAT) as tar:
             tar.addfile(_entry(MANIFEST, len(manifest)), io.BytesIO(manifest))
             for r, entry in zip(records, listed):
                 for name, (size, sha) in entry["files"].items():
-                    with open_regular(r.path/name) as f: tar.addfile(_entry(f"{r.experiment}/{r.key}/{name}", size), read := _Hashed(f))
-                    if read.digest.hexdigest() != sha: raise RecordError(f"run {r.experiment}/{r.key} changed while it was packed: export again")
+                    with open_regular(r.path/name) as f:
+                        tar.addfile(_entry(f"{r.experiment}/{r.key}/{name}", size), read := _Hashed(f))
+                    if read.digest.hexdigest() != sha:
+                        raise RecordError(f"run {r.experiment}/{r.key} changed while it was packed: export again")
         _check_target(path, force)
     return len(records)
 
@@ -96,7 +100,8 @@ def _members(f): # (name, size) pairs; the caller reads the `size` bytes before 
             named = set(re.findall(rb"^\d+ ([^=]+)=", _exactly(f, info.size + -info.size % 512)[:info.size], re.M))
             if named <= {b"mtime", b"atime", b"ctime", b"uname", b"gname", b"uid", b"gid"}: continue
             raise RecordError(f"it has a header that changes {', '.join(sorted(n.decode(errors='replace') for n in named))}")
-        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE): raise RecordError(f"it holds {info.name[:80]!r}, which is not a plain file")
+        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            raise RecordError(f"it holds {info.name[:80]!r}, which is not a plain file")
         yield info.name, info.size
         _exactly(f, -info.size % 512)
 
@@ -113,16 +118,20 @@ LIMITS = dict(zip(FILES, (2**26, 2**40, 2**30, 2**40))) # bytes of a record's fi
 def _listed(data)->dict: # name → (size, checksum)
     try:
         content = json.loads(data)
-        if content["format"] != 1: raise RecordError(f"its list has format {content['format']!r}, made by a newer version of refcomm")
-        files = [(f"{r['experiment']}/{r['key']}/{name}", int(size), str(sha)) for r in content["records"] for name, (size, sha) in r["files"].items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e: raise RecordError(f"its list cannot be read: {e!r}") from None
+        if content["format"] != 1:
+            raise RecordError(f"its list has format {content['format']!r}, made by a newer version of refcomm")
+        files = [(f"{r['experiment']}/{r['key']}/{name}", int(size), str(sha)) for r in content["records"]
+            for name, (size, sha) in r["files"].items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise RecordError(f"its list cannot be read: {e!r}") from None
     for name, size, _ in files: _check_member(name, size)
     if len({name for name, *_ in files}) < len(files): raise RecordError("its list names a file twice")
     return {name: (size, sha) for name, size, sha in files}
 
 def _check_member(name, size):
     if not NAME.fullmatch(name): raise RecordError(f"it holds {name[:80]!r}, which is no record's file")
-    if not 0 <= size <= LIMITS[name.split("/")[2]]: raise RecordError(f"{name} would have {size} bytes, more than such a file may have")
+    if not 0 <= size <= LIMITS[name.split("/")[2]]:
+        raise RecordError(f"{name} would have {size} bytes, more than such a file may have")
 
 def _check_room(total, path, folder):
     most = max(2**30, 100*Path(path).stat().st_size)
@@ -153,10 +162,13 @@ def _unpack(path, folder)->list: # sentences about what is wrong
                     listed = _listed(_exactly(f, size))
                     _check_room(sum(size for size, _ in listed.values()), path, folder)
                     continue
-                if listed is None and DROPPINGS.fullmatch(name.split("/")[-1]) and size < 2**20: _exactly(f, size); continue
+                if listed is None and DROPPINGS.fullmatch(name.split("/")[-1]) and size < 2**20:
+                    _exactly(f, size)
+                    continue
                 _check_member(name, size)
                 if name in seen: raise RecordError(f"it holds {name} twice")
-                if listed is not None and (name not in listed or listed[name][0] != size): raise RecordError(f"{name} is not in its list, or has another size")
+                if listed is not None and (name not in listed or listed[name][0] != size):
+                    raise RecordError(f"{name} is not in its list, or has another size")
                 total += size
                 if listed is None: _check_room(total, path, folder)
                 make_folder((folder/name).parent)
@@ -167,8 +179,10 @@ def _unpack(path, folder)->list: # sentences about what is wrong
     except tarfile.TarError as e: problems.append(f"it is no tar file, or damaged ({e})")
     missing = sorted(set(listed or {}) - set(seen))
     if missing:
-        problems.append(f"{len(missing)} of the {len(listed)} files in its list are missing: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
-    problems += [f"{name} does not match its checksum" for name, sha in seen.items() if listed and listed[name][1] != sha]
+        problems.append(f"{len(missing)} of the {len(listed)} files in its list are missing: "
+            f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
+    problems += [f"{name} does not match its checksum" for name, sha in seen.items() if listed
+        and listed[name][1] != sha]
     if listed is None and not seen and not problems: problems.append("it holds no records")
     return problems
 
@@ -178,7 +192,8 @@ def _checked(check, store, also)->tuple: # keys of the sound records, sentences 
     sound, problems = [], []
     for e, k in check.keys():
         try:
-            if not (spec_class(e) or e in also or (store.root/e).is_dir()): raise RecordError(f"run {e}/{k} is of an unknown experiment")
+            if not (spec_class(e) or e in also or (store.root/e).is_dir()):
+                raise RecordError(f"run {e}/{k} is of an unknown experiment")
             record = check.read(e, k)
             with pq.ParquetFile(record.path/"history.parquet") as history: rows = history.metadata.num_rows
             if isinstance(record.spec.get("epochs"), int) and rows > max(1, record.spec["epochs"]):
@@ -200,10 +215,13 @@ def import_runs(
     with held, disk_errors(store.root):
         try: problems = _unpack(path, folder)
         except RecordError as e:
-            raise RecordError(f"cannot read archive {path}: {str(e).removeprefix(f'cannot read archive {path}: ')}: nothing was imported") from None
+            raise RecordError(f"cannot read archive {path}: {str(e).removeprefix(f'cannot read archive {path}: ')}: "
+                f"nothing was imported") from None
         sound, bad = _checked(Store(folder), store, also)
         if (problems := problems + bad) and not (partial and sound):
-            raise RecordError(f"archive {path}: {problems[0]}{f' (and {len(problems) - 1} more)' if problems[1:] else ''}: nothing was imported" + ("; --partial takes the runs that are sound" if sound else ""))
+            raise RecordError(f"archive {path}: "
+                f"{problems[0]}{f' (and {len(problems) - 1} more)' if problems[1:] else ''}: nothing was imported"
+                + ("; --partial takes the runs that are sound" if sound else ""))
         for e, k in sound:
             with store.lock(e, k):
                 into = new

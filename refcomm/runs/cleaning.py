@@ -46,7 +46,8 @@ def recognise(
     "Raise a `ConfigError` for a folder that is no store; mark one that was made before stores were marked."
     if (store.root/MARKER).is_file() or not _names(store.root): return
     if (others := foreign(store.root)) and not adopt:
-        raise ConfigError(f"{others[0]} was not made by refcomm, and {store.root} has no file {MARKER}: nothing was removed. If it is a store of runs, say so with --adopt")
+        raise ConfigError(f"{others[0]} was not made by refcomm, and {store.root} has no file {MARKER}: nothing was "
+            f"removed. If it is a store of runs, say so with --adopt")
     store.make()
 
 # %% ../../nbs/70_runs.cleaning.ipynb #87a00010
@@ -67,9 +68,12 @@ def _free(store, name): # whether nobody holds this lock; if so, it is held here
 
 def _queued(folder)->bool:
     "Whether jobs that went through this folder still wait or run."
-    jobs = {p.name.split("_")[0] for p in folder.glob("*_submitted.pkl")} - {p.name.split("_")[0] for p in folder.glob("*_result.pkl")}
+    jobs = ({p.name.split("_")[0] for p in folder.glob("*_submitted.pkl")} - {p.name.split("_")[0]
+        for p in folder.glob("*_result.pkl")})
     if not jobs: return False
-    if shutil.which("squeue"): return bool(jobs & set(subprocess.run(["squeue", "-h", "-o", "%A"], capture_output=True, text=True).stdout.split()))
+    if shutil.which("squeue"):
+        return bool(jobs & set(subprocess.run(["squeue", "-h", "-o", "%A"], capture_output=True,
+            text=True).stdout.split()))
     def alive(job):
         try: os.kill(int(job), 0)
         except (ValueError, ProcessLookupError): return False
@@ -88,8 +92,10 @@ def _busy(path)->bool: # whether what is under tmp may belong to somebody who ho
 
 # %% ../../nbs/70_runs.cleaning.ipynb #87a00013
 def _remove_record(path, done):
-    for name in (*FILES, *(n for n in os.listdir(path) if DROPPINGS.fullmatch(n))) if path.is_dir() and not path.is_symlink() else ():
-        with contextlib.suppress(FileNotFoundError): (path/name).unlink() if not (path/name).is_dir() or (path/name).is_symlink() else shutil.rmtree(path/name)
+    for name in (*FILES, *(n for n in os.listdir(path)
+        if DROPPINGS.fullmatch(n))) if path.is_dir() and not path.is_symlink() else ():
+        with contextlib.suppress(FileNotFoundError):
+            (path/name).unlink() if not (path/name).is_dir() or (path/name).is_symlink() else shutil.rmtree(path/name)
     try: path.unlink() if path.is_symlink() or not path.is_dir() else path.rmdir()
     except FileNotFoundError: return
     except OSError: done.others.append(path)
@@ -117,12 +123,15 @@ def clean(
                 locks = [path.name] if part != "tmp" or re.match(_DRIVER, path.name) else [p.stem
                     for p in (store.root/"locks").glob(f"*-{path.name[:16]}.lock")]
                 with contextlib.ExitStack() as held:
-                    free = all([held.enter_context(_free(store, name)) for name in (locks if part != "set-aside" else [])])
+                    free = all([held.enter_context(_free(store, name))
+                        for name in (locks if part != "set-aside" else [])])
                     if free and not (part == "tmp" and _busy(path)): _remove(path, done)
                     elif os.path.lexists(path): done.in_use.append(path)
-                if re.match(_DRIVER, path.name) and path in done.removed: (store.root/"locks"/f"{path.name}.lock").unlink(missing_ok=True)
+                if re.match(_DRIVER, path.name) and path in done.removed:
+                    (store.root/"locks"/f"{path.name}.lock").unlink(missing_ok=True)
         for e, k in keys if everything else ():
-            with _free(store, f"{e}-{k}") as free: _remove_record(store.path(e, k), done) if free else done.in_use.append(store.path(e, k))
+            with _free(store, f"{e}-{k}") as free:
+                _remove_record(store.path(e, k), done) if free else done.in_use.append(store.path(e, k))
         for name in {e for e, _ in keys}:
             with contextlib.suppress(OSError): (store.root/name).rmdir() # if nothing is left in it
         if store.root == home()/"runs": _sweep_caches(done)
@@ -134,4 +143,5 @@ def _sweep_caches(done):
         if not (found := re.fullmatch(r"\.(.+)\.([0-9a-f]{16}|\d+)\.tmp", path.name)): continue
         lock = home()/"cache"/"locks"/f"{content_digest(str((path.parent/found[1]).absolute()))}.lock"
         if not lock.exists() and _age(path) < 3600: continue
-        with contextlib.suppress(Timeout), FileLock(lock, timeout=0) if lock.exists() else contextlib.nullcontext(): _remove(path, done)
+        with contextlib.suppress(Timeout), FileLock(lock, timeout=0) if lock.exists() else contextlib.nullcontext():
+            _remove(path, done)

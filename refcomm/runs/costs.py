@@ -20,7 +20,8 @@ from refcomm.files import checkout
 from refcomm.runs.store import Store, digest, run_key, spec_fields
 
 # %% ../../nbs/73_runs.costs.ipynb #fa7a64dd
-FREE = ("seed", "split_seed", "games_seed", "lr", "encoder_lr", "warmup", "weight_decay", "weight_decay_end", "momentum",
+FREE = ("seed", "split_seed", "games_seed", "lr", "encoder_lr", "warmup", "weight_decay", "weight_decay_end",
+"momentum",
         "temperature", "cosine_temperature", "entropy_weight", "length_cost") # fields that change no cost
 
 def kind(
@@ -52,7 +53,8 @@ def recorded(
     for r in sound:
         k = kind(r.experiment, r.spec)
         sizes[k].append(r.bytes())
-        if r.provenance["device"].startswith(here): seconds[k].append(r.provenance["seconds"] / r.provenance["trained_together"] / r.spec["epochs"])
+        if r.provenance["device"].startswith(here):
+            seconds[k].append(r.provenance["seconds"] / r.provenance["trained_together"] / r.spec["epochs"])
     return Recorded({(r.experiment, r.key) for r in sound}, seconds, sizes)
 
 # %% ../../nbs/73_runs.costs.ipynb #437b41de
@@ -65,9 +67,11 @@ def shipped(
     for file in sorted(folder.glob("*.json")):
         try:
             recipe = from_json(file.read_text("utf-8"))
-            if not (isinstance(recipe.get("profile"), str) and isinstance(recipe.get("costs", {}), dict)): raise ValueError("a field is missing")
+            if not (isinstance(recipe.get("profile"), str) and isinstance(recipe.get("costs", {}), dict)):
+                raise ValueError("a field is missing")
             found[f"{recipe['paper']}/{recipe['item']}"] = recipe
-        except (OSError, ValueError, KeyError, AttributeError) as e: warnings.warn(printable(f"{file} is no recipe of a figure and is left out ({e!r:.100})"))
+        except (OSError, ValueError, KeyError, AttributeError) as e:
+            warnings.warn(printable(f"{file} is no recipe of a figure and is left out ({e!r:.100})"))
     return found
 
 class Cost(NamedTuple):
@@ -84,15 +88,19 @@ def estimate(
     recipes:dict, # from `shipped`
 )->Cost:
     "Median of like runs, else of the shipped item, else of the paper's shipped items; what was shipped with other images than the usual says little of these."
-    k, at = kind(spec.experiment, spec_fields(spec)), {i: r for i, r in recipes.items() if r["profile"] == profile and r.get("costs", {}).get("runs") and " -p images=" not in r.get("command", "")}
+    k = kind(spec.experiment, spec_fields(spec))
+    at = {i: r for i, r in recipes.items() if r["profile"] == profile and r.get("costs", {}).get("runs")
+        and " -p images=" not in r.get("command", "")}
     others = [r for i, r in at.items() if i.startswith(item.split("/")[0] + "/")]
     own, of = ([at[item]], "this item") if item in at else (others, f"other items of {item.split('/')[0]}")
     seconds, sizes, basis = known.seconds.get(k), known.bytes.get(k), "as like runs here"
     if not seconds and own:
         seconds = [r["costs"]["seconds"]/r["costs"]["epochs"] for r in own]
-        basis = f"as shipped runs of {of} ({', '.join(sorted({r['costs']['device'] for r in own}))}; {', '.join(sorted({r['data'] for r in own}))})"
+        basis = (f"as shipped runs of {of} ({', '.join(sorted({r['costs']['device'] for r in own}))}; "
+            f"{', '.join(sorted({r['data'] for r in own}))})")
     if not sizes: sizes = [r["costs"]["bytes"]/r["costs"]["runs"] for r in own if "bytes" in r["costs"]]
-    return Cost(statistics.median(seconds)*spec.epochs if seconds else None, statistics.median(sizes) if sizes else None, basis if seconds else "unknown")
+    return Cost(statistics.median(seconds)*spec.epochs if seconds else None, statistics.median(sizes) if sizes
+        else None, basis if seconds else "unknown")
 
 # %% ../../nbs/73_runs.costs.ipynb #fa0cbf6a
 class Line(NamedTuple):
@@ -108,8 +116,10 @@ class Line(NamedTuple):
 
 def _line(item, runs, costs)->Line:
     count = collections.Counter(c.basis for c in costs)
-    return Line(item, runs, runs - len(costs), sum(c.seconds or 0 for c in costs), sum(c.seconds is None for c in costs),
-                sum(c.bytes or 0 for c in costs), sum(c.bytes is None for c in costs), "; ".join(f"{n} {b}" for b, n in count.items()))
+    return Line(item, runs, runs - len(costs), sum(c.seconds or 0 for c in costs),
+    sum(c.seconds is None for c in costs),
+                sum(c.bytes or 0 for c in costs), sum(c.bytes is None for c in costs),
+                "; ".join(f"{n} {b}" for b, n in count.items()))
 
 def plan_costs(
     wanted:dict, # item → Specs
@@ -121,7 +131,8 @@ def plan_costs(
     lines, once = [], {}
     for item, specs in wanted.items():
         specs = dict.fromkeys(specs)
-        costs = {s: estimate(s, item, profile, known, recipes) for s in specs if (s.experiment, run_key(s)) not in known.keys}
+        costs = {s: estimate(s, item, profile, known, recipes) for s in specs
+            if (s.experiment, run_key(s)) not in known.keys}
         lines.append(_line(item, len(specs), costs.values()))
         for s in specs:
             if once.get(s) is None or once[s].seconds is None: once[s] = costs.get(s)
@@ -133,7 +144,9 @@ def duration(
     unknown:int=0, # runs that it leaves out
 )->str:
     "A time in the unit that suits it."
-    text = next(f"{seconds/n:.{d}f} {unit}" for n, d, unit in ((86400, 1, "days"), (3600, 1, "h"), (60, 0, "min"), (1, 0, "s")) if seconds >= 1.5*n or n == 1)
+    text = next(f"{seconds/n:.{d}f} {unit}"
+        for n, d, unit in ((86400, 1, "days"), (3600, 1, "h"), (60, 0, "min"), (1, 0, "s")) if seconds >= 1.5*n
+        or n == 1)
     return text if not unknown else f"{text} + ?" if seconds else "?"
 
 def size(
@@ -141,5 +154,7 @@ def size(
     unknown:int=0, # runs that it leaves out
 )->str:
     "Bytes in the unit that suits them."
-    text = next(f"{n_bytes/n:.{d}f} {unit}" for n, d, unit in ((2**30, 1, "GiB"), (2**20, 1, "MiB"), (2**10, 0, "KiB"), (1, 0, "B")) if n_bytes >= n or n == 1)
+    text = next(f"{n_bytes/n:.{d}f} {unit}"
+        for n, d, unit in ((2**30, 1, "GiB"), (2**20, 1, "MiB"), (2**10, 0, "KiB"), (1, 0, "B")) if n_bytes >= n
+        or n == 1)
     return text if not unknown else f"{text} + ?" if n_bytes else "?"

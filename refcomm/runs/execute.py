@@ -36,7 +36,8 @@ class Context(NamedTuple):
 def _known_members(folder, specs, missing): # Specs; None where there is nothing to go on with
     if not os.path.lexists(folder): return None
     try:
-        with open_regular(folder/"members.json") as f: members = [type(specs[0])(**fields) for fields in json.loads(f.read(2**26))]
+        with open_regular(folder/"members.json") as f:
+            members = [type(specs[0])(**fields) for fields in json.loads(f.read(2**26))]
         if members and len(set(members)) == len(members) and set(missing) <= set(members) <= set(specs): return members
         why = "its members.json names other runs than these"
     except FileNotFoundError: return None
@@ -48,7 +49,8 @@ def _members(store, folder, specs, missing)->list: # Specs
     if members := _known_members(folder, specs, missing): return members
     if any((folder/n).exists() for n in ("members.json", "training.safetensors")): store.move_aside(folder, folder.name)
     else: shutil.rmtree(folder, ignore_errors=True)
-    with write_atomic(folder/"members.json") as tmp: tmp.write_text(json.dumps([spec_fields(s) for s in missing]), encoding="utf-8")
+    with write_atomic(folder/"members.json") as tmp:
+        tmp.write_text(json.dumps([spec_fields(s) for s in missing]), encoding="utf-8")
     return missing
 
 def checkpoint_interval()->float: # seconds
@@ -68,7 +70,9 @@ def run_stack(
     weights:bool=True, # keep the trained weights
 )->list: # keys
     "Make the runs of a stack that the store does not hold yet. This is what executors submit."
-    store, module, interval = Store(root), importlib.import_module(type(specs[0]).__module__), checkpoint_interval() if checkpoint_seconds is None else checkpoint_seconds
+    store = Store(root)
+    module = importlib.import_module(type(specs[0]).__module__)
+    interval = checkpoint_interval() if checkpoint_seconds is None else checkpoint_seconds
     check_logger(logger)
     if processes()[0]: return _follow(specs, store, device)
     say = report if callable(report) else _reporter(report) if report else lambda done, text: None
@@ -85,7 +89,9 @@ def run_stack(
             package_commit() # as it is now, not when training ends
             if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
             with StackLogs(logger, [(s.experiment, run_key(s), spec_fields(s)) for s in members]) as logs:
-                try: results = module.run(members, Context(device, _checkpoint(folder, members), say, interval, logs.epochs, weights))
+                try:
+                    results = module.run(members, Context(device, _checkpoint(folder, members), say, interval,
+                        logs.epochs, weights))
                 except (ConfigError, TrainingDiverged): shutil.rmtree(folder, ignore_errors=True); raise
                 with stop.hold():
                     origin = provenance(pick_device(device), float(results[0].history["seconds"].sum()), len(members))
@@ -97,9 +103,11 @@ def run_stack(
     say(1., "done")
     return [run_key(s) for s in specs]
 
-def _checkpoint(folder, members): return Checkpoint(folder/"training.safetensors", digest([run_key(s) for s in members])[:16])
+def _checkpoint(folder, members):
+    return Checkpoint(folder/"training.safetensors", digest([run_key(s) for s in members])[:16])
 
-def _unfinished(store, specs): return store.root/"unfinished"/f"{specs[0].experiment}-{digest([run_key(s) for s in specs])[:16]}"
+def _unfinished(store, specs):
+    return store.root/"unfinished"/f"{specs[0].experiment}-{digest([run_key(s) for s in specs])[:16]}"
 
 def _follow(specs, store, device)->list: # keys
     "Take part in what the first process makes; that one keeps checkpoints and writes the records."
@@ -122,7 +130,8 @@ def make_stacks(specs, device="auto")->list: # lists of Specs
     "Group Specs that can be trained together, in order of first appearance."
     groups = {}
     for s in dict.fromkeys(specs):
-        key = getattr(importlib.import_module(type(s).__module__), "stack_key", lambda s, device: s)(s, pick_device(device))
+        key = getattr(importlib.import_module(type(s).__module__), "stack_key", lambda s, device: s)(s,
+            pick_device(device))
         groups.setdefault((type(s), key), []).append(s)
     return list(groups.values())
 
@@ -143,7 +152,8 @@ def execute(
     executor = executor or os.environ.get("REFCOMM_EXECUTOR") or "local"
     if isinstance(executor, str): check_executor(executor)
     logger = check_logger(logger or os.environ.get("REFCOMM_LOGGER"))
-    if weights is None: weights = check_choice("REFCOMM_WEIGHTS", os.environ.get("REFCOMM_WEIGHTS") or "on", ("on", "off")) == "on"
+    if weights is None:
+        weights = check_choice("REFCOMM_WEIGHTS", os.environ.get("REFCOMM_WEIGHTS") or "on", ("on", "off")) == "on"
     found = {s: store.get(s) for s in dict.fromkeys(specs)}
     every = make_stacks(found, device)
     _refuse_training([s for s, record in found.items() if record is None])
@@ -152,7 +162,9 @@ def execute(
         with Interruptible(): _make(stacks, len(every), jobs, store, device, executor, logger, weights, desc)
     except Interrupted as e: raise _kept(e, found, store) from None
     records = [found[s] or store.get(s) for s in specs]
-    if None in records: raise RecordError(f"run {run_key(specs[records.index(None)])} vanished from {store.root} while others were made: is another process cleaning it?")
+    if None in records:
+        raise RecordError(f"run {run_key(specs[records.index(None)])} vanished from {store.root} while others were "
+            f"made: is another process cleaning it?")
     _note_used(records)
     return records
 
@@ -182,7 +194,8 @@ def _kept(e, found, store)->Interrupted:
     "What a driver that is stopped leaves behind, in one line."
     done = sum(r is not None or (store.path(s.experiment, run_key(s))/"record.json").exists() for s, r in found.items())
     states = len(list(store.root.glob("unfinished/*/training.safetensors")))
-    return Interrupted(f"stopped by {e.name}: {done} of {len(found)} runs are in {store.root}, and {states} unfinished training{'s have' if states != 1 else ' has'} a checkpoint there; the same command continues", e.signum)
+    return Interrupted(f"stopped by {e.name}: {done} of {len(found)} runs are in {store.root}, and {states} unfinished "
+        f"training{'s have' if states != 1 else ' has'} a checkpoint there; the same command continues", e.signum)
 
 def _inline(stacks, store, device, logger, weights, bar):
     for stack in stacks:
@@ -196,7 +209,8 @@ def _submit(stacks, store, device, logger, weights, bar, pool):
     with held:
         try:
             with named_deaths("making runs", "run again to continue where it was"):
-                futures = [pool.submit(run_stack, s, str(store.root), device, str(folder/str(i)), logger, None, weights) for i,s in enumerate(stacks)]
+                futures = [pool.submit(run_stack, s, str(store.root), device, str(folder/str(i)), logger, None, weights)
+                    for i,s in enumerate(stacks)]
                 while pending := [f for f in futures if not f.done()]:
                     concurrent.futures.wait(pending, timeout=1, return_when="FIRST_EXCEPTION")
                     bar.update(sum(_share(folder/str(i))*len(s) for i,s in enumerate(stacks)) - bar.n)
@@ -232,7 +246,8 @@ def origins(records)->str: # one line
     ps = [r.provenance for r in records]
     pick = lambda k: ", ".join(sorted({str(p[k]) for p in ps if p[k] != ""}))
     n = len({r.key for r in records})
-    return f"{n} run{'s'*(n > 1)} · commit {pick('commit') or 'none'} · {pick('device')} · torch {pick('torch')} · {_seconds(records):.0f} s of training"
+    return (f"{n} run{'s'*(n > 1)} · commit {pick('commit') or 'none'} · {pick('device')} · torch {pick('torch')} · "
+        f"{_seconds(records):.0f} s of training")
 
 # %% ../../nbs/72_runs.execute.ipynb #50cbd53d
 def load_spec(

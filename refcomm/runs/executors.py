@@ -63,7 +63,8 @@ def named_deaths(
 ):
     "A process of an executor that dies in this block is a `WorkerDied`."
     try: yield
-    except concurrent.futures.BrokenExecutor as e: raise WorkerDied(f"a process that was {work} died: killed, or out of memory; {again}, with fewer jobs if memory is short") from e
+    except concurrent.futures.BrokenExecutor as e:
+        raise WorkerDied(f"a process that was {work} died: killed, or out of memory; {again}, with fewer jobs if memory is short") from e
 
 # %% ../../nbs/71_runs.executors.ipynb #6687797b
 def portable(
@@ -115,7 +116,9 @@ class Elsewhere(concurrent.futures.ThreadPoolExecutor):
             with self.one: job = self.start(work)
             try: value, error = self._watch(job)
             except WorkerDied as e:
-                if last: raise WorkerDied(f"the worker of a run died twice: run again to continue where it was. The end of its log:\n{_tail(e)}") from None
+                if last:
+                    raise WorkerDied(f"the worker of a run died twice: run again to continue where it was. The end of "
+                        f"its log:\n{_tail(e)}") from None
             else:
                 if error: raise error
                 return value
@@ -146,10 +149,12 @@ class SlurmExecutor(Elsewhere):
         self.folder, self.held = Store().own_folder("slurm")
         with disk_errors(self.folder): self.queue = submitit.AutoExecutor(self.folder)
         self.here = self.queue.cluster == "local"
-        self.queue.update_parameters(name="refcomm", timeout_min=24*60, **(dict(gpus_per_node=torch.cuda.device_count()) if self.here else {}))
+        self.queue.update_parameters(name="refcomm", timeout_min=24*60,
+            **(dict(gpus_per_node=torch.cuda.device_count()) if self.here else {}))
         self.threads = max(1, n_cores() // jobs) if self.here else 0
 
-    def pack(self, fn, args): return portable(fn, args, self.threads, ("REFCOMM_", "CUDA_VISIBLE_DEVICES") if self.here else ("REFCOMM_",))
+    def pack(self, fn, args):
+        return portable(fn, args, self.threads, ("REFCOMM_", "CUDA_VISIBLE_DEVICES") if self.here else ("REFCOMM_",))
     def start(self, work): return self.queue.submit(work)
     def done(self, job): return job.done()
     def stop(self, job): job.cancel(check=False)
@@ -176,7 +181,9 @@ def slot(
     return max((n for n in range(1, int(max(c for c, _ in nodes)) + 1) if room(n) >= jobs), default=1), gpus
 
 # %% ../../nbs/71_runs.executors.ipynb #5c1d7e15
-PATIENT = dict(RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_gcs_server_port_wait_time_s="300", RAY_agent_register_timeout_ms="600000", RAY_worker_register_timeout_seconds="600", RAY_worker_niceness="0")
+PATIENT = dict(RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+    RAY_gcs_server_port_wait_time_s="300", RAY_agent_register_timeout_ms="600000",
+    RAY_worker_register_timeout_seconds="600", RAY_worker_niceness="0")
 
 @contextlib.contextmanager
 def _loopback():
@@ -192,11 +199,13 @@ def _start_ray(cpus, gpus=None, head=None):
     class Lean(Node):
         def start_api_server(self, **options): pass
         def start_ray_processes(self):
-            for name in ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port"): persist_port(self.get_session_dir_path(), self.node_id, name, -1)
+            for name in ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port"):
+                persist_port(self.get_session_dir_path(), self.node_id, name, -1)
             super().start_ray_processes()
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     with _loopback():
-        return Lean(RayParams(num_cpus=cpus, num_gpus=gpus, gcs_address=head, object_store_memory=80*2**20, runtime_env_agent_port=port, dashboard_agent_listen_port=0, min_worker_port=0, max_worker_port=0,
+        return Lean(RayParams(num_cpus=cpus, num_gpus=gpus, gcs_address=head, object_store_memory=80*2**20,
+        runtime_env_agent_port=port, dashboard_agent_listen_port=0, min_worker_port=0, max_worker_port=0,
             no_monitor=True, include_log_monitor=False), head=not head, shutdown_at_exit=True, spawn_reaper=True)
 
 # %% ../../nbs/71_runs.executors.ipynb #5c1d7e17
@@ -220,16 +229,20 @@ class RayExecutor(Elsewhere):
             opened.enter_context(held)
             if not ray.is_initialized(): self._connect(opened, address)
             nodes = [(n["Resources"].get("CPU", 0), n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]]
-            if gpus and not any(g for _, g in nodes): raise ConfigError(f"REFCOMM_GPUS is {gpus:g}, but no node of the Ray cluster has a GPU: unset it")
+            if gpus and not any(g for _, g in nodes):
+                raise ConfigError(f"REFCOMM_GPUS is {gpus:g}, but no node of the Ray cluster has a GPU: unset it")
             self.threads, gpus = slot(nodes, jobs, gpus)
-            self.task = ray.remote(num_cpus=self.threads, num_gpus=gpus, max_calls=1, max_retries=0, scheduling_strategy="SPREAD")(lambda work: work())
+            self.task = ray.remote(num_cpus=self.threads, num_gpus=gpus, max_calls=1, max_retries=0,
+                scheduling_strategy="SPREAD")(lambda work: work())
             self.opened = opened.pop_all()
 
     def _connect(self, opened, address):
         quiet = dict(log_to_driver=False, logging_level=logging.ERROR)
         if address:
             try: self.ray.init(address, **quiet)
-            except (ConnectionError, RuntimeError, ValueError) as e: raise ConfigError(f"no Ray cluster at RAY_ADDRESS={address}: {e}; start one with `ray start --head`, or unset RAY_ADDRESS to have one for these runs alone") from None
+            except (ConnectionError, RuntimeError, ValueError) as e:
+                raise ConfigError(f"no Ray cluster at RAY_ADDRESS={address}: {e}; start one with `ray start --head`, "
+                    f"or unset RAY_ADDRESS to have one for these runs alone") from None
         else:
             node = _start_ray(n_cores())
             opened.callback(node.kill_all_processes, check_alive=False, allow_graceful=True, wait=True)
@@ -252,7 +265,8 @@ class RayExecutor(Elsewhere):
 
     def outcome(self, job):
         try: return self.ray.get(job[0])
-        except self.ray.exceptions.RayError as e: raise WorkerDied((job[1].exists() and job[1].read_text(encoding="utf-8", errors="replace")) or e) from None
+        except self.ray.exceptions.RayError as e:
+            raise WorkerDied((job[1].exists() and job[1].read_text(encoding="utf-8", errors="replace")) or e) from None
 
     def shutdown(self, wait=True, *, cancel_futures=False):
         super().shutdown(wait, cancel_futures=cancel_futures)
@@ -265,5 +279,6 @@ PACKAGES = {"slurm": "submitit", "ray": "ray"} # that executors need; the extras
 def check_executor(name:str)->str:
     "Return the name of an executor that can be used here, or raise a `ConfigError` with the way out."
     check_choice("executor", name, EXECUTORS)
-    if name in PACKAGES: need(PACKAGES[name], f"executor {name!r} needs the package {PACKAGES[name]}: pip install 'refcomm[{name}]'")
+    if name in PACKAGES:
+        need(PACKAGES[name], f"executor {name!r} needs the package {PACKAGES[name]}: pip install 'refcomm[{name}]'")
     return name

@@ -21,7 +21,8 @@ from refcomm.files import disk_errors, fsync_dir, home, make_folder, open_regula
 # %% ../../nbs/68_runs.store.ipynb #1ee1955c
 def spec_fields(spec)->dict: # JSON-able fields
     "A Spec's fields as they are stored; those that its `later` names only where they are not as by default, so that older runs keep their keys."
-    def unknown(x): raise ConfigError(f"{type(spec).__name__} holds {x!r}, {type(x).__name__}, which cannot be stored: use numbers, text, and tuples of them")
+    def unknown(x):
+        raise ConfigError(f"{type(spec).__name__} holds {x!r}, {type(x).__name__}, which cannot be stored: use numbers, text, and tuples of them")
     added = {f.name: f.default for f in dataclasses.fields(spec) if f.name in getattr(spec, "later", ())}
     kept = {k: v for k, v in dataclasses.asdict(spec).items() if k not in added or v != added[k]}
     return json.loads(json.dumps(kept, default=unknown))
@@ -58,7 +59,8 @@ def packed(
 )->"torch.Tensor": # uint8 where 256 suffice (int8 for half as many where some are −1), else int32
     "Symbols in the smallest type that holds them all."
     gaps = symbols.numel() > 0 and int(symbols.min()) < 0
-    return symbols.to(torch.int8 if gaps and alphabet_size <= 128 else torch.uint8 if not gaps and alphabet_size <= 256 else torch.int32)
+    return symbols.to(torch.int8 if gaps and alphabet_size <= 128 else torch.uint8 if not gaps and alphabet_size <= 256
+        else torch.int32)
 
 # %% ../../nbs/68_runs.store.ipynb #159a489d
 FILES = ("record.json", "tensors.safetensors", "history.parquet", "weights.safetensors") # that a record may have; it can do without the last
@@ -116,9 +118,12 @@ def provenance(
     "Where, with what and at what cost a run was made."
     import refcomm
     cuda = torch.device(device).type == "cuda"
-    return dict(commit=package_commit(), refcomm=refcomm.__version__, python=platform.python_version(), torch=torch.__version__, platform=platform.system(),
-        device=torch.cuda.get_device_name(device) if cuda else f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)",
-        finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), seconds=round(seconds, 3), trained_together=n_stacked,
+    return dict(commit=package_commit(), refcomm=refcomm.__version__, python=platform.python_version(),
+    torch=torch.__version__, platform=platform.system(),
+        device=torch.cuda.get_device_name(device) if cuda
+        else f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)",
+        finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), seconds=round(seconds, 3),
+        trained_together=n_stacked,
         process_peak_memory_mib=_peak_memory(),
         peak_gpu_memory_mib=torch.cuda.max_memory_allocated(device) // 2**20 if cuda else 0)
 
@@ -129,12 +134,15 @@ def _plain(x, where): # the same for JSON: NumPy's and PyTorch's numbers as Pyth
     if hasattr(x, "item") and getattr(x, "ndim", None) == 0: x = x.item()
     if isinstance(x, dict):
         for k in x:
-            if not isinstance(k, str): raise RecordError(f"{where} has the key {k!r}, {type(k).__name__}, which cannot be stored: use text")
+            if not isinstance(k, str):
+                raise RecordError(f"{where} has the key {k!r}, {type(k).__name__}, which cannot be stored: use text")
         return {k: _plain(v, f"{where}[{k!r}]") for k, v in x.items()}
     if isinstance(x, (list, tuple)): return [_plain(v, f"{where}[{i}]") for i, v in enumerate(x)]
-    if isinstance(x, float) and not math.isfinite(x): raise RecordError(f"{where} is {x}, which cannot be stored: leave it out, or store None (`defined`)")
+    if isinstance(x, float) and not math.isfinite(x):
+        raise RecordError(f"{where} is {x}, which cannot be stored: leave it out, or store None (`defined`)")
     if x is None or isinstance(x, (bool, int, float, str)): return x
-    raise RecordError(f"{where} is {type(x).__name__}, which cannot be stored: use numbers, text, lists and dictionaries, and tensors for the rest")
+    raise RecordError(f"{where} is {type(x).__name__}, which cannot be stored: use numbers, text, lists and "
+        f"dictionaries, and tensors for the rest")
 
 def _tensor_bytes(tensors, what)->bytes:
     from safetensors.torch import save
@@ -152,7 +160,8 @@ def _tensor_bytes(tensors, what)->bytes:
     except Exception as e:
         for k, v in own.items():
             try: save({k: v})
-            except Exception: raise RecordError(f"{what}[{k!r}] is a tensor of {v.dtype}, which cannot be stored: {e}") from None
+            except Exception:
+                raise RecordError(f"{what}[{k!r}] is a tensor of {v.dtype}, which cannot be stored: {e}") from None
         raise RecordError(f"{what} cannot be stored: {e}") from None
 
 def _history_bytes(history)->bytes:
@@ -163,7 +172,8 @@ def _history_bytes(history)->bytes:
         for c in table:
             try: table[[c]].to_parquet(io.BytesIO(), index=False)
             except Exception:
-                raise RecordError(f"history[{c!r}] holds {', '.join(sorted({type(v).__name__ for v in table[c]}))}, which cannot be stored: use numbers or text") from None
+                raise RecordError(f"history[{c!r}] holds {', '.join(sorted({type(v).__name__ for v in table[c]}))}, "
+                    f"which cannot be stored: use numbers or text") from None
         raise RecordError(f"history cannot be stored: {e}") from None
     return out.getvalue()
 
@@ -192,12 +202,15 @@ def body_errors(
     "What is wrong with the form of a record: kinds of Spec, rows, summary, provenance and files."
     if not isinstance(body, dict): return [f"it holds {type(body).__name__}, not a record"]
     kinds = dict(experiment=str, version=int, spec=dict, rows=list, summary=dict, provenance=dict, files=dict)
-    if wrong := [f"its {k} is {'missing' if k not in body else type(body[k]).__name__}" for k, kind in kinds.items() if not isinstance(body.get(k), kind)]:
+    if wrong := [f"its {k} is {'missing' if k not in body else type(body[k]).__name__}" for k, kind in kinds.items()
+        if not isinstance(body.get(k), kind)]:
         return wrong
-    wrong = [f"its provenance has no {k}, or one of another kind" for k, kind in PROVENANCE.items() if not isinstance(body["provenance"].get(k), kind)]
+    wrong = [f"its provenance has no {k}, or one of another kind" for k, kind in PROVENANCE.items()
+        if not isinstance(body["provenance"].get(k), kind)]
     if not wrong and not (body["provenance"]["seconds"] >= 0 and body["provenance"]["trained_together"] >= 1):
         wrong.append("its provenance has times or members below what is possible")
-    wrong += [f"row {i} is {type(r).__name__}, not a table of names and values" for i, r in enumerate(body["rows"]) if not isinstance(r, dict)][:3]
+    wrong += [f"row {i} is {type(r).__name__}, not a table of names and values" for i, r in enumerate(body["rows"])
+        if not isinstance(r, dict)][:3]
     wrong += [f"its Spec's {k} is {type(v).__name__}" for k, v in body["spec"].items()
         if not (_scalar(v) or isinstance(v, list) and all(_scalar(x) or isinstance(x, list) for x in v))]
     if (cls := spec_class(body["experiment"])) and cls.version == body["version"]:
@@ -206,7 +219,8 @@ def body_errors(
             v in body["spec"].items() if k in fields and not _fits(fields[k], v)]
     expected = [set(FILES[1:]), set(FILES[1:3])]
     if set(body["files"]) not in expected:
-        wrong.append(f"it names the files {', '.join(sorted(map(str, body['files'])))[:80] or 'none'}, and a record has {', '.join(FILES[1:3])}, and perhaps {FILES[3]}")
+        wrong.append(f"it names the files {', '.join(sorted(map(str, body['files'])))[:80] or 'none'}, and a record "
+            f"has {', '.join(FILES[1:3])}, and perhaps {FILES[3]}")
     elif not all(isinstance(sha, str) and re.fullmatch("[0-9a-f]{64}", sha) for sha in body["files"].values()):
         wrong.append("the checksums of its files are none")
     return wrong
@@ -215,7 +229,8 @@ def body_errors(
 @contextlib.contextmanager
 def _reading(what, path): # names what cannot be read; what may pass by itself (permission, a disk that is away) is a StoreError
     try: yield
-    except (FileNotFoundError, NotADirectoryError): raise RecordError(f"run {what} is incomplete: {path.name} is missing") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise RecordError(f"run {what} is incomplete: {path.name} is missing") from None
     except OSError as e:
         if e.errno in (errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG, errno.ENXIO):
             raise RecordError(f"run {what} is unreadable: {path.name}: {e.strerror}") from None
@@ -227,14 +242,18 @@ def _read_record(store, experiment:str, key:str)->RunRecord:
     try:
         raw = json.loads(data)
         body, sha = raw["body"], raw["sha256"]
-        if sha != digest(body) or data != _json(raw): raise RecordError(f"run {name} was edited or is not a record: its checksum does not match")
+        if sha != digest(body) or data != _json(raw):
+            raise RecordError(f"run {name} was edited or is not a record: its checksum does not match")
     except RecordError: raise
-    except (ValueError, KeyError, TypeError, RecursionError) as e: raise RecordError(f"run {name} is unreadable: {e!r}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise RecordError(f"run {name} is unreadable: {e!r}") from None
     if wrong := body_errors(body): raise RecordError(f"run {name} is not a record: {'; '.join(wrong[:3])}")
     own = digest([body["experiment"], body["version"], body["spec"]])[:16]
-    if (body["experiment"], own) != (experiment, key): raise RecordError(f"run {name} is foreign: its Spec belongs to {body['experiment']}/{own}")
+    if (body["experiment"], own) != (experiment, key):
+        raise RecordError(f"run {name} is foreign: its Spec belongs to {body['experiment']}/{own}")
     for file, sha in body["files"].items():
-        with _reading(name, path/file), open_regular(path/file) as f: found = hashlib.file_digest(f, "sha256").hexdigest()
+        with _reading(name, path/file), open_regular(path/file) as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()
         if found != sha: raise RecordError(f"run {name} was edited or cut short: {file} does not match its checksum")
     return RunRecord(experiment, key, body["spec"], body["rows"], body["summary"], body["provenance"], path,
         tuple(f for f in FILES if f == "record.json" or f in body["files"]))
@@ -287,7 +306,9 @@ class Store:
         found = []
         for experiment in self._names(self.root):
             if not re.fullmatch("[a-z][a-z0-9_]*", experiment) or experiment in OWN: continue
-            try: found += [(experiment, key) for key in self._names(self.root/experiment) if NAME.fullmatch(f"{experiment}/{key}/record.json")]
+            try:
+                found += [(experiment, key) for key in self._names(self.root/experiment)
+                    if NAME.fullmatch(f"{experiment}/{key}/record.json")]
             except StoreError as e:
                 if problems is None: raise
                 problems.append(str(e))
@@ -327,7 +348,8 @@ class Store:
                 aside = self.set_aside(spec.experiment, key)
                 warnings.warn(f"{e}; moved to {aside}, the run will be made again")
 
-    def set_aside(self, experiment, key)->Path: return self.move_aside(self.path(experiment, key), f"{experiment}-{key}")
+    def set_aside(self, experiment, key)->Path:
+        return self.move_aside(self.path(experiment, key), f"{experiment}-{key}")
 
     def move_aside(self, path, name)->Path:
         aside = self.root/"set-aside"/f"{name}-{uuid.uuid4().hex[:6]}"
@@ -343,13 +365,17 @@ class Store:
         weights:bool=True, # keep the trained weights, if the result has any
     )->RunRecord:
         "Write a record. What cannot be stored is a `RecordError` that names it."
-        files = {"tensors.safetensors": _tensor_bytes(result.tensors, "tensors"), "history.parquet": _history_bytes(result.history)}
+        files = {"tensors.safetensors": _tensor_bytes(result.tensors, "tensors"),
+            "history.parquet": _history_bytes(result.history)}
         if weights and result.weights: files["weights.safetensors"] = _tensor_bytes(result.weights, "weights")
         body = dict(experiment=spec.experiment, version=spec.version, spec=spec_fields(spec),
-            rows=_plain(result.rows, "rows"), summary=_plain(result.summary, "summary"), provenance=_plain(origin, "provenance"),
+            rows=_plain(result.rows, "rows"), summary=_plain(result.summary, "summary"),
+            provenance=_plain(origin, "provenance"),
                     files={k: digest(v) for k,v in files.items()})
-        if wrong := body_errors(body): raise RecordError(f"run {spec.experiment}/{run_key(spec)} cannot be stored: {'; '.join(wrong[:3])}")
-        self._place(spec.experiment, run_key(spec), {**files, "record.json": _json(dict(sha256=digest(body), body=body))})
+        if wrong := body_errors(body):
+            raise RecordError(f"run {spec.experiment}/{run_key(spec)} cannot be stored: {'; '.join(wrong[:3])}")
+        self._place(spec.experiment, run_key(spec),
+            {**files, "record.json": _json(dict(sha256=digest(body), body=body))})
         return self.read(spec.experiment, run_key(spec))
 
     def _place(self, experiment, key, files:dict): # name → bytes

@@ -80,7 +80,8 @@ def _children(game, left, allowed, chosen, first, columns, rows):
     branch = rows[game, first] & allowed
     parent, attribute = branch.nonzero()
     tried = np.arange(allowed.shape[1]) <= attribute[:, None]
-    return game[parent], left[parent] & ~columns[game[parent], attribute], allowed[parent] & ~(branch[parent] & tried), _add(chosen[parent], attribute)
+    return (game[parent], left[parent] & ~columns[game[parent], attribute], allowed[parent] & ~(branch[parent] & tried),
+        _add(chosen[parent], attribute))
 
 def _search(columns, best, nodes=2**13):
     "Yield (games, hitting sets) with fewer attributes than `best` [batch], blocks of nodes depth first."
@@ -155,7 +156,8 @@ def _near(targets, distractors, sets, copied):
     for g in range(n):
         columns[:], union[:], open = 0, 0, True
         for d in range(n_distractors):
-            for a in range(n_attributes): columns[d >> 6, a] |= np.uint64(distractors[g, d, a] != targets[g, a]) << np.uint64(d & 63)
+            for a in range(n_attributes):
+                columns[d >> 6, a] |= np.uint64(distractors[g, d, a] != targets[g, a]) << np.uint64(d & 63)
         for w in range(words):
             for a in range(n_attributes): union[w] |= columns[w, a]
             copied[g] |= union[w] != _ALL >> np.uint64(max(64*w + 64 - n_distractors, 0))
@@ -198,7 +200,8 @@ def _deep(targets, distractors, games, sets):
                     if row == zero or disjoint > size - depth or (common == zero and depth == size - 1):
                         branch[depth] = common = zero
                         break
-                if depth == size - 1: solution, branch[depth] = zero if common == zero else named[depth] | common & (~common + one), zero
+                if depth == size - 1:
+                    solution, branch[depth] = zero if common == zero else named[depth] | common & (~common + one), zero
             elif branch[depth] == zero: depth -= 1
             else:
                 bit = branch[depth] & (~branch[depth] + one)
@@ -230,7 +233,8 @@ def _by_numba(targets, distractors):
 def _by_torch(targets, distractors, block=2**26):
     "As `_by_numpy`, on the device of the tensors up to four symbols."
     n, a = targets.shape
-    sets, copied = torch.zeros(n, a, dtype=torch.bool, device=targets.device), torch.zeros(n, dtype=torch.bool, device=targets.device)
+    sets = torch.zeros(n, a, dtype=torch.bool, device=targets.device)
+    copied = torch.zeros(n, dtype=torch.bool, device=targets.device)
     for part in torch.arange(n, device=targets.device).split(max(1, block // max(1, a*(a + distractors.shape[1])))):
         agree = distractors[part] == targets[part, None]
         copies = agree.all(-1, keepdim=True)
@@ -239,10 +243,13 @@ def _by_torch(targets, distractors, block=2**26):
             fits = (agree * agree[..., list(first)].prod(-1, keepdim=True)).mT @ agree
             best, pair = ((fits == 0) * (1 + torch.eye(a, device=fits.device))).flatten(1).max(1)
             found = best > 0
-            for i in (pair // a, pair % a, *(torch.full_like(pair, f) for f in first)): sets[part[found], i[found]] = True
+            for i in (pair // a, pair % a, *(torch.full_like(pair, f) for f in first)):
+                sets[part[found], i[found]] = True
             part, agree = part[~found], agree[~found]
             if not len(part): break
-    if (left := ~sets.any(1)).any(): sets[left] = torch.from_numpy(_by_numpy(targets[left].cpu().numpy(), distractors[left].cpu().numpy())[0]).to(sets.device)
+    if (left := ~sets.any(1)).any():
+        sets[left] = torch.from_numpy(_by_numpy(targets[left].cpu().numpy(),
+            distractors[left].cpu().numpy())[0]).to(sets.device)
     return sets, copied
 
 # %% ../../nbs/58_sms.backends.ipynb #17f88be2

@@ -32,11 +32,15 @@ def solve_min_sym(
 def _from_dicts(targets, distractors):
     "Arrays of 0 where a distractor has the target's value and 1 where not, targets all 0."
     check_at_least("the number of games", len(targets), 1)
-    if len(targets) != len(distractors): raise ConfigError(f"{len(targets)} targets, but distractors for {len(distractors)} games: give one list of distractors a game")
+    if len(targets) != len(distractors):
+        raise ConfigError(f"{len(targets)} targets, but distractors for {len(distractors)} games: give one list of distractors a game")
     for g, (target, others) in enumerate(zip(targets, distractors)):
         for x in [target, *others]:
-            if not isinstance(x, Mapping): raise ConfigError(f"game {g} has {x!r:.40} for an object, expected a dict attribute → value: give arrays, tensors, or dicts")
-            if set(x) != set(targets[0]): raise ConfigError(f"game {g} has an object with attributes {', '.join(map(str, x))}, expected {', '.join(map(str, targets[0]))}: give every object the same attributes")
+            if not isinstance(x, Mapping):
+                raise ConfigError(f"game {g} has {x!r:.40} for an object, expected a dict attribute → value: give arrays, tensors, or dicts")
+            if set(x) != set(targets[0]):
+                raise ConfigError(f"game {g} has an object with attributes {', '.join(map(str, x))}, expected "
+                    f"{', '.join(map(str, targets[0]))}: give every object the same attributes")
     differs = np.ones((len(targets), max(map(len, distractors)), len(targets[0])), np.uint8)
     for g, (target, others) in enumerate(zip(targets, distractors)):
         for d, x in enumerate(others): differs[g, d] = [x[k] != target[k] for k in targets[0]]
@@ -45,16 +49,20 @@ def _from_dicts(targets, distractors):
 def _check_values(x):
     "Raise a `ConfigError` unless these are integers from 0 on."
     kind = x.dtype.newbyteorder("=").name if isinstance(x, np.ndarray) else str(x.dtype).removeprefix("torch.")
-    if not kind.startswith(("int", "uint")): raise ConfigError(f"attributes must be integers, got {kind}: number the values 0, 1, 2, …")
-    if 0 not in x.shape and kind[0] != "u" and x.min() < 0: raise ConfigError(f"attribute values must be at least 0, got {int(x.min())}: number the values 0, 1, 2, …")
+    if not kind.startswith(("int", "uint")):
+        raise ConfigError(f"attributes must be integers, got {kind}: number the values 0, 1, 2, …")
+    if 0 not in x.shape and kind[0] != "u" and x.min() < 0:
+        raise ConfigError(f"attribute values must be at least 0, got {int(x.min())}: number the values 0, 1, 2, …")
 
 def _read(targets, distractors):
     "The games as two arrays, or two tensors, of integers; else a `ConfigError`."
     if isinstance(targets, (list, tuple)): targets, distractors = _from_dicts(targets, distractors)
     if not any(isinstance(targets, kind) and isinstance(distractors, kind) for kind in (np.ndarray, Tensor)):
-        raise ConfigError(f"targets are {type(targets).__name__}, distractors {type(distractors).__name__}: give two arrays, two tensors, or a list of dicts and a list of lists of dicts")
+        raise ConfigError(f"targets are {type(targets).__name__}, distractors {type(distractors).__name__}: give two "
+            f"arrays, two tensors, or a list of dicts and a list of lists of dicts")
     t, d = list(targets.shape), list(distractors.shape)
-    if (len(t), len(d)) != (2, 3) or t != d[::2]: raise ConfigError(f"targets must be [batch, n_attributes] and distractors [batch, n_distractors, n_attributes], got {t} and {d}")
+    if (len(t), len(d)) != (2, 3) or t != d[::2]:
+        raise ConfigError(f"targets must be [batch, n_attributes] and distractors [batch, n_distractors, n_attributes], got {t} and {d}")
     check_at_least("the number of games", t[0], 1)
     check_at_least("n_attributes", t[1], 1)
     for x in (targets, distractors): _check_values(x)
@@ -63,10 +71,13 @@ def _read(targets, distractors):
 def _alike(targets, distractors):
     "The games as arrays, or tensors, of one type that every backend knows, in the machine's own order of bytes."
     both = targets, distractors
-    if isinstance(targets, Tensor): return both if targets.dtype == distractors.dtype and targets.dtype in _KNOWN.values() else tuple(integers(x, "attributes") for x in both)
+    if isinstance(targets, Tensor):
+        return (both if targets.dtype == distractors.dtype and targets.dtype in _KNOWN.values()
+            else tuple(integers(x, "attributes") for x in both))
     kinds = {x.dtype.newbyteorder("=").name for x in both}
     kind = kinds.pop() if len(kinds) == 1 and kinds <= set(_KNOWN) else None
-    return tuple((np.array if min(x.strides, default=0) < 0 else np.asarray)(x, kind, order="C") if kind else integers(x, "attributes").numpy() for x in both)
+    return tuple((np.array if min(x.strides, default=0) < 0 else np.asarray)(x, kind, order="C") if kind
+        else integers(x, "attributes").numpy() for x in both)
 
 _KNOWN = {k: getattr(torch, k) for k in ("uint8", "int8", "int16", "int32", "int64")}
 
@@ -80,7 +91,8 @@ def _solve(targets, distractors, copies, backend):
     check_choice("backend", backend, ["auto", *BACKENDS])
     tensors, size = isinstance(targets, Tensor), distractors.shape[0]*distractors.shape[1]*distractors.shape[2]
     if backend == "auto":
-        backend = "torch" if tensors and targets.device.type != "cpu" else "numba" if size >= 2**23 and importlib.util.find_spec("numba") else "numpy"
+        backend = ("torch" if tensors and targets.device.type != "cpu" else "numba" if size >= 2**23
+            and importlib.util.find_spec("numba") else "numpy")
     device = targets.device if tensors else "cpu"
     if tensors != (backend == "torch"):
         targets, distractors = (x.cpu().numpy() if tensors else torch.as_tensor(x) for x in (targets, distractors))

@@ -38,14 +38,16 @@ def save_games(
     import pyarrow as pa, pyarrow.parquet as pq
     n, n_train = len(games.targets), len(games.targets)*4//5 if n_train is None else n_train
     if not 0 <= n_train <= n: raise ConfigError(f"n_train must lie in 0 … {n}, the number of games, got {n_train}")
-    about = dict(parameters, n_values=games.n_values, n_distractors=games.distractors.shape[1], n_attributes=games.targets.shape[1])
+    about = dict(parameters, n_values=games.n_values, n_distractors=games.distractors.shape[1],
+        n_attributes=games.targets.shape[1])
     try: about = json.dumps(about)
     except TypeError as e: raise ConfigError(f"parameters must be numbers, text or lists of them ({e})") from None
     table = pa.table(dict(
         target=_nested(games.targets.numpy()), distractors=_nested(games.distractors.numpy()),
         min_symbols=pa.array(min_symbols(games.targets, games.distractors).numpy()),
         split=pa.array(np.repeat(SPLITS, [n_train, n - n_train]))))
-    with write_atomic(path) as tmp: pq.write_table(table.replace_schema_metadata({"refcomm.games": about}), tmp, compression="zstd")
+    with write_atomic(path) as tmp:
+        pq.write_table(table.replace_schema_metadata({"refcomm.games": about}), tmp, compression="zstd")
     return Path(path)
 
 # %% ../../nbs/62_sms.datasets.ipynb #cfee4de7
@@ -55,7 +57,8 @@ def _table(path):
     try: about = dict(from_json((table.schema.metadata or {})[b"refcomm.games"]))
     except (KeyError, ValueError, TypeError): about = {}
     numbers = [about.get(k) for k in ("n_values", "n_distractors", "n_attributes")]
-    if not all(type(n) is int and n >= 0 for n in numbers) or not {"target", "distractors", "min_symbols", "split"} <= set(table.column_names):
+    if not all(type(n) is int and n >= 0 for n in numbers) or not {"target", "distractors", "min_symbols",
+        "split"} <= set(table.column_names):
         raise ConfigError(f"{path} is a parquet file but not one of games: write it with save_games")
     return table, about
 
@@ -67,7 +70,8 @@ def _values(path, column, shape, n_values):
     values = values.to_numpy(zero_copy_only=False)
     if values.size != len(column)*int(np.prod(shape)) or values.dtype != np.uint8:
         raise ConfigError(f"{path} holds games of another shape or type than bytes {shape}, which its metadata give: make it again")
-    if values.max(initial=0) >= n_values: raise ConfigError(f"{path} holds the value {values.max()}, but values must lie in 0 … {n_values - 1}: make it again")
+    if values.max(initial=0) >= n_values:
+        raise ConfigError(f"{path} holds the value {values.max()}, but values must lie in 0 … {n_values - 1}: make it again")
     return torch.from_numpy(values.copy()).view(-1, *shape)
 
 def load_games(
@@ -78,7 +82,8 @@ def load_games(
     table, about = _table(path)
     if split: table = table.filter(np.array(table["split"]) == check_choice("split", split, SPLITS))
     K, a, v = (about[k] for k in ("n_distractors", "n_attributes", "n_values"))
-    if table["min_symbols"].type != "int64" or table["min_symbols"].null_count: raise ConfigError(f"{path} has no whole numbers in its column min_symbols: make it again")
+    if table["min_symbols"].type != "int64" or table["min_symbols"].null_count:
+        raise ConfigError(f"{path} has no whole numbers in its column min_symbols: make it again")
     games = AttributeGames(_values(path, table["target"], (a,), v), _values(path, table["distractors"], (K, a), v), v)
     return games, dict(about, min_symbols=torch.from_numpy(table["min_symbols"].to_numpy().copy()))
 
@@ -93,7 +98,8 @@ def picture_world(
     check_at_least("n_attributes", n_attributes, 1), check_at_least("n_values", n_values, 2)
     enough = {name: values[:n_values] for name, values in ATTRIBUTES.items() if len(values) >= n_values}
     if len(enough) < n_attributes:
-        raise ConfigError(f"{len(enough)} attributes of pictures have {n_values} values ({', '.join(enough) or 'none'}), got n_attributes = {n_attributes}: use fewer attributes or values")
+        raise ConfigError(f"{len(enough)} attributes of pictures have {n_values} values "
+            f"({', '.join(enough) or 'none'}), got n_attributes = {n_attributes}: use fewer attributes or values")
     return ShapeWorld(size, dict(list(enough.items())[:n_attributes]), device)
 
 def render_games(

@@ -65,14 +65,16 @@ def _shelves(
             found, drawn = _solve(differs), drawn + size
             for m, n in left().items(): shelves[m].append(differs[found == m][:n])
             need = max(drawn * n / max(wanted[m] - n, 1e-9) for m,n in left().items())
-            if drawn >= min(pilot, max_draws) and need > max_draws - drawn: raise ConfigError(_refusal(wanted, left(), drawn, max_draws, way))
+            if drawn >= min(pilot, max_draws) and need > max_draws - drawn:
+                raise ConfigError(_refusal(wanted, left(), drawn, max_draws, way))
             bar.update(sum(wanted.values()) - sum(left().values()) - bar.n)
             size = int(min(max(1.05*need, 256), most))
     return {m: np.concatenate(s) for m,s in shelves.items()}
 
 def _refusal(wanted, left, drawn, max_draws, way):
     m = max(left, key=lambda m: left[m] / wanted[m])
-    return (f"{wanted[m] - left[m]} of {drawn:,} drawn games had min|M| = {m}, so {wanted[m]:,} of them would take more than max_draws = {max_draws:,}: use method={way!r}")
+    return (f"{wanted[m] - left[m]} of {drawn:,} drawn games had min|M| = {m}, so {wanted[m]:,} of them would take "
+        f"more than max_draws = {max_draws:,}: use method={way!r}")
 
 # %% ../../nbs/61_sms.sampling.ipynb #ce4d51ee
 def _check(n, m, n_attributes, n_values, n_distractors):
@@ -81,7 +83,8 @@ def _check(n, m, n_attributes, n_values, n_distractors):
     check_at_least("n_values", n_values, 2, "an attribute with one value tells nothing apart")
     if n_values > 256: raise ConfigError(f"values are stored in 8 bits: n_values must be at most 256, got {n_values}")
     possible = feasible(m, n_attributes, n_values, n_distractors)
-    if not possible: raise ConfigError(f"no game of {n_attributes} attributes and {n_distractors} distractors has min|M| = {m}: {possible.reason}")
+    if not possible:
+        raise ConfigError(f"no game of {n_attributes} attributes and {n_distractors} distractors has min|M| = {m}: {possible.reason}")
 
 def controlled_games(
     n:int, # games for each min|M|
@@ -99,7 +102,8 @@ def controlled_games(
     return {m: _with_values(d, n_values, rng) for m,d in _shelves(dict.fromkeys(ms, n), draw, max_draws).items()}
 
 def _uniform(n, m, n_attributes, n_values, n_distractors, rng, max_draws=10_000_000):
-    return _shelves({m: n}, lambda size: _objects((size, n_distractors, n_attributes), 1 - 1/n_values, rng), max_draws)[m]
+    return _shelves({m: n}, lambda size: _objects((size, n_distractors, n_attributes), 1 - 1/n_values, rng),
+        max_draws)[m]
 
 # %% ../../nbs/61_sms.sampling.ipynb #18de6fc0
 @functools.lru_cache(maxsize=64)
@@ -121,14 +125,16 @@ def tilt(
 
 def _tilted(n, m, n_attributes, n_values, n_distractors, rng, max_draws=10_000_000):
     p = tilt(m, n_attributes, n_values, n_distractors)
-    return _shelves({m: n}, lambda size: _objects((size, n_distractors, n_attributes), p, rng), max_draws, 4096, "planted")[m]
+    return _shelves({m: n}, lambda size: _objects((size, n_distractors, n_attributes), p, rng), max_draws, 4096,
+        "planted")[m]
 
 # %% ../../nbs/61_sms.sampling.ipynb #e883b630
 def _plant(n, m, n_attributes, n_values, n_distractors, rng):
     "Planted games, and which distractors were planted; the first `m` attributes identify the target."
     p = 1 - 1/n_values
     differs = _objects((n, n_distractors, n_attributes), p, rng)
-    while len(missed := np.argwhere(~differs[..., :m].any(-1))): differs[tuple(missed.T)] = _objects((len(missed), n_attributes), p, rng)
+    while len(missed := np.argwhere(~differs[..., :m].any(-1))):
+        differs[tuple(missed.T)] = _objects((len(missed), n_attributes), p, rng)
     block = np.concatenate([np.tile(np.arange(m), (n, 1)), rng.integers(m, size=(n, n_attributes - m))], 1)
     differs[:, :m] &= block[:, None] == np.arange(m)[:, None]
     differs[:, np.arange(m), np.arange(m)] = True
@@ -215,4 +221,5 @@ def covariates(
     everyone = games.candidates
     alike = sum((everyone == v).sum(1, keepdim=True) * (everyone == v) for v in range(games.n_values)).sum(-1) # values that others share with each candidate
     central = (alike[:, 0] > alike[:, 1:].amax(1)).double().mean()
-    return dict(hamming=h.double().mean().item(), singletons=(h == 1).double().mean().item(), repeated=(code.diff(dim=1) == 0).double().mean().item(), central=central.item())
+    return dict(hamming=h.double().mean().item(), singletons=(h == 1).double().mean().item(),
+        repeated=(code.diff(dim=1) == 0).double().mean().item(), central=central.item())

@@ -59,7 +59,8 @@ def p_some_class(
 )->float:
     "P(∃X ≥ m) exactly: the birthday problem for any `m` (Levin 1981)."
     check_at_least("m", m, 1), check_at_least("n", n, 1), check_at_least("n_classes", n_classes, 1)
-    if n > 20_000: raise ConfigError(f"the exact probability takes n² steps, got n = {n}: use log_p_some_class above 20000")
+    if n > 20_000:
+        raise ConfigError(f"the exact probability takes n² steps, got n = {n}: use log_p_some_class above 20000")
     k, rate = np.arange(n + 1), n/n_classes
     below = np.where(k < m, k*math.log(rate) - rate - gammaln(k + 1), -np.inf)
     log_below = logsumexp(below)
@@ -90,7 +91,8 @@ def extreme_game(
     min_hamming:int=1, # attributes in which each distractor differs
 )->np.ndarray: # [n_distractors, n_attributes] 1 where a distractor differs from the target
     "Few distractors that differ in `min_hamming` attributes each and force min|M| = `m`."
-    if not 1 <= m <= n_attributes - min_hamming + 1: raise ConfigError(f"m must lie in 1 … {n_attributes - min_hamming + 1}, got {m}")
+    if not 1 <= m <= n_attributes - min_hamming + 1:
+        raise ConfigError(f"m must lie in 1 … {n_attributes - min_hamming + 1}, got {m}")
     sizes = _groups(m, n_attributes, min_hamming)
     groups = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     sets = [d for group in groups for d in itertools.combinations(group, min_hamming)]
@@ -108,7 +110,8 @@ class Feasible(NamedTuple):
 
 def _most_distinct(m, n_attributes, n_values, min_hamming):
     "How many different distractors can be told from the target by the same `m` attributes."
-    return sum((math.comb(n_attributes, h) - math.comb(n_attributes - m, h)) * (n_values - 1)**h for h in range(min_hamming, n_attributes + 1))
+    return sum((math.comb(n_attributes, h) - math.comb(n_attributes - m, h)) * (n_values - 1)**h
+        for h in range(min_hamming, n_attributes + 1))
 
 def feasible(
     m:int, # min|M| wanted
@@ -121,16 +124,25 @@ def feasible(
     "Whether a game with min|M| = `m` exists."
     for name, value in dict(n_attributes=n_attributes, n_distractors=n_distractors, m=m).items():
         if value < 1: return Feasible(False, f"{name} must be at least 1, got {value}")
-    if n_values < 2: return Feasible(False, f"n_values must be at least 2, got {n_values}: one value tells nothing apart")
-    if not 1 <= min_hamming <= n_attributes: return Feasible(False, f"min_hamming must lie in 1 … {n_attributes}, got {min_hamming}")
+    if n_values < 2:
+        return Feasible(False, f"n_values must be at least 2, got {n_values}: one value tells nothing apart")
+    if not 1 <= min_hamming <= n_attributes:
+        return Feasible(False, f"min_hamming must lie in 1 … {n_attributes}, got {min_hamming}")
     most = n_attributes - min_hamming + 1
-    if m > most: return Feasible(False, f"any {most} of the {n_attributes} attributes identify the target, so min|M| ≤ {most}, not {m}")
-    least, known = schonheim(n_attributes, n_attributes - min_hamming, m - 1), sum(math.comb(a, min_hamming) for a in _groups(m, n_attributes, min_hamming))
-    if n_distractors < least: return Feasible(False, f"min|M| = {m} takes at least {least} distractors, got {n_distractors}")
+    if m > most:
+        return Feasible(False,
+            f"any {most} of the {n_attributes} attributes identify the target, so min|M| ≤ {most}, not {m}")
+    least = schonheim(n_attributes, n_attributes - min_hamming, m - 1)
+    known = sum(math.comb(a, min_hamming) for a in _groups(m, n_attributes, min_hamming))
+    if n_distractors < least:
+        return Feasible(False, f"min|M| = {m} takes at least {least} distractors, got {n_distractors}")
     if distinct and n_distractors > (room := _most_distinct(m, n_attributes, n_values, min_hamming)):
-        return Feasible(False, f"{m} attributes tell at most {room} different distractors from the target, got {n_distractors}")
+        return Feasible(False,
+            f"{m} attributes tell at most {room} different distractors from the target, got {n_distractors}")
     if n_distractors >= known: return Feasible(True, "")
-    return Feasible(True, f"min|M| = {m} is known to exist with {known} distractors and not with {least - 1}: {n_distractors} lies between", False)
+    return (Feasible(True,
+        f"min|M| = {m} is known to exist with {known} distractors and not with {least - 1}: {n_distractors} lies between",
+        False))
 
 # %% ../../nbs/60_sms.theory.ipynb #c906141e
 def _moments(A, V, K):
@@ -154,7 +166,8 @@ def uniform_law(
     one, two = _moments(n_attributes, n_values, n_distractors)
     mean, excess = np.exp(one), np.maximum(np.exp(two - one) - np.exp(one) - 1, -1)
     lower = np.clip(np.maximum(np.exp(2*one - two), mean - (np.exp(two) - mean)/2), 0, 1)
-    slope = np.divide(np.log1p(np.maximum(excess, -1 + 1e-12)), excess, out=np.ones_like(excess), where=np.abs(excess) > 1e-9)
+    slope = np.divide(np.log1p(np.maximum(excess, -1 + 1e-12)), excess, out=np.ones_like(excess),
+        where=np.abs(excess) > 1e-9)
     upper = np.minimum(mean, 1)
     estimate = np.maximum.accumulate(np.clip(-np.expm1(-mean*slope), lower, upper))
     table = dict(expected=mean, lower=lower, estimate=estimate, upper=upper, share=np.diff(estimate, prepend=0))

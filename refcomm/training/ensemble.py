@@ -31,7 +31,8 @@ def _places(module):
 
 def _varied(members)->tuple: # pairs of a module of the first member and an attribute; of each, every member's value
     "Numbers beside the parameters in which members differ, among those that a module's `stackable` names."
-    found = {(path, name): [getattr(x.get_submodule(path), name) for x in members] for path, m in members[0].named_modules() for name in getattr(m, "stackable", ())}
+    found = {(path, name): [getattr(x.get_submodule(path), name) for x in members]
+        for path, m in members[0].named_modules() for name in getattr(m, "stackable", ())}
     found = {k: v for k, v in found.items() if len(set(v)) > 1}
     return [(members[0].get_submodule(path), name) for path, name in found], list(found.values())
 
@@ -53,7 +54,8 @@ class Ensemble(nn.Module):
         self.stacked = nn.ParameterList([torch.stack([s[k].detach() for s in states]) for k in self.names])
         self._call = [_Apply(members[0])] # in a list, so that its parameters do not count as the ensemble's
         self._varied, self.values = _varied(members)
-        for i, values in enumerate(self.values): self.register_buffer(f"values_{i}", torch.tensor(values, dtype=torch.float32), persistent=False)
+        for i, values in enumerate(self.values):
+            self.register_buffer(f"values_{i}", torch.tensor(values, dtype=torch.float32), persistent=False)
         number = {id(p): i for i, p in enumerate(members[0].parameters())} # a parameter may stand in several places
         self._places = [(name, number[id(p)]) for name, p in _places(self._call[0])]
 
@@ -69,12 +71,16 @@ class Ensemble(nn.Module):
     ): # what `fn` returns, stacked along a new first dimension
         "Apply `fn` to every member with its own slice of each argument; what `fn` closes over is shared."
         def call(params, values, *a):
-            with self._holding(values): return functional_call(self._call[0], {k: params[i] for k,i in self._places}, (fn, *a), tie_weights=False)
+            with self._holding(values):
+                return functional_call(self._call[0], {k: params[i] for k,i in self._places}, (fn, *a),
+                    tie_weights=False)
         if self.n_members == 1:
-            out = call([p.squeeze(0) for p in self.stacked], [], *tree_map(lambda a: a[0] if isinstance(a, Tensor) else a, args))
+            out = call([p.squeeze(0) for p in self.stacked], [],
+                *tree_map(lambda a: a[0] if isinstance(a, Tensor) else a, args))
             return tuple(o[None] for o in out) if isinstance(out, tuple) else out[None]
         values = [getattr(self, f"values_{i}") for i in range(len(self.values))]
-        return vmap(call, in_dims=(0, 0 if values else None, *tree_map(lambda a: 0 if isinstance(a, Tensor) else None, args)))(list(self.stacked), values, *args)
+        return vmap(call, in_dims=(0, 0 if values else None,
+            *tree_map(lambda a: 0 if isinstance(a, Tensor) else None, args)))(list(self.stacked), values, *args)
 
     @contextlib.contextmanager
     def _holding(self, values):
@@ -104,7 +110,8 @@ class Ensemble(nn.Module):
         self.template._apply(fn)
         return super()._apply(fn, recurse)
 
-    def full_state(self): return {**dict(zip(self.names, self.stacked)), **{f"buffer {k}": b for k,b in self.template.named_buffers()}}
+    def full_state(self):
+        return {**dict(zip(self.names, self.stacked)), **{f"buffer {k}": b for k,b in self.template.named_buffers()}}
 
     @torch.no_grad()
     def load_full_state(self, state):

@@ -52,7 +52,8 @@ class TensorBoardLog:
         from torch.utils.tensorboard.summary import hparams
         self.writer = SummaryWriter(str(_fresh(folder)))
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k,v in fields.items()}
-        for part in hparams(plain, dict.fromkeys(("accuracy", "valid_loss"), 0.)): self.writer.file_writer.add_summary(part)
+        for part in hparams(plain, dict.fromkeys(("accuracy", "valid_loss"), 0.)):
+            self.writer.file_writer.add_summary(part)
 
     def log_metrics(self, metrics, step):
         for k,v in metrics.items(): self.writer.add_scalar(k, v, step)
@@ -65,8 +66,10 @@ class WandbLog:
     def __init__(self, folder, fields):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
-        quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True, x_disable_meta=True, x_save_requirements=False)
-        self.run = wandb.init(mode="offline", dir=str(_fresh(folder)), project="refcomm", group=folder.parent.name, name=folder.name, id=folder.name, config=fields, reinit="create_new", settings=quiet)
+        quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True, x_disable_meta=True,
+            x_save_requirements=False)
+        self.run = wandb.init(mode="offline", dir=str(_fresh(folder)), project="refcomm", group=folder.parent.name,
+            name=folder.name, id=folder.name, config=fields, reinit="create_new", settings=quiet)
         self.run.define_metric("*", step_metric="epoch")
 
     def log_metrics(self, metrics, step): self.run.log(dict(metrics, epoch=step))
@@ -84,8 +87,10 @@ class MLflowLog:
         with FileLock(root/"mlflow.lock"): # the first one makes the tables
             self.client = MlflowClient(f"sqlite:///{root}/mlflow.db")
             known = self.client.get_experiment_by_name(name)
-            experiment = known.experiment_id if known else self.client.create_experiment(name, (root/"artifacts"/name).as_uri())
-        for old in self.client.search_runs([experiment], f"attributes.run_name = '{folder.name}'"): self.client.delete_run(old.info.run_id)
+            experiment = (known.experiment_id if known
+                else self.client.create_experiment(name, (root/"artifacts"/name).as_uri()))
+        for old in self.client.search_runs([experiment], f"attributes.run_name = '{folder.name}'"):
+            self.client.delete_run(old.info.run_id)
         self.run = self.client.create_run(experiment, run_name=folder.name).info.run_id
         self.client.log_batch(self.run, params=[Param(k, str(v)[:500]) for k,v in fields.items()])
 
@@ -104,7 +109,8 @@ def check_logger(
     "Return the name of a logger that can be used here, or raise a `ConfigError` with the way out."
     if not name: return None
     check_choice("logger", name, LOGGERS)
-    if name != "csv" and importlib.util.find_spec(name) is None: raise ConfigError(f"logger {name!r} needs the package {name}: pip install 'refcomm[{name}]'")
+    if name != "csv" and importlib.util.find_spec(name) is None:
+        raise ConfigError(f"logger {name!r} needs the package {name}: pip install 'refcomm[{name}]'")
     return name
 
 # %% ../../nbs/66_training.loggers.ipynb #aa40853a
@@ -114,8 +120,10 @@ def final_metrics(
     result, # a `RunResult`
 )->list: # of (metrics, step)
     "What is logged when a run is done."
-    def numbers(of, prefix): return {re.sub(r"[^\w/. -]", "_", f"{prefix}/{k}"): v for k,v in of.items() if isinstance(v, (int, float))}
-    rows = [(numbers(row, "/".join(["rows", *(v for v in row.values() if isinstance(v, str))])), i) for i, row in enumerate(result.rows)]
+    def numbers(of, prefix):
+        return {re.sub(r"[^\w/. -]", "_", f"{prefix}/{k}"): v for k,v in of.items() if isinstance(v, (int, float))}
+    rows = [(numbers(row, "/".join(["rows", *(v for v in row.values() if isinstance(v, str))])), i)
+        for i, row in enumerate(result.rows)]
     return [(numbers(result.summary, "summary"), len(result.history) - 1), *rows]
 
 class StackLogs:
@@ -142,7 +150,8 @@ class StackLogs:
     def _write(self, write):
         if not self.name: return
         try:
-            for experiment, key, fields in self.runs[len(self.logs):]: self.logs.append(LOGGERS[self.name](home()/"logs"/self.name/experiment/key, fields))
+            for experiment, key, fields in self.runs[len(self.logs):]:
+                self.logs.append(LOGGERS[self.name](home()/"logs"/self.name/experiment/key, fields))
             write()
         except Exception as e:
             warnings.warn(f"logger {self.name!r} failed, and nothing more is logged of these runs: {type(e).__name__}: {e}")

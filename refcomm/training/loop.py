@@ -51,13 +51,18 @@ class TrainSettings:
         for name in ("epochs", "batch_size", "patience", "accumulate"): check_at_least(name, getattr(self, name), 1)
         check_choice("optimizer", self.optimizer, OPTIMIZERS), check_choice("keep", self.keep, ("best", "last"))
         if not self.lr > 0: raise ConfigError(f"lr must be above 0, got {self.lr!r}")
-        if not 0 <= self.warmup < 1: raise ConfigError(f"warmup is a share of the training, from 0 to below 1: got {self.warmup!r}")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup is a share of the training, from 0 to below 1: got {self.warmup!r}")
         if self.weight_decay is not None: check_at_least("weight_decay", self.weight_decay, 0)
-        if self.weight_decay_end is not None and not (self.weight_decay and self.weight_decay_end > 0): raise ConfigError(f"weight_decay_end ends a schedule from weight_decay, both above 0: got {self.weight_decay_end!r} and {self.weight_decay!r}")
+        if self.weight_decay_end is not None and not (self.weight_decay and self.weight_decay_end > 0):
+            raise ConfigError(f"weight_decay_end ends a schedule from weight_decay, both above 0: got "
+                f"{self.weight_decay_end!r} and {self.weight_decay!r}")
 
     def batches(self, n_items:int)->int: # batches in an epoch
         whole, rest = divmod(check_at_least("n_items", n_items, 1), self.batch_size)
-        if self.drop_last and not whole: raise ConfigError(f"a batch of {self.batch_size} was asked for, but there are only {n_items} items: lower batch_size, or set drop_last=False")
+        if self.drop_last and not whole:
+            raise ConfigError(f"a batch of {self.batch_size} was asked for, but there are only {n_items} items: lower "
+                f"batch_size, or set drop_last=False")
         return whole + (rest > 0 and not self.drop_last)
 
 # %% ../../nbs/64_training.loop.ipynb #b0ed2794
@@ -76,7 +81,8 @@ def rate(
 )->float:
     "The learning rate after `progress` of the training: rising to `lr`, then on schedule."
     s = settings
-    return s.lr * progress/s.warmup if progress < s.warmup else anneal(s.lr_schedule, s.lr, s.lr_end, (progress - s.warmup)/(1 - s.warmup))
+    return (s.lr * progress/s.warmup if progress < s.warmup
+        else anneal(s.lr_schedule, s.lr, s.lr_end, (progress - s.warmup)/(1 - s.warmup)))
 
 # %% ../../nbs/64_training.loop.ipynb #0b4bf2c1
 def parameter_groups(
@@ -86,10 +92,13 @@ def parameter_groups(
 )->list: # of dictionaries, as optimisers take them
     "Sort parameters by their factor on the learning rate and, where weights decay or LARS adapts, by whether they have one dimension."
     lars, groups = settings.optimizer == "lars", {}
-    if lars and ensemble.n_members > 1: raise ConfigError(f"optimizer 'lars' scales a step by a whole tensor's norm, and cannot train {ensemble.n_members} stacked members: train them one by one")
+    if lars and ensemble.n_members > 1:
+        raise ConfigError(f"optimizer 'lars' scales a step by a whole tensor's norm, and cannot train "
+            f"{ensemble.n_members} stacked members: train them one by one")
     for name, p in zip(ensemble.names, ensemble.parameters()):
         factor, flat = next((f for start, f in lr_factors if name.startswith(start)), 1.), p.dim() < 3
-        options = {"weight_decay": 0. if flat else settings.weight_decay or 0.} if lars or settings.weight_decay is not None else {}
+        options = ({"weight_decay": 0. if flat else settings.weight_decay or 0.} if lars
+            or settings.weight_decay is not None else {})
         if lars: options["always_adapt"] = not flat
         groups.setdefault((factor, *options.values()), dict(params=[], factor=factor, **options))["params"].append(p)
     return list(groups.values())
@@ -110,7 +119,8 @@ class Best:
         better = (accuracy > self.accuracy) | ((accuracy == self.accuracy) & (loss < self.loss))
         better &= self.active(epoch - 1, patience)
         for k,v in ensemble.full_state().items():
-            mask = better.to(v.device).view(-1, *[1]*(v.dim() - 1)) if ensemble.n_members > 1 else better[0].to(v.device)
+            mask = (better.to(v.device).view(-1, *[1]*(v.dim() - 1)) if ensemble.n_members > 1
+                else better[0].to(v.device))
             self.weights[k].copy_(torch.where(mask, v.detach(), self.weights[k]))
         self.accuracy, self.loss = torch.where(better, accuracy, self.accuracy), torch.where(better, loss, self.loss)
         self.epoch = torch.where(better, epoch, self.epoch)
@@ -128,15 +138,22 @@ def _resume_generator(g, state, meta, seed, name):
 class Training:
     "Everything that changes while training, so that it can be saved and restored as one."
     def __init__(self, ensemble, settings:TrainSettings, seeds, n_items, device, lr_factors=()):
-        self.ensemble, self.settings, self.seeds, self.n_items, self.batches = ensemble, settings, list(seeds), n_items, settings.batches(n_items)
+        self.ensemble = ensemble
+        self.settings = settings
+        self.seeds = list(seeds)
+        self.n_items = n_items
+        self.batches = settings.batches(n_items)
         check_sense(ensemble, settings, device)
         self.rank, self.size = processes()
-        if settings.accumulate % self.size: raise ConfigError(f"{self.size} processes cannot share the {settings.accumulate} batches of a step: make accumulate a multiple of {self.size}")
+        if settings.accumulate % self.size:
+            raise ConfigError(f"{self.size} processes cannot share the {settings.accumulate} batches of a step: make "
+                f"accumulate a multiple of {self.size}")
         self.batches -= self.batches % self.size # all of them are busy in every step
         self.optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(ensemble, settings, lr_factors), settings.lr)
         self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=settings.precision == "fp16")
         self.order_generators = [generator(s, "order") for s in self.seeds]
-        self.noise_generators = [generator(s, f"noise/{self.rank}" if self.rank else "noise", device) for s in self.seeds]
+        self.noise_generators = [generator(s, f"noise/{self.rank}" if self.rank else "noise", device)
+            for s in self.seeds]
         self.best, self.history = Best(ensemble), []
         self.epoch, self.step, self.lr = 0, 0, settings.lr
         self.started, self.saved, self.kept, self.whole = time.monotonic(), time.monotonic(), False, True
@@ -144,7 +161,8 @@ class Training:
 
     def tensors(self):
         opt = {f"optimizer.{i}.{k}": v for i, s in self.optimizer.state_dict()["state"].items() for k,v in s.items()}
-        streams = {f"{name}.{i}": g.get_state() for name in ("order_generators", "noise_generators") for i,g in enumerate(getattr(self, name))}
+        streams = {f"{name}.{i}": g.get_state() for name in ("order_generators", "noise_generators")
+            for i,g in enumerate(getattr(self, name))}
         best = {f"best.{k}": w for k,w in self.best.weights.items()}
         state = {f"model.{k}": v for k,v in self.ensemble.full_state().items()}
         kept = {f"best_{k}": getattr(self.best, k) for k in ("accuracy", "loss", "epoch")}
@@ -152,8 +170,10 @@ class Training:
 
     def of_others(self): # what differs between processes, of all but the first; all of them call it
         if self.size == 1: return {}
-        states = gather_batches(torch.stack([g.get_state() for g in self.noise_generators]).to(self.total.device)).cpu().split(len(self.seeds))
-        noise = {f"noise_generators.{i} of {rank}": s for rank, own in enumerate(states) for i, s in enumerate(own) if rank}
+        states = gather_batches(torch.stack([g.get_state()
+            for g in self.noise_generators]).to(self.total.device)).cpu().split(len(self.seeds))
+        noise = {f"noise_generators.{i} of {rank}": s for rank, own in enumerate(states) for i, s in enumerate(own)
+            if rank}
         return noise | {f"total of {rank}": own for rank, own in enumerate(gather_batches(self.total[None])) if rank}
 
     def meta(self, shape):
@@ -174,14 +194,17 @@ class Training:
             if k.startswith("optimizer."):
                 _, i, name = k.split(".", 2)
                 state.setdefault(int(i), {})[name] = v
-        self.optimizer.load_state_dict({"state": state, "param_groups": [g | saved for g, saved in zip(groups, meta["groups"])]})
+        self.optimizer.load_state_dict({"state": state,
+            "param_groups": [g | saved for g, saved in zip(groups, meta["groups"])]})
         for name in ("order_generators", "noise_generators"):
             rank = f" of {self.rank}" if self.rank and name == "noise_generators" else ""
-            for i,g in enumerate(getattr(self, name)): _resume_generator(g, tensors[f"{name}.{i}{rank}"], meta, self.seeds[i], name)
+            for i,g in enumerate(getattr(self, name)):
+                _resume_generator(g, tensors[f"{name}.{i}{rank}"], meta, self.seeds[i], name)
         for k,w in self.best.weights.items(): w.copy_(tensors[f"best.{k}"])
         for k in ("accuracy", "loss", "epoch"): setattr(self.best, k, tensors[f"best_{k}"])
         self.ensemble.load_full_state({k[6:]: v for k,v in tensors.items() if k.startswith("model.")})
-        self.order, self.total = tensors["order"], tensors[f"total of {self.rank}" if self.rank else "total"].to(self.total.device)
+        self.order = tensors["order"]
+        self.total = tensors[f"total of {self.rank}" if self.rank else "total"].to(self.total.device)
         self.epoch, self.step, self.lr, self.history = (meta[k] for k in ("epoch", "step", "lr", "history"))
         self.scaler.load_state_dict(meta["scaler"])
 
@@ -192,7 +215,8 @@ def check_sense(ensemble, settings:TrainSettings, device):
         raise ConfigError("precision 'fp16' is for GPUs, but training was asked for on the CPU: use 'bf16' or 'fp32'")
     normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in ensemble.template.modules())
     if settings.optimizer == "schedulefree" and normed:
-        raise ConfigError("optimizer 'schedulefree' validates other weights than it trains, and batch statistics do not fit them: use 'adamw', 'sgd' or 'lars' for models with batch normalisation")
+        raise ConfigError("optimizer 'schedulefree' validates other weights than it trains, and batch statistics do "
+            "not fit them: use 'adamw', 'sgd' or 'lars' for models with batch normalisation")
 
 # %% ../../nbs/64_training.loop.ipynb #7d1c0a01
 def misfit(
@@ -204,14 +228,20 @@ def misfit(
     shape = json.loads(json.dumps(shape))
     found = meta.get("shape") if isinstance(meta, dict) else None
     if not isinstance(found, dict): return "it does not say what it is of"
-    if other := [k for k in shape if found.get(k) != shape[k]]: return f"it belongs to another model, data or setting: {', '.join(other)}"
+    if other := [k for k in shape if found.get(k) != shape[k]]:
+        return f"it belongs to another model, data or setting: {', '.join(other)}"
     kinds = dict(epoch=int, step=int, lr=(int, float), history=list, scaler=dict, groups=list, device=str)
-    if bad := [k for k, kind in kinds.items() if not isinstance(meta.get(k), kind)]: return f"its {bad[0]} is missing or of another kind"
-    if not (0 <= meta["epoch"] <= t.settings.epochs and 0 <= meta["step"] <= t.batches and len(meta["history"]) == meta["epoch"]*len(t.seeds)):
+    if bad := [k for k, kind in kinds.items() if not isinstance(meta.get(k), kind)]:
+        return f"its {bad[0]} is missing or of another kind"
+    if not (0 <= meta["epoch"] <= t.settings.epochs and 0 <= meta["step"] <= t.batches
+        and len(meta["history"]) == meta["epoch"]*len(t.seeds)):
         return "its epoch, step and history do not fit each other"
     own, params = t.tensors(), [p for g in t.optimizer.param_groups for p in g["params"]]
-    for rank in range(1, t.size): own |= {f"noise_generators.{i} of {rank}": g.get_state() for i, g in enumerate(t.noise_generators)} | {f"total of {rank}": t.total}
-    if missing := sorted(k for k in own if k not in tensors and not k.startswith("optimizer.")): return f"it has no {missing[0]}"
+    for rank in range(1, t.size):
+        own |= {f"noise_generators.{i} of {rank}": g.get_state()
+            for i, g in enumerate(t.noise_generators)} | {f"total of {rank}": t.total}
+    if missing := sorted(k for k in own if k not in tensors and not k.startswith("optimizer.")):
+        return f"it has no {missing[0]}"
     if len(meta["groups"]) != len(t.optimizer.param_groups): return "its optimiser has other groups of parameters"
     for k, v in own.items():
         elsewhere = k.startswith("noise_generators") and meta["device"] != t.total.device.type # states of another kind of device
@@ -221,7 +251,8 @@ def misfit(
     if any(not i.isdigit() or int(i) >= len(params) or tensors[f"optimizer.{i}.{n}"].numel() > 1
         and tensors[f"optimizer.{i}.{n}"].shape != params[int(i)].shape for _, i, n in moments):
         return "its optimiser's state does not fit the parameters"
-    if len({frozenset(n for _, j, n in moments if j == i) for _, i, _ in moments}) > 1: return "its optimiser's state is incomplete"
+    if len({frozenset(n for _, j, n in moments if j == i) for _, i, _ in moments}) > 1:
+        return "its optimiser's state is incomplete"
     order = tensors["order"]
     if (meta["step"] or meta["epoch"]) and not (order.dtype == torch.int64 and order.shape[:1] == (len(t.seeds),)
         and order.numel() and 0 <= order.min() and order.max() < t.n_items):
@@ -244,7 +275,8 @@ def resume(
     good = agree([bool(found) and not why])[0]
     if good and t.rank: t.load(*load_checkpoint(checkpoint))
     if good and found and found[1]["device"] != t.total.device.type:
-        warnings.warn(f"training that was begun on {found[1]['device']} goes on on {t.total.device.type}: noise is drawn anew from here, and rounding differs")
+        warnings.warn(f"training that was begun on {found[1]['device']} goes on on {t.total.device.type}: noise is "
+            f"drawn anew from here, and rounding differs")
     if not why: return t
     distrust_checkpoint(checkpoint, why)
     if before: t.ensemble.load_full_state(before)
@@ -298,12 +330,14 @@ def fit(
 )->Fit:
     "Train `ensemble` in place and leave it with the weights that `settings.keep` names."
     seeds, (path, owner) = list(seeds), checkpoint_of(checkpoint)
-    if len(seeds) != ensemble.n_members: raise ConfigError(f"{ensemble.n_members} members need as many seeds, got {len(seeds)}")
+    if len(seeds) != ensemble.n_members:
+        raise ConfigError(f"{ensemble.n_members} members need as many seeds, got {len(seeds)}")
     shape = dict(layout=3, owner=owner, processes=processes()[1], n_items=n_items, seeds=seeds, settings=repr(settings),
         lr_factors=[list(f) for f in lr_factors], parameters=[list(p.shape) for p in ensemble.parameters()])
     t = resume(lambda: Training(ensemble, settings, seeds, n_items, device, lr_factors), path, shape)
     bar = None if report else progress_bar(settings.epochs, "epochs", initial=t.epoch)
-    say = report or (lambda done, text: (bar.set_postfix_str(text, refresh=False), bar.update(round(done*settings.epochs) - bar.n)))
+    say = (report or (lambda done, text: (bar.set_postfix_str(text, refresh=False),
+        bar.update(round(done*settings.epochs) - bar.n))))
     tell = lambda rows: log and log([r for r in rows if r["epoch"] <= t.best.epoch[r["member"]] + settings.patience])
     save = lambda: keep(t, path, shape)
     tell(t.history)
@@ -330,7 +364,8 @@ def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop=Non
     s, stop = t.settings, stop or Interruptible()
     t.mode("train")
     if t.step == 0:
-        t.order = torch.stack([torch.randperm(t.n_items, generator=g) for g in t.order_generators])[:, :t.batches*s.batch_size]
+        t.order = torch.stack([torch.randperm(t.n_items, generator=g) for g in t.order_generators])[:,
+            :t.batches*s.batch_size]
         t.total, t.started = torch.zeros_like(t.total), time.monotonic()
     t.order = t.order.to(device) # of the whole epoch, as each copy would wait
     while t.step < t.batches:
@@ -338,7 +373,8 @@ def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop=Non
         due = time.monotonic() - t.saved > (checkpoint_seconds if t.kept else min(checkpoint_seconds, FIRST))
         halt = stop.pending
         if t.size > 1:
-            due, halt = (any_process([due and t.rank == 0, halt]) if (t.step // s.accumulate) % TOGETHER == 0 or t.step >= t.batches else (False, False))
+            due, halt = ((any_process([due and t.rank == 0, halt]) if (t.step // s.accumulate) % TOGETHER == 0
+                or t.step >= t.batches else (False, False)))
         if due or halt and t.size > 1:
             with stop.hold(): save()
         if halt: stop.end()
@@ -350,7 +386,8 @@ def train_step(t, loss, device, on_progress):
     t.lr = rate(s, t.epoch/s.epochs if s.lr_per_epoch else done)
     for group in t.optimizer.param_groups:
         group["lr"] = group["factor"] * t.lr
-        if s.weight_decay_end and group["weight_decay"]: group["weight_decay"] = anneal("cosine", s.weight_decay, s.weight_decay_end, done)
+        if s.weight_decay_end and group["weight_decay"]:
+            group["weight_decay"] = anneal("cosine", s.weight_decay, s.weight_decay_end, done)
     if on_progress: on_progress(done)
     step = t.order[:, t.step*s.batch_size : (t.step + s.accumulate)*s.batch_size]
     for p in t.ensemble.parameters(): p.grad = None
@@ -368,15 +405,19 @@ def check_losses(t, losses:Tensor):
     "Raise `TrainingDiverged` if a loss is no number, or if fp16 has shrunk its scale below 1 because gradients overflow."
     way = f"lower lr (now {t.settings.lr:g}), or use precision='fp32'"
     for seed, value in zip(t.seeds, losses.tolist()):
-        if value != value or abs(value) == float("inf"): raise TrainingDiverged(f"the loss of seed {seed} became {value} in epoch {t.epoch}: {way}")
+        if value != value or abs(value) == float("inf"):
+            raise TrainingDiverged(f"the loss of seed {seed} became {value} in epoch {t.epoch}: {way}")
     if t.scaler.is_enabled() and t.scaler.get_scale() < 1:
-        raise TrainingDiverged(f"gradients of seeds {t.seeds} became NaN or infinite under fp16 again and again in epoch {t.epoch} (loss scale {t.scaler.get_scale():.1e}): {way}")
+        raise TrainingDiverged(f"gradients of seeds {t.seeds} became NaN or infinite under fp16 again and again in "
+            f"epoch {t.epoch} (loss scale {t.scaler.get_scale():.1e}): {way}")
 
 @torch.no_grad()
 def finish_epoch(t, validate, stop=None)->dict: # means over members, for the progress line
     "Check the losses, validate, keep the best weights, and write the history."
     sum_over_processes(t.total)
-    losses, stop, states = (t.total / t.order.shape[1]).cpu(), stop or Interruptible(), [g.get_state() for g in t.noise_generators]
+    losses = (t.total / t.order.shape[1]).cpu()
+    stop = stop or Interruptible()
+    states = [g.get_state() for g in t.noise_generators]
     check_losses(t, losses)
     with stop.hold() if t.size > 1 else contextlib.nullcontext():
         t.mode("eval")
@@ -389,8 +430,10 @@ def finish_epoch(t, validate, stop=None)->dict: # means over members, for the pr
         t.whole = False
         better = t.best.update(t.ensemble, t.epoch, valid["accuracy"], valid["loss"], t.settings.patience)
         seconds = time.monotonic() - t.started
-        rows = [dict(epoch=t.epoch, member=i, seed=s, loss=l, accuracy=a, valid_loss=v, lr=t.lr, improved=b, seconds=seconds)
-                for i, (s, l, a, v, b) in enumerate(zip(t.seeds, losses.tolist(), valid["accuracy"].tolist(), valid["loss"].tolist(), better.tolist()))]
+        rows = [dict(epoch=t.epoch, member=i, seed=s, loss=l, accuracy=a, valid_loss=v, lr=t.lr, improved=b,
+        seconds=seconds)
+                for i, (s, l, a, v, b) in enumerate(zip(t.seeds, losses.tolist(), valid["accuracy"].tolist(),
+                valid["loss"].tolist(), better.tolist()))]
         t.history += rows
         t.epoch, t.step, t.whole = t.epoch + 1, 0, True
     if stop.pending and t.size == 1: stop.end()

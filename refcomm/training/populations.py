@@ -21,7 +21,10 @@ from ..games.tasks import objectives
 class _Between:
     "The sender's side of one channel, the receiver's of another."
     def __init__(self, speaking, listening):
-        self.dim, self.bottleneck, self.draw_noise, self.send = speaking.dim, speaking.bottleneck, speaking.draw_noise, speaking.send
+        self.dim = speaking.dim
+        self.bottleneck = speaking.bottleneck
+        self.draw_noise = speaking.draw_noise
+        self.send = speaking.send
         self.receive, self.weigh = listening.receive, getattr(listening, "weigh", None)
 
 class Paired(ReferentialGame):
@@ -42,7 +45,8 @@ class Population(nn.Module):
         alone:bool=True, # whether a sender also meets the receiver of its own game; False: agents that swap roles
     ):
         super().__init__()
-        self.games, self.pairs = nn.ModuleList(games), [(i, j) for i in range(len(games)) for j in range(len(games)) if alone or i != j]
+        self.games = nn.ModuleList(games)
+        self.pairs = [(i, j) for i in range(len(games)) for j in range(len(games)) if alone or i != j]
         if not self.pairs: raise ConfigError(f"{len(games)} games make no pair: give at least {1 if alone else 2}")
 
     def pair(self, i:int, j:int)->Paired: return Paired(self.games[i], self.games[j])
@@ -60,11 +64,13 @@ def train_population(
         i, j = population.pairs[int(torch.randint(len(population.pairs), (), generator=generators[0]))]
         noise = population.games[i].channel.draw_noise(idx.shape[1], generators[0])
         games = task.batch(idx, generators)
-        return ensemble.map(lambda p, games, noise: p.pair(i, j)(*games, noise), games, None if noise is None else noise[None])
+        return ensemble.map(lambda p, games, noise: p.pair(i, j)(*games, noise), games, None if noise is None
+            else noise[None])
     def validate():
         found = [ensemble.map(lambda p, i=i, j=j: task.validate(p.pair(i, j))) for i, j in population.pairs]
         return dict(zip(("accuracy", "loss"), (torch.stack(v).mean(0) for v in zip(*found))))
-    history = fit(ensemble, loss, validate, task.n_train, settings, [seed], checkpoint=checkpoint, report=lambda done, text: None).history
+    history = fit(ensemble, loss, validate, task.n_train, settings, [seed], checkpoint=checkpoint,
+        report=lambda done, text: None).history
     ensemble.member(0)
     population.eval()
     return history
@@ -90,12 +96,15 @@ def plot_cross_play(
     import matplotlib.pyplot as plt
     ax = ax or plt.gca()
     image = ax.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
-    for (i, j), v in zip(((i, j) for i in range(len(matrix)) for j in range(matrix.shape[1])), matrix.flatten().tolist()): ax.text(j, i, f"{v:.2f}", ha="center", va="center", color="white" if v < .5 else "black")
+    for (i, j), v in zip(((i, j) for i in range(len(matrix)) for j in range(matrix.shape[1])),
+        matrix.flatten().tolist()):
+        ax.text(j, i, f"{v:.2f}", ha="center", va="center", color="white" if v < .5 else "black")
     ax.set(xlabel="receiver", ylabel="sender", xticks=range(matrix.shape[1]), yticks=range(len(matrix)))
     return image
 
 # %% ../../nbs/67_training.populations.ipynb #fb6fc2b4
-SIDES = {"sender": ("sender.", "channel.speak", "channel.first", "channel.stop", "channel.bottleneck"), "receiver": ("receiver.", "channel.listen")}
+SIDES = {"sender": ("sender.", "channel.speak", "channel.first", "channel.stop", "channel.bottleneck"),
+    "receiver": ("receiver.", "channel.listen")}
 
 @torch.no_grad()
 def renewed(
@@ -121,7 +130,8 @@ def iterated(
     for generation in range(generations):
         if generation: game = renewed(game, make(seed + 1000*generation), side)
         ensemble = Ensemble([game])
-        history = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [seed + 1000*generation], report=lambda done, text: None).history
+        history = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [seed + 1000*generation],
+            report=lambda done, text: None).history
         game = ensemble.eval().member(0)
         yield generation, game, history
 
@@ -135,4 +145,5 @@ def ease_of_learning(
     "How fast new receivers learn a kept sender's language (Li and Bowling 2019; Chaabouni et al. 2022)."
     frozen = [(start, 0.) for start in SIDES["sender"]]
     members = Ensemble([renewed(game, make(s)) for s in seeds])
-    return fit(members, *objectives(members, task), task.n_train, settings, seeds, report=lambda done, text: None, lr_factors=frozen).history[["seed", "epoch", "accuracy"]]
+    return fit(members, *objectives(members, task), task.n_train, settings, seeds, report=lambda done, text: None,
+        lr_factors=frozen).history[["seed", "epoch", "accuracy"]]

@@ -32,7 +32,8 @@ CONFIGS = { # name → what differs from the defaults (Table 5; footnote 5)
     "CN-Inst": dict(bottleneck="continuous"),
     "GS-Inst": dict(bottleneck="gumbel", alphabet_size=100, word_length=1),
     "QT-Inst train+inf": dict(bottleneck="quantized", alphabet_size=10),
-    "QT-RNN no gradient": dict(channel="recurrent", bottleneck="quantized", alphabet_size=10, message_length=6, gradient="none"),
+    "QT-RNN no gradient": dict(channel="recurrent", bottleneck="quantized", alphabet_size=10, message_length=6,
+    gradient="none"),
     "QT-Inst no gradient": dict(bottleneck="quantized", alphabet_size=10, gradient="none"),
 }
 BEST = { # game → configuration → its best-tuned channel (footnote 5; Tables 6–8)
@@ -54,7 +55,8 @@ POOLS = {"image": dict(pool=192), "sent-ref": dict(pool=512)} # at cpu: items th
 SHORT = { # at cpu, tuned: game → channel or configuration → fewer epochs
     "object": {"": dict(epochs=20), "GS-Inst": dict(epochs=50), "recurrent": dict(epochs=3), "GS-RNN": dict(epochs=8)},
     "image": {"": dict(epochs=12, **POOLS["image"]), "recurrent": dict(epochs=20)},
-    "sent-ref": {"": dict(epochs=6, **POOLS["sent-ref"]), "GS-Inst": dict(epochs=12), "recurrent": dict(epochs=2), "GS-RNN": dict(epochs=4)},
+    "sent-ref": {"": dict(epochs=6, **POOLS["sent-ref"]), "GS-Inst": dict(epochs=12), "recurrent": dict(epochs=2),
+    "GS-RNN": dict(epochs=4)},
     "sent-cls": {"": dict(epochs=10), "GS-Inst": dict(epochs=20), "recurrent": dict(epochs=3), "GS-RNN": dict(epochs=5),
                  "CN-RNN for QT": dict(epochs=6), "QT-RNN train+inf": dict(epochs=6)}, # words of 10 learn slower than words of 100
 }
@@ -78,14 +80,19 @@ def configure(
 )->list: # one EQCSpec per seed
     "The Specs of one configuration of one game at one profile."
     base = CONFIGS[check_choice("configuration", name, CONFIGS)]
-    check_choice("profile", profile, PROFILES), check_choice("setting", setting, ("tuned", "printed")), check_choice("game", game, GAMES)
-    by = lambda table: {k: v for part in ("", base.get("channel", "instant").replace("ending", "recurrent"), name.removesuffix(" EGG")) for k,v in table[game].get(part, {}).items()}
-    changes = [GAMES[game], base, BEST.get(game, {}).get(name, {}), source(game, "embedded" if profile == "smoke" else data, encoder)]
+    (check_choice("profile", profile, PROFILES), check_choice("setting", setting, ("tuned", "printed")),
+        check_choice("game", game, GAMES))
+    by = lambda table: {k: v for part in ("", base.get("channel", "instant").replace("ending", "recurrent"),
+        name.removesuffix(" EGG")) for k,v in table[game].get(part, {}).items()}
+    changes = [GAMES[game], base, BEST.get(game, {}).get(name, {}),
+        source(game, "embedded" if profile == "smoke" else data, encoder)]
     if setting == "tuned" and profile != "paper": changes.append(by(TUNED))
     if profile == "cpu": changes.append(by(SHORT) if setting == "tuned" else POOLS.get(game, {}))
     if profile == "smoke": changes.append(SMALL[game])
-    if profile in ("gpu", "paper") and game.startswith("sent"): changes.append(dict(encoder=encoder or "distilbert-base-uncased"))
-    if profile in ("gpu", "paper") and game == "sent-cls": changes.append(dict(fine_tune=True, encoder_lr=1. if profile == "paper" else .03, precision="bf16"))
+    if profile in ("gpu", "paper") and game.startswith("sent"):
+        changes.append(dict(encoder=encoder or "distilbert-base-uncased"))
+    if profile in ("gpu", "paper") and game == "sent-cls":
+        changes.append(dict(fine_tune=True, encoder_lr=1. if profile == "paper" else .03, precision="bf16"))
     fields = {"game": game, **{k: v for c in changes for k,v in c.items()}, **overrides}
     return [EQCSpec(seed=s, **fields) for s in seeds]
 
@@ -93,27 +100,40 @@ def configure(
 CURVES, EARLY = ("GS-RNN", "CN-RNN", "GS-Inst", "CN-Inst"), ("QT-RNN train+inf", "QT-Inst train+inf")
 _GS = dict(hidden=128, embedding=128, lr=1e-3, epochs=12) # narrow, so that many can be tried
 TRIALS = { # item → game, configuration, setting, what is changed: one line of the item each
-    "gumbel": [("object", "GS-Inst", "tuned", dict(epochs=20) | c) for c in ({}, *(dict(alphabet_size=v) for v in (10, 30, 300)), *(dict(temperature=t) for t in (.5, 2.)), dict(straight_through=True))]
-            + [("object", "GS-RNN", "tuned", _GS | c) for c in ({}, *(dict(alphabet_size=v) for v in (5, 50)), *(dict(message_length=n) for n in (4, 8)), *(dict(temperature=t) for t in (.5, 2.)), dict(straight_through=True))],
-    "normalisation": [(game, name, setting, dict(normalize=n)) for game, setting in (("object", "printed"), ("image", "tuned"), ("sent-cls", "tuned")) for name in ("CN-Inst", "QT-Inst train+inf") for n in (True, False)],
-    "distractors": [("object", "CN-Inst", "printed", dict(n_negatives=n)) for n in (1, 9, 99, None)] + [("sent-cls", "CN-Inst", "tuned", dict(n_negatives=n)) for n in (1, 9, 76)],
+    "gumbel": [("object", "GS-Inst", "tuned", dict(epochs=20) | c)
+    for c in ({}, *(dict(alphabet_size=v) for v in (10, 30, 300)), *(dict(temperature=t) for t in (.5, 2.)),
+    dict(straight_through=True))]
+            + [("object", "GS-RNN", "tuned", _GS | c)
+            for c in ({}, *(dict(alphabet_size=v) for v in (5, 50)), *(dict(message_length=n) for n in (4, 8)),
+            *(dict(temperature=t) for t in (.5, 2.)), dict(straight_through=True))],
+    "normalisation": [(game, name, setting, dict(normalize=n))
+    for game, setting in (("object", "printed"), ("image", "tuned"), ("sent-cls", "tuned"))
+    for name in ("CN-Inst", "QT-Inst train+inf") for n in (True, False)],
+    "distractors": [("object", "CN-Inst", "printed", dict(n_negatives=n)) for n in (1, 9, 99, None)]
+    + [("sent-cls", "CN-Inst", "tuned", dict(n_negatives=n)) for n in (1, 9, 76)],
     "protocol": [("object", "CN-Inst", "tuned", dict(word_length=w)) for w in HEATMAP["word_lengths"]],
 }
 
 ITEMS = { # item → games, configurations; Figures 4–7 are grids of their own, as are `TRIALS`
     **{name: ((), ()) for name in TRIALS},
-    "table5": (("object",), CURVES), "table6": (("image",), CURVES), "table7": (("sent-ref",), CURVES), "table8": (("sent-cls",), CURVES),
+    "table5": (("object",), CURVES), "table6": (("image",), CURVES), "table7": (("sent-ref",), CURVES),
+    "table8": (("sent-cls",), CURVES),
     "figure1": (("object",), CURVES), "figure3": (tuple(GAMES), CURVES), "table3": (tuple(GAMES), CURVES),
     "table2": (tuple(GAMES), EARLY + ("CN-RNN", "CN-Inst")),
-    **{f"table{n}_printed": ((game,), CURVES + ("GS-RNN EGG",)*(n == "5")) for n, game in zip("5678", GAMES)}, "table8_finetuned": (("sent-cls",), ("CN-Inst",)),
-    "table2_gradient": (tuple(GAMES), ("QT-Inst no gradient", "QT-Inst train+inf", "QT-RNN no gradient", "QT-RNN train+inf")),
-    "figure4": (("object",), ()), "figure5": (("image",), ()), "figure6": (("sent-ref",), ()), "figure7": (("sent-cls",), ()),
+    **{f"table{n}_printed": ((game,), CURVES + ("GS-RNN EGG",)*(n == "5")) for n, game in zip("5678", GAMES)},
+    "table8_finetuned": (("sent-cls",), ("CN-Inst",)),
+    "table2_gradient": (tuple(GAMES), ("QT-Inst no gradient", "QT-Inst train+inf", "QT-RNN no gradient",
+    "QT-RNN train+inf")),
+    "figure4": (("object",), ()), "figure5": (("image",), ()), "figure6": (("sent-ref",), ()),
+    "figure7": (("sent-cls",), ()),
 }
 
 def _small(changes): # at smoke
-    return {k: 8 if k in ("hidden", "embedding") else 2 if k == "epochs" else min(v, 9) if k == "n_negatives" and v else v for k, v in changes.items()}
+    return {k: 8 if k in ("hidden", "embedding") else 2 if k == "epochs" else min(v, 9) if k == "n_negatives" and v
+        else v for k, v in changes.items()}
 
-def _settings(item, game): return "printed" if item.endswith("_printed") or item == "table2_gradient" and game != "object" else "tuned"
+def _settings(item, game):
+    return "printed" if item.endswith("_printed") or item == "table2_gradient" and game != "object" else "tuned"
 
 def grid(
     item:str, # a name in `ITEMS`
@@ -129,16 +149,22 @@ def grid(
     games, names = ITEMS[check_choice("item", item, ITEMS)]
     check_at_least("n_seeds", n_seeds, 1), check_at_least("recurrent", recurrent, 0)
     tuned = {}
-    if item == "table8_finetuned" and profile == "cpu": tuned, encoder = dict(fine_tune=True, encoder_lr=.03, epochs=2), encoder or "minilm"
+    if item == "table8_finetuned" and profile == "cpu":
+        tuned, encoder = dict(fine_tune=True, encoder_lr=.03, epochs=2), encoder or "minilm"
     def make(name, game, setting=None, **overrides):
-        setting, own = setting or _settings(item, game), dict(data=images, encoder=trunk) if game == "image" else dict(data=sentences, encoder=encoder)
-        slow = profile == "cpu" and setting == "printed" and game != "image" and CONFIGS[name].get("channel", "instant") != "instant"
-        return configure(name, profile, setting, range(recurrent if slow else n_seeds), game, **own, **tuned, **overrides)
+        setting = setting or _settings(item, game)
+        own = dict(data=images, encoder=trunk) if game == "image" else dict(data=sentences, encoder=encoder)
+        slow = (profile == "cpu" and setting == "printed" and game != "image"
+            and CONFIGS[name].get("channel", "instant") != "instant")
+        return configure(name, profile, setting, range(recurrent if slow else n_seeds), game, **own, **tuned,
+            **overrides)
     names_of = lambda game: names + (("CN-RNN for QT",) if game == "sent-cls" and "CN-RNN" in names else ())
     specs = [s for game in games for name in names_of(game) for s in make(name, game)]
-    specs += [s for game, name, setting, changes in TRIALS.get(item, ()) for s in make(name, game, setting, **(changes if profile != "smoke" else _small(changes)))]
+    specs += [s for game, name, setting, changes in TRIALS.get(item, ())
+        for s in make(name, game, setting, **(changes if profile != "smoke" else _small(changes)))]
     if games and not names:
-        lengths, alphabets = (HEATMAP["word_lengths"], HEATMAP["alphabets"]) if profile != "smoke" else ((2, 10), (2, 8))
+        lengths, alphabets = ((HEATMAP["word_lengths"], HEATMAP["alphabets"]) if profile != "smoke"
+            else ((2, 10), (2, 8)))
         short = MAP_EPOCHS.get(games[0], {}) if profile == "cpu" else {}
         late, early = (make(name, games[0], **short) for name in ("CN-Inst", "QT-Inst train+inf"))
         for w in lengths:
@@ -159,7 +185,8 @@ def rows_of(
     late = ((t.bottleneck == "continuous") & t.alphabet.notna()) | (t.when == "inference")
     kind = t.bottleneck.map({"continuous": "CN", "gumbel": "GS"}).fillna("QT").mask(late, "QT")
     t["row"] = kind + t.channel.map({"recurrent": "-RNN", "ending": "-RNN EGG", "instant": "-Inst"})
-    t["quantised"] = late.map({True: "inference only", False: "train+inference"}).mask(t.gradient == "none", "no gradient").where(kind == "QT", "")
+    t["quantised"] = late.map({True: "inference only", False: "train+inference"}).mask(t.gradient == "none",
+        "no gradient").where(kind == "QT", "")
     t["column"] = t.n_candidates
     return t
 
@@ -169,7 +196,8 @@ def printed_rows(
     "Keep the best-tuned channels: 10 symbols for QT, and words of 10 for recurrent QT in Sent-Cls (footnote 5)."
     short = (rows.game == "sent-cls") & (rows.channel == "recurrent") & (rows.bottleneck == "continuous")
     length = rows.word_length == (short & (rows.row == "QT-RNN")).map({True: 10, False: 100})
-    kept = rows[rows.seen.isna() & ((rows.bottleneck == "gumbel") | length) & ((rows.row.str[:2] != "QT") | (rows.alphabet == 10)) & rows.quantised.isin(["", "inference only"])]
+    kept = rows[rows.seen.isna() & ((rows.bottleneck == "gumbel") | length) & ((rows.row.str[:2] != "QT")
+        | (rows.alphabet == 10)) & rows.quantised.isin(["", "inference only"])]
     return kept.sort_values("row", key=lambda r: r.map([*ORDER, "GS-RNN EGG"].index), kind="stable")
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #0efbb8eb
@@ -189,7 +217,8 @@ def _printed(item, row, column, half=.0005)->Estimate:
     "A published cell with its errors; NaN where there is none."
     t = published("eqc", item)
     t = t[(t.row == row) & (t.column == str(column))]
-    return published_estimate(float(t["mean"].iloc[0]), float(t.sd.iloc[0]), 3, half) if len(t) else Estimate(float("nan"))
+    return (published_estimate(float(t["mean"].iloc[0]), float(t.sd.iloc[0]), 3, half) if len(t)
+        else Estimate(float("nan")))
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #2b8195ee
 def table_values(
@@ -204,10 +233,12 @@ def table_values(
     spread = lambda short: max(.02, (theirs[f"CN-{short}"].sd**2 + theirs[f"QT-{short}"].sd**2)**.5)
     values = {
         "on-par": dict(gain=both(lambda s: _ahead(at[f"QT-{s}"], at[f"CN-{s}"])), margin=both(spread)),
-        "gs-falls": dict(gap=both(lambda s: _ahead(at[f"CN-{s}"], at[f"GS-{s}"])), printed=both(lambda s: combine([(1, theirs[f"CN-{s}"]), (-1, theirs[f"GS-{s}"])]))),
+        "gs-falls": dict(gap=both(lambda s: _ahead(at[f"CN-{s}"], at[f"GS-{s}"])),
+        printed=both(lambda s: combine([(1, theirs[f"CN-{s}"]), (-1, theirs[f"GS-{s}"])]))),
         "gs-inst" if game == "image" else "gs-rnn": dict(recurrent=_mean(at["GS-RNN"]), instant=_mean(at["GS-Inst"])),
     }
-    if game == "object": values["perfect"] = dict(accuracy={name: _mean(at[name]) for name in ORDER if not name.startswith("GS")})
+    if game == "object":
+        values["perfect"] = dict(accuracy={name: _mean(at[name]) for name in ORDER if not name.startswith("GS")})
     return {f"eqc.{game}.{name}": v for name, v in values.items()}
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #0efbb8ec
@@ -216,12 +247,15 @@ def graceful_values(
 )->dict: # claim → its values
     "What decides the claims about Figure 3: accuracy lost from 2 candidates to the most."
     def lost(part): # per seed
-        ends = [part[part.n_candidates == n].sort_values("seed").accuracy.to_numpy() for n in (2, max(part.n_candidates))]
+        ends = [part[part.n_candidates == n].sort_values("seed").accuracy.to_numpy()
+            for n in (2, max(part.n_candidates))]
         return estimate(ends[0] - ends[1], part.n_targets.iloc[0])
     values = {}
     for game, own in rows.groupby("game", sort=False):
         fall = {name: lost(_row(own, name)) for name in ORDER if (own.row == name).any()}
-        more = {f"{kind}-{s}": combine([(1, fall[f"GS-{s}"]), (-1, fall[f"{kind}-{s}"])]) if {f"GS-{s}", f"{kind}-{s}"} <= set(fall) else Estimate(float("nan")) for s in ("Inst", "RNN") for kind in ("CN", "QT")}
+        more = {f"{kind}-{s}": combine([(1, fall[f"GS-{s}"]), (-1, fall[f"{kind}-{s}"])])
+            if {f"GS-{s}", f"{kind}-{s}"} <= set(fall) else Estimate(float("nan")) for s in ("Inst", "RNN")
+            for kind in ("CN", "QT")}
         values[f"eqc.{game}.graceful"] = dict(more_lost=more)
     return values
 
@@ -231,7 +265,8 @@ def printed_rate_values(
     "What decides the claims about Table 5 as printed."
     most, noum = max(rows.n_candidates), _row(rows[rows.n_candidates == 2], "GS-Inst")
     sent = _mean(noum, "noum")
-    return {"eqc.object.printed-lr": dict(cn_inst=_mean(_row(rows[rows.n_candidates == most], "CN-Inst")), printed=_printed("table5", "CN-Inst", most)),
+    return {"eqc.object.printed-lr": dict(cn_inst=_mean(_row(rows[rows.n_candidates == most], "CN-Inst")),
+    printed=_printed("table5", "CN-Inst", most)),
             "eqc.object.printed-noum": dict(noum=sent, printed=published_estimate(58., n_runs=3, like=sent))}
 
 def fine_tuned_values(
@@ -240,7 +275,8 @@ def fine_tuned_values(
     "What decides the claim about a fine-tuned sentence encoder."
     top = _row(rows[rows.n_candidates == rows.n_candidates.max()], "CN-Inst")
     tuned, frozen = (top[top.encoder == name] for name in ("fine-tuned", "frozen"))
-    return {"eqc.sent-cls.fine-tuned": dict(fine_tuned=_mean(tuned), printed=_printed("table8", "CN-Inst", 77), gain=_ahead(tuned, frozen))}
+    return {"eqc.sent-cls.fine-tuned": dict(fine_tuned=_mean(tuned), printed=_printed("table8", "CN-Inst", 77),
+        gain=_ahead(tuned, frozen))}
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #0efbb8ed
 def modes_values(
@@ -254,10 +290,12 @@ def modes_values(
     channels, both = ("instant", "recurrent"), "train+inference"
     cost = lambda game: {c: _ahead(at(game, c, "inference only"), at(game, c, both)) for c in channels}
     return {
-        "eqc.object.train+inf": dict(accuracy={f"{c}, {('2', 'most')[end]}": _mean(at("object", c, both, end)) for c in channels for end in (0, 1)}),
+        "eqc.object.train+inf": dict(accuracy={f"{c}, {('2', 'most')[end]}": _mean(at("object", c, both, end))
+        for c in channels for end in (0, 1)}),
         "eqc.sent-ref.train+inf": dict(cost=cost("sent-ref")), "eqc.sent-cls.train+inf": dict(cost=cost("sent-cls")),
         "eqc.image.train+inf": dict(accuracy={c: _mean(at("image", c, both)) for c in channels}),
-        "eqc.sentences.train-recurrent": dict(gain={g: _ahead(at(g, "recurrent", both), at(g, "instant", both)) for g in ("sent-ref", "sent-cls")}),
+        "eqc.sentences.train-recurrent": dict(gain={g: _ahead(at(g, "recurrent", both), at(g, "instant", both))
+        for g in ("sent-ref", "sent-cls")}),
     }
 
 def noum_values(
@@ -265,7 +303,8 @@ def noum_values(
 )->dict: # claim → its values
     "What decides the claims about Table 3: messages as a share of targets."
     share = rows.assign(share=rows.noum/rows.n_targets)
-    of = lambda kind: {f"{g}, {name}": _mean(_row(share[share.game == g], name), "share") for g in dict.fromkeys(rows.game) for name in (f"{kind}-Inst", f"{kind}-RNN")}
+    of = lambda kind: {f"{g}, {name}": _mean(_row(share[share.game == g], name), "share")
+        for g in dict.fromkeys(rows.game) for name in (f"{kind}-Inst", f"{kind}-RNN")}
     return {"eqc.noum-qt": dict(share=of("QT")), "eqc.noum-gs": dict(share=of("GS"))}
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #a29d137c
@@ -276,33 +315,44 @@ def map_values(
     game, n = rows.game.iloc[0], rows.n_targets.max()
     table = rows.pivot_table(index="seed", columns=["quantised", "alphabet", "word_length"], values="accuracy")
     maps = {mode: table[mode] for mode in ("inference only", "train+inference")}
-    alphabets, lengths = sorted(set.intersection(*(set(m.columns.get_level_values(0)) for m in maps.values()))), sorted(set(rows.word_length))
+    alphabets = sorted(set.intersection(*(set(m.columns.get_level_values(0)) for m in maps.values())))
+    lengths = sorted(set(rows.word_length))
     long, most, usual = lengths[-1], alphabets[-1], [w for w in lengths if w >= 8]
     diagonal = list(zip(alphabets, lengths))
     each = lambda make: {mode: estimate(make(m)) for mode, m in maps.items()}
     by_length = lambda m: sum(m[v, long] - m[v, usual[0]] for v in alphabets)/len(alphabets)
     by_alphabet = lambda m: sum(m[most, w] - m[alphabets[0], w] for w in usual)/len(usual)
     values = {
-        "capacity": dict(step={f"{mode}, {b[0]:g} symbols": estimate(m[b] - m[a], n) for mode, m in maps.items() for a, b in zip(diagonal, diagonal[1:])} or {"none": Estimate(float("nan"))},
+        "capacity": dict(step={f"{mode}, {b[0]:g} symbols": estimate(m[b] - m[a], n) for mode, m in maps.items()
+        for a, b in zip(diagonal, diagonal[1:])} or {"none": Estimate(float("nan"))},
                          whole=each(lambda m: m[most, long] - m[alphabets[0], lengths[0]])),
         "length-first": dict(more_by_length=each(lambda m: by_length(m) - by_alphabet(m))),
-        "binary": dict(loss=each(lambda m: m[m.xs(long, axis=1, level=1).mean().idxmax(), long] - m[alphabets[0], long])),
-        "training-hurts": dict(cost=combine([(1, estimate(maps["inference only"].mean(axis=1))), (-1, estimate(maps["train+inference"].mean(axis=1)))])),
+        "binary": dict(loss=each(lambda m: m[m.xs(long, axis=1, level=1).mean().idxmax(), long] - m[alphabets[0],
+        long])),
+        "training-hurts": dict(cost=combine([(1, estimate(maps["inference only"].mean(axis=1))),
+        (-1, estimate(maps["train+inference"].mean(axis=1)))])),
     }
-    perfect = lambda mode, above: dict(accuracy={f"{v:g} × {w}": estimate(maps[mode][v, w], n) for v in alphabets if v > above for w in lengths if w >= 50} or {"none": Estimate(float("nan"))})
-    if game == "object": values |= {"heatmap-late": perfect("inference only", 4), "heatmap-early": perfect("train+inference", 16)}
-    if game == "image": values["no-convergence"] = dict(accuracy={f"{v:g} × {w}": estimate(x, n) for (v, w), x in maps["train+inference"].items()})
-    if game == "sent-cls": values["noum-targets"] = dict(share=estimate(rows[(rows.alphabet == most) & (rows.word_length == long) & (rows.quantised == "inference only")].sort_values("seed").noum/n))
+    perfect = lambda mode, above: dict(accuracy={f"{v:g} × {w}": estimate(maps[mode][v, w], n) for v in alphabets
+        if v > above for w in lengths if w >= 50} or {"none": Estimate(float("nan"))})
+    if game == "object":
+        values |= {"heatmap-late": perfect("inference only", 4), "heatmap-early": perfect("train+inference", 16)}
+    if game == "image":
+        values["no-convergence"] = dict(accuracy={f"{v:g} × {w}": estimate(x, n)
+            for (v, w), x in maps["train+inference"].items()})
+    if game == "sent-cls":
+        values["noum-targets"] = dict(share=estimate(rows[(rows.alphabet == most) & (rows.word_length == long) & (rows.quantised == "inference only")].sort_values("seed").noum/n))
     return {f"eqc.{game}.{name}": v for name, v in values.items()}
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #332d5d74
-SOURCE_NAMES = {"shapes": "rendered shapes", "synthetic": "synthetic intents", "banking77": "Banking77", "tiny_imagenet_effnet_lite0_160_u8.npz": "13,000 Tiny-ImageNet images by EfficientNet-lite0 features"}
+SOURCE_NAMES = {"shapes": "rendered shapes", "synthetic": "synthetic intents", "banking77": "Banking77",
+    "tiny_imagenet_effnet_lite0_160_u8.npz": "13,000 Tiny-ImageNet images by EfficientNet-lite0 features"}
 
 def fidelity(
     specs, # EQCSpecs of one item
 )->str: # one part for each game
     "What differs from the paper, read off the table of deviations and the Specs."
-    return " ".join(f"{TITLES[game]}: {note('eqc', [s for s in specs if s.game == game])}" for game in dict.fromkeys(s.game for s in specs))
+    return " ".join(f"{TITLES[game]}: {note('eqc', [s for s in specs if s.game == game])}"
+        for game in dict.fromkeys(s.game for s in specs))
 
 def _source_name(data)->str: # without its content and folder
     name = data.split("#")[0]
@@ -326,8 +376,10 @@ def stopped_early(
         best = r.history().accuracy.cummax()
         before = len(best) - max(1, round(last*len(best)))
         over = before > 0 and len(best) == r.spec["epochs"]
-        found += [dict(game=r.spec["game"], row=row, rise=(best.iloc[-1] - best.iloc[before - 1])*over) for row in rows_of([r]).row.unique()]
-    mean = pd.DataFrame(found, columns=["game", "row", "rise"]).groupby(["game", "row"], sort=False).rise.mean().reset_index()
+        found += [dict(game=r.spec["game"], row=row, rise=(best.iloc[-1] - best.iloc[before - 1])*over)
+            for row in rows_of([r]).row.unique()]
+    mean = pd.DataFrame(found, columns=["game", "row", "rise"]).groupby(["game", "row"],
+        sort=False).rise.mean().reset_index()
     return mean[mean.rise > gain].reset_index(drop=True)
 
 def daggered(
@@ -341,5 +393,7 @@ def unfinished(
     early, # from `stopped_early`
 )->str: # a sentence, or nothing
     "What the fidelity note says of rows that were stopped early."
-    said = [f"{row} in {TITLES[game]} (by {rise:.2f})" for game, row, rise in early[["game", "row", "rise"]].itertuples(index=False)]
-    return f" † Stopped while validation accuracy still rose over the last fifth of the epochs: {', '.join(said)}." if said else ""
+    said = [f"{row} in {TITLES[game]} (by {rise:.2f})"
+        for game, row, rise in early[["game", "row", "rise"]].itertuples(index=False)]
+    return (f" † Stopped while validation accuracy still rose over the last fifth of the epochs: {', '.join(said)}."
+        if said else "")

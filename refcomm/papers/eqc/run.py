@@ -82,30 +82,49 @@ class EQCSpec:
 
     def __post_init__(self):
         check_choice("game", self.game, GAMES)
-        check_choice("channel", self.channel, CHANNELS), check_choice("bottleneck", self.bottleneck, ("continuous", "gumbel", "quantized", "fsq", "vq", "learned"))
+        (check_choice("channel", self.channel, CHANNELS),
+            check_choice("bottleneck", self.bottleneck, ("continuous", "gumbel", "quantized", "fsq", "vq", "learned")))
         if (self.bottleneck == "continuous") != (self.alphabet_size is None):
-            raise ConfigError(f"alphabet_size={self.alphabet_size!r} does not go with bottleneck={self.bottleneck!r}: a continuous one has none, every other needs one")
-        if self.channel == "instant" and self.message_length != 1: raise ConfigError(f"an instant channel sends one word, got message_length={self.message_length}")
+            raise ConfigError(f"alphabet_size={self.alphabet_size!r} does not go with bottleneck={self.bottleneck!r}: "
+                f"a continuous one has none, every other needs one")
+        if self.channel == "instant" and self.message_length != 1:
+            raise ConfigError(f"an instant channel sends one word, got message_length={self.message_length}")
         check_choice("when", self.when, ("always", "inference"))
-        if self.when != "always" and self.bottleneck not in ("quantized", "fsq"): raise ConfigError(f"when={self.when!r} is for the bottlenecks 'quantized' and 'fsq', got {self.bottleneck!r}")
-        if check_choice("gradient", self.gradient, ("straight-through", "none")) == "none" and self.bottleneck != "quantized": raise ConfigError(f"gradient='none' is for bottleneck='quantized', got {self.bottleneck!r}")
-        if self.channel == "ending" and self.bottleneck != "gumbel": raise ConfigError(f"channel='ending' is for bottleneck='gumbel', got {self.bottleneck!r}")
-        if not self.normalize and self.bottleneck not in ("continuous", "quantized"): raise ConfigError(f"normalize=False is for the bottlenecks 'continuous' and 'quantized', got {self.bottleneck!r}")
+        if self.when != "always" and self.bottleneck not in ("quantized", "fsq"):
+            raise ConfigError(f"when={self.when!r} is for the bottlenecks 'quantized' and 'fsq', got {self.bottleneck!r}")
+        if check_choice("gradient", self.gradient,
+            ("straight-through", "none")) == "none" and self.bottleneck != "quantized":
+            raise ConfigError(f"gradient='none' is for bottleneck='quantized', got {self.bottleneck!r}")
+        if self.channel == "ending" and self.bottleneck != "gumbel":
+            raise ConfigError(f"channel='ending' is for bottleneck='gumbel', got {self.bottleneck!r}")
+        if not self.normalize and self.bottleneck not in ("continuous", "quantized"):
+            raise ConfigError(f"normalize=False is for the bottlenecks 'continuous' and 'quantized', got {self.bottleneck!r}")
         for width in (self.symbol_width, *self.fitted):
             check_at_least("symbol_width", width, 1)
-            if self.word_length % width: raise ConfigError(f"word_length={self.word_length} numbers cannot be cut into symbols of {width}: choose a divisor")
-        if self.symbol_width > 1 and self.bottleneck not in ("vq", "learned"): raise ConfigError(f"symbol_width={self.symbol_width} is for the bottlenecks 'vq' and 'learned', got {self.bottleneck!r}")
-        if self.fitted and (self.game == "image" or self.bottleneck != "continuous"): raise ConfigError(f"fitted={self.fitted} is for continuous channels and senders that see the target alone, got {self.bottleneck!r} in the {self.game!r} game")
-        check_choice("grid", self.grid, ("exact", "paper")), check_choice("feature_scale", self.feature_scale, ("rms", "length"))
-        for name, least in (("candidates", self.candidates or (0,)), ("alphabets", self.alphabets or (2,))): check_at_least(name, min(least), 2)
-        if self.game == "object" and self.n_values**self.n_attributes < max(self.candidates): raise ConfigError(f"{max(self.candidates)} candidates asked for, but only {self.n_values**self.n_attributes} are available")
-        if self.fine_tune and self.game != "sent-cls": raise ConfigError(f"fine_tune=True is for game='sent-cls', got {self.game!r}: the paper fine-tunes its encoder there alone")
+            if self.word_length % width:
+                raise ConfigError(f"word_length={self.word_length} numbers cannot be cut into symbols of {width}: choose a divisor")
+        if self.symbol_width > 1 and self.bottleneck not in ("vq", "learned"):
+            raise ConfigError(f"symbol_width={self.symbol_width} is for the bottlenecks 'vq' and 'learned', got {self.bottleneck!r}")
+        if self.fitted and (self.game == "image" or self.bottleneck != "continuous"):
+            raise ConfigError(f"fitted={self.fitted} is for continuous channels and senders that see the target alone, "
+                f"got {self.bottleneck!r} in the {self.game!r} game")
+        (check_choice("grid", self.grid, ("exact", "paper")),
+            check_choice("feature_scale", self.feature_scale, ("rms", "length")))
+        for name, least in (("candidates", self.candidates or (0,)), ("alphabets", self.alphabets or (2,))):
+            check_at_least(name, min(least), 2)
+        if self.game == "object" and self.n_values**self.n_attributes < max(self.candidates):
+            raise ConfigError(f"{max(self.candidates)} candidates asked for, but only {self.n_values**self.n_attributes} are available")
+        if self.fine_tune and self.game != "sent-cls":
+            raise ConfigError(f"fine_tune=True is for game='sent-cls', got {self.game!r}: the paper fine-tunes its encoder there alone")
 
 GAMES = { # game → what differs from the Spec's defaults (Tables 1 and 4, App. A.4)
     "object": {},
-    "image": dict(n_train=8032, n_valid=1024, n_test=1024, n_negatives=99, hidden=20, embedding=50, lr=1e-3, feature_scale="length", candidates=(2, 10, 20, 50, 100)),
-    "sent-ref": dict(n_train=7997, n_valid=1001, n_test=1001, n_negatives=76, hidden=768, embedding=768, candidates=(2, 8, 16, 32, 64, 77)),
-    "sent-cls": dict(n_train=7953, n_valid=1004, n_test=1042, n_negatives=76, hidden=768, embedding=768, candidates=(2, 8, 16, 32, 64, 77)),
+    "image": dict(n_train=8032, n_valid=1024, n_test=1024, n_negatives=99, hidden=20, embedding=50, lr=1e-3,
+    feature_scale="length", candidates=(2, 10, 20, 50, 100)),
+    "sent-ref": dict(n_train=7997, n_valid=1001, n_test=1001, n_negatives=76, hidden=768, embedding=768,
+    candidates=(2, 8, 16, 32, 64, 77)),
+    "sent-cls": dict(n_train=7953, n_valid=1004, n_test=1042, n_negatives=76, hidden=768, embedding=768,
+    candidates=(2, 8, 16, 32, 64, 77)),
 }
 
 # %% ../../../nbs/83_papers.eqc.run.ipynb #b0cd56c6
@@ -126,7 +145,9 @@ def source(
     if game not in SOURCES: return {}
     have = SOURCES[game]
     if data == "auto": data = "real" if find_data(have["real"][0], _SUFFIXES) else "embedded"
-    if data == "real" and not find_data(have["real"][0], _SUFFIXES): raise ConfigError(f"the {game} game's real data, {have['real'][0]}, is not in {data_dir() or 'REFCOMM_DATA, which is not set'}: put it there, or use data='embedded'")
+    if data == "real" and not find_data(have["real"][0], _SUFFIXES):
+        raise ConfigError(f"the {game} game's real data, {have['real'][0]}, is not in "
+            f"{data_dir() or 'REFCOMM_DATA, which is not set'}: put it there, or use data='embedded'")
     name, default = have.get(data, (data, have["real"][1]))
     return dict(data=stamped(name, _SUFFIXES), encoder=encoder or default)
 
@@ -137,7 +158,9 @@ def load(
     "A game's objects and their split (Carmeli et al. 2023, §4.1, Table 1)."
     name = unstamped(s.data, _SUFFIXES)
     if s.game == "object": data, n = (world := ObjectWorld(s.n_attributes, s.n_values)), world.size
-    elif s.game == "image": data, n = (f := load_features(name, **({"trunk": s.encoder} if s.encoder else {}), **({"n": s.n_train + s.n_valid + s.n_test} if name == "shapes" else {}))), len(f.x)
+    elif s.game == "image":
+        data, n = (f := load_features(name, **({"trunk": s.encoder} if s.encoder else {}),
+            **({"n": s.n_train + s.n_valid + s.n_test} if name == "shapes" else {}))), len(f.x)
     else: data, n = (t := load_sentences(name)), len(t.texts)
     return data, n, split(n, dict(train=s.n_train, valid=s.n_valid, test=s.n_test), generator(s.split_seed, "split"))
 
@@ -152,14 +175,18 @@ def make_task(
     "The game's data on the device."
     data, n, parts = load(s)
     if s.game == "object": return ObjectTask(data, parts, s.n_negatives, device)
-    if s.game == "sent-cls" and max(s.candidates) > len(data.classes): raise ConfigError(f"{max(s.candidates)} candidates asked for, but {data.name} has only {len(data.classes)} classes")
-    drawn = dict(n_negatives=s.n_negatives, n_candidates=max(s.candidates), pool=s.pool, generator=generator(s.split_seed, "games"), device=device)
-    if s.game == "image": return ItemTask(_scale(s, data.x), data.labels, parts, informed=True, other_classes=True, **drawn)
+    if s.game == "sent-cls" and max(s.candidates) > len(data.classes):
+        raise ConfigError(f"{max(s.candidates)} candidates asked for, but {data.name} has only {len(data.classes)} classes")
+    drawn = dict(n_negatives=s.n_negatives, n_candidates=max(s.candidates), pool=s.pool,
+        generator=generator(s.split_seed, "games"), device=device)
+    if s.game == "image":
+        return ItemTask(_scale(s, data.x), data.labels, parts, informed=True, other_classes=True, **drawn)
     if s.fine_tune: x, classes = SentenceEncoder(s.encoder).tokenize(data.texts + data.classes).tensor_split([n])
     else:
         fit_on = [data.texts[i] for i in parts["train"]] # an encoder that is fitted sees training sentences only
         x, classes = _scale(s, embed(data.texts + data.classes, s.encoder, fit_on)).tensor_split([n]) # asked once, and kept for both sentence games
-    return ClassTask(x, data.labels, classes, parts, s.n_negatives, device) if s.game == "sent-cls" else ItemTask(x, data.labels, parts, **drawn)
+    return (ClassTask(x, data.labels, classes, parts, s.n_negatives, device) if s.game == "sent-cls"
+        else ItemTask(x, data.labels, parts, **drawn))
 
 # %% ../../../nbs/83_papers.eqc.run.ipynb #92b6b890
 def meanings(
@@ -178,11 +205,14 @@ def build(
     sizes = {
         "continuous": dict(word_length=s.word_length, normalize=s.normalize),
         "gumbel": dict(alphabet_size=s.alphabet_size, temperature=s.temperature, straight_through=s.straight_through),
-        "quantized": dict(alphabet_size=s.alphabet_size, word_length=s.word_length, grid=s.grid, when=s.when, gradient=s.gradient, normalize=s.normalize),
+        "quantized": dict(alphabet_size=s.alphabet_size, word_length=s.word_length, grid=s.grid, when=s.when,
+        gradient=s.gradient, normalize=s.normalize),
         "fsq": dict(alphabet_size=s.alphabet_size, word_length=s.word_length, when=s.when),
-        **dict.fromkeys(("vq", "learned"), dict(alphabet_size=s.alphabet_size, word_length=s.word_length // s.symbol_width, symbol_width=s.symbol_width)),
+        **dict.fromkeys(("vq", "learned"),
+        dict(alphabet_size=s.alphabet_size, word_length=s.word_length // s.symbol_width, symbol_width=s.symbol_width)),
     }[s.bottleneck]
-    extra = dict(message_length=s.message_length, hidden=s.hidden, embedding=s.embedding, cell=s.cell) if s.channel != "instant" else {}
+    extra = (dict(message_length=s.message_length, hidden=s.hidden, embedding=s.embedding, cell=s.cell)
+        if s.channel != "instant" else {})
     seen = next(task.games("valid", 2))
     with seeded_init(s.seed):
         channel = make_channel(s.channel, make_bottleneck(s.bottleneck, **sizes), **extra)
@@ -193,9 +223,13 @@ def build(
 def _agents(s, seen, dim)->tuple: # sender, receiver
     "The agents that fit these games."
     if s.game == "object": return LinearEncoder(seen.x.shape[-1], dim), LinearEncoder(seen.x.shape[-1], dim)
-    if s.fine_tune: return tuple(nn.Sequential(e := SentenceEncoder(s.encoder), nn.RMSNorm(e.dim, elementwise_affine=False), nn.Linear(e.dim, dim)) for _ in range(2))
+    if s.fine_tune:
+        return tuple(nn.Sequential(e := SentenceEncoder(s.encoder), nn.RMSNorm(e.dim, elementwise_affine=False),
+            nn.Linear(e.dim, dim)) for _ in range(2))
     n = seen.candidates.items.shape[-1]
-    if s.game == "image": return InformedSender(n, dim, max(1 + s.n_negatives, max(s.candidates)), s.agent_embedding, s.n_filters), nn.Sequential(nn.Linear(n, s.agent_embedding, bias=False), nn.Linear(s.agent_embedding, dim))
+    if s.game == "image":
+        return (InformedSender(n, dim, max(1 + s.n_negatives, max(s.candidates)), s.agent_embedding, s.n_filters),
+            nn.Sequential(nn.Linear(n, s.agent_embedding, bias=False), nn.Linear(s.agent_embedding, dim)))
     return LinearEncoder(n, dim), LinearEncoder(n, dim)
 
 # %% ../../../nbs/83_papers.eqc.run.ipynb #e74b70a7
@@ -207,7 +241,8 @@ def train(
     "Train one game per Spec, all at once."
     s, device = specs[0], pick_device(context.device)
     ensemble = Ensemble([build(x, task) for x in specs]).to(device)
-    settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, lr=s.lr, patience=s.patience, precision=s.precision)
+    settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, lr=s.lr,
+        patience=s.patience, precision=s.precision)
     pretrained = [("sender.0.", s.encoder_lr), ("receiver.0.", s.encoder_lr)] if s.fine_tune else []
     fitted = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [x.seed for x in specs], device,
                  context.checkpoint, context.checkpoint_seconds, context.report, lr_factors=pretrained, log=context.log)
@@ -229,10 +264,12 @@ def _quantizers(ensemble, s, task)->dict: # (alphabet, symbol width if fitted) �
     "The trained bottleneck, and for a continuous run the quantisers tried at inference; a symbol of width k has alphabetᵏ levels."
     trained = ensemble.template.channel.bottleneck
     if s.bottleneck != "continuous": return {(trained.alphabet_size, None): trained}
-    tried = {(None, None): trained, **{(v, None): UniformQuantizer(v, s.word_length, grid=s.grid, normalize=s.normalize) for v in s.alphabets}}
+    tried = {(None, None): trained, **{(v, None): UniformQuantizer(v, s.word_length, grid=s.grid, normalize=s.normalize)
+        for v in s.alphabets}}
     if s.fitted: words = ensemble.map(lambda g: g.send(task.seen("train")).word)[0]
     for width in s.fitted:
-        for v in s.alphabets: tried[v, width] = LearnedQuantizer(v**width, s.word_length//width, width).fit(words).to(words.device)
+        for v in s.alphabets:
+            tried[v, width] = LearnedQuantizer(v**width, s.word_length//width, width).fit(words).to(words.device)
     return tried
 
 @torch.no_grad()
@@ -245,11 +282,14 @@ def evaluate(
     "Test accuracy at every number of candidates and number of unique messages, as trained and quantised at inference."
     channel, draws = ensemble.eval().template.channel, lambda i: generator(s.split_seed, f"draws/{i}", device)
     own = [ensemble.member(m).channel.bottleneck.alphabet_size for m in range(ensemble.n_members)]
-    trained, rows, messages = channel.bottleneck, [[] for _ in range(ensemble.n_members)], [{} for _ in range(ensemble.n_members)]
+    trained = channel.bottleneck
+    rows = [[] for _ in range(ensemble.n_members)]
+    messages = [{} for _ in range(ensemble.n_members)]
     for (alphabet, width), bottleneck in _quantizers(ensemble, s, task).items():
         channel.bottleneck = bottleneck.eval()
         plays = {None: (task.games("test"), s.candidates)}
-        if s.game == "image": plays.update({n: (task.games("test", n_seen=n), (n,)) for n in s.candidates if n < max(s.candidates)})
+        if s.game == "image":
+            plays.update({n: (task.games("test", n_seen=n), (n,)) for n in s.candidates if n < max(s.candidates)})
         for seen, (games, candidates) in plays.items():
             sent, won = _play(ensemble, games, candidates, draws)
             for m, (mine, accuracy) in enumerate(zip(sent, won.float().mean(1).tolist())):
@@ -290,6 +330,8 @@ def run(
     results = []
     for m, s in enumerate(specs):
         channel = ensemble.member(m).channel
-        summary = dict(best_epoch=fitted.best_epoch[m], n_parameters=ensemble.n_parameters, capacity_bits=None if channel.bottleneck.alphabet_size is None else channel.capacity_bits)
-        results.append(RunResult(rows[m], summary, fitted.member(m, s.patience), messages[m], ensemble.weights(m) if context.weights else None))
+        summary = dict(best_epoch=fitted.best_epoch[m], n_parameters=ensemble.n_parameters, capacity_bits=None
+            if channel.bottleneck.alphabet_size is None else channel.capacity_bits)
+        results.append(RunResult(rows[m], summary, fitted.member(m, s.patience), messages[m], ensemble.weights(m)
+            if context.weights else None))
     return results

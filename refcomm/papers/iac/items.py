@@ -31,28 +31,36 @@ MODELS = { # name → what differs from the defaults
 }
 MAIN, GAMES, BASE = "+augmentations -shared", tuple(m for m in MODELS if "shared" in m), ("Untrained", "Thumbnail")
 ITEMS = { # item → models, and the fields that are varied
-    "table1": (("SimCLR", *GAMES, *BASE), {}), "table2": (("SimCLR", *GAMES, *BASE), {}), "table3": (("Supervised", "SimCLR", *GAMES[2:], *GAMES[:2], *BASE), {}),
-    "figure3": ((MAIN,), {}), "figure4": ((MAIN,), {}), "frequencies": (GAMES, {}), "test_views": (("SimCLR", *GAMES, *BASE), {}),
+    "table1": (("SimCLR", *GAMES, *BASE), {}), "table2": (("SimCLR", *GAMES, *BASE), {}),
+    "table3": (("Supervised", "SimCLR", *GAMES[2:], *GAMES[:2], *BASE), {}),
+    "figure3": ((MAIN,), {}), "figure4": ((MAIN,), {}), "frequencies": (GAMES, {}),
+    "test_views": (("SimCLR", *GAMES, *BASE), {}),
     "seeds": ((MAIN,), dict(seed=(0, 1, 2, 3, 4))),
     "vocabulary": ((MAIN,), dict(alphabet_size=(.25, 1, 4))), # times the usual
     "distractors": ((MAIN,), dict(train_candidates=(2, 16, None))),
     "channels": ((MAIN,), dict(channel=("symbol", "symbols", "quantised"))),
 }
 CHANNELS = { # name → its fields, at the capacity of up to 16 symbols of an eighth of the vocabulary
-    "symbol": {}, "symbols": dict(message_length=4), "quantised": dict(bottleneck="quantized", alphabet_size=2, word_length=18),
+    "symbol": {}, "symbols": dict(message_length=4),
+    "quantised": dict(bottleneck="quantized", alphabet_size=2, word_length=18),
 }
 
 # %% ../../../nbs/86_papers.iac.items.ipynb #a52895c8
-_SMALL = dict(ood_source=None, trunk="narrow", accumulate=1, optimizer="adamw", lr=2e-3, warmup=.2, lr_per_epoch=False, weight_decay=.01, precision="fp32", clusters_share=1.)
+_SMALL = dict(ood_source=None, trunk="narrow", accumulate=1, optimizer="adamw", lr=2e-3, warmup=.2, lr_per_epoch=False,
+    weight_decay=.01, precision="fp32", clusters_share=1.)
 SIZES = { # profile → what is smaller than published
-    "smoke": _SMALL | dict(n_images=500, n_ood=20, image_size=16, view_size=16, alphabet_size=16, dim=16, batch_size=32, epochs=1, test_candidates=(2, 32), n_blobs=64, n_permutations=99, probes=("digits",)),
-    "cpu": _SMALL | dict(n_images=8000, n_ood=40, image_size=64, view_size=64, alphabet_size=512, dim=256, epochs=6, n_blobs=5120, probes=("valid", "shapes", "digits")),
-    "gpu": dict(ood_source=None, n_ood=40, image_size=64, view_size=64, trunk="resnet18", small_stem=True, accumulate=4, lr=.6, precision="bf16", clusters_share=1., probes=("valid", "shapes", "digits")),
+    "smoke": _SMALL | dict(n_images=500, n_ood=20, image_size=16, view_size=16, alphabet_size=16, dim=16, batch_size=32,
+    epochs=1, test_candidates=(2, 32), n_blobs=64, n_permutations=99, probes=("digits",)),
+    "cpu": _SMALL | dict(n_images=8000, n_ood=40, image_size=64, view_size=64, alphabet_size=512, dim=256, epochs=6,
+    n_blobs=5120, probes=("valid", "shapes", "digits")),
+    "gpu": dict(ood_source=None, n_ood=40, image_size=64, view_size=64, trunk="resnet18", small_stem=True, accumulate=4,
+    lr=.6, precision="bf16", clusters_share=1., probes=("valid", "shapes", "digits")),
     "paper": {},
 }
 EMBEDDED = {"cpu": dict(image_size=32, view_size=32)} # profile → what is smaller still for rendered shapes, which are simple
 SOURCES = { # profile → real images, and what trunks are probed on besides
-    "cpu": ("tiny_imagenet_core.parquet", ("imagenette224_core.parquet",)), "gpu": ("tiny_imagenet", ("imagenette224_core.parquet",)), "paper": ("imagenet", ()),
+    "cpu": ("tiny_imagenet_core.parquet", ("imagenette224_core.parquet",)),
+    "gpu": ("tiny_imagenet", ("imagenette224_core.parquet",)), "paper": ("imagenet", ()),
 }
 
 def images_of(
@@ -62,7 +70,9 @@ def images_of(
     "Which images are looked at."
     real, more = SOURCES.get(profile, ("shapes", ()))
     if images == "auto": images = "real" if profile == "paper" or find_data(real) else "embedded"
-    if images == "real" and not find_data(real): raise ConfigError(f"the real images at {profile}, {real}, are not in {data_dir() or 'REFCOMM_DATA, which is not set'}: put them there, or use images='embedded'")
+    if images == "real" and not find_data(real):
+        raise ConfigError(f"the real images at {profile}, {real}, are not in "
+            f"{data_dir() or 'REFCOMM_DATA, which is not set'}: put them there, or use images='embedded'")
     own = SIZES[profile]
     if images == "embedded": return dict(source="shapes", ood_source=None) | EMBEDDED.get(profile, {})
     more = {"probes": own["probes"] + tuple(stamped(m) for m in more if find_data(m))} if "probes" in own else {}
@@ -74,7 +84,8 @@ def configure(
     **fields, # Spec fields that differ
 )->IACSpec:
     "One Spec at the sizes of a profile."
-    base = SIZES[check_choice("profile", profile, PROFILES)] | images_of(profile, "embedded" if profile == "smoke" else images)
+    base = SIZES[check_choice("profile", profile, PROFILES)] | images_of(profile, "embedded" if profile == "smoke"
+        else images)
     return IACSpec(**base | fields)
 
 def grid(
@@ -88,7 +99,9 @@ def grid(
     "All runs that an item needs."
     models, varied = ITEMS[check_choice("item", item, ITEMS)]
     check_at_least("n_seeds", n_seeds, 1), check_at_least("epochs", epochs, 0)
-    usual, specs = configure(profile, images, **({"epochs": epochs} if epochs else {}), **({} if precision == "auto" else {"precision": precision})), []
+    usual = configure(profile, images, **({"epochs": epochs} if epochs else {}),
+        **({} if precision == "auto" else {"precision": precision}))
+    specs = []
     if profile == "smoke": varied = {k: v[:2] for k,v in varied.items()}
     fields = dict(seed=range(n_seeds)) | varied
     for model, values in itertools.product(models, itertools.product(*fields.values())):
@@ -108,8 +121,10 @@ def rows_of(
     "Name every model as the paper does, and every way in which SimCLR speaks."
     t = frame(records)
     t = t[t["kind"] == kind].dropna(axis=1, how="all").copy()
-    game = t.augmentations.map({True: "+", False: "-"}) + "augmentations " + t.shared.map({True: "+", False: "-"}) + "shared"
-    t["row"] = game.where(t.model == "game", t.model.map({m["model"]: name for name, m in MODELS.items() if "model" in m}))
+    game = (t.augmentations.map({True: "+", False: "-"}) + "augmentations " + t.shared.map({True: "+", False: "-"})
+        + "shared")
+    t["row"] = game.where(t.model == "game",
+        t.model.map({m["model"]: name for name, m in MODELS.items() if "model" in m}))
     if "player" in t: t["row"] = t.row.mask(t.player != "game", t.row + "_" + t.player)
     if "augmented" in t: t["augmented"] = t.augmented.astype(bool)
     return t
@@ -131,7 +146,8 @@ def play_rows(
 ): # DataFrame: row, column, n_candidates, seed, accuracy in %, n_targets, chance
     "Accuracy in the game, by set and number of candidates."
     t = rows_of(records, "play")
-    t = best_spoken(t[(t.augmented == augmented) & ~((t.model == "simclr") & t.player.str.startswith("kmeans"))], "accuracy")
+    t = best_spoken(t[(t.augmented == augmented) & ~((t.model == "simclr") & t.player.str.startswith("kmeans"))],
+        "accuracy")
     n_targets = t.n_valid.where(t.data == "valid", t.n_ood_images.where(t.data == "ood", t.n_blobs))
     return t.assign(column=t.data.map(SETS), accuracy=100*t.accuracy, n_targets=n_targets, chance=100/t.n_candidates)
 
@@ -139,7 +155,8 @@ def protocol_rows(
     records, # from `runs.execute`
 ): # DataFrame: row, set, seed, n_symbols, ami, by_chance (the nmi of dealt labels), and nmi and wnsim, NaN where not significant at 0.01
     "How whole messages agree with classes."
-    t = best_spoken(rows_of(records, "protocol").query("position.isna()") if "position" in rows_of(records, "protocol") else rows_of(records, "protocol"), "nmi")
+    t = best_spoken(rows_of(records, "protocol").query("position.isna()") if "position" in rows_of(records, "protocol")
+        else rows_of(records, "protocol"), "nmi")
     for name in ("nmi", "wnsim"):
         if name in t: t[name] = t[name].where(t[f"{name}_p"] <= .01)
         else: t[name] = float("nan")
@@ -156,7 +173,8 @@ def data_name(
     specs, # IACSpecs of one item
 )->str:
     "What was looked at, for the foot of a figure."
-    names = {"shapes": "rendered shapes", "tiny_imagenet_core.parquet": "Tiny-ImageNet, 13,000 images", "tiny_imagenet": "Tiny-ImageNet"}
+    names = {"shapes": "rendered shapes", "tiny_imagenet_core.parquet": "Tiny-ImageNet, 13,000 images",
+        "tiny_imagenet": "Tiny-ImageNet"}
     return ", ".join(dict.fromkeys(names.get(n := s.source.partition("#")[0], n) for s in specs))
 
 def _printed(item, row, column, like=None)->Estimate:
@@ -179,16 +197,22 @@ def play_values(
         wide = t[t.row == row].pivot_table(index="seed", columns="data", values="accuracy")
         return estimate(1 - wide[data]/wide["valid"]) if {"valid", data} <= set(wide) else Estimate(math.nan)
     plain, augmented, chance = GAMES[:2], GAMES[2:4], 100/n_candidates
-    theirs = lambda row, data, ours: _printed("table1", row, SETS[data], ours) if n_candidates == 128 else Estimate(math.nan)
-    half = lambda names, data: dict(accuracy=(own := {m: at(m, data) for m in names}), printed={m: theirs(m, data, e) for m, e in own.items()})
+    theirs = lambda row, data, ours: _printed("table1", row, SETS[data],
+        ours) if n_candidates == 128 else Estimate(math.nan)
+    half = lambda names, data: dict(accuracy=(own := {m: at(m, data) for m in names}),
+        printed={m: theirs(m, data, e) for m, e in own.items()})
     both = lambda make: {name: make(k) for k, name in enumerate(("-shared", "+shared"))}
     return {
-        "iac.above-chance": half(GAMES, "valid"), "iac.above-chance-ood": half(GAMES, "ood"), "iac.blobs-plain": half(plain, "blobs"),
-        "iac.robust": dict(less_lost={m: combine([(1, lost("SimCLR_disc", "ood")), (-1, lost(m, "ood"))]) for m in GAMES}),
-        "iac.augmentations-cost": dict(cost=both(lambda k: combine([(1, at(plain[k], "valid")), (-1, at(augmented[k], "valid"))]))),
+        "iac.above-chance": half(GAMES, "valid"), "iac.above-chance-ood": half(GAMES, "ood"),
+        "iac.blobs-plain": half(plain, "blobs"),
+        "iac.robust": dict(less_lost={m: combine([(1, lost("SimCLR_disc", "ood")), (-1, lost(m, "ood"))])
+        for m in GAMES}),
+        "iac.augmentations-cost": dict(cost=both(lambda k: combine([(1, at(plain[k], "valid")),
+        (-1, at(augmented[k], "valid"))]))),
         "iac.blobs-shared": dict(lost=lost(plain[1], "blobs")),
         "iac.blobs-augmented": dict(accuracy={m: at(m, "blobs") for m in (*augmented, "SimCLR_disc")}, chance=chance),
-        "iac.shared-little": dict(difference={name: combine([(1, at(pair[0], "valid")), (-1, at(pair[1], "valid"))]) for name, pair in (("-augmentations", plain), ("+augmentations", augmented))}),
+        "iac.shared-little": dict(difference={name: combine([(1, at(pair[0], "valid")), (-1, at(pair[1], "valid"))])
+        for name, pair in (("-augmentations", plain), ("+augmentations", augmented))}),
     }
 
 # %% ../../../nbs/86_papers.iac.items.ipynb #f5ae7a31
@@ -202,12 +226,15 @@ def protocol_values(
     named = lambda row, data: float((protocol[(protocol.row == row) & (protocol.data == data)].nmi.notna()).mean()) # share of seeds
     sets, silent = ("valid", "ood"), "-augmentations +shared"
     other = [m for m in (*GAMES, "SimCLR_disc", "SimCLR_kmeans") if m != silent]
-    gain = lambda row, measure: combine([(1, at(row, "valid", measure)), (-1, at("-augmentations -shared", "valid", measure))])
+    gain = lambda row, measure: combine([(1, at(row, "valid", measure)),
+        (-1, at("-augmentations -shared", "valid", measure))])
     return {
         "iac.nothing-said": dict(significant={SETS[d]: named(silent, d) for d in sets}),
         "iac.something-said": dict(significant={f"{m}, {SETS[d]}": named(m, d) for m in other for d in sets}),
-        "iac.near-kmeans": dict(behind={SETS[d]: combine([(1, at("SimCLR_kmeans", d, "nmi")), (-1, at(MAIN, d, "nmi"))]) for d in sets}),
-        "iac.augmentations-help": dict(gain={f"{m}, {name}": gain(m, measure) for m in GAMES[2:4] for measure, name in (("nmi", "nMI"), ("wnsim", "WNSim"))}),
+        "iac.near-kmeans": dict(behind={SETS[d]: combine([(1, at("SimCLR_kmeans", d, "nmi")), (-1, at(MAIN, d, "nmi"))])
+        for d in sets}),
+        "iac.augmentations-help": dict(gain={f"{m}, {name}": gain(m, measure) for m in GAMES[2:4]
+        for measure, name in (("nmi", "nMI"), ("wnsim", "WNSim"))}),
     }
 
 # %% ../../../nbs/86_papers.iac.items.ipynb #9d34d260
@@ -218,14 +245,18 @@ def probe_values(
     "What decides the claims about Table 3 and footnote 13."
     def at(row, data):
         part = probes[(probes.row == row) & (probes.data == data)]
-        return estimate(100*part.score, part.n_test.iloc[0] if len(part) and part.measure.iloc[0] == "accuracy" else None, 100)
+        return estimate(100*part.score, part.n_test.iloc[0] if len(part) and part.measure.iloc[0] == "accuracy"
+            else None, 100)
     gap = lambda one, other, data: combine([(1, at(one, data)), (-1, at(other, data))])
     sets = list(dict.fromkeys(probes.data))
     return {
-        "iac.features": dict(behind={f"{m}, {d}": gap("SimCLR", m, d) for m in GAMES[2:4] for d in sets}, gained={f"{m}, {d}": gap("SimCLR", "Untrained", d) for m in GAMES[2:4] for d in sets}),
+        "iac.features": dict(behind={f"{m}, {d}": gap("SimCLR", m, d) for m in GAMES[2:4] for d in sets},
+        gained={f"{m}, {d}": gap("SimCLR", "Untrained", d) for m in GAMES[2:4] for d in sets}),
         "iac.supervised": dict(gain=gap("Supervised", "SimCLR", "valid")),
-        "iac.plain-poor": dict(plain={m: at(m, "valid") for m in GAMES[:2]}, augmented={m: at(GAMES[2], "valid") for m in GAMES[:2]}),
-        "iac.alike": dict(correlation={f"{row}, {d}": estimate(part.correlation) for (row, d), part in similarity.groupby(["row", "data"])}),
+        "iac.plain-poor": dict(plain={m: at(m, "valid") for m in GAMES[:2]},
+        augmented={m: at(GAMES[2], "valid") for m in GAMES[:2]}),
+        "iac.alike": dict(correlation={f"{row}, {d}": estimate(part.correlation)
+        for (row, d), part in similarity.groupby(["row", "data"])}),
     }
 
 def seeds_values(
@@ -233,7 +264,8 @@ def seeds_values(
 )->dict: # claim → its values
     "What decides the claim about initialisations; a standard deviation over S seeds has the standard error sd/√(2(S−1))."
     sd, mean, n = accuracy.std(), accuracy.mean(), len(accuracy)
-    return {"iac.seeds": dict(spread=Estimate(float(sd/mean), float(sd/mean)/math.sqrt(2*(n - 1)), n - 1, 0., n) if n > 1 else Estimate(math.nan))}
+    return {"iac.seeds": dict(spread=Estimate(float(sd/mean), float(sd/mean)/math.sqrt(2*(n - 1)), n - 1, 0., n)
+        if n > 1 else Estimate(math.nan))}
 
 def views_values(
     play, # from `play_rows` with augmented views
@@ -242,4 +274,5 @@ def views_values(
     "What decides the claim about augmented views at test time."
     t = play[(play.n_candidates == n_candidates) & (play.data == "valid")]
     at = lambda row: estimate(t[t.row == row].accuracy, t.n_targets.iloc[0] if len(t) else None, 100)
-    return {"iac.views": dict(gain={name: combine([(1, at(GAMES[2 + k])), (-1, at(GAMES[k]))]) for k, name in enumerate(("-shared", "+shared"))})}
+    return {"iac.views": dict(gain={name: combine([(1, at(GAMES[2 + k])), (-1, at(GAMES[k]))])
+        for k, name in enumerate(("-shared", "+shared"))})}

@@ -74,11 +74,18 @@ class IACSpec:
     seed:int = 0
 
     def __post_init__(self):
-        check_choice("model", self.model, MODELS), check_choice("trunk", self.trunk, ("narrow", *RESNETS)), check_choice("bottleneck", self.bottleneck, BOTTLENECKS)
-        for name in ("n_ood", "batch_size", "accumulate", "epochs", "word_length", "message_length", "dim", "n_blobs", "n_permutations"): check_at_least(name, getattr(self, name), 1)
-        check_at_least("batch_size", self.batch_size, max(2, self.train_candidates or 2), "candidates are the images of a batch")
-        if self.view_size > self.image_size: raise ConfigError(f"views of {self.view_size} pixels are larger than the images of {self.image_size}: raise image_size, or lower view_size")
-        if not 0 < self.clusters_share <= 1: raise ConfigError(f"clusters_share must be above 0 and at most 1, got {self.clusters_share!r}")
+        (check_choice("model", self.model, MODELS), check_choice("trunk", self.trunk, ("narrow", *RESNETS)),
+            check_choice("bottleneck", self.bottleneck, BOTTLENECKS))
+        for name in ("n_ood", "batch_size", "accumulate", "epochs", "word_length", "message_length", "dim", "n_blobs",
+            "n_permutations"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("batch_size", self.batch_size, max(2, self.train_candidates or 2),
+            "candidates are the images of a batch")
+        if self.view_size > self.image_size:
+            raise ConfigError(f"views of {self.view_size} pixels are larger than the images of {self.image_size}: "
+                f"raise image_size, or lower view_size")
+        if not 0 < self.clusters_share <= 1:
+            raise ConfigError(f"clusters_share must be above 0 and at most 1, got {self.clusters_share!r}")
 
 # %% ../../../nbs/85_papers.iac.run.ipynb #6655a088
 def make_parts(s:IACSpec)->ImageParts:
@@ -91,7 +98,8 @@ def _channel(s):
     if (s.bottleneck, s.message_length) == ("gumbel", 1): return None
     own = dict(temperature=s.temperature) if s.bottleneck == "gumbel" else dict(word_length=s.word_length)
     bottleneck = make_bottleneck(s.bottleneck, alphabet_size=s.alphabet_size, **own)
-    return Instant(bottleneck, s.dim) if s.message_length == 1 else Recurrent(bottleneck, s.message_length, s.dim, s.dim)
+    return (Instant(bottleneck, s.dim) if s.message_length == 1
+        else Recurrent(bottleneck, s.message_length, s.dim, s.dim))
 
 class Thumbnail(nn.Sequential):
     "The mean colours of 4 × 4 tiles of an image, in place of a trunk."
@@ -113,10 +121,13 @@ def build(
     "The model that a Spec names."
     with seeded_init(s.seed):
         if s.model == "game":
-            return make_discrimination_game(s.trunk, s.alphabet_size, s.dim, s.temperature, s.shared, s.small_stem, channel=_channel(s), cosine_temperature=s.cosine_temperature, n_candidates=s.train_candidates)
-        if s.model in UNTRAINED: return Untrained(Thumbnail() if s.model == "thumbnail" else make_trunk(s.trunk, s.small_stem))
+            return make_discrimination_game(s.trunk, s.alphabet_size, s.dim, s.temperature, s.shared, s.small_stem,
+                channel=_channel(s), cosine_temperature=s.cosine_temperature, n_candidates=s.train_candidates)
+        if s.model in UNTRAINED:
+            return Untrained(Thumbnail() if s.model == "thumbnail" else make_trunk(s.trunk, s.small_stem))
         trunk = make_trunk(s.trunk, s.small_stem)
-        return SimCLR(trunk, projector(trunk.feature_dim, s.dim, s.dim), s.cosine_temperature) if s.model == "simclr" else Supervised(trunk, n_classes)
+        return (SimCLR(trunk, projector(trunk.feature_dim, s.dim, s.dim), s.cosine_temperature) if s.model == "simclr"
+            else Supervised(trunk, n_classes))
 
 # %% ../../../nbs/85_papers.iac.run.ipynb #1fefb7f8
 def views_of(
@@ -124,7 +135,8 @@ def views_of(
     size:int, # pixels on a side of a view
 )->ViewSpec:
     "How views are made. A blur is as wide, beside the view, as it is at 224 pixels."
-    return view_spec("simclr", size=size, sigma=tuple(w*size/224 for w in (.1, 2.))) if augmentations else view_spec("plain", size=size)
+    return (view_spec("simclr", size=size, sigma=tuple(w*size/224 for w in (.1, 2.))) if augmentations
+        else view_spec("plain", size=size))
 
 def pair_of_views(
     images:Tensor, # [n, 3, height, width] uint8
@@ -151,7 +163,8 @@ def look(
     draws, said = generator(0, "views", device), []
     for part in images.split(batch) if isinstance(images, Tensor) else images:
         part = part.to(device)
-        said.append(fn(*((part, part) if part.is_floating_point() else pair_of_views(part, augmentations, s.view_size, draws))))
+        said.append(fn(*((part, part) if part.is_floating_point()
+            else pair_of_views(part, augmentations, s.view_size, draws))))
     return tuple(map(torch.cat, zip(*said)))
 
 # %% ../../../nbs/85_papers.iac.run.ipynb #561d7ea0
@@ -166,15 +179,18 @@ def objectives(
     n = min(1024, len(parts.valid.images))
     n = n//s.batch_size*s.batch_size or n
     plain, = look(lambda x, _: (x,), parts.valid.images[:n], s, device)
-    batches = list(zip(plain.split(s.batch_size), (parts.valid.labels[:n].to(device) if s.model == "supervised" else plain).split(s.batch_size)))
+    batches = list(zip(plain.split(s.batch_size),
+        (parts.valid.labels[:n].to(device) if s.model == "supervised" else plain).split(s.batch_size)))
     def loss(idx, generators):
         x, seen = pair_of_views(images[idx[0]], s.augmentations, s.view_size, generators[0])
         noise = template.draw_noise(len(x), generators[0])
-        return ensemble.map(lambda model, *args: model(*args), x[None], labels[idx] if s.model == "supervised" else seen[None], None if noise is None else noise[None])
+        return ensemble.map(lambda model, *args: model(*args), x[None], labels[idx] if s.model == "supervised"
+            else seen[None], None if noise is None else noise[None])
     def validate():
         model = ensemble.member(0)
         played = [model.play(*batch) for batch in batches]
-        return dict(accuracy=torch.stack([p.accuracy for p in played]).mean()[None], loss=torch.stack([p.loss for p in played]).mean()[None])
+        return dict(accuracy=torch.stack([p.accuracy for p in played]).mean()[None],
+            loss=torch.stack([p.loss for p in played]).mean()[None])
     return loss, validate
 
 # %% ../../../nbs/85_papers.iac.run.ipynb #90eab912
@@ -200,18 +216,21 @@ def players(
         return ["game"], say
     some, known = parts.train.images[:round(s.clusters_share*len(parts.train.images))], len(parts.train.labels.unique())
     h = features(model, some, s, device)
-    clusters = {f"kmeans {k}": Clusters(h, k, generator(s.seed, f"clusters/{k}")) for k in dict.fromkeys((known, 2*known, s.alphabet_size)) if k <= len(h)}
+    clusters = {f"kmeans {k}": Clusters(h, k, generator(s.seed, f"clusters/{k}"))
+        for k in dict.fromkeys((known, 2*known, s.alphabet_size)) if k <= len(h)}
     if s.model in UNTRAINED:
         mean = h.mean(0) # cosines are of what differs between images
         def say(x, seen):
             own = model.trunk(x)
             named = [(c, c(own)) for c in clusters.values()]
-            return (own if seen is x else model.trunk(seen)) - mean, *(t for c, symbols in named for t in (c.centres[symbols] - mean, symbols[:, None]))
+            return (own if seen is x else model.trunk(seen)) - mean, *(t for c, symbols in named
+                for t in (c.centres[symbols] - mean, symbols[:, None]))
         return list(clusters), say
     def say(x, seen):
         layers = model.layers(x)
         told = [model.understand(layers, layer) for layer in "hsz"]
-        for c in clusters.values(): told.append((model.projector(c.centres[(symbols := c(layers["h"]))]), symbols[:, None]))
+        for c in clusters.values():
+            told.append((model.projector(c.centres[(symbols := c(layers["h"]))]), symbols[:, None]))
         return (layers if seen is x else model.layers(seen))["z"], *(t for pair in told for t in pair)
     return [*(f"disc {layer}" for layer in "hsz"), *clusters], say
 
@@ -222,10 +241,13 @@ def _protocol(symbols, images, s, parts, where)->list: # rows
     if parts.similarity is not None: measures["wnsim"] = lambda table: within_symbol_similarity(table, parts.similarity)
     for position in (None, *range(symbols.shape[1] if symbols.shape[1] > 1 else 0)):
         said = symbols if position is None else symbols[:, position]
-        row = dict(kind="protocol", **where, position=position, n_symbols=n_unique(said.view(len(said), -1)), ami=adjusted_mutual_information(cooccurrence(said, images.labels, len(images.classes))))
+        row = dict(kind="protocol", **where, position=position, n_symbols=n_unique(said.view(len(said), -1)),
+            ami=adjusted_mutual_information(cooccurrence(said, images.labels, len(images.classes))))
         for name, statistic in measures.items():
-            test = permutation_test(statistic, said, images.labels, generator(0, "deals"), s.n_permutations, len(images.classes))
-            row |= {name: defined(test.value), f"{name}_p": defined(test.p), f"{name}_chance": defined(float(test.null.mean()))}
+            test = permutation_test(statistic, said, images.labels, generator(0, "deals"), s.n_permutations,
+                len(images.classes))
+            row |= {name: defined(test.value), f"{name}_p": defined(test.p),
+                f"{name}_chance": defined(float(test.null.mean()))}
         rows.append(row)
     return rows
 
@@ -239,18 +261,23 @@ def play(
     "Let all players of a model play, and analyse what they say."
     (names, say), rows, sent = players(model, s, parts, device), [], {}
     draws, sizes = generator(0, "blobs"), [256]*(s.n_blobs//256) + [s.n_blobs%256]*(s.n_blobs%256 > 0)
-    sets = [("valid", parts.valid.images, False), ("ood", parts.ood.images, False), ("blobs", (gaussian_blobs(n, s.view_size, draws) for n in sizes), False), ("valid", parts.valid.images, True), ("ood", parts.ood.images, True)]
+    sets = [("valid", parts.valid.images, False), ("ood", parts.ood.images, False),
+        ("blobs", (gaussian_blobs(n, s.view_size, draws) for n in sizes), False), ("valid", parts.valid.images, True),
+        ("ood", parts.ood.images, True)]
     for data, images, augmentations in sets:
         projected, *told = look(say, images, s, device, augmentations)
         counts = [n for n in s.test_candidates if n <= len(projected)]
         own = torch.arange(len(projected), device=projected.device)
         for name, understood, symbols in zip(names, told[::2], told[1::2]):
-            accuracy = torch.cat([expected_accuracy(cosine_similarities(u, projected), place, counts) for u, place in zip(understood.split(512), own.split(512))]).mean(0)
+            accuracy = torch.cat([expected_accuracy(cosine_similarities(u, projected), place, counts)
+                for u, place in zip(understood.split(512), own.split(512))]).mean(0)
             where = dict(player=name, data=data)
-            rows += [dict(kind="play", **where, augmented=augmentations, n_candidates=n, accuracy=a) for n, a in zip(counts, accuracy.tolist())]
+            rows += [dict(kind="play", **where, augmented=augmentations, n_candidates=n, accuracy=a)
+                for n, a in zip(counts, accuracy.tolist())]
             if augmentations or data == "blobs": continue
             sent[f"{name}/{data}"] = packed(symbols.cpu(), int(symbols.max()) + 1)
-            if len((seen := getattr(parts, data)).labels.unique()) > 1: rows += _protocol(sent[f"{name}/{data}"], seen, s, parts, where)
+            if len((seen := getattr(parts, data)).labels.unique()) > 1:
+                rows += _protocol(sent[f"{name}/{data}"], seen, s, parts, where)
     return rows, sent
 
 # %% ../../../nbs/85_papers.iac.run.ipynb #d2992a72
@@ -266,11 +293,15 @@ def probe(
         if name == "valid": train, y, test, z = *parts.train[:2], *parts.valid[:2]
         else: train, y, test, z = probe_set(unstamped(name), s.image_size)
         name = name.partition("#")[0]
-        found = linear_probe(*(v.to(device) for v in (features(model, train, s, device), y, features(model, test, s, device), z)), generator(0, "probe"))
-        rows.append(dict(kind="probe", data=name, measure="accuracy" if y.dim() == 1 else "mAP", score=found.score, strength=found.strength, n_train=len(train), n_test=len(test)))
+        found = linear_probe(*(v.to(device)
+            for v in (features(model, train, s, device), y, features(model, test, s, device), z)),
+            generator(0, "probe"))
+        rows.append(dict(kind="probe", data=name, measure="accuracy" if y.dim() == 1 else "mAP", score=found.score,
+            strength=found.strength, n_train=len(train), n_test=len(test)))
     if model.trunks[0] is not model.trunks[1]:
         alike = lambda images: similarity_correlation(*(features(model, images[:1000], s, device, of) for of in (0, 1)))
-        rows += [dict(kind="similarity", data=name, correlation=defined(alike(getattr(parts, name).images))) for name in ("valid", "ood")]
+        rows += [dict(kind="similarity", data=name, correlation=defined(alike(getattr(parts, name).images)))
+            for name in ("valid", "ood")]
     return rows
 
 # %% ../../../nbs/85_papers.iac.run.ipynb #4798fea8
@@ -282,15 +313,21 @@ def run(
     (s,), device = specs, pick_device(context.device)
     parts = make_parts(s)
     ensemble = Ensemble([share_statistics(build(s, len(parts.train.classes)), device)]).to(device)
-    settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, lr=s.lr, lr_schedule="cosine", warmup=s.warmup, lr_per_epoch=s.lr_per_epoch, patience=s.epochs, precision=s.precision, weight_decay=s.weight_decay,
+    settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, lr=s.lr,
+    lr_schedule="cosine", warmup=s.warmup, lr_per_epoch=s.lr_per_epoch, patience=s.epochs, precision=s.precision,
+    weight_decay=s.weight_decay,
                              accumulate=s.accumulate, drop_last=True, keep="last")
     history = pd.DataFrame(dict(seconds=[0.]))
     if s.model not in UNTRAINED:
-        history = fit(ensemble, *objectives(ensemble, s, parts, device), len(parts.train.images), settings, [s.seed], device, context.checkpoint, context.checkpoint_seconds, context.report, log=context.log).member(0, s.epochs)
+        history = fit(ensemble, *objectives(ensemble, s, parts, device), len(parts.train.images), settings, [s.seed],
+            device, context.checkpoint, context.checkpoint_seconds, context.report, log=context.log).member(0, s.epochs)
     ensemble.eval()
     model = ensemble.member(0)
     rows, sent = play(model, s, parts, device) if s.model != "supervised" else ([], {})
-    sizes = dict(n_train=len(parts.train.images), n_valid=len(parts.valid.images), n_ood_images=len(parts.ood.images), n_known=len(parts.train.labels.unique()))
-    summary = dict(images=parts.train.name, last_accuracy=float(history.accuracy.iloc[-1]) if "accuracy" in history else None, n_parameters=ensemble.n_parameters, **sizes)
+    sizes = dict(n_train=len(parts.train.images), n_valid=len(parts.valid.images), n_ood_images=len(parts.ood.images),
+        n_known=len(parts.train.labels.unique()))
+    summary = dict(images=parts.train.name, last_accuracy=float(history.accuracy.iloc[-1]) if "accuracy" in history
+        else None, n_parameters=ensemble.n_parameters, **sizes)
     if s.model == "game": summary["capacity_bits"] = model.channel.capacity_bits
-    return [RunResult(rows + probe(model, s, parts, device), summary, history, sent, ensemble.weights(0) if context.weights else None)]
+    return [RunResult(rows + probe(model, s, parts, device), summary, history, sent, ensemble.weights(0)
+        if context.weights else None)]

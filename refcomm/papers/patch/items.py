@@ -42,12 +42,15 @@ OURS, FINE = "Ours (R18, S=32)", "Ours (R18, S=16)"
 UNTRAINED = tuple(name for name, own in MODELS.items() if not own.get("trained", True))
 LEFT_OUT = {"cpu": ("PatchVAE (R18, S=16)",)} # profile → models that would take a processor half an hour
 COMPARED_EPOCHS = {"cpu": 20} # profile → epochs where models are compared, if fewer than usual
-COMPARED = (FINE, "PatchVAE (R18, S=16)", "VQ-VAE2", "PatchVAE (R18, S=32)", OURS, "MoCo-v2 (R18)", "Supervised", *UNTRAINED) # the longest trainings first, so that no processor waits for one at the end
+COMPARED = (FINE, "PatchVAE (R18, S=16)", "VQ-VAE2", "PatchVAE (R18, S=32)", OURS, "MoCo-v2 (R18)", "Supervised", # the longest trainings first, so that no processor waits for one at the end
+    *UNTRAINED)
 ITEMS = { # item → models, and the fields that are varied, one after the other
-    "table1": (COMPARED, {}), "table2": (tuple(m for m in COMPARED if "VQ-VAE2" not in m), {}), "table5": (COMPARED, {}),
+    "table1": (COMPARED, {}), "table2": (tuple(m for m in COMPARED if "VQ-VAE2" not in m), {}),
+    "table5": (COMPARED, {}),
     "figure4": (("ViT (S=16)", FINE, OURS, "ViT (S=32)", "Supervised"), {}),
     "figure11": ((OURS, "Supervised"), {}),
-    **{f"figure{k}": ((OURS,), {}) for k in (3, 5, 7)}, **{f"figure{k}": ((OURS, "Untrained (ours, S=32)"), {}) for k in (8, 9, 12)}, "suffice": ((OURS,), {}),
+    **{f"figure{k}": ((OURS,), {}) for k in (3, 5, 7)},
+    **{f"figure{k}": ((OURS, "Untrained (ours, S=32)"), {}) for k in (8, 9, 12)}, "suffice": ((OURS,), {}),
     "figure10": ((OURS,), dict(budget=("half", "learned"))), "variants": ((OURS,), {}),
     "figure6": ((OURS,), dict(lr=(.1, 1, 10), symbols_per_patch=(1, 2), vocab_size=(.125, 1, 4))),
     "table3": ((OURS,), dict(jitter=(True, False), crops=(True, False))),
@@ -65,28 +68,38 @@ CHOICES = { # what the text says in passing, or leaves open → fields that diff
 }
 
 # %% ../../../nbs/89_papers.patch.items.ipynb #9c39502f
-_EARLY = dict(norm="batch", strength=.05) # names and ranks that count from the first step on, for trainings shorter than published; `configure` lowers the strength for more patches
+# names and ranks that count from the first step on, for trainings shorter than published; `configure` lowers the strength for more patches
+_EARLY = dict(norm="batch", strength=.05)
 VARIANTS = { # what is trained → fields that differ from the text
     "text": {},
     "code": PUBLIC_CODE | dict(optimizer="adamw", lr=2e-4, weight_decay=.04, weight_decay_end=.4, precision="fp16"), # the rate for 512 images
 }
-_SMALL = _EARLY | dict(precision="fp32", rank="thin", symbol_width=192, vision="narrow", optimizer="adamw", weight_decay=.04, warmup=.1)
+_SMALL = _EARLY | dict(precision="fp32", rank="thin", symbol_width=192, vision="narrow", optimizer="adamw",
+    weight_decay=.04, warmup=.1)
 SIZES = { # profile → what is smaller than published
-    "smoke": _SMALL | dict(source="scenes", n_images=120, image_size=56, view_size=56, vocab_size=16, width=24, layers=1, heads=2, hidden=32, narrow=16, dim=32, queue=64, autoencoder_width=8, batch_size=32, lr=1e-3, epochs=1, test_candidates=(2, 16)),
-    "cpu": _SMALL | dict(source="scenes", n_images=1800, image_size=64, view_size=56, width=64, layers=2, heads=2, hidden=256, narrow=128, dim=1024, queue=1024, momentum=.99, autoencoder_width=32, batch_size=128, lr=5e-4, epochs=30, test_candidates=(2, 16, 128)),
-    "gpu": _EARLY | dict(source="scenes", layers=6, dim=8192, queue=4096, momentum=.99, batch_size=256, optimizer="adamw", lr=5e-4, weight_decay=.04, warmup=.1, precision="bf16", test_candidates=(2, 16, 128, 512)),
+    "smoke": _SMALL | dict(source="scenes", n_images=120, image_size=56, view_size=56, vocab_size=16, width=24,
+    layers=1, heads=2, hidden=32, narrow=16, dim=32, queue=64, autoencoder_width=8, batch_size=32, lr=1e-3, epochs=1,
+    test_candidates=(2, 16)),
+    "cpu": _SMALL | dict(source="scenes", n_images=1800, image_size=64, view_size=56, width=64, layers=2, heads=2,
+    hidden=256, narrow=128, dim=1024, queue=1024, momentum=.99, autoencoder_width=32, batch_size=128, lr=5e-4,
+    epochs=30, test_candidates=(2, 16, 128)),
+    "gpu": _EARLY | dict(source="scenes", layers=6, dim=8192, queue=4096, momentum=.99, batch_size=256,
+    optimizer="adamw", lr=5e-4, weight_decay=.04, warmup=.1, precision="bf16", test_candidates=(2, 16, 128, 512)),
     "paper": {},
 }
 DETECTION = { # profile → how trunks are fine-tuned on boxes
-    "smoke": dict(boxes="scenes", size=32, n_train=8, n_test=8, epochs=1), "cpu": dict(boxes="auto", size=64, n_train=400, n_test=200, epochs=6),
-    "gpu": dict(boxes="auto", size=224, n_train=4000, n_test=1000, epochs=12), "paper": dict(boxes="voc07", size=224, epochs=12),
+    "smoke": dict(boxes="scenes", size=32, n_train=8, n_test=8, epochs=1),
+    "cpu": dict(boxes="auto", size=64, n_train=400, n_test=200, epochs=6),
+    "gpu": dict(boxes="auto", size=224, n_train=4000, n_test=1000, epochs=12),
+    "paper": dict(boxes="voc07", size=224, epochs=12),
 }
 def boxes_of(
     profile:str, # a name in core's `PROFILES`
 )->str: # one sentence
     "What detectors are trained on."
     own = DETECTION[check_choice("profile", profile, PROFILES)]
-    boxes = "Pascal VOC 2007" if boxed_by(own["boxes"]) == "voc07" else f"{own['n_train']} rendered scenes, tested on {own['n_test']}"
+    boxes = ("Pascal VOC 2007" if boxed_by(own["boxes"]) == "voc07"
+        else f"{own['n_train']} rendered scenes, tested on {own['n_test']}")
     return f"Detectors are trained for {own['epochs']} epochs on {boxes}, seen at {own['size']} pixels (paper: Pascal VOC 2007)."
 
 SOURCES = {"cpu": "imagenette224_core.parquet", "gpu": "imagenette224_train_0.parquet", "paper": "imagenet"} # profile → real images
@@ -98,7 +111,9 @@ def images_of(
     "Which images are looked at."
     real = SOURCES.get(profile, "scenes")
     if images == "auto": images = "real" if profile == "paper" or find_data(real) else "embedded"
-    if images == "real" and not find_data(real): raise ConfigError(f"the real images at {profile}, {real}, are not in {data_dir() or 'REFCOMM_DATA, which is not set'}: put them there, or use images='embedded'")
+    if images == "real" and not find_data(real):
+        raise ConfigError(f"the real images at {profile}, {real}, are not in "
+            f"{data_dir() or 'REFCOMM_DATA, which is not set'}: put them there, or use images='embedded'")
     if images == "embedded": return dict(source="scenes")
     name = real if images == "real" else images
     small = dict(image_size=64, view_size=56) if Path(name).name.startswith("tiny_imagenet") else {} # it has no more pixels
@@ -112,7 +127,8 @@ def configure(
     **fields, # Spec fields that differ
 )->PatchSpec:
     "One Spec at the sizes of a profile."
-    base = VARIANTS[check_choice("variant", variant, VARIANTS)] | SIZES[check_choice("profile", profile, PROFILES)] | images_of(profile, "embedded" if profile == "smoke" else images)
+    base = VARIANTS[check_choice("variant", variant, VARIANTS)] | SIZES[check_choice("profile", profile,
+        PROFILES)] | images_of(profile, "embedded" if profile == "smoke" else images)
     usual = PatchSpec(**base)
     share = 1 if profile == "paper" else (7/side)**2 # more ranks, closer together
     return dataclasses.replace(usual, patch_size=usual.view_size//side, strength=usual.strength*share, **fields)
@@ -131,10 +147,13 @@ def grid(
     check_at_least("n_seeds", n_seeds, 1), check_at_least("epochs", epochs, 0)
     epochs = epochs or (COMPARED_EPOCHS.get(profile, 0) if len({*models} - {*UNTRAINED}) > 1 else 0)
     budget, specs = dict(budget="learned") if item == "budget" else {}, []
-    for name in (m for m in models if m not in LEFT_OUT.get(profile, ()) and (vit == "auto" or MODELS[m].get("model") != "vit")):
-        usual = configure(profile, images, variant=variant, **MODELS[name] | budget | ({"epochs": epochs} if epochs else {}))
+    for name in (m for m in models if m not in LEFT_OUT.get(profile, ())
+        and (vit == "auto" or MODELS[m].get("model") != "vit")):
+        usual = configure(profile, images, variant=variant, **MODELS[name] | budget
+            | ({"epochs": epochs} if epochs else {}))
         if not usual.trained: usual = dataclasses.replace(usual, epochs=1)
-        each = [dict(own) for own in dict.fromkeys(tuple({k: v}.items()) for k, values in varied.items() for v in values)] or [{}]
+        each = ([dict(own) for own in dict.fromkeys(tuple({k: v}.items()) for k, values in varied.items()
+            for v in values)] or [{}])
         if item == "variants": each = list(CHOICES.values())
         for own, seed in itertools.product(each, range(n_seeds)):
             if own.get("budget") == "learned": own = own | dict(length_cost=.003) # a cost of "budget" in its middle
@@ -153,7 +172,8 @@ def rows_of(
     t = frame(records)
     t = t[t["kind"] == kind].dropna(axis=1, how="all").copy()
     names = {(m.get("model", "game"), m.get("side"), m.get("trained", True)): name for name, m in MODELS.items()}
-    side = (t.view_size // t.patch_size).where(t.model.isin(("game", "patchvae", "vit")) & (t.view_size // t.patch_size == 14))
+    side = (t.view_size // t.patch_size).where(t.model.isin(("game", "patchvae",
+        "vit")) & (t.view_size // t.patch_size == 14))
     t["row"] = [names[m, None if s != s else int(s), trained] for m, s, trained in zip(t.model, side, t.trained)]
     t = t.sort_values("row", key=lambda row: row.map(list(MODELS).index), kind="stable")
     if "accuracy" in t: t["accuracy"], t["n_targets"] = 100*t.accuracy, t.n_valid
@@ -166,7 +186,8 @@ def epochs_of(
 ): # DataFrame: a row per run and epoch: seed, epoch (from 1), accuracy in %, loss
     "Accuracy among the images of a batch, over epochs."
     import pandas as pd
-    return pd.concat([r.history().assign(epoch=lambda h: h.epoch + 1, accuracy=lambda h: 100*h.accuracy, seed=r.spec["seed"], **{k: r.spec[k] for k in fields}) for r in records], ignore_index=True)
+    return pd.concat([r.history().assign(epoch=lambda h: h.epoch + 1, accuracy=lambda h: 100*h.accuracy,
+        seed=r.spec["seed"], **{k: r.spec[k] for k in fields}) for r in records], ignore_index=True)
 
 def varying(
     epochs, # from `epochs_of`
@@ -182,15 +203,19 @@ def fidelity(
 )->str: # sentences
     "What differs from the paper, read off the table of deviations and the Specs."
     specs = [s for s in specs if s.trained] or specs
-    fine = any(s.model == "patchvae" for s in specs) and all(s.view_size//s.patch_size == 7 for s in specs if s.model == "patchvae")
-    return (f"Images: {data_name(specs)} (paper: ILSVRC-2012). {note('patch', specs)} S counts pixels of an image of 224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14."
+    fine = (any(s.model == "patchvae" for s in specs)
+        and all(s.view_size//s.patch_size == 7 for s in specs if s.model == "patchvae"))
+    return (f"Images: {data_name(specs)} (paper: ILSVRC-2012). {note('patch', specs)} S counts pixels of an image of "
+    f"224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14."
             + " PatchVAE with S=16 is left out, as it would take a processor half an hour."*fine)
 
 def data_name(
     specs, # PatchSpecs of one item
 )->str:
     "What was looked at, for the foot of a figure."
-    names = {"scenes": "rendered scenes", "imagenette224_core.parquet": "Imagenette, 1,800 images", "imagenette224_train_0.parquet": "Imagenette, 4,738 images", "tiny_imagenet_core.parquet": "Tiny-ImageNet, 13,000 images"}
+    names = {"scenes": "rendered scenes", "imagenette224_core.parquet": "Imagenette, 1,800 images",
+        "imagenette224_train_0.parquet": "Imagenette, 4,738 images",
+        "tiny_imagenet_core.parquet": "Tiny-ImageNet, 13,000 images"}
     return ", ".join(dict.fromkeys(names.get(n := s.source.partition("#")[0], n) for s in specs))
 
 NONE = {"none": Estimate(math.nan)} # no value at hand
@@ -210,13 +235,17 @@ def table_values(
     discrete = [m for m in ("VQ-VAE2", "PatchVAE (R18, S=16)", "PatchVAE (R18, S=32)") if not math.isnan(at[m].value)]
     ours = (OURS,) if item == "table5" else (OURS, FINE) # Table 5 has S=32 alone
     values = {"discrete": dict(ahead={f"{m} – {b}": _less(at[m], at[b]) for m in ours for b in discrete} or NONE)}
-    if item != "table5": values |= {"coarse": dict(gain=_less(at[OURS], at[FINE])), "moco": dict(gap=_less(at["MoCo-v2 (R18)"], at[OURS]))}
+    if item != "table5":
+        values |= {"coarse": dict(gain=_less(at[OURS], at[FINE])),
+            "moco": dict(gap=_less(at["MoCo-v2 (R18)"], at[OURS]))}
     best = max(discrete, key=lambda m: at[m].value, default=None)
-    if item == "table1": values["gain"] = dict(gain=_less(at[OURS], at[best]) if best else Estimate(math.nan), printed=9.)
+    if item == "table1":
+        values["gain"] = dict(gain=_less(at[OURS], at[best]) if best else Estimate(math.nan), printed=9.)
     if item == "table5": # relative gains: ours less 1 + half of the printed share of a baseline
         share = lambda m: combine([(1/at[m].value, at[OURS]), (-1/at[m].value, at[m])])
         printed = {"VQ-VAE2": .45, "PatchVAE (R18, S=16)": .25, "PatchVAE (R18, S=32)": .25}
-        values["gain"] = dict(gain={m: share(m) for m in discrete} or NONE, printed={m: printed[m] for m in discrete} or {"none": 0.})
+        values["gain"] = dict(gain={m: share(m) for m in discrete} or NONE, printed={m: printed[m] for m in discrete}
+            or {"none": 0.})
     return {f"patch.{item}-{name}": v for name, v in values.items()}
 
 # %% ../../../nbs/89_papers.patch.items.ipynb #5f4638c8
@@ -229,19 +258,24 @@ def ablation_values(
     batch, # DataFrame of Table 4: batch_size, seed, accuracy; or None
 )->dict: # claim → its values
     "What decides the claims about augmentations and batches (App. B)."
-    if batch is not None: return {"patch.table4": dict(step=_steps((k, _accuracy(part)) for k, part in batch.groupby("batch_size")))}
+    if batch is not None:
+        return {"patch.table4": dict(step=_steps((k, _accuracy(part)) for k, part in batch.groupby("batch_size")))}
     at = lambda name: _accuracy(jitter[jitter.row == name])
-    return {f"patch.table3-{k}": dict(cost=_less(at("Baseline"), at(name))) for k, name in (("jitter", "Remove color jitter"), ("crops", "Remove random resized crops"))}
+    return {f"patch.table3-{k}": dict(cost=_less(at("Baseline"), at(name)))
+        for k, name in (("jitter", "Remove color jitter"), ("crops", "Remove random resized crops"))}
 
 def speed_values(
     epochs, # from `epochs_of`
 )->dict: # claim → its values
     "What decides the claims about Figure 6: accuracy in the mean over epochs, and at the last one for learning rates."
-    mean = lambda field: ((k, estimate(part.groupby("seed").accuracy.mean())) for k, part in varying(epochs, field).groupby(field))
-    last = {lr: estimate(part.accuracy) for lr, part in varying(epochs[epochs.epoch == epochs.epoch.max()], "lr").groupby("lr")}
+    mean = lambda field: ((k, estimate(part.groupby("seed").accuracy.mean()))
+        for k, part in varying(epochs, field).groupby(field))
+    last = {lr: estimate(part.accuracy)
+        for lr, part in varying(epochs[epochs.epoch == epochs.epoch.max()], "lr").groupby("lr")}
     usual = epochs.lr.mode().iloc[0]
     rates = {f"{lr:g}": _less(last[usual], e) for lr, e in last.items() if lr != usual} if usual in last else {}
-    return {"patch.vocabulary": dict(step=_steps(mean("vocab_size"))), "patch.length": dict(step=_steps(mean("symbols_per_patch"))), "patch.rates": dict(cost=rates or NONE)}
+    return {"patch.vocabulary": dict(step=_steps(mean("vocab_size"))),
+        "patch.length": dict(step=_steps(mean("symbols_per_patch"))), "patch.rates": dict(cost=rates or NONE)}
 
 # %% ../../../nbs/89_papers.patch.items.ipynb #914bd993
 def order_values(
@@ -256,7 +290,8 @@ def order_values(
             wide = own.pivot_table(index=["seed", "k"], columns="order", values="accuracy")
             if not {"trained", "untrained"} <= set(wide): values[f"patch.{name}-{grid}"] = dict(gain=NONE); continue
             gain = (wide.trained - wide.untrained).unstack()
-            values[f"patch.{name}-{grid}"] = dict(gain={f"{k} patches": estimate(gain[k]) for k in sorted(gain)[:-1]} or NONE)
+            values[f"patch.{name}-{grid}"] = dict(gain={f"{k} patches": estimate(gain[k]) for k in sorted(gain)[:-1]}
+                or NONE)
             if name == "told": continue
             ks = sorted(gain); half = min(ks, key=lambda k: abs(k - ks[-1]/2))
             lost = lambda order: estimate((w := wide[order].unstack())[ks[-1]] - w[half])
@@ -273,7 +308,8 @@ def message_values(
     unique = [(s.sort(1).values.diff(dim=1) != 0).sum(1) + 1 - (s < 0).any(1).long() for s in sent]
     of = lambda f: estimate([float(f(u)) for u in unique]) if sent[0].shape[1] == 49 else Estimate(math.nan)
     return {"patch.above-chance": dict(accuracy=_accuracy(at), chance=100/at.n_candidates.max()),
-            "patch.unique": dict(least=of(lambda u: u.min()), most=of(lambda u: u.max())), "patch.thirteen": dict(mode=of(lambda u: u.mode().values)),
+            "patch.unique": dict(least=of(lambda u: u.min()), most=of(lambda u: u.max())),
+            "patch.thirteen": dict(mode=of(lambda u: u.mode().values)),
             "patch.half": dict(share=estimate([float((s >= 0).double().mean()) for s in sent]))}
 
 # %% ../../../nbs/89_papers.patch.items.ipynb #fe368bba
@@ -282,7 +318,8 @@ def used_values(
     vocab_size:int,
 )->dict: # claim → its values
     "What decides the claim about Figure 12."
-    return {"patch.all-used": dict(used=estimate([float(len(s[s >= 0].unique())) for s in sent]), vocabulary=vocab_size)}
+    return {"patch.all-used": dict(used=estimate([float(len(s[s >= 0].unique())) for s in sent]),
+        vocabulary=vocab_size)}
 
 def correlation_values(
     claim:str, # "patch.complex"

@@ -35,7 +35,8 @@ def use_of(
     share = counts.double() / counts.sum()
     unique = torch.tensor([len(row[row >= 0].unique()) for row in symbols])
     return dict(used=len(counts), equally_used=2**-(share*share.log2()).sum().item(), commonest=share.max().item(),
-                unique=unique.double().mean().item(), most_unique=unique.max().item(), length=(symbols >= 0).sum(1).double().mean().item())
+                unique=unique.double().mean().item(), most_unique=unique.max().item(),
+                length=(symbols >= 0).sum(1).double().mean().item())
 
 # %% ../../../nbs/88_papers.patch.probes.ipynb #6b8813ac
 def most_important(
@@ -44,7 +45,8 @@ def most_important(
     k:int, # how many are kept
 )->Tensor: # [n, n_symbols] the others dropped
     "The `k` symbols of each message that stand for the most important patches."
-    of_symbols = importance.repeat_interleave(symbols.shape[1]//importance.shape[1], 1).masked_fill(symbols < 0, -torch.inf)
+    of_symbols = importance.repeat_interleave(symbols.shape[1]//importance.shape[1], 1).masked_fill(symbols < 0,
+        -torch.inf)
     order = of_symbols.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return symbols.where((order < k) & (symbols >= 0), -1)
 
@@ -61,12 +63,15 @@ def suffice(
     weights = weigh(game, images, s, device)
     counts, own = [n for n in s.test_candidates if n <= len(images)], torch.arange(len(images), device=seen.device)
     lengths = list(range(1, int((symbols >= 0).sum(1).max()) + 1))
-    won = torch.stack([hits(cosine_similarities(read(game, most_important(symbols, importance, k), weights), seen), own, counts, generator(0, "distractors", seen.device)) for k in lengths])
-    rows = [dict(kind="kept", n_symbols=k, n_candidates=n, accuracy=a) for k, each in zip(lengths, won.double().mean(1).tolist()) for n, a in zip(counts, each)]
+    won = torch.stack([hits(cosine_similarities(read(game, most_important(symbols, importance, k), weights), seen), own,
+        counts, generator(0, "distractors", seen.device)) for k in lengths])
+    rows = [dict(kind="kept", n_symbols=k, n_candidates=n, accuracy=a)
+        for k, each in zip(lengths, won.double().mean(1).tolist()) for n, a in zip(counts, each)]
     needed = len(lengths) + 1 - won.flip(0).long().cumprod(0).sum(0) # [n, counts]; one more than there are: never
     for n, each in zip(counts, needed.T):
         enough = each[each <= len(lengths)].double()
-        rows.append(dict(kind="suffice", n_candidates=n, found=len(enough)/len(each), mean=enough.mean().item() if len(enough) else None, median=enough.median().item() if len(enough) else None))
+        rows.append(dict(kind="suffice", n_candidates=n, found=len(enough)/len(each), mean=enough.mean().item()
+            if len(enough) else None, median=enough.median().item() if len(enough) else None))
     return rows
 
 # %% ../../../nbs/88_papers.patch.probes.ipynb #65efa0ad
@@ -80,7 +85,9 @@ def top_k_accuracy(
     batch:int=64, # images at a time
 )->list: # accuracy at each
     "How often a vision transformer names images right that it sees `k` patches of."
-    def right(k): return torch.cat([vit.head(vit.trunk(part, top_patches(some, k))).argmax(-1) for part, some in zip(x.split(batch), scores.split(batch))]) == labels
+    def right(k):
+        return torch.cat([vit.head(vit.trunk(part, top_patches(some, k))).argmax(-1)
+            for part, some in zip(x.split(batch), scores.split(batch))]) == labels
     return [right(k).double().mean().item() for k in ks]
 
 # %% ../../../nbs/88_papers.patch.probes.ipynb #d1363ac2
@@ -115,7 +122,8 @@ def top_k_play(
 )->list: # rows: order, k, n_candidates, accuracy
     "How often the listener finds an image when it is told of `k` patches."
     weights = weigh(game, images, s, device)
-    whole, seen = look(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1), game.listener.see(x)), images, s, device)
+    whole, seen = look(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1), game.listener.see(x)), images, s,
+        device)
     return [dict(order=name, k=k, n_candidates=n, accuracy=a) for name, scores in orders.items() for k in ks
             for n, a in found(read(game, most_important(whole, scores.to(whole.device), k), weights), seen, s).items()]
 
@@ -128,7 +136,8 @@ class LiteTrunk(nn.Module):
         self.net = effnet_lite0(device)[0]
 
     def forward(self, images)->Tensor: # [batch, 3, height, width] from 0 to 255 → [batch, feature_dim]
-        return self.net.extract_features((F.interpolate(images.float(), 224, mode="bicubic", antialias=True).clamp(0, 255) - 127)/128).mean((2, 3))
+        return self.net.extract_features((F.interpolate(images.float(), 224, mode="bicubic", antialias=True).clamp(0,
+            255) - 127)/128).mean((2, 3))
 
 def known_saliency(
     taught_on:tuple, # images [n, 3, height, width] uint8, labels [n]
@@ -140,7 +149,8 @@ def known_saliency(
     images, labels = (t.to(device) for t in shown)
     taught = read_out(LiteTrunk(device), taught_on[0].to(device), taught_on[1].to(device), n_classes, 64)
     with torch.no_grad(): named = torch.cat([taught.head(taught.trunk(part)).argmax(-1) for part in images.split(64)])
-    maps = saliency(nn.Sequential(taught.trunk, taught.head), images, labels, layer=f"0.net._blocks.{len(taught.trunk.net._blocks) - 1}")
+    maps = saliency(nn.Sequential(taught.trunk, taught.head), images, labels,
+        layer=f"0.net._blocks.{len(taught.trunk.net._blocks) - 1}")
     return maps.cpu(), (named == labels).double().mean().item()
 
 # %% ../../../nbs/88_papers.patch.probes.ipynb #1471cf54
@@ -148,7 +158,8 @@ def boxed_by(
     boxes:str="auto", # "voc07", "scenes", or "auto": VOC07 where REFCOMM_DATA has it
 )->str: # "voc07" or "scenes"
     "Whose boxes are to be found."
-    return boxes if check_choice("boxes", boxes, ("auto", "scenes", "voc07")) != "auto" else "voc07" if find_data("VOCdevkit") else "scenes"
+    return (boxes if check_choice("boxes", boxes, ("auto", "scenes", "voc07")) != "auto" else "voc07"
+        if find_data("VOCdevkit") else "scenes")
 
 def detections(
     models:dict, # name → model, in evaluation mode
@@ -164,8 +175,13 @@ def detections(
     "Mean average precision of a detector that begins with a model's trunk (Gupta et al. 2021, Table 2)."
     if jobs > 1 and len(models) > 1:
         with named_deaths("training detectors"), local_executor(min(jobs, len(models))) as pool:
-            each = [pool.submit(detections, {name: model}, boxes, size, n_train, n_test, epochs, seed, device) for name, model in models.items()]
+            each = [pool.submit(detections, {name: model}, boxes, size, n_train, n_test, epochs, seed, device)
+                for name, model in models.items()]
             return [row for one in each for row in one.result()]
     if boxed_by(boxes) == "voc07": train, test = voc07(size).values()
-    else: world = SceneWorld(size); train, test = (boxed(world.draw(n, generator(0, name)), world.shapes) for n, name in ((n_train, "train scenes"), (n_test, "test scenes")))
-    return [dict(row=name, seed=seed, map50=detect(eyes(model).to(pick_device(device)), train, test, generator(seed, "detect"), epochs).map50) for name, model in models.items()]
+    else:
+        world = SceneWorld(size)
+        train, test = (boxed(world.draw(n, generator(0, name)), world.shapes)
+            for n, name in ((n_train, "train scenes"), (n_test, "test scenes")))
+    return [dict(row=name, seed=seed, map50=detect(eyes(model).to(pick_device(device)), train, test,
+        generator(seed, "detect"), epochs).map50) for name, model in models.items()]

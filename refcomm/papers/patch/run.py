@@ -90,9 +90,12 @@ class PatchSpec:
 
     def __post_init__(self):
         check_choice("model", self.model, MODELS), check_choice("vision", self.vision, ("vit", "narrow", *RESNETS))
-        for name in ("vocab_size", "symbols_per_patch", "epochs", "patch_size"): check_at_least(name, getattr(self, name), 1)
+        for name in ("vocab_size", "symbols_per_patch", "epochs", "patch_size"):
+            check_at_least(name, getattr(self, name), 1)
         check_at_least("batch_size", self.batch_size, 2, "candidates are the images of a batch")
-        if self.view_size > self.image_size: raise ConfigError(f"views of {self.view_size} pixels are larger than the images of {self.image_size}: raise image_size, or lower view_size")
+        if self.view_size > self.image_size:
+            raise ConfigError(f"views of {self.view_size} pixels are larger than the images of {self.image_size}: "
+                f"raise image_size, or lower view_size")
 
 def make_parts(s:PatchSpec)->ImageParts:
     "Training images and new ones."
@@ -106,11 +109,17 @@ def build(
     "The model that a Spec names."
     with seeded_init(s.seed):
         if s.model == "game":
-            same = ("patch_size", "vocab_size", "symbols_per_patch", "symbol", "symbol_width", "norm", "rank", "strength", "gate", "dropout", "schedule", "budget", "length_cost", "masked", "vision", "width", "layers", "heads", "hidden", "narrow", "dim", "temperature", "learned")
+            same = ("patch_size", "vocab_size", "symbols_per_patch", "symbol", "symbol_width", "norm", "rank",
+                "strength", "gate", "dropout", "schedule", "budget", "length_cost", "masked", "vision", "width",
+                "layers", "heads", "hidden", "narrow", "dim", "temperature", "learned")
             return make_patch_game(s.view_size, **{name: getattr(s, name) for name in same})
         if s.model == "moco": return MoCo(s.vision, queue=s.queue, momentum=s.momentum)
-        if s.model == "vqvae2": return VQVAE2(codebook_size=4*s.autoencoder_width, code_dim=s.autoencoder_width//2, width=s.autoencoder_width, hidden=max(1, s.autoencoder_width//4))
-        if s.model == "patchvae": return PatchVAE(s.view_size, s.patch_size, code_dim=max(1, s.autoencoder_width//8), trunk=s.vision, width=s.autoencoder_width//2)
+        if s.model == "vqvae2":
+            return VQVAE2(codebook_size=4*s.autoencoder_width, code_dim=s.autoencoder_width//2,
+                width=s.autoencoder_width, hidden=max(1, s.autoencoder_width//4))
+        if s.model == "patchvae":
+            return PatchVAE(s.view_size, s.patch_size, code_dim=max(1, s.autoencoder_width//8), trunk=s.vision,
+                width=s.autoencoder_width//2)
         if s.model == "vit": return SupervisedViT(ViT(s.view_size, s.patch_size, s.width, s.layers, s.heads), n_classes)
         return Supervised(make_trunk(s.vision), n_classes)
 
@@ -124,7 +133,8 @@ def views_of(
 )->tuple: # two `ViewSpec`s
     "How the speaker's and the listener's views are made in training."
     sigma = tuple(w*s.view_size/224 for w in (.1, 2.))
-    changes = dict(size=s.view_size, sigma=sigma) | ({} if s.crops else dict(crop=0.)) | ({} if s.jitter else dict(jitter=0.))
+    changes = dict(size=s.view_size, sigma=sigma) | ({} if s.crops else dict(crop=0.)) | ({} if s.jitter
+        else dict(jitter=0.))
     return view_spec("speaker", **changes), view_spec("listener", **changes)
 
 def look(
@@ -136,7 +146,9 @@ def look(
 )->tuple: # of tensors [n, …]
     "What `fn` says of all images, shown as they are."
     plain, draws = view_spec("plain", size=s.view_size), generator(0, "views", device)
-    with torch.no_grad(): return tuple(map(torch.cat, zip(*(fn(random_views(part.to(device), plain, draws)) for part in images.split(batch)))))
+    with torch.no_grad():
+        return tuple(map(torch.cat, zip(*(fn(random_views(part.to(device), plain, draws))
+            for part in images.split(batch)))))
 
 def objectives(
     ensemble:Ensemble, # of one model
@@ -145,18 +157,25 @@ def objectives(
     device,
 )->tuple: # `loss` and `validate`, as `train.fit` takes them
     "Train on views of training images; validate on up to 1,024 plain new ones, in batches."
-    images, labels, template, kinds = parts.train.images.to(device), parts.train.labels.to(device), ensemble.template, views_of(s)
+    images = parts.train.images.to(device)
+    labels = parts.train.labels.to(device)
+    template = ensemble.template
+    kinds = views_of(s)
     taught = isinstance(template, Supervised)
     plain, = look(lambda x: (x,), parts.valid.images[:1024], s, device)
     answers = parts.valid.labels[:1024].to(device) if taught else plain
-    batches = [pair for pair in zip(plain.split(s.batch_size), answers.split(s.batch_size)) if len(pair[0]) == min(s.batch_size, len(plain))]
+    batches = [pair for pair in zip(plain.split(s.batch_size), answers.split(s.batch_size))
+        if len(pair[0]) == min(s.batch_size, len(plain))]
     def loss(idx, generators):
-        x, seen = (random_views(images[idx[0]], kind, generators[0]).contiguous(memory_format=torch.channels_last) for kind in kinds)
+        x, seen = (random_views(images[idx[0]], kind, generators[0]).contiguous(memory_format=torch.channels_last)
+            for kind in kinds)
         noise = template.draw_noise(len(x), generators[0])
-        return ensemble.map(lambda model, *args: model(*args), (seen if taught else x)[None], labels[idx] if taught else seen[None], None if noise is None else noise[None])
+        return ensemble.map(lambda model, *args: model(*args), (seen if taught else x)[None], labels[idx] if taught
+            else seen[None], None if noise is None else noise[None])
     def validate():
         played = [ensemble.member(0).play(*batch) for batch in batches]
-        return dict(accuracy=torch.stack([p.accuracy for p in played]).mean().nan_to_num(0.)[None], loss=torch.stack([p.loss for p in played]).mean()[None])
+        return dict(accuracy=torch.stack([p.accuracy for p in played]).mean().nan_to_num(0.)[None],
+            loss=torch.stack([p.loss for p in played]).mean()[None])
     return loss, validate
 
 @torch.no_grad()
@@ -179,9 +198,12 @@ def settle(
 def settings_of(s:PatchSpec)->TrainSettings:
     "How a Spec is trained, by one process or by several that share its batches."
     n = processes()[1]
-    if s.batch_size % n: raise ConfigError(f"{n} processes cannot share batches of {s.batch_size}: make batch_size a multiple of {n}")
-    return TrainSettings(epochs=s.epochs, batch_size=s.batch_size//n, optimizer=s.optimizer, lr=s.lr, lr_schedule="cosine", lr_end=s.lr/10, patience=s.epochs, precision=s.precision,
-                         warmup=s.warmup, weight_decay=s.weight_decay, weight_decay_end=s.weight_decay_end, accumulate=n, drop_last=True, keep="last")
+    if s.batch_size % n:
+        raise ConfigError(f"{n} processes cannot share batches of {s.batch_size}: make batch_size a multiple of {n}")
+    return TrainSettings(epochs=s.epochs, batch_size=s.batch_size//n, optimizer=s.optimizer, lr=s.lr,
+    lr_schedule="cosine", lr_end=s.lr/10, patience=s.epochs, precision=s.precision,
+                         warmup=s.warmup, weight_decay=s.weight_decay, weight_decay_end=s.weight_decay_end,
+                         accumulate=n, drop_last=True, keep="last")
 
 # %% ../../../nbs/87_papers.patch.run.ipynb #dc488c5b
 def say(
@@ -210,7 +232,8 @@ def weigh(
     device="cpu",
 )->Tensor|None: # [n, n_symbols]; None: 1
     "What the word of every symbol is multiplied by where it is sent: a soft gate's factors."
-    return look(lambda x: (game.send(x).word.sum(-1),), images, s, device)[0] if game.speaker.gate.kind == "soft" else None
+    return (look(lambda x: (game.send(x).word.sum(-1),), images, s, device)[0] if game.speaker.gate.kind == "soft"
+        else None)
 
 @torch.no_grad()
 def read(
@@ -234,7 +257,8 @@ def found(
 )->dict: # number of candidates → accuracy
     "How often the listener finds each image among the others, at every number of candidates."
     counts, own = [n for n in s.test_candidates if n <= len(seen)], torch.arange(len(seen), device=seen.device)
-    accuracy = torch.cat([expected_accuracy(cosine_similarities(m, seen), place, counts) for m, place in zip(meant.split(512), own.split(512))]).mean(0)
+    accuracy = torch.cat([expected_accuracy(cosine_similarities(m, seen), place, counts)
+        for m, place in zip(meant.split(512), own.split(512))]).mean(0)
     return dict(zip(counts, accuracy.tolist()))
 
 def play(
@@ -276,7 +300,8 @@ def evaluate(model, s:PatchSpec, parts:ImageParts, device="cpu")->tuple: # rows 
     rows, kept = classify(model, s, parts, device), {}
     if s.model == "game":
         symbols, importance = say(model, parts.valid.images, s, device)
-        kept = dict(symbols=symbols.short(), importance=importance, untrained=untrained_importance(s, parts.valid.images, 1, device)[0])
+        kept = dict(symbols=symbols.short(), importance=importance,
+            untrained=untrained_importance(s, parts.valid.images, 1, device)[0])
         rows += play(model, parts.valid.images, s, device)
     return rows, kept
 
@@ -292,12 +317,15 @@ def run(
     history = pd.DataFrame(dict(seconds=[0.]))
     if not s.trained: settle(ensemble, objectives(ensemble, s, parts, device)[0], len(parts.train.images), s, device)
     else:
-        history = fit(ensemble, *objectives(ensemble, s, parts, device), len(parts.train.images), settings_of(s), [s.seed], device, context.checkpoint, context.checkpoint_seconds, context.report, cool, log=context.log).member(0, s.epochs)
+        history = fit(ensemble, *objectives(ensemble, s, parts, device), len(parts.train.images), settings_of(s),
+            [s.seed], device, context.checkpoint, context.checkpoint_seconds, context.report, cool,
+            log=context.log).member(0, s.epochs)
     ensemble.eval()
     model = ensemble.member(0)
     if cool: cool(1.)
     rows, kept = evaluate(model, s, parts, device)
-    summary = dict(images=parts.train.name, n_train=len(parts.train.images), n_valid=len(parts.valid.images), n_classes=len(parts.train.classes), n_parameters=ensemble.n_parameters)
+    summary = dict(images=parts.train.name, n_train=len(parts.train.images), n_valid=len(parts.valid.images),
+        n_classes=len(parts.train.classes), n_parameters=ensemble.n_parameters)
     return [RunResult(rows, summary, history, kept | {f"weights/{k}": v for k, v in model.state_dict().items()})]
 
 def load_model(
@@ -306,6 +334,7 @@ def load_model(
     "The trained model of a record."
     s = PatchSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.spec.items()})
     model = build(s, record.summary["n_classes"])
-    model.load_state_dict({k.removeprefix("weights/"): v for k, v in record.tensors().items() if k.startswith("weights/")})
+    model.load_state_dict({k.removeprefix("weights/"): v for k, v in record.tensors().items()
+        if k.startswith("weights/")})
     if hasattr(model, "cool"): model.cool(1.)
     return model.eval()

@@ -26,7 +26,8 @@ ITEMS = { # item → what is played, and at which message lengths
     "pictures": (dict(min_symbols=(2, 3, 4), sampler=("tilted",)), (1, 4)),
 }
 SIZES = { # profile → what is smaller than published
-    "smoke": dict(n_attributes=6, n_values=3, n_distractors=9, n_train=200, n_valid=60, alphabet_size=18, hidden=16, embedding=8, epochs=2),
+    "smoke": dict(n_attributes=6, n_values=3, n_distractors=9, n_train=200, n_valid=60, alphabet_size=18, hidden=16,
+    embedding=8, epochs=2),
     "cpu": dict(hidden=128, epochs=15),
     "gpu": {}, "paper": {},
 }
@@ -58,7 +59,8 @@ def epochs_of(
     "Validation accuracy over epochs."
     import pandas as pd
     fields = ("min_symbols", "message_length", "bottleneck", "lr", "batch_size", "seed", "n_valid")
-    return pd.concat([r.history().assign(**{k: r.spec[k] for k in fields}, epoch=lambda h: h.epoch + 1) for r in records], ignore_index=True)[[*fields, "epoch", "accuracy", "loss"]]
+    return pd.concat([r.history().assign(**{k: r.spec[k] for k in fields}, epoch=lambda h: h.epoch + 1)
+        for r in records], ignore_index=True)[[*fields, "epoch", "accuracy", "loss"]]
 
 def fidelity(
     specs, # SMSSpecs of one item
@@ -88,8 +90,10 @@ def length_values(
     gap, longer = length_gap(last), sorted(L for L in set(last.message_length) if L > m)
     once = lambda x, like: published_estimate(x, like=like) # the paper's one run
     values = {f"sms.gap-{m}": dict(gap=gap, printed=once({2: .25, 3: .5}[m], gap)),
-              f"sms.longer-{m}": dict(gain=combine([*((1/len(longer), _at(last, L)) for L in longer), (-1, _at(last, m))] if longer else [(1, Estimate(float("nan")))]))}
-    return values | {f"sms.short-{m}-{L}": dict(accuracy=(x := _at(last, L)), printed=once(.35, x)) for L in range(1, m)}
+              f"sms.longer-{m}": dict(gain=combine([*((1/len(longer), _at(last, L)) for L in longer),
+              (-1, _at(last, m))] if longer else [(1, Estimate(float("nan")))]))}
+    return (values | {f"sms.short-{m}-{L}": dict(accuracy=(x := _at(last, L)), printed=once(.35, x))
+        for L in range(1, m)})
 
 def ratio_values(
     epochs, # from `epochs_of`, at min|M| = 2 and 3
@@ -101,7 +105,8 @@ def ratio_values(
 def _steps(parts, value, n=None)->dict: # from one part to the next, as "2 to 3"
     means = {k: estimate(p[value], n) for k, p in parts}
     keys = list(means)
-    return {f"{a:g} to {b:g}": combine([(1, means[b]), (-1, means[a])]) for a, b in zip(keys, keys[1:])} or {"none": Estimate(float("nan"))}
+    return ({f"{a:g} to {b:g}": combine([(1, means[b]), (-1, means[a])]) for a, b in zip(keys, keys[1:])}
+        or {"none": Estimate(float("nan"))})
 
 def complexity_values(
     whole, # rows of whole messages of every run: min_symbols, message_length, n_used, accuracy, n_valid
@@ -112,7 +117,8 @@ def complexity_values(
     used, nan = _steps(parts, "n_used"), {"none": Estimate(float("nan"))}
     return {"sms.more-symbols": dict(step=used.get("2 to 3", nan["none"])),
             "sms.more-symbols-8": dict(step={k: v for k, v in used.items() if k != "2 to 3"} or nan),
-            "sms.at-least-needed": dict(margin={f"{m}": combine([(1, estimate(p.n_used)), (-m, Estimate(1.))]) for m, p in parts if m < longest.message_length.max()} or nan),
+            "sms.at-least-needed": dict(margin={f"{m}": combine([(1, estimate(p.n_used)), (-m, Estimate(1.))])
+            for m, p in parts if m < longest.message_length.max()} or nan),
             "sms.harder": dict(step=_steps(parts, "accuracy", longest.n_valid.iloc[0]))}
 
 def pictures_values(
@@ -121,8 +127,10 @@ def pictures_values(
     "What decides the claims about games on pictures."
     long, n = whole.message_length.max(), whole.n_valid.iloc[0]
     mean = lambda m, L: estimate(whole[(whole.min_symbols == m) & (whole.message_length == L)].accuracy, n)
-    return {"sms.pictures-longer": dict(gain={f"{m}": combine([(1, mean(m, long)), (-1, mean(m, 1))]) for m in sorted(set(whole.min_symbols))}),
-            "sms.pictures-symbols": dict(step=_steps(list(whole[whole.message_length == long].groupby("min_symbols")), "n_used"))}
+    return {"sms.pictures-longer": dict(gain={f"{m}": combine([(1, mean(m, long)), (-1, mean(m, 1))])
+    for m in sorted(set(whole.min_symbols))}),
+            "sms.pictures-symbols": dict(step=_steps(list(whole[whole.message_length == long].groupby("min_symbols")),
+            "n_used"))}
 
 # %% ../../../nbs/91_papers.sms.items.ipynb #d075f746
 def rates_values(
@@ -132,7 +140,8 @@ def rates_values(
     last = _last(epochs[epochs.min_symbols == 3])
     gaps = {lr: length_gap(own) for lr, own in last.groupby("lr")}
     rates = sorted(gaps, reverse=True)
-    return {"sms.rates": dict(step={f"{a:g} to {b:g}": combine([(1, gaps[b]), (-1, gaps[a])]) for a, b in zip(rates, rates[1:])} or {"none": Estimate(float("nan"))})}
+    return {"sms.rates": dict(step={f"{a:g} to {b:g}": combine([(1, gaps[b]), (-1, gaps[a])])
+        for a, b in zip(rates, rates[1:])} or {"none": Estimate(float("nan"))})}
 
 def reinforce_values(
     epochs, # from `epochs_of`

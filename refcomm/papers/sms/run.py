@@ -61,10 +61,13 @@ class SMSSpec:
 
     def __post_init__(self):
         check_choice("sampler", self.sampler, METHODS), check_choice("bottleneck", self.bottleneck, BOTTLENECKS)
-        for name in ("min_symbols", "message_length", "n_distractors", "n_train", "hidden", "embedding", "epochs"): check_at_least(name, getattr(self, name), 1)
+        for name in ("min_symbols", "message_length", "n_distractors", "n_train", "hidden", "embedding", "epochs"):
+            check_at_least(name, getattr(self, name), 1)
         check_at_least("n_valid", self.n_valid, 2, "symbols are exchanged between messages")
         check_at_least("alphabet_size", self.alphabet_size, 2, "one symbol carries nothing")
-        if self.picture_size and self.n_values**self.n_attributes > 2**13: raise ConfigError(f"{self.n_values}^{self.n_attributes} pictures do not fit in memory: use fewer attributes or values, such as 7 and 3")
+        if self.picture_size and self.n_values**self.n_attributes > 2**13:
+            raise ConfigError(f"{self.n_values}^{self.n_attributes} pictures do not fit in memory: use fewer "
+                f"attributes or values, such as 7 and 3")
 
 # %% ../../../nbs/90_papers.sms.run.ipynb #413a6da0
 def make_task(
@@ -72,7 +75,8 @@ def make_task(
     device="cpu", # where the games will live
 )->SampledTask:
     "Games of the wanted min|M| for training and validation."
-    values = sample_games(s.n_train + s.n_valid, s.min_symbols, s.sampler, s.n_attributes, s.n_values, s.n_distractors, generator=generator(s.games_seed, f"games/{s.sampler}/{s.min_symbols}")).candidates
+    values = sample_games(s.n_train + s.n_valid, s.min_symbols, s.sampler, s.n_attributes, s.n_values, s.n_distractors,
+        generator=generator(s.games_seed, f"games/{s.sampler}/{s.min_symbols}")).candidates
     stock = None
     if s.picture_size:
         world = picture_world(s.n_attributes, s.n_values, s.picture_size)
@@ -89,17 +93,20 @@ def meanings(
 # %% ../../../nbs/90_papers.sms.run.ipynb #dc6a800d
 def _eye(dim): # pictures → [batch, dim]
     block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(4, o), nn.ReLU())
-    return nn.Sequential(block(3, 16), block(16, 32), block(32, 64), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, dim))
+    return nn.Sequential(block(3, 16), block(16, 32), block(32, 64), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(256, dim))
 
 def build(
     s:SMSSpec,
     task:SampledTask, # from `make_task`
 )->ReferentialGame: # with weights drawn from the Spec's seed
     "GRU agents that send symbols of one vocabulary (Zhang 2024, §4)."
-    own = dict(temperature=s.temperature, straight_through=s.straight_through) if s.bottleneck == "gumbel" else dict(entropy_weight=s.entropy_weight)
+    own = (dict(temperature=s.temperature, straight_through=s.straight_through) if s.bottleneck == "gumbel"
+        else dict(entropy_weight=s.entropy_weight))
     seen = next(task.games("valid", 2)).x
     with seeded_init(s.seed):
-        channel = Recurrent(make_bottleneck(s.bottleneck, alphabet_size=s.alphabet_size, **own), s.message_length, s.hidden, s.embedding, s.cell)
+        channel = Recurrent(make_bottleneck(s.bottleneck, alphabet_size=s.alphabet_size, **own), s.message_length,
+            s.hidden, s.embedding, s.cell)
         make = (lambda: _eye(s.hidden)) if s.picture_size else (lambda: LinearEncoder(seen.shape[-1], s.hidden))
         return check_game(ReferentialGame(make(), channel, make()), seen)
 
@@ -113,11 +120,14 @@ def evaluate(
     "Accuracy as sent and without each position, information of each position, effective numbers of symbols."
     ensemble.eval()
     games, values, L = list(task.games("valid", 500)), task.values["valid"], s.message_length
-    orders = [torch.randperm(s.n_valid, generator=generator(s.games_seed, f"exchange/{i}")).to(values.device) for i in range(L)]
+    orders = [torch.randperm(s.n_valid, generator=generator(s.games_seed, f"exchange/{i}")).to(values.device)
+        for i in range(L)]
     def play(game):
         words, symbols = zip(*(game.send(g.x)[:2] for g in games))
         words = torch.cat(words)
-        def right(words): return torch.cat([game.scores(w, g.candidates).argmax(-1) == g.target for w, g in zip(words.split(500), games)]).float().mean()
+        def right(words):
+            return torch.cat([game.scores(w, g.candidates).argmax(-1) == g.target
+                for w, g in zip(words.split(500), games)]).float().mean()
         mixed = [right(exchange(words, i, order)) for i, order in enumerate(orders)]
         return torch.stack([right(words), *mixed]), torch.cat(symbols).squeeze(-1)
     accuracy, symbols = ensemble.map(play)
@@ -125,8 +135,10 @@ def evaluate(
     for a, sent in zip(accuracy.double().cpu(), symbols):
         told = information(sent, values[:, 0]).cpu()
         lost, bits = a[0] - a[1:], told.sum(1)
-        rows.append([dict(position=None, accuracy=a[0].item(), bits=bits.sum().item(), noum=n_unique(sent), n_targets=len(sent), n_used=effective_number(lost).item(), n_telling=effective_number(bits).item()),
-                     *(dict(position=i, accuracy=a[i+1].item(), bits=bits[i].item(), n_symbols=len(sent[:, i].unique())) for i in range(L))])
+        rows.append([dict(position=None, accuracy=a[0].item(), bits=bits.sum().item(), noum=n_unique(sent),
+        n_targets=len(sent), n_used=effective_number(lost).item(), n_telling=effective_number(bits).item()),
+                     *(dict(position=i, accuracy=a[i+1].item(), bits=bits[i].item(), n_symbols=len(sent[:, i].unique()))
+                     for i in range(L))])
     return rows, symbols
 
 def stack_key(
@@ -145,12 +157,16 @@ def run(
     s, device = specs[0], pick_device(context.device)
     task = make_task(s, device)
     ensemble = Ensemble([build(x, task) for x in specs]).to(device)
-    settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, lr=s.lr, patience=s.epochs, precision=s.precision)
-    fitted = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [x.seed for x in specs], device, context.checkpoint, context.checkpoint_seconds, context.report, log=context.log)
+    settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, lr=s.lr,
+        patience=s.epochs, precision=s.precision)
+    fitted = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [x.seed for x in specs], device,
+        context.checkpoint, context.checkpoint_seconds, context.report, log=context.log)
     rows, symbols = evaluate(ensemble, s, task)
     results = []
     for m in range(len(specs)):
         own = fitted.member(m, s.epochs)
-        summary = dict(best_epoch=fitted.best_epoch[m], last_accuracy=own.accuracy.iloc[-1], n_parameters=ensemble.n_parameters, capacity_bits=ensemble.template.channel.capacity_bits)
-        results.append(RunResult(rows[m], summary, own, dict(messages=packed(symbols[m], s.alphabet_size)), ensemble.weights(m) if context.weights else None))
+        summary = dict(best_epoch=fitted.best_epoch[m], last_accuracy=own.accuracy.iloc[-1],
+            n_parameters=ensemble.n_parameters, capacity_bits=ensemble.template.channel.capacity_bits)
+        results.append(RunResult(rows[m], summary, own, dict(messages=packed(symbols[m], s.alphabet_size)),
+            ensemble.weights(m) if context.weights else None))
     return results
