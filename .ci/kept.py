@@ -17,7 +17,8 @@ def cell(recipe, depth):
     source = [
         f"![{recipe['title']}]({figure}.png)", "",
         f"*Kept result: profile `{recipe['profile']}` · data: {recipe['data']} · seeds {seeds} · {origin(recipe)}. "
-        f"Numbers: [{Path(figure).name}.csv]({figure}.csv); everything else: [{Path(figure).name}.json]({figure}.json).*", "",
+        f"Numbers: [{Path(figure).name}.csv]({figure}.csv); everything else: [{Path(figure).name}.json]({figure}.json).*",
+        "",
         "```sh", recipe["command"], "```"]
     return dict(cell_type="markdown", id=ID, metadata={}, source=[line + "\n" for line in source[:-1]] + source[-1:])
 
@@ -26,7 +27,8 @@ def update(path):
     "Insert, replace or remove the cell; True if the notebook changed."
     nb, recipe = json.loads(path.read_text(encoding="utf-8")), ROOT/"figures"/f"{path.parent.name}_{path.stem}.json"
     cells = [c for c in nb["cells"] if c.get("id") != ID]
-    if recipe.is_file(): cells.insert(1, cell(json.loads(recipe.read_text(encoding="utf-8")), len(path.relative_to(ROOT).parts) - 1))
+    if recipe.is_file():
+        cells.insert(1, cell(json.loads(recipe.read_text(encoding="utf-8")), len(path.relative_to(ROOT).parts) - 1))
     if cells == nb["cells"]: return False
     path.write_text(json.dumps(dict(nb, cells=cells), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return True

@@ -1,4 +1,4 @@
-"""Write README.md from nbs/index.ipynb, with code marked as Python and links from the root, and figures/README.md from the recipes there.   usage: python .ci/readme.py"""
+"""Write README.md from nbs/index.ipynb, and figures/README.md from the recipes there.   usage: python .ci/readme.py"""
 from pathlib import Path
 
 import nbformat
@@ -6,7 +6,8 @@ from nbconvert import MarkdownExporter
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-TAGS = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags=["hide-input"], remove_cell_tags=["hide-cell"]))
+TAGS = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags=["hide-input"],
+    remove_cell_tags=["hide-cell"]))
 
 
 def readme(): # markdown

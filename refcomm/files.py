@@ -43,7 +43,9 @@ def checkout()->Path|None: # the root of the source tree, or None
 def figures_dir(
     profile:str="cpu", # smoke results are kept apart: they are never shown
 )->Path:
-    "`REFCOMM_FIGURES` if it is set, else `results/` in the checkout, or in the working folder of an installed package. The kept `figures/` are written only where they are named."
+    """`REFCOMM_FIGURES` if it is set, else `results/` in the checkout, or in the working folder of an installed package.
+
+    The kept `figures/` are written only where they are named."""
     if profile == "smoke": return home()/"smoke-figures"
     if os.environ.get("REFCOMM_FIGURES"): return expanded(os.environ["REFCOMM_FIGURES"], "REFCOMM_FIGURES").absolute()
     return (checkout() or Path.cwd())/"results"

@@ -59,8 +59,10 @@ def timed(specs, device, steps=20):
     except Enough: pass
     finally: hook.remove()
     later = sorted(b - a for a, b in zip(at[5:], at[6:]))
-    return dict(experiment=specs[0].experiment, fields=spec_fields(specs[0]), together=len(specs), before_first_step=at[0] - begun if at else None,
-                step_seconds=later[len(later)//2] if later else None, peak_bytes=torch.cuda.max_memory_allocated(device), optimizers=sorted(optimizers))
+    return dict(experiment=specs[0].experiment, fields=spec_fields(specs[0]), together=len(specs),
+    before_first_step=at[0] - begun if at else None,
+                step_seconds=later[len(later)//2] if later else None,
+                peak_bytes=torch.cuda.max_memory_allocated(device), optimizers=sorted(optimizers))
 
 
 def items(profile, only):
@@ -72,7 +74,8 @@ def items(profile, only):
 
 
 def shape(stack):
-    fields = {k: v for k, v in dataclasses.asdict(stack[0]).items() if k not in ("seed", "lr", "alphabets", "candidates", "epochs")}
+    fields = {k: v for k, v in dataclasses.asdict(stack[0]).items()
+        if k not in ("seed", "lr", "alphabets", "candidates", "epochs")}
     return type(stack[0]).__name__, len(stack), json.dumps(fields, sort_keys=True, default=str)
 
 
@@ -87,7 +90,8 @@ def main(argv=None):
     args = parse.parse_args(argv)
     device, until = pick_device(args.device), time.monotonic() + 60*args.minutes
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    told = dict(device=torch.cuda.get_device_name(device), torch=torch.__version__, profile=args.profile, compared=[], timed={}, failed={}, left_out=[])
+    told = dict(device=torch.cuda.get_device_name(device), torch=torch.__version__, profile=args.profile, compared=[],
+        timed={}, failed={}, left_out=[])
 
     def save(): Path(args.out).write_text(json.dumps(told, indent=1, default=str))
 
@@ -104,10 +108,14 @@ def main(argv=None):
             told["timed"][item].append(dict(seen[shape(stack)] or {}, runs=len(stack), epochs=stack[0].epochs))
     with tempfile.TemporaryDirectory() as folder:
         for name, specs in all_specs(tiny_distilbert(folder)).items():
-            if name.startswith(args.specs): told["compared"].append(attempt(name, lambda: compared(name, specs, device)) or dict(name=name, near=None))
+            if name.startswith(args.specs):
+                told["compared"].append(attempt(name, lambda: compared(name, specs, device))
+                    or dict(name=name, near=None))
     save()
     wrong = [c["name"] for c in told["compared"] if c["near"] is False]
-    print(f"{told['device']}: {len(told['compared'])} Specs compared, {len(wrong)} apart {wrong}; {len(seen)} kinds of training timed; {len(told['failed'])} failed {list(told['failed'])}; {len(told['left_out'])} left out for time")
+    print(f"{told['device']}: {len(told['compared'])} Specs compared, {len(wrong)} apart {wrong}; {len(seen)} kinds of "
+        f"training timed; {len(told['failed'])} failed {list(told['failed'])}; {len(told['left_out'])} left out for "
+        f"time")
     return bool(wrong or told["failed"])
 
 

@@ -40,9 +40,11 @@ COPIES = {A.copy_, A._to_copy, A.set_, A._reshape_alias, A.lift_fresh, A.lift_fr
 INDEXED = {A.index, A._unsafe_index}
 INDEXING = INDEXED | {A.index_put, A.index_put_, A._index_put_impl_, A._unsafe_index_put}
 SCALARS = {A.masked_fill, A.masked_fill_, A.fill, A.fill_, A.where, A.index_fill, A.index_fill_}  # take 0-dim tensors of the CPU
-SYNCS = {A._local_scalar_dense, A.nonzero, A.masked_select, A._unique2, A.unique_dim, A.unique_consecutive, A.bincount, A.equal, A.is_nonzero,
+SYNCS = {A._local_scalar_dense, A.nonzero, A.masked_select, A._unique2, A.unique_dim, A.unique_consecutive, A.bincount,
+A.equal, A.is_nonzero,
          A._linalg_eigh, A._linalg_svd, A.linalg_lstsq, A.linalg_solve_ex}
-ALLOCATIONS = {A.empty, A.empty_strided, A.empty_like, A.new_empty, A.new_empty_strided, A._unsafe_view, A.detach, A.lift_fresh}
+ALLOCATIONS = {A.empty, A.empty_strided, A.empty_like, A.new_empty, A.new_empty_strided, A._unsafe_view, A.detach,
+    A.lift_fresh}
 FROM_HOST = {torch.tensor, torch.as_tensor, torch.asarray, TENSOR.new_tensor}
 
 
@@ -67,7 +69,8 @@ def place(package):
 def described(what, at):
     (file, line), via = at
     short = lambda path: "/".join(path.split(os.sep)[-3:])
-    return f"{what} @ {short(file)}:{line} {linecache.getline(file, line).strip()[:100]}" + (f" (in {short(via[0])}:{via[1]})" if via else "")
+    return (f"{what} @ {short(file)}:{line} {linecache.getline(file, line).strip()[:100]}"
+        + (f" (in {short(via[0])}:{via[1]})" if via else ""))
 
 
 class Generator(torch._C.Generator):
@@ -90,14 +93,16 @@ class Generator(torch._C.Generator):
 
     def set_state(self, state):
         if self.pretended.type == CPU: return super().set_state(state)
-        if len(state) != 16: raise RuntimeError(f"RNG state is wrong size: a CUDA generator's has 16 bytes, got {len(state)}")
+        if len(state) != 16:
+            raise RuntimeError(f"RNG state is wrong size: a CUDA generator's has 16 bytes, got {len(state)}")
         super().set_state(self.states[bytes(state.tolist())])
         return self
 
 
 class _Functions(TorchFunctionMode):
     def __init__(self, gpu): self.gpu = gpu
-    def __torch_function__(self, func, types, args=(), kwargs=None): return self.gpu.function(func, args, dict(kwargs or {}))
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.gpu.function(func, args, dict(kwargs or {}))
 
 
 class _Operations(TorchDispatchMode):
@@ -165,7 +170,8 @@ class PretendGPU(contextlib.ExitStack):
         out = func(*args, **kwargs)
         if packet is A.copy_: tag = tags[0]
         else: tag = CUDA if CUDA in tags else CPU if CPU in tags else ANY
-        if (tag == CUDA or not ts and self.asked == CUDA) and packet not in ALLOCATIONS and not is_view(func): self.kernels += 1
+        if (tag == CUDA or not ts and self.asked == CUDA) and packet not in ALLOCATIONS and not is_view(func):
+            self.kernels += 1
         old = {self.storage(t) for t in ts}
         for o in tensors(out):
             if self.storage(o) not in old: self.put(o, tag)
@@ -175,15 +181,18 @@ class PretendGPU(contextlib.ExitStack):
         "Refuse what CUDA refuses, and count what makes the host wait."
         if packet is A.copy_ and CPU in tags: return self.sync("copy between host and device")
         if CPU in tags and packet not in COPIES:
-            scalars = torch.Tag.pointwise in func.tags or packet in INDEXING | SCALARS or "foreach" in func.name() or "fused" in func.name()
+            scalars = (torch.Tag.pointwise in func.tags or packet in INDEXING | SCALARS or "foreach" in func.name()
+                or "fused" in func.name())
             bad = [list(t.shape) for t, tag in zip(ts, tags) if tag == CPU and not (scalars and t.dim() == 0)]
             values = args[2] if packet in INDEXING - INDEXED else None
-            if bad and packet in INDEXING and tags[0] == CUDA and (values is None or values.dim() == 0 or self.tag(values) != CPU):
+            if bad and packet in INDEXING and tags[0] == CUDA and (values is None or values.dim() == 0
+                or self.tag(values) != CPU):
                 self.sync("indices on the host")
             elif bad: self.fault(f"{func.name()} of a cuda tensor and cpu tensors of shapes {bad}")
         masks = packet in INDEXING and [t for t in ts[1:] if t.dtype == torch.bool]
         if masks and packet not in INDEXED: masks = not (args[2].numel() == 1 and self.tag(args[2]) != CUDA)  # becomes masked_fill_
-        if packet in SYNCS or masks or packet is A.repeat_interleave and kwargs.get("output_size") is None: self.sync(packet.__name__)
+        if packet in SYNCS or masks or packet is A.repeat_interleave and kwargs.get("output_size") is None:
+            self.sync(packet.__name__)
 
     # --- functions: what Python asks for
     def function(self, func, args, kwargs):
@@ -202,9 +211,11 @@ class PretendGPU(contextlib.ExitStack):
         wanted, args, kwargs = self.wanted(func, name, args, kwargs)
         for g in generators(args, kwargs):
             here, target = getattr(g, "pretended", torch.device(CPU)).type, wanted or (self.tag(ts[0]) if ts else CPU)
-            if target != ANY and here != target: self.fault(f"{name}() with a generator on {here} for a tensor on {target}")
+            if target != ANY and here != target:
+                self.fault(f"{name}() with a generator on {here} for a tensor on {target}")
         self.asked, quiet = wanted, self.quiet
-        self.quiet = quiet or func is TENSOR.tolist or func is F.one_hot and (kwargs.get("num_classes", args[1:] and args[1]) or -1) > 0
+        self.quiet = (quiet or func is TENSOR.tolist or func is F.one_hot
+            and (kwargs.get("num_classes", args[1:] and args[1]) or -1) > 0)
         try: out = func(*args, **kwargs)
         finally: self.asked, self.quiet = None, quiet
         return self.tagged(out, func, name, args, kwargs, ts, before, wanted)
@@ -212,7 +223,8 @@ class PretendGPU(contextlib.ExitStack):
     def tagged(self, out, func, name, args, kwargs, ts, before, wanted):
         "What a function returned, on the device where it would be."
         if name == "__deepcopy__": self.put(out, before)  # made by its storage, not by an operation
-        elif wanted and before is not None and (name in ("to", "cuda", "cpu", "type_as") or func in FROM_HOST - {TENSOR.new_tensor}):
+        elif wanted and before is not None and (name in ("to", "cuda", "cpu", "type_as")
+            or func in FROM_HOST - {TENSOR.new_tensor}):
             if before not in (wanted, ANY):
                 ready = kwargs.get("non_blocking") and (wanted == CPU or self.storage(args[0]) in self.pinned)
                 if not ready: self.sync(f"copy to {wanted}")
@@ -266,18 +278,26 @@ class PretendGPU(contextlib.ExitStack):
 
         class autocast(real):
             def __init__(self, device_type, dtype=None, *args, **kwargs):  # CPUs are slow with fp16: it is computed as bf16
-                super().__init__(CPU if device_type == CUDA else device_type, torch.bfloat16 if dtype == torch.float16 else dtype, *args, **kwargs)
+                super().__init__(CPU if device_type == CUDA else device_type, torch.bfloat16 if dtype == torch.float16
+                    else dtype, *args, **kwargs)
 
-        there = dict(is_available=lambda: True, is_initialized=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
-                     get_device_name=lambda *a: "Pretended GPU", get_device_capability=lambda *a: (9, 0), is_bf16_supported=lambda *a: True,
-                     mem_get_info=lambda *a: (2**37, 2**37), max_memory_allocated=lambda *a: 0, memory_allocated=lambda *a: 0,
-                     get_rng_state=lambda *a: torch.zeros(16, dtype=torch.uint8), set_rng_state=nothing, manual_seed=nothing, manual_seed_all=nothing,
-                     reset_peak_memory_stats=nothing, synchronize=nothing, set_device=nothing, empty_cache=nothing, _lazy_init=nothing,
+        there = dict(is_available=lambda: True, is_initialized=lambda: True, device_count=lambda: 1,
+        current_device=lambda: 0,
+                     get_device_name=lambda *a: "Pretended GPU", get_device_capability=lambda *a: (9, 0),
+                     is_bf16_supported=lambda *a: True,
+                     mem_get_info=lambda *a: (2**37, 2**37), max_memory_allocated=lambda *a: 0,
+                     memory_allocated=lambda *a: 0,
+                     get_rng_state=lambda *a: torch.zeros(16, dtype=torch.uint8), set_rng_state=nothing,
+                     manual_seed=nothing, manual_seed_all=nothing,
+                     reset_peak_memory_stats=nothing, synchronize=nothing, set_device=nothing, empty_cache=nothing,
+                     _lazy_init=nothing,
                      is_current_stream_capturing=lambda: False, device=lambda *a: contextlib.nullcontext())
         for check in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):  # the name depends on the version
-            if hasattr(torch.optim.Optimizer, check): self.enter_context(patch.object(torch.optim.Optimizer, check, lambda self: None))
+            if hasattr(torch.optim.Optimizer, check):
+                self.enter_context(patch.object(torch.optim.Optimizer, check, lambda self: None))
         for k, v in there.items(): self.enter_context(patch.object(torch.cuda, k, v))
-        for module, k, v in ((torch, "autocast", autocast), (torch.amp, "autocast", autocast), (torch, "Generator", Generator),
+        for module, k, v in ((torch, "autocast", autocast), (torch.amp, "autocast", autocast),
+        (torch, "Generator", Generator),
                              (torch.autograd, "_engine_run_backward", backward)):
             self.enter_context(patch.object(module, k, v))
         self.callback(register_optimizer_step_post_hook(self.stepped).remove)
@@ -295,6 +315,7 @@ class PretendGPU(contextlib.ExitStack):
         lines += [f"  FAULT ×{n} {described(*at)}" for at, n in self.faults.most_common()]
         if self.steps:
             usual = self.usual()
-            lines += [f"{len(self.steps)} steps; a usual one: {statistics.median(s.kernels for s in self.steps):.0f} kernels, {usual.syncs.total()} synchronisations"]
+            lines += [f"{len(self.steps)} steps; a usual one: {statistics.median(s.kernels for s in self.steps):.0f} "
+                f"kernels, {usual.syncs.total()} synchronisations"]
             lines += [f"  ×{n} {described(*at)}" for at, n in usual.syncs.most_common()]
         return "\n".join(lines)

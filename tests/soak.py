@@ -55,8 +55,10 @@ def specs(share=1.):
     from refcomm.papers.sms import items as sms
     n = lambda epochs: max(1, round(share*epochs))
     longer = lambda specs, epochs, **fields: [dataclasses.replace(s, epochs=n(epochs), **fields) for s in specs]
-    return [*longer(eqc.configure("CN-Inst", "smoke", seeds=(0, 1)), 1200, patience=1200), *longer(eqc.configure("GS-RNN", "smoke", seeds=(0, 1)), 450, patience=450),
-            *longer(sms.grid("figure2", "smoke", 2)[2:], 1200), *longer(iac.grid("figure3", "smoke"), 40), *longer(iac.grid("table1", "smoke")[:1], 30),
+    return [*longer(eqc.configure("CN-Inst", "smoke", seeds=(0, 1)), 1200, patience=1200),
+    *longer(eqc.configure("GS-RNN", "smoke", seeds=(0, 1)), 450, patience=450),
+            *longer(sms.grid("figure2", "smoke", 2)[2:], 1200), *longer(iac.grid("figure3", "smoke"), 40),
+            *longer(iac.grid("table1", "smoke")[:1], 30),
             *longer(patch.grid("figure3", "smoke"), 8), *longer(patch.grid("table1", "smoke")[:1], 18)]
 
 
@@ -71,20 +73,23 @@ class Place:
         self.root.mkdir()
         self.log, self.home, self.store = self.root/"log", self.root/"home", Store(self.root/"home"/"runs")
         self.log.touch()
-        self.env = {**os.environ, "REFCOMM_HOME": str(self.home), "REFCOMM_CHECKPOINT_SECONDS": "2", "REFCOMM_PROGRESS": "off", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1",
+        self.env = {**os.environ, "REFCOMM_HOME": str(self.home), "REFCOMM_CHECKPOINT_SECONDS": "2",
+        "REFCOMM_PROGRESS": "off", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1",
                     "SOAK_LOG": str(self.log), "SOAK_MARK": self.mark, "CUDA_VISIBLE_DEVICES": ""}
         self.env.pop("REFCOMM_DATA", None), self.env.pop("REFCOMM_EXECUTOR", None)
 
     def start(self, notebooks=True):
         command = [sys.executable, __file__, "drive", str(self.plan), *(ITEMS if notebooks else ())]
-        return subprocess.Popen(command, env=self.env, stdout=subprocess.DEVNULL, stderr=open(self.root/"stderr", "a"), start_new_session=True)
+        return subprocess.Popen(command, env=self.env, stdout=subprocess.DEVNULL, stderr=open(self.root/"stderr", "a"),
+            start_new_session=True)
 
     def processes(self): # pid → command line
         "All that a driver of this place has started, kernels and workers included."
         found = {}
         for p in Path("/proc").glob("[0-9]*"):
             try:
-                if f"SOAK_MARK={self.mark}".encode() in (p/"environ").read_bytes(): found[int(p.name)] = (p/"cmdline").read_bytes().decode().replace("\0", " ")
+                if f"SOAK_MARK={self.mark}".encode() in (p/"environ").read_bytes():
+                    found[int(p.name)] = (p/"cmdline").read_bytes().decode().replace("\0", " ")
             except OSError: pass
         return found
 
@@ -98,7 +103,8 @@ class Place:
             return len(self.events("store")) > stored or any("ipykernel" in line for line in self.processes().values())
         while driver.poll() is None and not written(): time.sleep(.1)
 
-    def events(self, what): return [line.split()[1] for line in self.log.read_text().splitlines() if line.startswith(what + " ")]
+    def events(self, what):
+        return [line.split()[1] for line in self.log.read_text().splitlines() if line.startswith(what + " ")]
 
     def ended(self):
         "Nothing of it runs any more."
@@ -112,7 +118,8 @@ def drive(plan, items):
     from refcomm import cli
     try:
         cli.app(["runs", "execute", plan, "--jobs", "2", "--device", "cpu"], standalone_mode=False)
-        if items: sys.exit(cli.app(["reproduce", *items, "--profile", "smoke", "--jobs", "2"], standalone_mode=False) or 0)
+        if items:
+            sys.exit(cli.app(["reproduce", *items, "--profile", "smoke", "--jobs", "2"], standalone_mode=False) or 0)
     except cli.RefcommError as e: sys.exit(f"refcomm: {e}")
 
 
@@ -134,7 +141,8 @@ def strike(place, driver, rng): # what was killed
     what, found = rng.choice(("driver", "driver and all its processes", "worker")), place.processes()
     workers = [pid for pid, line in found.items() if "spawn_main" in line]
     if what == "worker" and not workers: what = "driver"
-    pids = {"driver": [driver.pid], "driver and all its processes": list(found), "worker": [rng.choice(workers)] if what == "worker" else []}[what]
+    pids = {"driver": [driver.pid], "driver and all its processes": list(found), "worker": [rng.choice(workers)]
+        if what == "worker" else []}[what]
     return what if any([kill(pid) for pid in pids]) else None
 
 
@@ -153,11 +161,16 @@ def disturbed(root, plan, n_kills, rng):
                 else: driver.wait()
             except subprocess.TimeoutExpired:
                 what = strike(place, driver, rng)
-                if what: deaths[what] += 1; left += bool(list(place.store.root.glob("unfinished/*/training.safetensors")))
+                if what:
+                    deaths[what] += 1
+                    left += bool(list(place.store.root.glob("unfinished/*/training.safetensors")))
                 driver.wait()
-                print(f"kill {sum(deaths.values())}: {what}; {len(place.store.keys())} records, exit {driver.returncode}", flush=True)
+                print(f"kill {sum(deaths.values())}: {what}; {len(place.store.keys())} records, exit {driver.returncode}",
+                    flush=True)
                 if driver.returncode: continue
-            if check(driver.returncode == 0, f"{place.root.name}: the driver ended with {driver.returncode}: {(place.root/'stderr').read_text()[-600:]}"): break
+            if check(driver.returncode == 0,
+                f"{place.root.name}: the driver ended with {driver.returncode}: {(place.root/'stderr').read_text()[-600:]}"):
+                break
             raise SystemExit("a reproduction that nobody killed has failed")
         place.ended()
     return places, deaths, left
@@ -166,19 +179,24 @@ def disturbed(root, plan, n_kills, rng):
 def content(record):
     "All of a record but its times, part by part: the tensors' file to the byte."
     history = record.history().drop(columns="seconds").to_dict("list")
-    return {**{name: json.dumps(part) for name, part in dict(experiment=record.experiment, spec=record.spec, rows=record.rows, summary=record.summary, history=history).items()}, "tensors": (record.path/"tensors.safetensors").read_bytes()}
+    return {**{name: json.dumps(part) for name, part in dict(experiment=record.experiment, spec=record.spec,
+        rows=record.rows, summary=record.summary, history=history).items()},
+        "tensors": (record.path/"tensors.safetensors").read_bytes()}
 
 
 def compare(place, calm): # how many records were equal
     "Records and tables of numbers, one by one."
-    check(place.store.keys() == calm.store.keys(), f"{place.root.name}: {len(place.store.keys())} records, undisturbed {len(calm.store.keys())}")
+    check(place.store.keys() == calm.store.keys(),
+        f"{place.root.name}: {len(place.store.keys())} records, undisturbed {len(calm.store.keys())}")
     equal = 0
     for k in sorted(set(calm.store.keys()) & set(place.store.keys())):
         a, b = (content(p.store.read(*k)) for p in (place, calm))
-        equal += check(a == b, f"{place.root.name}: {'/'.join(k)} differs from the undisturbed one in {', '.join(name for name in a if a[name] != b[name])}")
+        equal += check(a == b,
+            f"{place.root.name}: {'/'.join(k)} differs from the undisturbed one in {', '.join(name for name in a if a[name] != b[name])}")
     tables = lambda p: {f.name: f.read_bytes() for f in (p.home/"smoke-figures").glob("*.csv")}
     check(tables(place) == tables(calm), f"{place.root.name}: the notebooks' tables differ")
-    for left in ("unfinished/*", "tmp/[!p]*", "set-aside/*"): check(not list(place.store.root.glob(left)), f"{place.root.name}: {left} is not empty")
+    for left in ("unfinished/*", "tmp/[!p]*", "set-aside/*"):
+        check(not list(place.store.root.glob(left)), f"{place.root.name}: {left} is not empty")
     return equal
 
 
@@ -254,18 +272,21 @@ def duplicate_key(rng, files, other):
     "A key named twice: first with another value, then with its own, which is the one that Python keeps."
     text = files["record.json"].decode()
     at = rng.choice(list(re.finditer(r'"(\w+)": ', text)))
-    return {**files, "record.json": (text[:at.start()] + f'"{at[1]}": {rng.choice(["0", "[]", "null"])}, ' + text[at.start():]).encode()}
+    return {**files, "record.json": (text[:at.start()] + f'"{at[1]}": {rng.choice(["0", "[]", "null"])}, '
+        + text[at.start():]).encode()}
 
 
 def respace(rng, files, other):
     raw = json.loads(files["record.json"])
-    return {**files, "record.json": rng.choice([json.dumps(raw), json.dumps(raw, indent=2), json.dumps(raw, indent=1) + "\n"]).encode()}
+    return {**files, "record.json": rng.choice([json.dumps(raw), json.dumps(raw, indent=2), json.dumps(raw, indent=1)
+        + "\n"]).encode()}
 
 
 def nest(rng, files, other): return {**files, "record.json": b"[" * 200_000}
 
 
-def recode(rng, files, other): return {**files, "record.json": files["record.json"].decode().encode(rng.choice(["utf-16", "utf-32", "utf-8-sig"]))}
+def recode(rng, files, other):
+    return {**files, "record.json": files["record.json"].decode().encode(rng.choice(["utf-16", "utf-32", "utf-8-sig"]))}
 
 
 def drop(rng, files, other):
@@ -285,15 +306,24 @@ def folder_for_file(rng, files, other): return {**files, rng.choice(sorted(files
 
 
 MUTATIONS = {
-    "one bit flipped": on_bytes(flip), "up to 64 bits flipped": on_bytes(lambda rng, data: flip(rng, data, rng.randrange(2, 65))),
-    "file cut short": on_bytes(lambda rng, data: data.__delitem__(slice(rng.randrange(len(data)), None))), "file emptied": on_bytes(lambda rng, data: data.clear()),
-    "a stretch of zeros": on_bytes(zeros), "bytes inserted": on_bytes(insert), "bytes lost": on_bytes(lose), "bytes appended": on_bytes(lambda rng, data: data.extend(rng.randbytes(8))),
-    "file deleted": drop, "all files deleted": lambda rng, files, other: {}, "folder in a file's place": folder_for_file,
-    "file of another run": swap_one, "all files of another run": lambda rng, files, other: dict(other), "two files swapped": swap_within,
-    "value edited": edit(change_leaf), "value made NaN": edit(not_a_number), "key removed": edit(lose_key), "checksum edited": edit(new_checksum),
-    "Spec edited, checksum made anew": edit(forged_spec), "key duplicated": duplicate_key, "white space changed": respace, "nested too deeply": nest, "other encoding": recode,
+    "one bit flipped": on_bytes(flip),
+    "up to 64 bits flipped": on_bytes(lambda rng, data: flip(rng, data, rng.randrange(2, 65))),
+    "file cut short": on_bytes(lambda rng, data: data.__delitem__(slice(rng.randrange(len(data)), None))),
+    "file emptied": on_bytes(lambda rng, data: data.clear()),
+    "a stretch of zeros": on_bytes(zeros), "bytes inserted": on_bytes(insert), "bytes lost": on_bytes(lose),
+    "bytes appended": on_bytes(lambda rng, data: data.extend(rng.randbytes(8))),
+    "file deleted": drop, "all files deleted": lambda rng, files, other: {},
+    "folder in a file's place": folder_for_file,
+    "file of another run": swap_one, "all files of another run": lambda rng, files, other: dict(other),
+    "two files swapped": swap_within,
+    "value edited": edit(change_leaf), "value made NaN": edit(not_a_number), "key removed": edit(lose_key),
+    "checksum edited": edit(new_checksum),
+    "Spec edited, checksum made anew": edit(forged_spec), "key duplicated": duplicate_key,
+    "white space changed": respace, "nested too deeply": nest, "other encoding": recode,
 }
-CAUGHT = {"its checksum does not match": "record's checksum", "does not match its checksum": "file's checksum", "is missing": "missing file", "is unreadable": "no record's JSON", "is not a record: ": "no record's form", "is foreign": "foreign Spec", "cannot read": "refused by the system"}
+CAUGHT = {"its checksum does not match": "record's checksum", "does not match its checksum": "file's checksum",
+    "is missing": "missing file", "is unreadable": "no record's JSON", "is not a record: ": "no record's form",
+    "is foreign": "foreign Spec", "cannot read": "refused by the system"}
 
 
 def mutated(calm, root, n, rng): # kind → how it was caught → how often
@@ -320,10 +350,13 @@ def mutated(calm, root, n, rng): # kind → how it was caught → how often
             try: found = store.get(load_spec(key[0], calm.store.read(*key).spec))
             except (RecordError, StoreError) as e: said = str(e)
         said = said or " ".join(str(w.message) for w in caught)
-        how = next((short for text, short in CAUGHT.items() if text in said), "ACCEPTED" if found else f"UNNAMED: {said!r}")
+        how = next((short for text, short in CAUGHT.items() if text in said), "ACCEPTED" if found
+            else f"UNNAMED: {said!r}")
         check(how in CAUGHT.values() and found is None, f"{kind} of {'/'.join(key)}: {how}")
         aside = list(store.root.glob("set-aside/*"))
-        if how != "refused by the system": check(len(aside) == 1 and {f.name: None if f.is_dir() else f.read_bytes() for f in aside[0].iterdir()} == files, f"{kind} of {'/'.join(key)} was not set aside as it was")
+        if how != "refused by the system":
+            check(len(aside) == 1 and {f.name: None if f.is_dir() else f.read_bytes()
+                for f in aside[0].iterdir()} == files, f"{kind} of {'/'.join(key)} was not set aside as it was")
         table[kind][how] += 1
         shutil.rmtree(store.root)
     return table
@@ -338,7 +371,8 @@ def two_drivers(root, plan, calm, rng):
     begun = place.events("begin") + place.events("resume")
     check(len(begun) == len(set(begun)), f"two drivers: {len(begun) - len(set(begun))} stacks were begun twice")
     check(len(stored) == len(set(stored)) == len(place.store.keys()), "two drivers: a record was written twice")
-    lines = [f"Two drivers with two workers each, started at the same time on an empty store: {len(begun)} stacks begun, {len(set(begun))} of them different; {len(stored)} records written, {n} equal to those of one driver."]
+    lines = [f"Two drivers with two workers each, started at the same time on an empty store: {len(begun)} stacks "
+        f"begun, {len(set(begun))} of them different; {len(stored)} records written, {n} equal to those of one driver."]
     place = Place(root, "two-and-a-kill", plan)
     both = [place.start(notebooks=False) for _ in range(2)]
     while not place.events("begin"): time.sleep(.1)
@@ -349,26 +383,45 @@ def two_drivers(root, plan, calm, rng):
     place.ended()
     n, stored, again = compare(place, calm), place.events("store"), place.events("resume")
     check(len(stored) == len(set(stored)), "two drivers, one killed: a record was written twice")
-    return [*lines, f"The same with one of them killed while it trained: the other made the rest, {len(again)} stacks from a checkpoint of the dead one; {len(stored)} records written, {n} equal."]
+    return [*lines,
+        f"The same with one of them killed while it trained: the other made the rest, {len(again)} stacks from a "
+        f"checkpoint of the dead one; {len(stored)} records written, {n} equal."]
 
 
 def report(facts, table, lines):
     from refcomm.runs.store import package_commit
     import torch
-    hows = [h for h in (*CAUGHT.values(), *sorted({h for c in table.values() for h in c} - set(CAUGHT.values()))) if any(c[h] for c in table.values())]
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    hows = [h for h in (*CAUGHT.values(), *sorted({h for c in table.values() for h in c} - set(CAUGHT.values())))
+        if any(c[h] for c in table.values())]
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")), "")
     n = sum(sum(c.values()) for c in table.values())
-    rest = "What does not hold is under FAILED, above; " if failures else "So do the notebooks' tables of numbers. Nothing unfinished, half-written or set aside stays behind; "
+    rest = ("What does not hold is under FAILED, above; " if failures
+        else "So do the notebooks' tables of numbers. Nothing unfinished, half-written or set aside stays behind; ")
     accepted = sum(v for c in table.values() for h, v in c.items() if h not in CAUGHT.values())
     return "\n".join([
-        "# Soak test", "", f"`{facts['command']}` · commit {package_commit() or 'none'} · torch {torch.__version__} · {model}, 2 cores, one thread per process · {facts['minutes']:.0f} minutes · seed {facts['seed']}", "",
-        "Passed: nothing was lost, doubled or believed." if not failures else "FAILED:", "", *(f"- {f}" for f in failures),
+        "# Soak test", "",
+        f"`{facts['command']}` · commit {package_commit() or 'none'} · torch {torch.__version__} · {model}, 2 cores, "
+        f"one thread per process · {facts['minutes']:.0f} minutes · seed {facts['seed']}", "",
+        "Passed: nothing was lost, doubled or believed." if not failures else "FAILED:", "",
+        *(f"- {f}" for f in failures),
         "## Killed and resumed", "",
-        f"A reproduction is a plan of {facts['stacks']} stacks ({facts['runs']} runs of all four papers at smoke's sizes, trained for longer) and the notebooks {', '.join(ITEMS)} at smoke, with two workers and a checkpoint every two seconds.",
-        f"It got {facts['kills']} kill −9 at random moments: {', '.join(f'{v} × {k}' for k, v in facts['deaths'].items())}; {facts['left']} of them left a checkpoint behind.",
-        f"{facts['rounds']} reproduction{'s' * (facts['rounds'] > 1)} came to the end. Of the plan's trainings {facts['begun']} were begun and {facts['resumed']} resumed from a checkpoint, for {facts['stored']} records.",
-        f"{facts['equal']} of {facts['records']} records equal those of an undisturbed reproduction: Spec, rows, summary and history (its seconds left out), tensors to the byte. {rest}tmp/ keeps {facts['progress']} folders in which drivers that were killed watched their workers, until `refcomm runs clean`.", "",
-        "## Damaged records", "", f"{n} damaged copies of {facts['originals']} records, looked up by their Spec: {accepted} accepted. What was not refused by the system was set aside as it was, with a warning. Not damage: another order of keys, which reads the same. Not detectable: an edit whose author computes all checksums anew; they guard against accidents.", "",
+        f"A reproduction is a plan of {facts['stacks']} stacks ({facts['runs']} runs of all four papers at smoke's "
+        f"sizes, trained for longer) and the notebooks {', '.join(ITEMS)} at smoke, with two workers and a checkpoint "
+        f"every two seconds.",
+        f"It got {facts['kills']} kill −9 at random moments: "
+        f"{', '.join(f'{v} × {k}' for k, v in facts['deaths'].items())}; {facts['left']} of them left a checkpoint "
+        f"behind.",
+        f"{facts['rounds']} reproduction{'s' * (facts['rounds'] > 1)} came to the end. Of the plan's trainings "
+        f"{facts['begun']} were begun and {facts['resumed']} resumed from a checkpoint, for {facts['stored']} records.",
+        f"{facts['equal']} of {facts['records']} records equal those of an undisturbed reproduction: Spec, rows, "
+        f"summary and history (its seconds left out), tensors to the byte. {rest}tmp/ keeps {facts['progress']} "
+        f"folders in which drivers that were killed watched their workers, until `refcomm runs clean`.", "",
+        "## Damaged records", "",
+        f"{n} damaged copies of {facts['originals']} records, looked up by their Spec: {accepted} accepted. What was "
+        f"not refused by the system was set aside as it was, with a warning. Not damage: another order of keys, which "
+        f"reads the same. Not detectable: an edit whose author computes all checksums anew; they guard against "
+        f"accidents.", "",
         "| damage | " + " | ".join(hows) + " |", "|---|" + "---:|"*len(hows),
         *(f"| {kind} | " + " | ".join(str(c[h] or "") for h in hows) + " |" for kind, c in table.items()), "",
         "## Two drivers on one store", "", *(f"- {line}" for line in lines), ""])
@@ -377,7 +430,8 @@ def report(facts, table, lines):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20); parser.add_argument("--mutations", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0); parser.add_argument("--share", type=float, default=1., help="of the usual training time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", type=float, default=1., help="of the usual training time")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     o = parser.parse_args(argv)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2]) # two workers share two cores: one thread each
@@ -389,7 +443,8 @@ def main(argv=None):
     calm, calm_few = Place(root, "calm", root/"plan.json"), Place(root, "calm-few", root/"few.json")
     try:
         for place, notebooks in ((calm, True), (calm_few, False)):
-            if place.start(notebooks).wait(): raise SystemExit(f"the undisturbed reproduction failed: {(place.root/'stderr').read_text()[-2000:]}")
+            if place.start(notebooks).wait():
+                raise SystemExit(f"the undisturbed reproduction failed: {(place.root/'stderr').read_text()[-2000:]}")
             print(f"undisturbed: {len(place.store.keys())} records after {time.time() - start:.0f} s", flush=True)
         table = mutated(calm, root, o.mutations, rng)
         print(f"{o.mutations} mutations after {time.time() - start:.0f} s", flush=True)
@@ -398,8 +453,12 @@ def main(argv=None):
         places, deaths, left = disturbed(root, root/"plan.json", o.kills, rng)
         equal = sum(compare(p, calm) for p in places)
         events = lambda what: sum(len(p.events(what)) for p in places)
-        facts = dict(command=" ".join(["python tests/soak.py", *(sys.argv[1:] if argv is None else argv)]), seed=o.seed, kills=sum(deaths.values()), deaths=deaths, left=left, rounds=len(places), begun=events("begin"), resumed=events("resume"), stored=events("store"), equal=equal,
-                     progress=sum(len(list(p.store.root.glob("tmp/progress-*"))) for p in places), records=len(places)*len(calm.store.keys()), originals=len(calm.store.keys()), stacks=len(make_stacks(wanted, "cpu")), runs=len(wanted), minutes=(time.time() - start)/60)
+        facts = dict(command=" ".join(["python tests/soak.py", *(sys.argv[1:] if argv is None else argv)]), seed=o.seed,
+        kills=sum(deaths.values()), deaths=deaths, left=left, rounds=len(places), begun=events("begin"),
+        resumed=events("resume"), stored=events("store"), equal=equal,
+                     progress=sum(len(list(p.store.root.glob("tmp/progress-*"))) for p in places),
+                     records=len(places)*len(calm.store.keys()), originals=len(calm.store.keys()),
+                     stacks=len(make_stacks(wanted, "cpu")), runs=len(wanted), minutes=(time.time() - start)/60)
         check(facts["resumed"] > 0, "no kill hit a training with a checkpoint")
         o.out.write_text(text := report(facts, table, lines))
         print(text)

@@ -24,12 +24,14 @@ def packed(home, tmp_path):
     "Three records, one with weights, in an archive; and an empty store."
     for seed in range(3):
         weights = dict(w=torch.ones(2)) if seed == 1 else None
-        Store().put(EQCSpec(seed=seed), RunResult([dict(accuracy=seed/10)], {}, pd.DataFrame(dict(epoch=[0])), dict(m=torch.arange(5)), weights), provenance("cpu", 1, 1))
+        Store().put(EQCSpec(seed=seed), RunResult([dict(accuracy=seed/10)], {}, pd.DataFrame(dict(epoch=[0])),
+            dict(m=torch.arange(5)), weights), provenance("cpu", 1, 1))
     assert export_runs(tmp_path/"runs.tar") == 3
     return tmp_path/"runs.tar", Store(tmp_path/"other")
 
 
-def untouched(store): return store.keys() == [] and not list(store.root.glob("tmp/*")) and not list(store.root.glob("*/*/record.json"))
+def untouched(store):
+    return store.keys() == [] and not list(store.root.glob("tmp/*")) and not list(store.root.glob("*/*/record.json"))
 
 
 def refused(path, store, match):
@@ -42,7 +44,8 @@ def test_exactly_the_records_files_are_packed(home, tmp_path, packed):
     for name in (".DS_Store", ".nfs000", "notes.txt"): (record.path/name).write_text("stray")
     export_runs(tmp_path/"again.tar")
     names = tarfile.open(tmp_path/"again.tar").getnames()
-    assert len(names) == 1 + 3 + 4 + 3 and names[0] == MANIFEST and not [n for n in names if "stray" in n or ".nfs" in n or "DS_Store" in n]
+    assert len(names) == 1 + 3 + 4 + 3 and names[0] == MANIFEST and not [n for n in names if "stray" in n or ".nfs" in n
+        or "DS_Store" in n]
     assert len(import_runs(tmp_path/"again.tar", packed[1]).new) == 3
 
 
@@ -64,7 +67,8 @@ def test_a_cut_at_any_place_is_named_and_imports_nothing(packed, tmp_path):
         (tmp_path/"cut.tar").write_bytes(data[:at])
         refused(tmp_path/"cut.tar", store, "nothing was imported")
     whole = members(path)
-    for n in range(1, len(whole)): refused(write(tmp_path/"cut.tar", whole[:n]), store, "of the 10 files in its list are missing")
+    for n in range(1, len(whole)):
+        refused(write(tmp_path/"cut.tar", whole[:n]), store, "of the 10 files in its list are missing")
 
 
 @pytest.mark.parametrize("how", [gzip.compress, lzma.compress], ids=["gz", "xz"])
@@ -81,7 +85,8 @@ def test_a_cut_compressed_archive_is_one_error(packed, tmp_path, how):
 def test_what_is_sound_is_taken_if_asked_for(packed, tmp_path):
     path, store = packed
     whole = members(path)
-    with pytest.raises(RecordError, match="--partial takes the runs that are sound"): import_runs(write(tmp_path/"cut.tar", whole[:-2]), store)
+    with pytest.raises(RecordError, match="--partial takes the runs that are sound"):
+        import_runs(write(tmp_path/"cut.tar", whole[:-2]), store)
     done = import_runs(tmp_path/"cut.tar", store, partial=True)
     assert len(done.new) == 2 == len(store.survey()[0]) and not store.survey()[1] and "are missing" in done.refused[0]
 
@@ -93,11 +98,15 @@ def test_the_command_says_what_it_did(packed, tmp_path, command):
     out = command("runs", "import", cut)
     assert out.returncode == 2 and "nothing was imported; --partial" in out.stderr
     out = command("runs", "import", path)
-    assert out.returncode == 0 and f"eqc/{run_key(EQCSpec(seed=0))} was damaged here: set aside, and replaced" in out.stdout and "0 new runs" in out.stdout and "1 replaced" in out.stdout
+    assert (out.returncode == 0
+        and f"eqc/{run_key(EQCSpec(seed=0))} was damaged here: set aside, and replaced" in out.stdout
+        and "0 new runs" in out.stdout and "1 replaced" in out.stdout)
     assert len(Store().survey()[0]) == 3
 
 
-@pytest.mark.parametrize("spoil", [lambda p: (p/"tensors.safetensors").write_bytes(b"x"), lambda p: shutil.rmtree(p) or p.mkdir(), lambda p: shutil.rmtree(p) or p.write_text("")], ids=["a damaged file", "an empty folder", "a file in its place"])
+@pytest.mark.parametrize("spoil", [lambda p: (p/"tensors.safetensors").write_bytes(b"x"), lambda p: shutil.rmtree(p)
+    or p.mkdir(), lambda p: shutil.rmtree(p) or p.write_text("")],
+    ids=["a damaged file", "an empty folder", "a file in its place"])
 def test_a_damaged_record_here_is_replaced(packed, spoil):
     path, store = packed
     import_runs(path, store)
@@ -138,13 +147,15 @@ def odd(name, kind=tarfile.REGTYPE, size=0, **fields):
 RECORD = f"eqc/{'0'*16}/record.json"
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE, tarfile.XGLTYPE, b"Z"], ids=str)
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE,
+    tarfile.DIRTYPE, tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE, tarfile.XGLTYPE, b"Z"], ids=str)
 def test_members_of_other_types_are_refused(home, tmp_path, kind):
     (tmp_path/"x.tar").write_bytes(odd(RECORD, kind, linkname="/etc/passwd").tobuf(tarfile.USTAR_FORMAT) + bytes(1024))
     refused(tmp_path/"x.tar", Store(), "not a plain file")
 
 
-@pytest.mark.parametrize("headers", [{"path": "../../evil"}, {"size": "5"}, {"GNU.sparse.major": "1", "GNU.sparse.name": RECORD}, {"linkpath": "/etc/passwd"}], ids=lambda h: next(iter(h)))
+@pytest.mark.parametrize("headers", [{"path": "../../evil"}, {"size": "5"},
+    {"GNU.sparse.major": "1", "GNU.sparse.name": RECORD}, {"linkpath": "/etc/passwd"}], ids=lambda h: next(iter(h)))
 def test_headers_that_change_what_follows_are_refused(home, tmp_path, headers):
     with tarfile.open(tmp_path/"x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         info = odd(RECORD); info.pax_headers = headers
@@ -162,7 +173,9 @@ def test_a_sparse_bomb_is_refused(home, tmp_path):
     "Ten kilobytes that would be ten gigabytes."
     import subprocess
     with open(tmp_path/"tensors.safetensors", "wb") as f: f.truncate(10 * 2**30)
-    if subprocess.run(["tar", "--sparse", "-cf", "x.tar", "--transform", f"s,^,eqc/{'0'*16}/,", "tensors.safetensors"], cwd=tmp_path, capture_output=True).returncode: pytest.skip("needs GNU tar")
+    if subprocess.run(["tar", "--sparse", "-cf", "x.tar", "--transform", f"s,^,eqc/{'0'*16}/,", "tensors.safetensors"],
+        cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("needs GNU tar")
     assert (tmp_path/"x.tar").stat().st_size < 20_000
     refused(tmp_path/"x.tar", Store(), "not a plain file|header that changes")
 
@@ -176,7 +189,8 @@ def test_a_compressed_bomb_is_refused_before_it_is_unpacked(home, tmp_path, monk
     size = 3 * 2**30
     with gzip.open(tmp_path/"x.tar.gz", "wb", 1) as f:
         if listed:
-            data = json.dumps(dict(format=1, records=[dict(experiment="eqc", key="0"*16, files={"tensors.safetensors": [size, "0"*64]})])).encode()
+            data = json.dumps(dict(format=1,
+                records=[dict(experiment="eqc", key="0"*16, files={"tensors.safetensors": [size, "0"*64]})])).encode()
             f.write(_entry(MANIFEST, len(data)).tobuf() + data + bytes(-len(data) % 512))
         f.write(odd(f"eqc/{'0'*16}/tensors.safetensors", size=size).tobuf(tarfile.GNU_FORMAT))
         f.write(bytes(2**20))
@@ -184,9 +198,17 @@ def test_a_compressed_bomb_is_refused_before_it_is_unpacked(home, tmp_path, monk
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda m: m.update(format=2), "format 2, made by a newer version"), (lambda m: m.pop("records"), "its list cannot be read"), (lambda m: m["records"].append(m["records"][0]), "names a file twice"), (lambda m: m["records"][0]["files"].update({"../x": [1, "0"]}), "no record's file"),
-    (lambda m: m["records"][0]["files"].update({"record.json": [2**50, "0"]}), "more than such a file may have"), (lambda m: m["records"][0]["files"].update({"record.json": [-1, "0"]}), "more than such a file may have"), (lambda m: m["records"][0]["files"]["record.json"].__setitem__(1, "0"*64), "does not match its checksum"),
-    (lambda m: m["records"][0]["files"]["record.json"].__setitem__(0, 3), "not in its list, or has another size"), (lambda m: m["records"][0]["files"].pop("record.json"), "not in its list"), (lambda m: m["records"].pop(), "not in its list"), (lambda m: m["records"].append(dict(experiment="eqc", key="0"*16, files={"record.json": [1, "0"]})), "are missing"),
+    (lambda m: m.update(format=2), "format 2, made by a newer version"),
+    (lambda m: m.pop("records"), "its list cannot be read"),
+    (lambda m: m["records"].append(m["records"][0]), "names a file twice"),
+    (lambda m: m["records"][0]["files"].update({"../x": [1, "0"]}), "no record's file"),
+    (lambda m: m["records"][0]["files"].update({"record.json": [2**50, "0"]}), "more than such a file may have"),
+    (lambda m: m["records"][0]["files"].update({"record.json": [-1, "0"]}), "more than such a file may have"),
+    (lambda m: m["records"][0]["files"]["record.json"].__setitem__(1, "0"*64), "does not match its checksum"),
+    (lambda m: m["records"][0]["files"]["record.json"].__setitem__(0, 3), "not in its list, or has another size"),
+    (lambda m: m["records"][0]["files"].pop("record.json"), "not in its list"),
+    (lambda m: m["records"].pop(), "not in its list"),
+    (lambda m: m["records"].append(dict(experiment="eqc", key="0"*16, files={"record.json": [1, "0"]})), "are missing"),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_a_list_that_does_not_fit_is_refused(packed, tmp_path, change, says):
     path, store = packed
@@ -224,18 +246,24 @@ def test_what_refcomm_does_not_know_is_refused_unless_named(packed, tmp_path):
 
 def test_a_history_longer_than_the_spec_says_is_refused(home, tmp_path):
     store = Store(tmp_path/"long")
-    store.put(EQCSpec(epochs=2), RunResult([], {}, dict(epoch=list(range(100_000))), dict(m=torch.ones(1))), provenance("cpu", 1, 1))
+    store.put(EQCSpec(epochs=2), RunResult([], {}, dict(epoch=list(range(100_000))), dict(m=torch.ones(1))),
+        provenance("cpu", 1, 1))
     export_runs(tmp_path/"long.tar", store)
     refused(tmp_path/"long.tar", Store(), "history of 100000 rows, more than its 2 epochs")
 
 
-@pytest.mark.parametrize("kind, make", [("a folder", lambda p: p.mkdir()), ("a link", lambda p: p.symlink_to("/dev/null")), ("a link", lambda p: p.symlink_to(p.parent/"nowhere")), ("a device or a pipe", os.mkfifo)], ids=["folder", "link to a device", "link to nothing", "pipe"])
+@pytest.mark.parametrize("kind, make",
+    [("a folder", lambda p: p.mkdir()), ("a link", lambda p: p.symlink_to("/dev/null")),
+    ("a link", lambda p: p.symlink_to(p.parent/"nowhere")), ("a device or a pipe", os.mkfifo)],
+    ids=["folder", "link to a device", "link to nothing", "pipe"])
 def test_export_replaces_nothing_but_a_file_that_it_is_told_to(packed, tmp_path, kind, make):
     make(tmp_path/"target")
     for force in (False, True):
-        with pytest.raises(ConfigError, match=f"target is {kind}: name a file"): export_runs(tmp_path/"target", force=force)
+        with pytest.raises(ConfigError, match=f"target is {kind}: name a file"):
+            export_runs(tmp_path/"target", force=force)
     (tmp_path/"file").write_text("mine")
-    with pytest.raises(ConfigError, match="is there already: name another file, or replace it with --force"): export_runs(tmp_path/"file")
+    with pytest.raises(ConfigError, match="is there already: name another file, or replace it with --force"):
+        export_runs(tmp_path/"file")
     assert (tmp_path/"file").read_text() == "mine" and export_runs(tmp_path/"file", force=True) == 3
 
 

@@ -32,10 +32,12 @@ def vq(seed=0, **changes):
 
 
 def vae(seed=0, **changes):
-    with seeded_init(seed): return PatchVAE(**(dict(size=32, patch_size=16, parts=5, code_dim=3, trunk="narrow", width=4) | changes))
+    with seeded_init(seed):
+        return PatchVAE(**(dict(size=32, patch_size=16, parts=5, code_dim=3, trunk="narrow", width=4) | changes))
 
 
-MAKE = dict(moco=moco, grouped=lambda: moco(groups=2), vq=vq, vae=vae, categorical=lambda: vae(occurrence="categorical", edges=True))
+MAKE = dict(moco=moco, grouped=lambda: moco(groups=2), vq=vq, vae=vae,
+    categorical=lambda: vae(occurrence="categorical", edges=True))
 
 
 # one interface
@@ -56,7 +58,8 @@ def test_all_are_called_alike(name):
     else:
         symbols = b.symbols(x)
         assert played.accuracy.isnan() and torch.equal(played.symbols, symbols)
-        assert symbols.dtype == torch.int64 and 0 <= symbols.min() and symbols.max() < b.vocab_size and symbols.shape == (8, 80 if name == "vq" else 4)
+        assert (symbols.dtype == torch.int64 and 0 <= symbols.min() and symbols.max() < b.vocab_size
+            and symbols.shape == (8, 80 if name == "vq" else 4))
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -64,7 +67,8 @@ def test_playing_changes_nothing(name):
     b, x = MAKE[name]().eval(), views(6)
     state = {k: v.clone() for k, v in [*b.named_parameters(), *b.named_buffers()]}
     first, second = b.play(x, x), b.play(x, x)
-    assert torch.equal(first.loss, second.loss) and all(torch.equal(v, state[k]) for k, v in [*b.named_parameters(), *b.named_buffers()])
+    assert torch.equal(first.loss, second.loss) and all(torch.equal(v, state[k])
+        for k, v in [*b.named_parameters(), *b.named_buffers()])
 
 
 # resuming
@@ -81,7 +85,8 @@ def train(make, path=None, cut=None, n=24, epochs=3):
     def valid():
         played = e.map(lambda b: b.play(x, x)[:2])
         return dict(loss=played[0], accuracy=played[1].nan_to_num(0.))
-    fitted = fit(e, loss, valid, n, TrainSettings(epochs=epochs, batch_size=8, lr=1e-3), [0], checkpoint=path, checkpoint_seconds=0, report=lambda *_: None, on_progress=b.cool)
+    fitted = fit(e, loss, valid, n, TrainSettings(epochs=epochs, batch_size=8, lr=1e-3), [0], checkpoint=path,
+        checkpoint_seconds=0, report=lambda *_: None, on_progress=b.cool)
     return e, fitted.history.drop(columns="seconds")
 
 
@@ -105,7 +110,8 @@ def test_mocos_loss_is_the_cross_entropy_of_the_own_key():
         x, y = views(9, seed=2*step), views(9, seed=2*step + 1)
         bank = m.loss.memory_bank.bank.clone()
         loss, q, k = m(x, y), m.queries(x), m.keys(y)
-        rows = [-torch.log_softmax(torch.cat([F.cosine_similarity(q[i], k[i], dim=0)[None], F.cosine_similarity(q[i:i+1], bank)])/.2, 0)[0] for i in range(9)]
+        rows = [-torch.log_softmax(torch.cat([F.cosine_similarity(q[i], k[i], dim=0)[None],
+            F.cosine_similarity(q[i:i+1], bank)])/.2, 0)[0] for i in range(9)]
         assert loss.item() == pytest.approx(torch.stack(rows).mean().item(), rel=1e-4)
         banks.append(F.normalize(k, dim=-1))
     bank = m.loss.memory_bank.bank
@@ -117,7 +123,8 @@ def test_slow_weights_follow():
     "They are no parameters, have no gradient, and move by a tenth of the way at every step, seen through an ensemble, too."
     m, x = moco(), views(8)
     e = Ensemble([m])
-    assert not any("slow" in name for name in e.names) and sum(k.startswith("buffer slow.") for k in e.full_state()) >= len(e.names)
+    assert not any("slow" in name for name in e.names) and sum(k.startswith("buffer slow.")
+        for k in e.full_state()) >= len(e.names)
     expected = {k: p.detach().clone() for k, p in m.named_parameters()}
     optimizer = torch.optim.SGD(e.parameters(), .1)
     for _ in range(3):
@@ -173,7 +180,8 @@ def test_symbols_are_the_nearest_vectors():
     top, bottom = v.encode(x)
     assert [level[1].shape for level in (top, bottom)] == [(5, 3, 3), (5, 6, 6)]
     fine = v.trunk.bottom(x)
-    for codebook, said, (vectors, symbols, _) in ((v.top, v.say_top(v.trunk.top(fine)), top), (v.bottom, v.say_bottom(torch.cat([v.hear_top(top[0]), fine], 1)), bottom)):
+    for codebook, said, (vectors, symbols, _) in ((v.top, v.say_top(v.trunk.top(fine)), top),
+        (v.bottom, v.say_bottom(torch.cat([v.hear_top(top[0]), fine], 1)), bottom)):
         distance = (said[:, None] - codebook.codebook[None, :, :, None, None]).square().sum(2)
         assert torch.equal(symbols, distance.argmin(1))
         torch.testing.assert_close(vectors, codebook.codebook[symbols].permute(0, 3, 1, 2))
@@ -204,8 +212,11 @@ def test_vqs_loss_is_error_and_commitment():
 def test_divergences_are_torchs():
     a, b = torch.randn(2, 4, 6, generator=generator(0))
     torch.testing.assert_close(kl_gaussian(a, b.exp()), td.kl_divergence(td.Normal(a, (b/2).exp()), td.Normal(0., 1.)))
-    for prior in (.02, .5): torch.testing.assert_close(kl_bernoulli(a, prior), td.kl_divergence(td.Bernoulli(logits=a), td.Bernoulli(torch.tensor(prior))))
-    torch.testing.assert_close(kl_uniform(a), td.kl_divergence(td.Categorical(logits=a), td.Categorical(logits=torch.zeros(4, 6))))
+    for prior in (.02, .5):
+        torch.testing.assert_close(kl_bernoulli(a, prior),
+            td.kl_divergence(td.Bernoulli(logits=a), td.Bernoulli(torch.tensor(prior))))
+    torch.testing.assert_close(kl_uniform(a),
+        td.kl_divergence(td.Categorical(logits=a), td.Categorical(logits=torch.zeros(4, 6))))
 
 
 @pytest.mark.parametrize("occurrence", ["bernoulli", "categorical"])
@@ -214,7 +225,8 @@ def test_terms_of_an_image_are_sums(occurrence):
     logits, mean, variance = v.encode(x)
     error, how, where = v.terms(x)
     assert error.item() == pytest.approx((v.reconstruct(x) - x).square().sum((1, 2, 3)).mean().item(), rel=1e-4)
-    assert how.item() == pytest.approx(td.kl_divergence(td.Normal(mean, variance.sqrt()), td.Normal(0., 1.)).sum((1, 2)).mean().item(), rel=1e-3, abs=1e-3)
+    assert how.item() == pytest.approx(td.kl_divergence(td.Normal(mean, variance.sqrt()),
+        td.Normal(0., 1.)).sum((1, 2)).mean().item(), rel=1e-3, abs=1e-3)
     q = td.Bernoulli(logits=logits) if occurrence == "bernoulli" else td.Categorical(logits=logits.mT)
     p = td.Bernoulli(torch.tensor(.2)) if occurrence == "bernoulli" else td.Categorical(logits=torch.zeros(6, 4, 5))
     assert where.item() == pytest.approx(td.kl_divergence(q, p).flatten(1).sum(1).mean().item(), rel=1e-4)
@@ -257,7 +269,8 @@ def test_a_place_sees_its_patch_first(size, patch_size):
     x = views(1, size)
     changed = x.clone()
     changed[..., -patch_size:, -patch_size:] += 2
-    with torch.no_grad(): moved = (v.encode(x).occurrence - v.encode(changed).occurrence).abs().mean((0, 1)).view(v.grid)
+    with torch.no_grad():
+        moved = (v.encode(x).occurrence - v.encode(changed).occurrence).abs().mean((0, 1)).view(v.grid)
     assert v.grid == (size//patch_size,)*2 and moved[-1, -1] >= moved[0, 0]
 
 

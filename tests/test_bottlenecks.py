@@ -89,9 +89,13 @@ def naive_recurrent(channel, u, noise):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("bottleneck", [("continuous", dict(word_length=6)), ("gumbel", dict(alphabet_size=6)), ("quantized", dict(alphabet_size=3, word_length=6))], ids=lambda b: b[0])
+@pytest.mark.parametrize("bottleneck",
+    [("continuous", dict(word_length=6)), ("gumbel", dict(alphabet_size=6)),
+    ("quantized", dict(alphabet_size=3, word_length=6))], ids=lambda b: b[0])
 def test_recurrent_equals_step_by_step(cell, bottleneck):
-    with seeded_init(0): channel = Recurrent(make_bottleneck(bottleneck[0], **bottleneck[1]), 4, hidden=10, embedding=7, cell=cell).double()
+    with seeded_init(0):
+        channel = Recurrent(make_bottleneck(bottleneck[0], **bottleneck[1]), 4, hidden=10, embedding=7,
+            cell=cell).double()
     u = torch.randn(5, 10, dtype=torch.double)
     noise = channel.draw_noise(5, generator(0))
     words = channel.send(u, noise).word
@@ -99,12 +103,16 @@ def test_recurrent_equals_step_by_step(cell, bottleneck):
     torch.testing.assert_close(words, slow_words)
     torch.testing.assert_close(channel.receive(words), slow_z)
     used = list(channel.parameters())
-    for a, b in zip(torch.autograd.grad(channel.receive(words).pow(2).sum(), used), torch.autograd.grad(slow_z.pow(2).sum(), used)):
+    for a, b in zip(torch.autograd.grad(channel.receive(words).pow(2).sum(), used),
+        torch.autograd.grad(slow_z.pow(2).sum(), used)):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("channel, length", [("instant", 1), ("recurrent", 3)])
-@pytest.mark.parametrize("name, sizes, symbols, alphabet", [("continuous", dict(word_length=4), 4, None), ("gumbel", dict(alphabet_size=5), 1, 5), ("quantized", dict(alphabet_size=5, word_length=4), 4, 5), ("fsq", dict(alphabet_size=5, word_length=4), 4, 5), ("vq", dict(alphabet_size=5, word_length=4), 4, 5)])
+@pytest.mark.parametrize("name, sizes, symbols, alphabet",
+    [("continuous", dict(word_length=4), 4, None), ("gumbel", dict(alphabet_size=5), 1, 5),
+    ("quantized", dict(alphabet_size=5, word_length=4), 4, 5), ("fsq", dict(alphabet_size=5, word_length=4), 4, 5),
+    ("vq", dict(alphabet_size=5, word_length=4), 4, 5)])
 def test_capacity(channel, length, name, sizes, symbols, alphabet):
     extra = dict(message_length=3, hidden=8, embedding=8) if channel == "recurrent" else {}
     c = make_channel(channel, make_bottleneck(name, **sizes), **extra)

@@ -39,7 +39,9 @@ def train(path=None, cut=None, seeds=(0, 1), settings=TrainSettings(epochs=4, ba
         if next(steps, None) is None: raise Cut
         noise = torch.stack([torch.rand(i.shape[1], generator=g) for g in gs])
         return e.map(lambda m, x, n: ((m(x)[:, 0] - x[:, 0] + n)**2).mean(), X[i], noise)
-    def validate(): return dict(accuracy=e.map(lambda m: -m.weight.abs().sum()).detach(), loss=e.map(lambda m: m.bias.sum()).detach())
+    def validate():
+        return dict(accuracy=e.map(lambda m: -m.weight.abs().sum()).detach(),
+            loss=e.map(lambda m: m.bias.sum()).detach())
     fitted = fit(e, loss, validate, 64, settings, list(seeds), device, path, 0, lambda *_: None)
     return fitted.history.drop(columns="seconds"), [p.detach().clone() for p in e.parameters()]
 
@@ -126,8 +128,12 @@ def rewrite(path, change, raw=False):
 
 
 EDITS = {
-    "a zeroed Adam moment": lambda t, m: t["optimizer.0.exp_avg_sq"].zero_(), "an edited history": lambda t, m: m["history"][0].update(accuracy=.99), "another epoch": lambda t, m: m.update(epoch=1, history=m["history"][:2]),
-    "another rate": lambda t, m: m["groups"][0].update(lr=.5), "other weights": lambda t, m: t["model.weight"].mul_(1.0001), "an exponent's bit": lambda t, m: t["model.weight"].view(torch.int32)[0, 0, 0].bitwise_xor_(1 << 30),
+    "a zeroed Adam moment": lambda t, m: t["optimizer.0.exp_avg_sq"].zero_(),
+    "an edited history": lambda t, m: m["history"][0].update(accuracy=.99),
+    "another epoch": lambda t, m: m.update(epoch=1, history=m["history"][:2]),
+    "another rate": lambda t, m: m["groups"][0].update(lr=.5),
+    "other weights": lambda t, m: t["model.weight"].mul_(1.0001),
+    "an exponent's bit": lambda t, m: t["model.weight"].view(torch.int32)[0, 0, 0].bitwise_xor_(1 << 30),
 }
 
 
@@ -139,11 +145,23 @@ def test_an_edit_is_noticed(half, kind):
 
 
 FORGED = {
-    "a missing tensor": (lambda t, m: t.pop("model.weight"), "it has no model.weight"), "no generator": (lambda t, m: t.pop("noise_generators.1"), "it has no noise_generators.1"), "a generator of another length": (lambda t, m: t.update({"noise_generators.0": torch.zeros(16, dtype=torch.uint8)}), "noise_generators.0 is torch.uint8 \\[16\\]"),
-    "a generator's state that is none": (lambda t, m: t["noise_generators.0"].fill_(255), "RuntimeError"), "other shapes": (lambda t, m: t.update({"model.weight": torch.zeros(2, 3, 4)}), "its model.weight is"), "an epoch too many": (lambda t, m: m.update(epoch=99), "do not fit each other"),
-    "no history": (lambda t, m: m.update(history=[]), "do not fit each other"), "no scaler": (lambda t, m: m.pop("scaler"), "its scaler is missing"), "an order out of range": (lambda t, m: t["order"].add_(1000), "its order of items"), "another's": (lambda t, m: m["shape"].update(owner="other"), "it belongs to another model, data or setting: owner"),
-    "no shape": (lambda t, m: m.pop("shape"), "does not say what it is of"), "part of a moment": (lambda t, m: t.pop("optimizer.1.exp_avg"), "its optimiser's state is incomplete"), "a moment of another shape": (lambda t, m: t.update({"optimizer.0.exp_avg": torch.zeros(7)}), "does not fit the parameters"),
-    "groups fewer": (lambda t, m: m.update(groups=[]), "other groups"), "meta that is a list": (lambda t, m: m.clear(), "does not say what it is of"),
+    "a missing tensor": (lambda t, m: t.pop("model.weight"), "it has no model.weight"),
+    "no generator": (lambda t, m: t.pop("noise_generators.1"), "it has no noise_generators.1"),
+    "a generator of another length": (lambda t, m: t.update({"noise_generators.0": torch.zeros(16, dtype=torch.uint8)}),
+    "noise_generators.0 is torch.uint8 \\[16\\]"),
+    "a generator's state that is none": (lambda t, m: t["noise_generators.0"].fill_(255), "RuntimeError"),
+    "other shapes": (lambda t, m: t.update({"model.weight": torch.zeros(2, 3, 4)}), "its model.weight is"),
+    "an epoch too many": (lambda t, m: m.update(epoch=99), "do not fit each other"),
+    "no history": (lambda t, m: m.update(history=[]), "do not fit each other"),
+    "no scaler": (lambda t, m: m.pop("scaler"), "its scaler is missing"),
+    "an order out of range": (lambda t, m: t["order"].add_(1000), "its order of items"),
+    "another's": (lambda t, m: m["shape"].update(owner="other"), "it belongs to another model, data or setting: owner"),
+    "no shape": (lambda t, m: m.pop("shape"), "does not say what it is of"),
+    "part of a moment": (lambda t, m: t.pop("optimizer.1.exp_avg"), "its optimiser's state is incomplete"),
+    "a moment of another shape": (lambda t, m: t.update({"optimizer.0.exp_avg": torch.zeros(7)}),
+    "does not fit the parameters"),
+    "groups fewer": (lambda t, m: m.update(groups=[]), "other groups"),
+    "meta that is a list": (lambda t, m: m.clear(), "does not say what it is of"),
 }
 
 
@@ -165,16 +183,19 @@ def test_a_state_of_another_kind_of_device_is_continued_and_said(half):
     rewrite(path, on_a_gpu)
     kept = path.read_bytes()
     with pytest.warns(UserWarning, match="begun on cuda goes on on cpu: noise is drawn anew"): found = train(path)
-    assert found[0].epoch.tolist() == whole[0].epoch.tolist() and found[0][:4].equals(whole[0][:4]), "what was learnt is kept"
+    assert (found[0].epoch.tolist() == whole[0].epoch.tolist()
+        and found[0][:4].equals(whole[0][:4])), "what was learnt is kept"
     assert not same(found, whole)
     path.write_bytes(kept)
-    with pytest.warns(UserWarning, match="begun on cuda"): assert same(train(path), found), "the new noise depends on seed and step alone"
+    with pytest.warns(UserWarning, match="begun on cuda"):
+        assert same(train(path), found), "the new noise depends on seed and step alone"
 
 
 def test_a_checkpoint_says_its_device(half): assert load_checkpoint(half[0])[1]["device"] == "cpu"
 
 
-@pytest.mark.parametrize("text", ["[]", "[", "null", '[{"seed": 9}]', '[{"sed": 0}]', '{"a": 1}', "["*100_000, '[{"seed": 0}, {"seed": 0}]'], ids=lambda t: t[:16])
+@pytest.mark.parametrize("text", ["[]", "[", "null", '[{"seed": 9}]', '[{"sed": 0}]', '{"a": 1}', "["*100_000,
+    '[{"seed": 0}, {"seed": 0}]'], ids=lambda t: t[:16])
 def test_a_list_of_members_that_is_none_is_one_warning_and_a_fresh_start(home, small, monkeypatch, text):
     specs = [small(seed=s, epochs=1) for s in (0, 1)]
     def cut(*a): raise KeyboardInterrupt
@@ -204,7 +225,8 @@ def test_a_checkpoint_of_other_runs_is_not_continued(home, small, monkeypatch):
     from refcomm.runs.execute import _unfinished
     one, other = [_unfinished(Store(), [s])/"training.safetensors" for s in specs]
     shutil.copy(other, one)
-    with pytest.warns(UserWarning, match="belongs to another model, data or setting: owner"): record, = execute(specs[:1])
+    with pytest.warns(UserWarning, match="belongs to another model, data or setting: owner"):
+        record, = execute(specs[:1])
     assert record.history().loss.equals(calm[0].history().loss)
 
 
@@ -216,13 +238,16 @@ def test_a_long_epoch_is_kept_after_a_few_seconds(tmp_path, monkeypatch):
         time.sleep(.1)
         seen.append((tmp_path/"c").exists())
         return e.map(lambda m: m.weight.sum())
-    fit(e, loss, lambda: dict(accuracy=torch.ones(1), loss=torch.ones(1)), 12, TrainSettings(epochs=1, batch_size=1), [0], "cpu", tmp_path/"c", 60., lambda *_: None)
+    fit(e, loss, lambda: dict(accuracy=torch.ones(1), loss=torch.ones(1)), 12, TrainSettings(epochs=1, batch_size=1),
+        [0], "cpu", tmp_path/"c", 60., lambda *_: None)
     assert 2 <= seen.index(True) <= 8
 
 
 def start(code, **env):
-    head = f"import torch, sys; torch.set_num_threads(1)\nfrom refcomm.papers.eqc.run import EQCSpec\nfrom refcomm.runs import execute as runs; from refcomm.runs import store\nLONG = {LONG!r}\n"
-    return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    head = (f"import torch, sys; torch.set_num_threads(1)\nfrom refcomm.papers.eqc.run import EQCSpec\nfrom "
+        f"refcomm.runs import execute as runs; from refcomm.runs import store\nLONG = {LONG!r}\n")
+    return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE,
+        text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_for(what, p, seconds=120):
@@ -242,7 +267,8 @@ def alive(pid):
     except OSError: return False
 
 
-def children(pid): return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task/"children").read_text().split()]
+def children(pid):
+    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task/"children").read_text().split()]
 
 
 MAIN = "from refcomm.cli import main\nif __name__ == '__main__': sys.argv[1:] = ['runs', 'execute', PLAN, '--device', 'cpu', *ARGS]; main()"
@@ -262,23 +288,27 @@ signals = pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, sign
 def test_a_signal_keeps_what_was_learnt(home, tmp_path, signum):
     "The state is that of the last step, not of up to a minute before."
     begun = home/"begun"
-    code = f"import refcomm.training.loop as train\nreal = train.train_step\ndef step(t, *a):\n    real(t, *a)\n    if t.epoch == 3: open({str(begun)!r}, 'w')\ntrain.train_step = step\n"
+    code = (f"import refcomm.training.loop as train\nreal = train.train_step\ndef step(t, *a):\n    real(t, *a)\n    "
+        f"if t.epoch == 3: open({str(begun)!r}, 'w')\ntrain.train_step = step\n")
     p = start(code + MAIN.replace("PLAN", repr(plan(tmp_path))).replace("*ARGS", ""))
     wait_for(begun.exists, p)
     sent = time.time()
     p.send_signal(signum)
     assert p.wait(30) == 128 + signum and time.time() - sent < 10
     said = [line for line in p.stderr.read().splitlines() if "refcomm" in line]
-    assert len(said) == 1 and f"stopped by {signum.name}: 0 of 1 runs are in" in said[0] and "1 unfinished training has a checkpoint there; the same command continues" in said[0], said
+    assert (len(said) == 1 and f"stopped by {signum.name}: 0 of 1 runs are in" in said[0]
+        and "1 unfinished training has a checkpoint there; the same command continues" in said[0]), said
     state, = unfinished()
     assert load_checkpoint(state)[1]["epoch"] >= 3
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
-@pytest.mark.parametrize("signum, whom", [(signal.SIGINT, "driver"), (signal.SIGTERM, "all")], ids=lambda x: getattr(x, "name", x))
+@pytest.mark.parametrize("signum, whom", [(signal.SIGINT, "driver"), (signal.SIGTERM, "all")],
+    ids=lambda x: getattr(x, "name", x))
 def test_a_signal_to_a_driver_with_two_workers(home, tmp_path, signum, whom):
     "It ends within seconds, its workers with it; both trainings are kept, and what waits is not begun."
-    p = start(MAIN.replace("PLAN", repr(plan(tmp_path, 3))).replace("*ARGS", "'--jobs', '2'"), REFCOMM_CHECKPOINT_SECONDS="4")
+    p = start(MAIN.replace("PLAN", repr(plan(tmp_path, 3))).replace("*ARGS", "'--jobs', '2'"),
+        REFCOMM_CHECKPOINT_SECONDS="4")
     wait_for(lambda: len(unfinished()) == 2, p)
     workers, sent = children(p.pid), time.time()
     if whom == "driver": p.send_signal(signum)
@@ -286,8 +316,10 @@ def test_a_signal_to_a_driver_with_two_workers(home, tmp_path, signum, whom):
     assert p.wait(60) == 128 + signum and time.time() - sent < 20
     err = p.stderr.read()
     said = [line for line in err.splitlines() if "refcomm:" in line]
-    assert len(said) == 1 and "0 of 3 runs are in" in said[0] and "2 unfinished trainings have a checkpoint" in said[0] and "Traceback" not in err, err
-    assert not [w for w in workers if alive(w)] and len(unfinished()) == 2 and len(list(Store().root.glob("unfinished/*"))) == 2
+    assert (len(said) == 1 and "0 of 3 runs are in" in said[0] and "2 unfinished trainings have a checkpoint" in said[0]
+        and "Traceback" not in err), err
+    assert not [w for w in workers
+        if alive(w)] and len(unfinished()) == 2 and len(list(Store().root.glob("unfinished/*"))) == 2
     assert all(f.stat().st_mtime >= sent - .01 and load_checkpoint(f) for f in unfinished()), "saved when told to stop"
     assert not list(Store().root.glob("tmp/*"))
 
@@ -308,7 +340,8 @@ def test_interrupted_and_continued_is_undisturbed(home, tmp_path):
     p = start(work)
     assert p.wait() == 0, p.stderr.read()
     again = Store().get(spec)
-    assert stops >= 1 and again.rows == calm.rows and again.history().drop(columns="seconds").equals(calm.history().drop(columns="seconds"))
+    assert (stops >= 1 and again.rows == calm.rows
+        and again.history().drop(columns="seconds").equals(calm.history().drop(columns="seconds")))
 
 
 def test_a_notebook_that_trains_is_stopped_too(home, tmp_path):
@@ -321,5 +354,6 @@ def test_a_notebook_that_trains_is_stopped_too(home, tmp_path):
     assert p.wait(60) == 128 + signal.SIGTERM and time.time() - sent < 30
     err = p.stderr.read()
     said = [line for line in err.splitlines() if line.startswith("refcomm:")]
-    assert len(said) == 1 and "stopped by SIGTERM in eqc/table5: " in said[0] and "the same command continues" in said[0], err
+    assert (len(said) == 1 and "stopped by SIGTERM in eqc/table5: " in said[0]
+        and "the same command continues" in said[0]), err
     assert kernels and not [k for k in kernels if alive(k)] and unfinished()[0].stat().st_mtime >= sent - .01

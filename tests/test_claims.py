@@ -66,7 +66,8 @@ def test_wider_errors_never_decide_more(x):
 @pytest.mark.parametrize("k, n", [(0, 10), (3, 10), (10, 10), (650, 1000), (1024, 1024)])
 def test_share_intervals_are_clopper_pearson(k, n):
     low, high = share_interval(k/n, n)
-    assert low == pytest.approx(0. if k == 0 else stats.beta.ppf(.025, k, n - k + 1)) and high == pytest.approx(1. if k == n else stats.beta.ppf(.975, k + 1, n - k))
+    assert low == pytest.approx(0. if k == 0 else stats.beta.ppf(.025, k, n - k + 1)) and high == pytest.approx(1.
+        if k == n else stats.beta.ppf(.975, k + 1, n - k))
     assert high > low
 
 
@@ -89,12 +90,15 @@ def test_hierarchical_intervals_cover():
 
 def test_single_runs_decide_no_difference():
     one, other = estimate([.9], 1000), estimate([.1], 1000)
-    assert answer("x > y", dict(x=one, y=other))[:2] == (False, False) and math.isnan(detectable(combine([(1, one), (-1, other)])))
-    assert answer("x > 0.5", dict(x=one))[0] and "single runs" in check_claim(dict(ALL.iloc[0], test="x > y"), dict(x=one, y=other))["cause"]
+    assert answer("x > y", dict(x=one, y=other))[:2] == (False,
+        False) and math.isnan(detectable(combine([(1, one), (-1, other)])))
+    assert answer("x > 0.5", dict(x=one))[0] and "single runs" in check_claim(dict(ALL.iloc[0], test="x > y"),
+        dict(x=one, y=other))["cause"]
 
 
 def test_ceilings_and_cells_counted_elsewhere_do_not_count():
-    rows = pd.DataFrame([dict(row="CN-RNN", column=c, seed=s, accuracy=1., n_targets=1000) for c in ("2", "10") for s in range(3)])
+    rows = pd.DataFrame([dict(row="CN-RNN", column=c, seed=s, accuracy=1., n_targets=1000) for c in ("2", "10")
+        for s in range(3)])
     assert compare(summarize(rows, whole=1), "eqc", "table5").within.tolist() == [None, None]
     lower = rows.assign(accuracy=.9 + .001*rows.seed)
     assert compare(summarize(lower, whole=1), "eqc", "table5").within.tolist() == [False, False]
@@ -121,19 +125,22 @@ def test_every_claim_belongs_to_a_notebook_and_the_other_way_round():
     checked = set()
     for item, path in catalogue.notebooks().items():
         paper, name = item.split("/")
-        source = "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code")
+        source = "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"]
+            if c["cell_type"] == "code")
         assert "evidence.Claim" not in source, f"{item}: claims are rows of the table"
         if f'check_claims("{paper}", "{name}"' in source: checked.add(item)
     assert checked == with_claims
 
 
 def test_the_counts_leave_out_our_own_and_checks():
-    rows = [dict(verdict="reproduced", ours=o, kind=k) for o, k in ((False, "result"), (True, "result"), (False, "check"))]
+    rows = [dict(verdict="reproduced", ours=o, kind=k)
+        for o, k in ((False, "result"), (True, "result"), (False, "check"))]
     assert sum(counted(rows).values()) == 1 and sum(counted(rows, ours=True).values()) == 1
 
 
 PRINTED = { # what the Spec's own defaults do not hold
-    "image": dict(data="imagenet-vgg", encoder="vgg"), "sent-ref": dict(data="banking77", encoder="distilbert-base-uncased"),
+    "image": dict(data="imagenet-vgg", encoder="vgg"),
+    "sent-ref": dict(data="banking77", encoder="distilbert-base-uncased"),
     "sent-cls": dict(data="banking77", encoder="distilbert-base-uncased", fine_tune=True), "object": {},
 }
 
@@ -143,7 +150,8 @@ def test_deviations_are_complete(paper):
     items = importlib.import_module(f"refcomm.papers.{paper}.items")
     specs = {}
     for profile in PROFILES:
-        own = dict(images="imagenet") if profile == "paper" and paper in ("iac", "patch") else dict(images="embedded") if paper in ("iac", "patch") else dict(images="embedded", sentences="embedded") if paper == "eqc" else {}
+        own = (dict(images="imagenet") if profile == "paper" and paper in ("iac", "patch") else dict(images="embedded")
+            if paper in ("iac", "patch") else dict(images="embedded", sentences="embedded") if paper == "eqc" else {})
         specs[profile] = [s for item in items.ITEMS for s in items.grid(item, profile, n_seeds=2, **own)]
 
     def defaults(s):

@@ -20,7 +20,8 @@ from refcomm.runs.store import Store
 
 
 def shell(*args, **env):
-    return subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", *args], capture_output=True, text=True, env={**os.environ, **env})
+    return subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", *args], capture_output=True,
+        text=True, env={**os.environ, **env})
 
 
 def test_list_names_every_notebook(command):
@@ -45,7 +46,8 @@ def test_list_names_every_notebook(command):
 ])
 def test_a_wrong_argument_is_one_line_and_exit_2(home, command, args, says):
     r = command(*args)
-    assert r.returncode == 2 and not r.stdout and says in r.stderr and "Traceback" not in r.stderr and len(r.stderr.strip().splitlines()) == 1
+    assert (r.returncode == 2 and not r.stdout and says in r.stderr and "Traceback" not in r.stderr
+        and len(r.stderr.strip().splitlines()) == 1)
 
 
 def test_a_process_of_its_own_says_the_same(home):
@@ -67,7 +69,8 @@ def test_runs_commands(home, command, tmp_path):
     record.write_text("{}")
     bad = command("runs", "verify")
     assert bad.returncode == 1 and f"eqc/{record.parent.name} is unreadable" in bad.stdout
-    assert "3 runs in" in command("runs", "list").stdout and "3 runs written" in command("runs", "export", str(tmp_path/"sound.tar")).stdout
+    assert "3 runs in" in command("runs", "list").stdout and "3 runs written" in command("runs", "export",
+        str(tmp_path/"sound.tar")).stdout
     assert "0 runs remain" in command("runs", "clean", "--all", "--yes").stdout
     assert "4 new runs" in command("runs", "import", str(tmp_path/"runs.tar")).stdout
     assert "4 sound" in command("runs", "verify").stdout
@@ -87,17 +90,20 @@ def test_a_plan_of_costs(home, shipped_figures, monkeypatch):
     monkeypatch.setattr(costs, "shipped", lambda: recipes)
     def table(*args):
         out = CliRunner().invoke(cli.app, ["plan", *args]).output
-        return {row[0]: row[1:] for row in (re.split(r"  +", line.strip()) for line in out.splitlines()) if "/" in row[0] or row[0] == "total"}, out
+        return ({row[0]: row[1:] for row in (re.split(r"  +", line.strip()) for line in out.splitlines())
+            if "/" in row[0] or row[0] == "total"}, out)
     assert "trains nothing" in table("eqc/table1", "--profile", "smoke")[1]
     shown, out = table("eqc/table5", "eqc/figure1", "--profile", "smoke", "-p", "n_seeds=2")
     assert shown["eqc/table5"] == shown["eqc/figure1"] == shown["total"] == ["8", "0", "8", "?", "?", "8 unknown"]
     assert "counts once" in out
     execute(grid("table5", "smoke", 1))
     shown, _ = table("eqc/table5", "eqc/figure1", "--profile", "smoke", "-p", "n_seeds=2")
-    assert shown["total"][:3] == ["8", "4", "4"] and shown["total"][3].endswith(" s") and shown["total"][4].endswith("KiB") and shown["total"][5] == "4 as like runs here"
+    assert (shown["total"][:3] == ["8", "4", "4"] and shown["total"][3].endswith(" s")
+        and shown["total"][4].endswith("KiB") and shown["total"][5] == "4 as like runs here")
     assert table("beyond/matrix")[0]["total"] == ["0", "0", "0", "0 s", "0 B"]
     _, out = table("eqc/table5", "sms/epoch30", "--profile", "cpu")
-    assert "12 as shipped runs of this item (cpu (x86_64, 1" in " ".join(out.split()) and "as shipped runs of other items of sms" in " ".join(out.split())
+    assert ("12 as shipped runs of this item (cpu (x86_64, 1" in " ".join(out.split())
+        and "as shipped runs of other items of sms" in " ".join(out.split()))
     before = sorted(p for p in home.rglob("*"))
     Store().root.joinpath("eqc", Store().keys()[0][1], "record.json").write_text("{}")
     assert table("eqc/table5", "--profile", "smoke", "-p", "n_seeds=1")[0]["total"][:3] == ["4", "3", "1"]
@@ -113,11 +119,13 @@ def test_every_notebook_at_smoke_and_nothing_twice(home, paper):
         stem = item.replace("/", "_")
         recipe = json.loads((figures/f"{stem}.json").read_text())
         assert (figures/f"{stem}.png").stat().st_size > 5000 and len(pd.read_csv(figures/f"{stem}.csv"))
-        assert recipe["profile"] == "smoke" and recipe["note"] and all(c["verdict"] == "untestable here" for c in recipe["claims"])
+        assert recipe["profile"] == "smoke" and recipe["note"] and all(c["verdict"] == "untestable here"
+            for c in recipe["claims"])
         executed = json.loads((home/"executed"/"smoke"/f"{item}.ipynb").read_text())
         assert all(c["execution_count"] for c in executed["cells"] if c["cell_type"] == "code")
     seen = {p: p.stat().st_mtime_ns for p in home.rglob("*") if p.is_file()}
-    total = [row.split() for row in shell("plan", paper, "--profile", "smoke").stdout.splitlines() if row.startswith("total")][0]
+    total = [row.split() for row in shell("plan", paper, "--profile", "smoke").stdout.splitlines()
+        if row.startswith("total")][0]
     assert total[1] == total[2] and total[3:5] == ["0", "0"], "the grid of every item is what its notebook makes"
     again = shell("reproduce", paper, "--profile", "smoke")
     assert again.stdout.count("found done") == len(items)
@@ -128,28 +136,37 @@ SAVE = "import pandas as pd, matplotlib.pyplot as plt\nfrom refcomm.publish impo
 
 
 def toy(path, code):
-    cells = [dict(cell_type="markdown", id="a", metadata={}, source="# Toy"), dict(cell_type="code", id="b", metadata=dict(tags=["parameters"]), source='profile: str = "smoke"\njobs: int = 1', outputs=[], execution_count=None),
+    cells = [dict(cell_type="markdown", id="a", metadata={}, source="# Toy"),
+    dict(cell_type="code", id="b", metadata=dict(tags=["parameters"]), source='profile: str = "smoke"\njobs: int = 1',
+    outputs=[], execution_count=None),
              dict(cell_type="code", id="c", metadata={}, source=code, outputs=[], execution_count=None)]
-    path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")), nbformat=4, nbformat_minor=5)))
+    path.write_text(json.dumps(dict(cells=cells,
+        metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")), nbformat=4,
+        nbformat_minor=5)))
     return path
 
 
 def test_a_failing_notebook_is_kept_and_named(home, tmp_path):
-    status, executed, message = cli.reproduce_item("toy/bad", toy(tmp_path/"bad.ipynb", "1/0"), dict(profile="smoke", jobs=1))
-    assert status == "failed" and message == "ZeroDivisionError: division by zero" and "ZeroDivisionError" in executed.read_text()
+    status, executed, message = cli.reproduce_item("toy/bad", toy(tmp_path/"bad.ipynb", "1/0"),
+        dict(profile="smoke", jobs=1))
+    assert (status == "failed" and message == "ZeroDivisionError: division by zero"
+        and "ZeroDivisionError" in executed.read_text())
     status, *_ = cli.reproduce_item("toy/bad", tmp_path/"bad.ipynb", dict(profile="smoke", jobs=1))
     assert status == "failed", "a failure is not found done"
 
 
 def test_a_dead_kernel_is_a_failed_item(home, tmp_path):
-    status, _, message = cli.reproduce_item("toy/dead", toy(tmp_path/"dead.ipynb", "import os; os.kill(os.getpid(), 9)"), dict(profile="smoke", jobs=1))
+    status, _, message = cli.reproduce_item("toy/dead",
+        toy(tmp_path/"dead.ipynb", "import os; os.kill(os.getpid(), 9)"), dict(profile="smoke", jobs=1))
     assert status == "failed" and "died" in message
 
 
 def test_a_working_folder_with_another_refcomm_changes_nothing(home, tmp_path, monkeypatch):
-    (tmp_path/"refcomm").mkdir(); (tmp_path/"refcomm"/"__init__.py").write_text("raise ImportError('that of the working folder')")
+    (tmp_path/"refcomm").mkdir()
+    (tmp_path/"refcomm"/"__init__.py").write_text("raise ImportError('that of the working folder')")
     monkeypatch.chdir(tmp_path)
-    assert cli.reproduce_item("toy/x", toy(tmp_path/"x.ipynb", SAVE), dict(profile="smoke", jobs=1))[::2] == ("done", "")
+    assert cli.reproduce_item("toy/x", toy(tmp_path/"x.ipynb", SAVE), dict(profile="smoke", jobs=1))[::2] == ("done",
+        "")
 
 
 def test_kill_between_notebooks_then_continue(home):
@@ -167,7 +184,9 @@ def test_kill_between_notebooks_then_continue(home):
 
 def test_an_unwritable_figures_folder_is_named(home, tmp_path):
     (tmp_path/"file").write_text("")
-    status, _, message = cli.reproduce_item("toy/x", toy(tmp_path/"x.ipynb", f"import os; os.environ['REFCOMM_HOME'] = {str(tmp_path/'file')!r}\n" + SAVE), dict(profile="smoke", jobs=1))
+    status, _, message = cli.reproduce_item("toy/x",
+        toy(tmp_path/"x.ipynb", f"import os; os.environ['REFCOMM_HOME'] = {str(tmp_path/'file')!r}\n" + SAVE),
+        dict(profile="smoke", jobs=1))
     assert status == "failed" and message.startswith("StoreError: cannot write")
 
 
@@ -187,22 +206,27 @@ def test_results_go_where_they_are_named_and_never_over_the_kept_ones(home, tmp_
     assert r.exit_code == 0 and str(tmp_path/"mine"/"toy_x") in r.output.replace("\n", "")
     assert sorted(p.name for p in (tmp_path/"mine").iterdir()) == ["toy_x.csv", "toy_x.json", "toy_x.png"]
     monkeypatch.delenv("REFCOMM_FIGURES")
-    assert files.figures_dir() == files.checkout()/"results" and subprocess.run(["git", "check-ignore", "-q", "results/x"], cwd=files.checkout()).returncode == 0
+    assert files.figures_dir() == files.checkout()/"results" and subprocess.run(["git", "check-ignore", "-q",
+        "results/x"], cwd=files.checkout()).returncode == 0
 
 
 @pytest.mark.parametrize("item", catalogue.HEADLINE)
 def test_a_headline_in_one_line(shipped_figures, item):
     stem, kept = shipped_figures/item.replace("/", "_"), costs.shipped(shipped_figures)[item]
     line = catalogue.in_short(item, pd.read_csv(stem.with_suffix(".csv"), dtype={"column": str}), kept, kept)
-    assert re.search(r"\d \(published|times as often", line) and "nan" not in line and "–" not in line and kept["command"] in line and "\n" not in line
+    assert re.search(r"\d \(published|times as often",
+        line) and "nan" not in line and "–" not in line and kept["command"] in line and "\n" not in line
 
 
 def test_a_first_look_has_parameters_of_its_own(home, monkeypatch):
     from typer.testing import CliRunner
     asked = {}
-    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, given, force: asked.setdefault(item, given) and ("failed", path, "not made"))
+    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, given, force: asked.setdefault(item, given)
+        and ("failed", path, "not made"))
     CliRunner().invoke(cli.app, ["reproduce", "--quick", "--jobs", "2", "-p", "n_seeds=2"])
-    assert {item: {k: v for k, v in given.items() if k not in ("profile", "jobs")} for item, given in asked.items()} == {item: {**quick, "n_seeds": 2} for item, quick in catalogue.HEADLINE.items()}
+    assert {item: {k: v for k, v in given.items() if k not in ("profile", "jobs")}
+        for item, given in asked.items()} == {item: {**quick, "n_seeds": 2}
+        for item, quick in catalogue.HEADLINE.items()}
 
 
 def test_other_data_are_made_again(home, tmp_path, monkeypatch):
@@ -225,8 +249,10 @@ def test_exit_code_is_1_when_a_notebook_fails(home, monkeypatch):
 
 def test_published_numbers_are_whole():
     "Spot checks against the papers, one per table, and the shape of every file."
-    checks = [("eqc", "table5", "GS-RNN", "1000", .442), ("eqc", "table6", "QT-Inst", "100", .962), ("eqc", "table7", "GS-Inst", "77", .035), ("eqc", "table8", "QT-Inst", "77", .925),
-              ("eqc", "table3", "Sent-Cls", "Recurrent/GS", 125), ("iac", "table1", "SimCLR_disc", "OOD set", 47.4), ("patch", "table1", "MoCo-v2 (R18)", "Top-1", 36.8)]
+    checks = [("eqc", "table5", "GS-RNN", "1000", .442), ("eqc", "table6", "QT-Inst", "100", .962),
+    ("eqc", "table7", "GS-Inst", "77", .035), ("eqc", "table8", "QT-Inst", "77", .925),
+              ("eqc", "table3", "Sent-Cls", "Recurrent/GS", 125), ("iac", "table1", "SimCLR_disc", "OOD set", 47.4),
+              ("patch", "table1", "MoCo-v2 (R18)", "Top-1", 36.8)]
     for paper, item, row, column, value in checks:
         t = evidence.published(paper, item).set_index(["row", "column"])
         assert t.loc[(row, column), "mean"] == value, (paper, item, row, column)

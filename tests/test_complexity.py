@@ -20,12 +20,14 @@ def draw(seed, batch, n_distractors, n_attributes, differs=None, n_values=4):
     rng = np.random.default_rng(seed)
     targets = rng.integers(0, n_values, (batch, n_attributes))
     if differs is None: return targets, rng.integers(0, n_values, (batch, n_distractors, n_attributes))
-    shift = (rng.random((batch, n_distractors, n_attributes)) < differs) * rng.integers(1, n_values, (batch, n_distractors, n_attributes))
+    shift = (rng.random((batch, n_distractors, n_attributes)) < differs) * rng.integers(1, n_values,
+        (batch, n_distractors, n_attributes))
     return targets, (targets[:, None] + shift) % n_values
 
 
 def as_dicts(targets, distractors):
-    return [dict(enumerate(t)) for t in targets.tolist()], [[dict(enumerate(x)) for x in d] for d in distractors.tolist()]
+    return ([dict(enumerate(t)) for t in targets.tolist()],
+        [[dict(enumerate(x)) for x in d] for d in distractors.tolist()])
 
 
 def listing(targets, distractors): return [solve_min_sym(t, [t, *d]) for t, d in zip(*as_dicts(targets, distractors))]
@@ -42,13 +44,15 @@ def by_sat(targets, distractors):
     from pysat.examples.hitman import Hitman
     answers = []
     for t, x in zip(targets, distractors):
-        with Hitman(bootstrap_with=[np.flatnonzero(d != t).tolist() for d in x if (d != t).any()], htype="sorted") as h: answers.append(len(h.get() or [0]))
+        with Hitman(bootstrap_with=[np.flatnonzero(d != t).tolist() for d in x if (d != t).any()], htype="sorted") as h:
+            answers.append(len(h.get() or [0]))
     return answers
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_listing(backend):
-    for n_attributes, n_distractors, differs in itertools.product((1, 2, 4, 9), (0, 1, 7, 63, 64, 65, 130), (None, .15, .4)):
+    for n_attributes, n_distractors, differs in itertools.product((1, 2, 4, 9), (0, 1, 7, 63, 64, 65, 130),
+        (None, .15, .4)):
         games = draw(n_attributes, 6, n_distractors, n_attributes, differs)
         expected = listing(*games)
         assert min_symbols(*games, copies="drop", backend=backend).tolist() == expected
@@ -57,7 +61,9 @@ def test_the_listing(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("n_attributes,n_distractors,differs", [(20, 63, .477), (20, 63, .3), (20, 63, .18), (20, 63, None), (24, 200, .6), (50, 63, .5), (70, 40, .3), (100, 20, .3)])
+@pytest.mark.parametrize("n_attributes,n_distractors,differs",
+    [(20, 63, .477), (20, 63, .3), (20, 63, .18), (20, 63, None), (24, 200, .6), (50, 63, .5), (70, 40, .3),
+    (100, 20, .3)])
 def test_a_sat_solver_and_a_witness(backend, n_attributes, n_distractors, differs):
     games = draw(1, 12 if n_attributes <= 64 else 4, n_distractors, n_attributes, differs)
     sizes = min_symbols(*games, copies="drop", backend=backend)
@@ -72,14 +78,18 @@ def test_a_sat_solver_and_a_witness(backend, n_attributes, n_distractors, differ
 def test_known_answers(m):
     "Attributes in m blocks, and for each block a distractor that differs in the whole block: m symbols, one from each."
     n, block = 20, np.arange(20) % m
-    distractors = np.stack([block == k for k in range(m)] + [(block == k % m) | (block == (k + 1) % m) for k in range(60)])
-    for backend in BACKENDS: assert min_symbols(np.zeros((3, n), int), np.stack([distractors.astype(int)]*3), backend=backend).tolist() == [m]*3
+    distractors = np.stack([block == k for k in range(m)]
+        + [(block == k % m) | (block == (k + 1) % m) for k in range(60)])
+    for backend in BACKENDS:
+        assert min_symbols(np.zeros((3, n), int), np.stack([distractors.astype(int)]*3),
+            backend=backend).tolist() == [m]*3
 
 
 @st.composite
 def any_games(draw_one):
     a, d, batch = draw_one(st.integers(1, 7)), draw_one(st.integers(0, 12)), draw_one(st.integers(1, 3))
-    return draw(draw_one(st.integers(0, 2**32 - 1)), batch, d, a, draw_one(st.sampled_from([None, .2, .5])), draw_one(st.integers(2, 4)))
+    return draw(draw_one(st.integers(0, 2**32 - 1)), batch, d, a, draw_one(st.sampled_from([None, .2, .5])),
+        draw_one(st.integers(2, 4)))
 
 
 @settings(max_examples=60)
@@ -161,7 +171,8 @@ def test_tensors_in_tensors_out(dtype):
         assert sets.dtype == torch.bool and (sets.sum(1) == found.clamp(min=0)).all()
     every = identifying_sets(*games)
     assert all(isinstance(s, torch.Tensor) and s.dtype == torch.bool for s in every)
-    assert min_symbols(targets, distractors).dtype == np.int64 and min_symbols(targets, distractors, backend="torch").dtype == np.int64
+    assert min_symbols(targets, distractors).dtype == np.int64 and min_symbols(targets, distractors,
+        backend="torch").dtype == np.int64
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -174,7 +185,9 @@ def test_on_a_gpu():
 
 def test_auto_takes_numba_for_much_work(monkeypatch):
     taken = []
-    for name in BACKENDS: monkeypatch.setitem(complexity.BACKENDS, name, lambda t, d, name=name: taken.append(name) or (np.ones(t.shape, bool), np.zeros(len(t), bool)))
+    for name in BACKENDS:
+        monkeypatch.setitem(complexity.BACKENDS, name, lambda t, d, name=name: taken.append(name)
+            or (np.ones(t.shape, bool), np.zeros(len(t), bool)))
     few, many = draw(0, 2, 63, 20), (np.zeros((7000, 20), np.uint8), np.ones((7000, 63, 20), np.uint8))
     min_symbols(*few), min_symbols(*many)
     monkeypatch.setattr(complexity.importlib.util, "find_spec", lambda name: None)
@@ -185,7 +198,8 @@ def test_auto_takes_numba_for_much_work(monkeypatch):
 def test_numba_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     backends._compiled.cache_clear()
-    with pytest.raises(ConfigError, match=r"backend 'numba' needs numba: pip install 'refcomm\[fast\]'"): min_symbols(*draw(0, 2, 3, 4), backend="numba")
+    with pytest.raises(ConfigError, match=r"backend 'numba' needs numba: pip install 'refcomm\[fast\]'"):
+        min_symbols(*draw(0, 2, 3, 4), backend="numba")
     assert len(min_symbols(*draw(0, 2, 3, 4))) == 2
 
 
@@ -195,7 +209,8 @@ def test_the_input_is_left_as_it_is():
     for backend in BACKENDS: min_symbols(targets, distractors, backend=backend)
     assert (targets == before[0]).all() and (distractors == before[1]).all()
     strided = np.asfortranarray(distractors)
-    for backend in BACKENDS: assert (min_symbols(targets, strided, backend=backend) == min_symbols(targets, distractors)).all()
+    for backend in BACKENDS:
+        assert (min_symbols(targets, strided, backend=backend) == min_symbols(targets, distractors)).all()
     mixed = targets.astype(np.uint8), distractors
     for backend in BACKENDS: assert (min_symbols(*mixed, backend=backend) == min_symbols(targets, distractors)).all()
 
@@ -229,5 +244,7 @@ def test_bad_games_are_refused(targets, distractors, says):
 
 def test_bad_settings_are_refused():
     games = draw(0, 2, 3, 4)
-    with pytest.raises(ConfigError, match="unknown copies 'flags': did you mean 'flag'"): min_symbols(*games, copies="flags")
-    with pytest.raises(ConfigError, match="unknown backend 'numppy': did you mean 'numpy'"): min_symbols(*games, backend="numppy")
+    with pytest.raises(ConfigError, match="unknown copies 'flags': did you mean 'flag'"):
+        min_symbols(*games, copies="flags")
+    with pytest.raises(ConfigError, match="unknown backend 'numppy': did you mean 'numpy'"):
+        min_symbols(*games, backend="numppy")

@@ -33,7 +33,8 @@ def iou(a, b):
 
 def slow_precision(detections, data, label):
     "Average precision of one class at 101 values of recall, one detection after the other."
-    ranked = sorted(((s.item(), i, b) for i, d in enumerate(detections) for b, s, l in zip(d["boxes"], d["scores"], d["labels"]) if l == label), key=lambda x: -x[0])
+    ranked = sorted(((s.item(), i, b) for i, d in enumerate(detections)
+        for b, s, l in zip(d["boxes"], d["scores"], d["labels"]) if l == label), key=lambda x: -x[0])
     truth = [[b for b, l in zip(boxes, labels) if l == label] for boxes, labels in zip(data.boxes, data.labels)]
     n, hits, curve = sum(map(len, truth)), 0, []
     for k, (_, i, box) in enumerate(ranked):
@@ -52,7 +53,8 @@ def test_perfect_and_empty():
     assert mean_average_precision50(none, data) == (0., {"cross": 0., "square": 0.})
     swapped = data._replace(labels=[1 - l for l in data.labels])
     assert mean_average_precision50(seen(swapped), data).map50 < .1
-    assert list(mean_average_precision50(seen(data), data._replace(classes=["cross", "square", "star"])).per_class) == ["cross", "square"]
+    assert list(mean_average_precision50(seen(data),
+        data._replace(classes=["cross", "square", "star"])).per_class) == ["cross", "square"]
 
 
 def test_precision_against_a_slow_reference():
@@ -60,7 +62,8 @@ def test_precision_against_a_slow_reference():
     noisy = []
     for boxes, labels in zip(data.boxes, data.labels):
         moved = boxes + (3*torch.randn(boxes.shape, generator=g)).clamp(-4, 4)
-        noisy.append(dict(boxes=torch.cat([moved, boxes.flip(0) + 6]), labels=torch.cat([labels, labels]), scores=torch.rand(2*len(labels), generator=g)))
+        noisy.append(dict(boxes=torch.cat([moved, boxes.flip(0) + 6]), labels=torch.cat([labels, labels]),
+            scores=torch.rand(2*len(labels), generator=g)))
     result = mean_average_precision50(noisy, data)
     for label, name in enumerate(data.classes):
         assert .05 < result.per_class[name] < .95
@@ -73,7 +76,8 @@ def test_missing_packages_name_the_extra(monkeypatch):
     for name in ("pycocotools", "torchmetrics.detection"):
         with monkeypatch.context() as m:
             m.setitem(module.__dict__["need"].__globals__["sys"].modules, name, None)
-            with pytest.raises(ConfigError, match=r"pip install 'refcomm\[baselines\]'"): mean_average_precision50(seen(data), data)
+            with pytest.raises(ConfigError, match=r"pip install 'refcomm\[baselines\]'"):
+                mean_average_precision50(seen(data), data)
 
 
 def test_deterministic_and_leaves_the_trunk_alone(trunk):
@@ -91,7 +95,8 @@ def test_deterministic_and_leaves_the_trunk_alone(trunk):
     assert all(torch.equal(v, before[k]) for k, v in trunk.state_dict().items())
     assert not trunk.training and not any(p.requires_grad for p in trunk.parameters())
     tuned = a.detector.backbone.body.state_dict()
-    assert not torch.equal(tuned["conv1.weight"], before["conv1.weight"]) and not torch.equal(tuned["layer4.conv1.weight"], before["layer4.conv1.weight"])
+    assert not torch.equal(tuned["conv1.weight"],
+        before["conv1.weight"]) and not torch.equal(tuned["layer4.conv1.weight"], before["layer4.conv1.weight"])
 
 
 def test_labels_and_weights_reach_the_detector(trunk):
@@ -112,26 +117,37 @@ def test_learns_one_picture_by_heart(trunk):
 
 def test_a_resnet_and_a_map_are_trunks_too():
     train = scenes(4)
-    with seeded_init(0): resnet, maps = make_trunk("resnet18", small_stem=True), nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU())
+    with seeded_init(0):
+        resnet, maps = make_trunk("resnet18", small_stem=True), nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU())
     for trunk in (resnet, maps):
-        with seeded_init(0): assert len(fine_tune(make_detector(trunk, 2, 32, width=16, hidden=16), train, 1, 1e-3, 4)) == 1
-    with pytest.raises(ConfigError, match="must have the stages layer1, layer2, layer3, layer4 or return maps"): make_detector(nn.Sequential(maps, nn.Flatten()), 2, 32)
+        with seeded_init(0):
+            assert len(fine_tune(make_detector(trunk, 2, 32, width=16, hidden=16), train, 1, 1e-3, 4)) == 1
+    with pytest.raises(ConfigError, match="must have the stages layer1, layer2, layer3, layer4 or return maps"):
+        make_detector(nn.Sequential(maps, nn.Flatten()), 2, 32)
 
 
-@pytest.mark.parametrize("box", [[-1, 2, 9, 9], [2, 2, 33, 9], [9, 2, 9, 9], [9, 2, 3, 9], [2, 9, 9, 9], [2, 2, float("inf"), 9]])
+@pytest.mark.parametrize("box", [[-1, 2, 9, 9], [2, 2, 33, 9], [9, 2, 9, 9], [9, 2, 3, 9], [2, 9, 9, 9],
+    [2, 2, float("inf"), 9]])
 def test_bad_boxes(trunk, box):
     data = scenes(4)
-    bad = data._replace(boxes=[*data.boxes[:2], torch.tensor([box]).float(), data.boxes[3]], labels=[*data.labels[:2], torch.tensor([0]), data.labels[3]])
+    bad = data._replace(boxes=[*data.boxes[:2], torch.tensor([box]).float(), data.boxes[3]],
+        labels=[*data.labels[:2], torch.tensor([0]), data.labels[3]])
     for train, test in ((bad, data), (data, bad)):
-        with pytest.raises(ConfigError, match=r"image 2 has the box \[.*\]: expected are 0 ≤ left < right ≤ 32 and 0 ≤ top < bottom ≤ 32"): detect(trunk, train, test, generator(0))
+        with pytest.raises(ConfigError,
+            match=r"image 2 has the box \[.*\]: expected are 0 ≤ left < right ≤ 32 and 0 ≤ top < bottom ≤ 32"):
+            detect(trunk, train, test, generator(0))
 
 
 def test_bad_labels_and_counts(trunk):
     data = scenes(4)
-    with pytest.raises(ConfigError, match="image 0 has the label .*: expected are 0 … 1"): check_boxes(data._replace(labels=[l + 2 for l in data.labels]))
-    with pytest.raises(ConfigError, match="4 images, 4 sets of boxes and 3 of labels"): check_boxes(data._replace(labels=data.labels[:3]))
-    with pytest.raises(ConfigError, match="no image has a box"): check_boxes(data._replace(boxes=[b[:0] for b in data.boxes], labels=[l[:0] for l in data.labels]))
-    with pytest.raises(ConfigError, match="of one size"): detect(trunk, data, data._replace(images=torch.zeros(4, 3, 64, 64).byte()), generator(0))
+    with pytest.raises(ConfigError, match="image 0 has the label .*: expected are 0 … 1"):
+        check_boxes(data._replace(labels=[l + 2 for l in data.labels]))
+    with pytest.raises(ConfigError, match="4 images, 4 sets of boxes and 3 of labels"):
+        check_boxes(data._replace(labels=data.labels[:3]))
+    with pytest.raises(ConfigError, match="no image has a box"):
+        check_boxes(data._replace(boxes=[b[:0] for b in data.boxes], labels=[l[:0] for l in data.labels]))
+    with pytest.raises(ConfigError, match="of one size"):
+        detect(trunk, data, data._replace(images=torch.zeros(4, 3, 64, 64).byte()), generator(0))
 
 
 VOC = """<annotation><folder>VOC2007</folder><filename>{name}.jpg</filename><size><width>80</width><height>40</height><depth>3</depth></size>
@@ -149,8 +165,10 @@ def test_voc07(tmp_path, monkeypatch):
         (root/"Annotations"/f"{name}.xml").write_text(VOC.format(name=name, difficult=difficult))
         Image.new("RGB", (80, 40), (255, 0, 0)).save(root/"JPEGImages"/f"{name}.jpg")
     data = voc07(32)
-    assert data["train"].images.shape == (1, 3, 32, 32) and data["train"].classes == data["test"].classes == ["cat", "dog"]
-    assert data["train"].boxes[0].tolist() == [[0, 8, 16, 32], [16, 0, 32, 16]] and data["train"].labels[0].tolist() == [1, 0]
+    assert data["train"].images.shape == (1, 3, 32, 32) and data["train"].classes == data["test"].classes == ["cat",
+        "dog"]
+    assert data["train"].boxes[0].tolist() == [[0, 8, 16, 32],
+        [16, 0, 32, 16]] and data["train"].labels[0].tolist() == [1, 0]
     assert data["test"].labels[0].tolist() == [1]
     images, labels, _, held = probe_set("voc07", 32)
     assert images.shape == (1, 3, 32, 32) and labels.tolist() == held.tolist() == [[1, 1]]

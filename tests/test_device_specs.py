@@ -35,7 +35,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def context(device="cuda", checkpoint=None, report=lambda *a: None, seconds=60.): return Context(device, checkpoint, report, seconds)
+def context(device="cuda", checkpoint=None, report=lambda *a: None, seconds=60.):
+    return Context(device, checkpoint, report, seconds)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,7 +51,8 @@ class Cut(Exception): pass
 
 
 @pytest.mark.parametrize("first, then", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
-@pytest.mark.parametrize("spec", [lambda: eqc_spec("object", bottleneck="gumbel", alphabet_size=6, word_length=1, epochs=3), lambda: patch_spec(epochs=3)])
+@pytest.mark.parametrize("spec", [lambda: eqc_spec("object", bottleneck="gumbel", alphabet_size=6, word_length=1,
+    epochs=3), lambda: patch_spec(epochs=3)])
 def test_a_checkpoint_is_continued_on_another_device(spec, first, then, tmp_path, home):
     s = spec()
 
@@ -69,14 +71,16 @@ def test_a_checkpoint_is_continued_on_another_device(spec, first, then, tmp_path
 
 def test_devices_are_compared_by_what_they_are():
     with PretendGPU():
-        assert pick_device("cuda") == pick_device("auto") == torch.device("cuda:0") == torch.zeros(1, device="cuda").device
+        assert pick_device("cuda") == pick_device("auto") == torch.device("cuda:0") == torch.zeros(1,
+            device="cuda").device
         assert same_device(generator(0, device="cuda").device, pick_device("cuda")) and not same_device("cuda", "cpu")
 
 
 def test_shapes_are_drawn_and_rendered_on_the_device():
     with PretendGPU():
         world = ShapeWorld(16, device="cuda")
-        drawn = [world.draw(5, generator(0, device="cuda"), distinct) for distinct in (True, False)] + [world.draw(5, generator(0))]
+        drawn = ([world.draw(5, generator(0, device="cuda"), distinct) for distinct in (True, False)]
+            + [world.draw(5, generator(0))])
         assert all(d.is_cuda and world.render(d).is_cuda for d in drawn)
 
 
@@ -86,21 +90,25 @@ def test_many_scenes_are_painted_once(home, monkeypatch):
     first = world.draw(20, generator(0))
     monkeypatch.setattr(SceneWorld, "_paint", lambda *a: pytest.fail("painted again"))
     again = SceneWorld(32).draw(20, generator(0))
-    assert all(torch.equal(a, b) for a, b in zip(first, again)) and len([*(home/"cache"/"scenes").glob("*.safetensors")]) == 1
+    assert all(torch.equal(a, b) for a, b in zip(first,
+        again)) and len([*(home/"cache"/"scenes").glob("*.safetensors")]) == 1
     with pytest.raises(pytest.fail.Exception, match="painted again"): world.draw(20, generator(1))
 
 
 def test_alphabets_are_stacked_on_a_gpu_and_trained_as_if_alone(home):
-    specs = [eqc_spec("object", bottleneck="quantized", alphabet_size=v, seed=seed) for v in (2, 3, 8) for seed in (0, 1)]
+    specs = [eqc_spec("object", bottleneck="quantized", alphabet_size=v, seed=seed) for v in (2, 3, 8)
+        for seed in (0, 1)]
     assert len(make_stacks(specs, "cpu")) == 3
     with PretendGPU() as gpu:
         assert make_stacks(specs, "cuda") == [specs]
-        assert len(make_stacks([eqc_spec("object", bottleneck="gumbel", alphabet_size=6, word_length=1, temperature=t) for t in (.5, 1.)], "cuda")) == 1
+        assert len(make_stacks([eqc_spec("object", bottleneck="gumbel", alphabet_size=6, word_length=1, temperature=t)
+            for t in (.5, 1.)], "cuda")) == 1
         together = eqc.run(specs, context())
     alone = [eqc.run([s], context("cpu"))[0] for s in specs]
     for a, b, s in zip(together, alone, specs):
         assert a.summary == b.summary and {r["alphabet"] for r in a.rows} == {s.alphabet_size}
-        torch.testing.assert_close(torch.tensor(a.history.loss.to_numpy()), torch.tensor(b.history.loss.to_numpy()), atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.tensor(a.history.loss.to_numpy()), torch.tensor(b.history.loss.to_numpy()),
+            atol=1e-4, rtol=0)
         assert all(abs(x["accuracy"] - y["accuracy"]) < .1 for x, y in zip(a.rows, b.rows))
     assert not gpu.usual().syncs
 
@@ -108,7 +116,9 @@ def test_alphabets_are_stacked_on_a_gpu_and_trained_as_if_alone(home):
 def test_temperatures_are_stacked(home):
     specs = [eqc_spec("object", bottleneck="gumbel", alphabet_size=6, word_length=1, temperature=t) for t in (.5, 2.)]
     together, alone = eqc.run(specs, context("cpu")), [eqc.run([s], context("cpu"))[0] for s in specs]
-    for a, b in zip(together, alone): torch.testing.assert_close(torch.tensor(a.history.loss.to_numpy()), torch.tensor(b.history.loss.to_numpy()), atol=1e-5, rtol=0)
+    for a, b in zip(together, alone):
+        torch.testing.assert_close(torch.tensor(a.history.loss.to_numpy()), torch.tensor(b.history.loss.to_numpy()),
+            atol=1e-5, rtol=0)
     assert together[0].history.loss.tolist() != together[1].history.loss.tolist()
 
 
@@ -116,8 +126,11 @@ def test_the_script_for_a_real_gpu_says_what_it_timed(home, tmp_path):
     import json
 
     import on_gpu
-    with PretendGPU(): failed = on_gpu.main(["--out", str(tmp_path/"gpu.json"), "--profile", "smoke", "--only", "sms/figure2", "--specs", "sms adam"])
+    with PretendGPU():
+        failed = on_gpu.main(["--out", str(tmp_path/"gpu.json"), "--profile", "smoke", "--only", "sms/figure2",
+            "--specs", "sms adam"])
     told = json.loads((tmp_path/"gpu.json").read_text())
     assert not failed and not told["failed"] and told["device"] == "Pretended GPU"
     assert [c["near"] for c in told["compared"]] == [True]
-    assert all(t["experiment"] == "sms" and t["fields"]["hidden"] == 16 and t["runs"] == 3 for t in told["timed"]["sms/figure2"])
+    assert all(t["experiment"] == "sms" and t["fields"]["hidden"] == 16 and t["runs"] == 3
+        for t in told["timed"]["sms/figure2"])

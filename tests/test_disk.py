@@ -134,7 +134,8 @@ def test_each_call_to_the_system_may_fail_while_a_file_is_written(tmp_path, monk
             except StoreError: failed = True
         assert whole(path, "a new text", *(["old"] if n % 2 else [None])), n
         if not failed: assert path.read_text() == "a new text"
-        if path.parent.exists(): assert set(os.listdir(path.parent)) <= {"x.txt"}, f"the {n}th call left something behind"
+        if path.parent.exists():
+            assert set(os.listdir(path.parent)) <= {"x.txt"}, f"the {n}th call left something behind"
         failures += failed
         if counted[0] < n: break
     assert failures >= 5

@@ -31,7 +31,8 @@ def trained(checkpoint=None, **changes):
     with seeded_init(0): e = Ensemble([torch.nn.Linear(5, 3)])
     settings = TrainSettings(**dict(epochs=2, batch_size=4, lr=.05, accumulate=2) | changes)
     def loss(i, generators): return e.map(lambda m, x: F.cross_entropy(m(x), x[:, :3].argmax(-1)), X[i])
-    def validate(): return {k: e.map(lambda m: F.cross_entropy(m(X), X[:, :3].argmax(-1))) for k in ("accuracy", "loss")}
+    def validate():
+        return {k: e.map(lambda m: F.cross_entropy(m(X), X[:, :3].argmax(-1))) for k in ("accuracy", "loss")}
     fitted = fit(e, loss, validate, 40, settings, [0], checkpoint=checkpoint, report=lambda *_: None)
     return fitted.history.loss.tolist(), [p.detach().clone() for p in e.parameters()]
 
@@ -45,14 +46,18 @@ def noisy(checkpoint=None, steps=10**6):
     left = iter(range(steps))
     def loss(i, generators):
         if next(left, None) is None: raise Cut
-        return e.map(lambda m, x, n: F.cross_entropy(m(x + n), x[:, :3].argmax(-1)), X[i], torch.randn(1, i.shape[1], 5, generator=generators[0]))
-    def validate(): return {k: e.map(lambda m: F.cross_entropy(m(X), X[:, :3].argmax(-1))) for k in ("accuracy", "loss")}
-    fitted = fit(e, loss, validate, 40, TrainSettings(epochs=3, batch_size=4, lr=.05, accumulate=2), [0], checkpoint=checkpoint, checkpoint_seconds=0, report=lambda *_: None)
+        return e.map(lambda m, x, n: F.cross_entropy(m(x + n), x[:, :3].argmax(-1)), X[i],
+            torch.randn(1, i.shape[1], 5, generator=generators[0]))
+    def validate():
+        return {k: e.map(lambda m: F.cross_entropy(m(X), X[:, :3].argmax(-1))) for k in ("accuracy", "loss")}
+    fitted = fit(e, loss, validate, 40, TrainSettings(epochs=3, batch_size=4, lr=.05, accumulate=2), [0],
+        checkpoint=checkpoint, checkpoint_seconds=0, report=lambda *_: None)
     return fitted.history.drop(columns="seconds"), [p.detach().clone() for p in e.parameters()]
 
 
 def one_of_two(rank, port, folder):
-    os.environ |= {k: str(v) for k, v in dict(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items()}
+    os.environ |= {k: str(v) for k, v in dict(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port).items()}
     torch.set_num_threads(1)
     expected = trained()
     join_processes(2)
@@ -64,7 +69,8 @@ def one_of_two(rank, port, folder):
     whole = noisy()
     with pytest.raises(Cut): noisy(os.path.join(folder, "noisy.safetensors"), 8)
     again = noisy(os.path.join(folder, "noisy.safetensors"))
-    assert again[0].equals(whole[0]) and all(torch.equal(a, b) for a, b in zip(again[1], whole[1])), "each goes on with its own noise"
+    assert again[0].equals(whole[0]) and all(torch.equal(a, b)
+        for a, b in zip(again[1], whole[1])), "each goes on with its own noise"
     assert agree([rank == 0, True, False]) == [True, True, False] and any_process([rank == 1, False]) == [True, False]
     x = torch.full((2,), rank + 1.)
     sum_over_processes(x)
@@ -79,21 +85,28 @@ def test_two_processes_train_what_one_trains(tmp_path):
 
 def test_torchrun_makes_one_record_of_each_run(home, tmp_path):
     "Noise differs from process to process, the games do not: a patch game among the 16 images of one process would lose a fifth less."
-    specs = [dataclasses.replace(iac.grid("figure3", "smoke", 1)[0], accumulate=2, augmentations=False), patch.grid("figure9", "smoke", 1)[0]]
+    specs = [dataclasses.replace(iac.grid("figure3", "smoke", 1)[0], accumulate=2, augmentations=False),
+        patch.grid("figure9", "smoke", 1)[0]]
     write_plan(specs, tmp_path/"plan.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "--no-python", sys.executable, "-c",
-               "import sys; from refcomm.cli import main; sys.argv[0] = 'refcomm'; main()", "runs", "execute", str(tmp_path/"plan.json"), "--device", "cpu", "--logger", "csv"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}",
+    "--no-python", sys.executable, "-c",
+               "import sys; from refcomm.cli import main; sys.argv[0] = 'refcomm'; main()", "runs", "execute",
+               str(tmp_path/"plan.json"), "--device", "cpu", "--logger", "csv"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 runs are in the store") == 1 and len(Store().keys()) == 2 and not list(Store().root.glob("unfinished/*"))
+    assert (done.stdout.count("2 runs are in the store") == 1 and len(Store().keys()) == 2
+        and not list(Store().root.glob("unfinished/*")))
     for record, alone in zip(execute(specs), execute(specs, store=Store(tmp_path/"alone"), device="cpu")):
         ours, known = record.history(), alone.history()
-        assert ours[["epoch", "lr"]].equals(known[["epoch", "lr"]]) and ours.loss.tolist() == pytest.approx(known.loss.tolist(), rel=.1)
-        played = [[(r.get("data"), r.get("augmented"), r["n_candidates"]) for r in each.rows if r["kind"] == "play"] for each in (record, alone)]
+        assert ours[["epoch", "lr"]].equals(known[["epoch",
+            "lr"]]) and ours.loss.tolist() == pytest.approx(known.loss.tolist(), rel=.1)
+        played = [[(r.get("data"), r.get("augmented"), r["n_candidates"]) for r in each.rows if r["kind"] == "play"]
+            for each in (record, alone)]
         assert played[0] == played[1] != []
         assert pd.read_csv(home/"logs"/"csv"/record.experiment/record.key/"metrics.csv").loss.dropna().tolist() == ours.loss.tolist(), "the first process logs"
 
 
 def test_a_batch_of_images_is_split_evenly(monkeypatch):
     monkeypatch.setattr("refcomm.papers.patch.run.processes", lambda: (0, 3))
-    with pytest.raises(ConfigError, match="3 processes cannot share batches of 32: make batch_size a multiple of 3"): settings_of(patch.configure("smoke"))
+    with pytest.raises(ConfigError, match="3 processes cannot share batches of 32: make batch_size a multiple of 3"):
+        settings_of(patch.configure("smoke"))

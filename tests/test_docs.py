@@ -15,10 +15,12 @@ from filelock import FileLock
 
 from conftest import ROOT
 
-for module in ("sphinx", "myst_nb", "furo", "latex2mathml", "nbdev"): pytest.importorskip(module, reason="the site needs it: pip install 'refcomm[docs]'")
+for module in ("sphinx", "myst_nb", "furo", "latex2mathml", "nbdev"):
+    pytest.importorskip(module, reason="the site needs it: pip install 'refcomm[docs]'")
 
 TOOLS = ROOT/".ci"/"docs"
-NOTEBOOKS = [p.relative_to(ROOT/"nbs").with_suffix("") for p in (ROOT/"nbs").rglob("*.ipynb") if not p.parent.name.startswith((".", "_"))]
+NOTEBOOKS = [p.relative_to(ROOT/"nbs").with_suffix("") for p in (ROOT/"nbs").rglob("*.ipynb")
+    if not p.parent.name.startswith((".", "_"))]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,8 @@ def test_every_notebook_and_every_export_is_there(site):
         module = p.stem.split("_", 1)[1]
         html = (site/"api"/f"{module}.html").read_text()
         shown = {m.lower() for m in re.findall(r'id="(?:def|class)-([\w-]+)"', html)}
-        for name in importlib.import_module(f"refcomm.{module}").__all__: assert f"{module}.{name}".lower().replace(".", "-").replace("_", "-") in shown, f"{module}.{name}"
+        for name in importlib.import_module(f"refcomm.{module}").__all__:
+            assert f"{module}.{name}".lower().replace(".", "-").replace("_", "-") in shown, f"{module}.{name}"
     assert "#| export" not in (site/"lessons"/"27_channels.html").read_text()
 
 
@@ -65,18 +68,21 @@ def test_items_show_their_figure_recipe_and_claims(site):
 def test_the_glossary_speaks_of_the_code():
     words = re.findall(r"^(\w+_\w+)$", (ROOT/"nbs"/"glossary.md").read_text(), re.M)
     code = "\n".join(p.read_text() for p in (ROOT/"refcomm").rglob("*.py"))
-    assert {"alphabet_size", "word_length", "message_length", "vocab_size", "n_attributes", "n_values", "min_symbols"} <= set(words)
+    assert {"alphabet_size", "word_length", "message_length", "vocab_size", "n_attributes", "n_values",
+        "min_symbols"} <= set(words)
     assert not [w for w in words if not re.search(rf"\b{w}\b", code)]
 
 
 def test_a_broken_link_is_named(tmp_path):
-    (tmp_path/"a.html").write_text('<h1 id="top"></h1><a href="b.html#here">b</a> <a href="#top">up</a> <a href="https://example.org/x">out</a>')
+    ((tmp_path/"a.html").write_text('<h1 id="top"></h1><a href="b.html#here">b</a> <a href="#top">up</a> <a '
+        'href="https://example.org/x">out</a>'))
     (tmp_path/"b.html").write_text('<p id="here"></p>')
     check = lambda: subprocess.run([sys.executable, TOOLS/"links.py", tmp_path], capture_output=True, text=True)
     assert check().returncode == 0
     (tmp_path/"b.html").write_text('<img src="gone.png"><a href="../secret.html">out of the site</a>')
     wrong = check()
-    assert wrong.returncode == 1 and wrong.stderr.splitlines() == ["a.html: b.html#here", "b.html: ../secret.html", "b.html: gone.png"]
+    assert wrong.returncode == 1 and wrong.stderr.splitlines() == ["a.html: b.html#here", "b.html: ../secret.html",
+        "b.html: gone.png"]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +122,8 @@ def test_every_page_in_a_browser(site, browser):
     names = sorted(str(p.relative_to(site)) for p in site.rglob("*.html"))
     seen, trouble = opened(browser, site, names)
     assert not trouble and not [n for n, s in seen.items() if s["images"] or s["wide"]]
-    some = ["index.html", "lessons/24_bottlenecks.quantize.html", "papers/eqc/table5.html", "api/channels.html", "glossary.html", "security.html"]
+    some = ["index.html", "lessons/24_bottlenecks.quantize.html", "papers/eqc/table5.html", "api/channels.html",
+        "glossary.html", "security.html"]
     phone, trouble = opened(browser, site, some, viewport=dict(width=390, height=800), color_scheme="dark")
     assert not trouble and not [n for n, s in phone.items() if s["images"] or s["wide"]]
     assert phone["index.html"]["page"] != seen["index.html"]["page"] # dark is dark

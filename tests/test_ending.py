@@ -20,9 +20,12 @@ from refcomm.training.loop import TrainSettings, fit
 
 EGG = load_file(Path(__file__).parent/"reference"/"egg_recurrent.safetensors")
 PLACES = { # EGG's names → ours
-    "sender.agent.fc": "sender", "sender.hidden_to_output": "channel.speak", "sender.embedding": "channel.speaker.words.embed", "sender.sos_embedding": "channel.speaker.first",
-    "sender.cell": "channel.speaker.words.cell", "sender.cells.0": "channel.speaker.words.cell", "receiver.cell": "channel.listener.words.cell", "receiver.embedding": "channel.listener.words.embed",
-    "receiver.encoder.cell": "channel.listener.words.cell", "receiver.encoder.embedding": "channel.listener.words.embed", "receiver.agent.fc": "receiver",
+    "sender.agent.fc": "sender", "sender.hidden_to_output": "channel.speak",
+    "sender.embedding": "channel.speaker.words.embed", "sender.sos_embedding": "channel.speaker.first",
+    "sender.cell": "channel.speaker.words.cell", "sender.cells.0": "channel.speaker.words.cell",
+    "receiver.cell": "channel.listener.words.cell", "receiver.embedding": "channel.listener.words.embed",
+    "receiver.encoder.cell": "channel.listener.words.cell",
+    "receiver.encoder.embedding": "channel.listener.words.embed", "receiver.agent.fc": "receiver",
 }
 
 def ours(name):
@@ -32,7 +35,8 @@ def ours(name):
 def numbers(key): return {k.removeprefix(key): v for k, v in EGG.items() if k.startswith(key)}
 
 def game_like(n, cell, bottleneck):
-    game = ReferentialGame(nn.Linear(7, 6), Ending(bottleneck, 3, hidden=6, embedding=4, cell=cell, length_cost=.3), nn.Linear(7, 6))
+    game = ReferentialGame(nn.Linear(7, 6), Ending(bottleneck, 3, hidden=6, embedding=4, cell=cell, length_cost=.3),
+        nn.Linear(7, 6))
     places, embeddings = dict(game.named_parameters()), ("sender.embedding.weight", "receiver.encoder.embedding.weight")
     weights = {k.removeprefix("weight/"): v for k, v in n.items() if k.startswith("weight/")}
     with torch.no_grad():
@@ -56,10 +60,12 @@ def test_equals_egg_word_by_word(cell, kind):
     loss = game(n["x"], n["labels"], n["seen"], n["noise"])
     close(loss + .3, n["loss"]) # and charges for it
     loss.backward()
-    for name in (k.removeprefix("grad/") for k in n if k.startswith("grad/")): close(places[ours(name)].grad, n[f"grad/{name}"])
+    for name in (k.removeprefix("grad/") for k in n if k.startswith("grad/")):
+        close(places[ours(name)].grad, n[f"grad/{name}"])
     sent = game.eval().send(n["x"])
     close(sent.lengths + 1., n["eval_length"])
-    for word, theirs, length in zip(sent.word, n["eval_message"], sent.lengths): assert torch.equal(word[:length + 1], theirs[:length + 1])
+    for word, theirs, length in zip(sent.word, n["eval_message"], sent.lengths):
+        assert torch.equal(word[:length + 1], theirs[:length + 1])
     close((game.scores(sent.word, n["seen"]).argmax(1) == n["labels"]).float(), n["eval_accuracy"])
     assert len(set(sent.lengths.tolist())) > 1
 
@@ -72,8 +78,10 @@ def test_equals_egg_where_symbols_are_drawn():
     torch.testing.assert_close(sent.log_prob, n["log_prob"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(game.scores(sent.word, n["seen"]), n["output"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sent.loss, -.5*(n["entropy"] / n["length"].clamp(max=3)).mean()) # per word drawn; EGG counts the certain end, too
-    losses = game.channel.weigh(sent, lambda z: F.cross_entropy(game.judge(z, n["seen"]), n["labels"], reduction="none"))
-    torch.testing.assert_close(losses, F.cross_entropy(n["output"], n["labels"], reduction="none") + .3*(n["length"] - 1), rtol=1e-4, atol=1e-5)
+    losses = game.channel.weigh(sent, lambda z: F.cross_entropy(game.judge(z, n["seen"]), n["labels"],
+        reduction="none"))
+    torch.testing.assert_close(losses, F.cross_entropy(n["output"], n["labels"], reduction="none")
+        + .3*(n["length"] - 1), rtol=1e-4, atol=1e-5)
 
 def test_shares_are_those_of_all_ways_to_end():
     ends = torch.rand(50, 5, generator=generator(0), dtype=torch.double)
@@ -85,7 +93,9 @@ def test_shares_are_those_of_all_ways_to_end():
             left -= share
 
 def make(cell="gru", bottleneck=GumbelSoftmax, sizes={"alphabet_size": 8}, seed=0, **kwargs):
-    with seeded_init(seed): return ReferentialGame(LinearEncoder(10, 32), Ending(bottleneck(**sizes), 3, hidden=32, embedding=16, cell=cell, **kwargs), LinearEncoder(10, 32))
+    with seeded_init(seed):
+        return ReferentialGame(LinearEncoder(10, 32),
+            Ending(bottleneck(**sizes), 3, hidden=32, embedding=16, cell=cell, **kwargs), LinearEncoder(10, 32))
 
 def task(n_negatives=None):
     world = ObjectWorld(2, 5)
@@ -93,17 +103,21 @@ def task(n_negatives=None):
 
 @pytest.mark.parametrize("cell, bottleneck, sizes, n_negatives", [
     ("lstm", GumbelSoftmax, dict(alphabet_size=8), 4), ("transformer", GumbelSoftmax, dict(alphabet_size=8), None),
-    ("rnn", GumbelSoftmax, dict(alphabet_size=8, straight_through=True), None), ("gru", Reinforce, dict(alphabet_size=8, entropy_weight=.01), 4),
+    ("rnn", GumbelSoftmax, dict(alphabet_size=8, straight_through=True), None),
+    ("gru", Reinforce, dict(alphabet_size=8, entropy_weight=.01), 4),
     ("transformer", UniformQuantizer, dict(alphabet_size=3, word_length=4), 4)])
 def test_stacked_games_train_as_single_ones(cell, bottleneck, sizes, n_negatives):
-    t, settings = task(n_negatives), TrainSettings(epochs=2, batch_size=5, lr=.1, optimizer="sgd") # Adam would blow up the rounding of gradients that are 0, such as those of a bias of all keys
+    # Adam would blow up the rounding of gradients that are 0, such as those of a bias of all keys
+    t, settings = task(n_negatives), TrainSettings(epochs=2, batch_size=5, lr=.1, optimizer="sgd")
     def trained(seeds):
         e = Ensemble([make(cell, bottleneck, sizes, s) for s in seeds])
         return e, fit(e, *objectives(e, t), t.n_train, settings, seeds)
     both, together = trained([0, 1])
     one, alone = trained([1])
-    assert together.history[together.history.member == 1].loss.tolist() == pytest.approx(alone.history.loss.tolist(), rel=1e-4)
-    for a, b in zip(both.member(1).parameters(), one.member(0).parameters()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert together.history[together.history.member == 1].loss.tolist() == pytest.approx(alone.history.loss.tolist(),
+        rel=1e-4)
+    for a, b in zip(both.member(1).parameters(), one.member(0).parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 def test_what_follows_the_end_is_not_heard():
     game = make().eval()
@@ -122,7 +136,8 @@ def levenshtein(a, b):
 
 def spoken(n=40, width=5, alphabet=4, seed=0):
     g = generator(seed)
-    return torch.randint(alphabet, (n, width), generator=g), torch.randint(width + 1, (n,), generator=g), torch.randint(3, (n, 2), generator=g)
+    return (torch.randint(alphabet, (n, width), generator=g), torch.randint(width + 1, (n,), generator=g),
+        torch.randint(3, (n, 2), generator=g))
 
 def test_distances_of_messages_that_end():
     from scipy.stats import spearmanr
@@ -139,7 +154,8 @@ def test_distances_of_messages_that_end():
     apart = [(meanings[i] != meanings[j]).sum() for i in range(len(lists)) for j in range(i + 1, len(lists))]
     assert topographic_similarity(symbols, meanings, lengths=lengths) == pytest.approx(spearmanr(apart, edit).statistic)
     full = torch.full_like(lengths, 5)
-    for kind in ("edit", "jaccard", "hamming"): assert torch.equal(distances(symbols, kind), distances(symbols, kind, full))
+    for kind in ("edit", "jaccard", "hamming"):
+        assert torch.equal(distances(symbols, kind), distances(symbols, kind, full))
 
 def test_what_follows_the_end_changes_no_metric():
     from refcomm.metrics.structure import bosdis, entropy, measure, posdis, topographic_similarity
@@ -148,7 +164,8 @@ def test_what_follows_the_end_changes_no_metric():
     over = torch.arange(5) >= lengths[:, None]
     other[over] = torch.randint(4, (int(over.sum()),), generator=generator(9))
     for metric in (topographic_similarity, posdis, bosdis):
-        assert metric(symbols, meanings, lengths=lengths) == metric(other, meanings, lengths=lengths) != metric(symbols, meanings)
+        assert metric(symbols, meanings, lengths=lengths) == metric(other, meanings, lengths=lengths) != metric(symbols,
+            meanings)
     for a, b in zip(entropy(symbols, lengths)[1], entropy(other, lengths)[1]): assert a == b
     for name in ("topsim", "posdis", "bosdis"):
         a, b = (measure(name, s, meanings, generator(0), 20, 20, lengths=lengths) for s in (symbols, other))
@@ -174,7 +191,8 @@ def test_corpora_of_messages_that_end(tmp_path, suffix):
     lengths[0], corpus = 0, None
     ragged = [m[:n] for m, n in zip(symbols.tolist(), lengths.tolist())]
     for corpus in (make_corpus(symbols, meanings, lengths=lengths), make_corpus(ragged, meanings)):
-        assert corpus.lengths.tolist() == lengths.tolist() and corpus.messages[corpus.messages >= 0].tolist() == sum(ragged, [])
+        assert (corpus.lengths.tolist() == lengths.tolist()
+            and corpus.messages[corpus.messages >= 0].tolist() == sum(ragged, []))
         if suffix == "parquet": back = load_corpus(save_corpus(tmp_path/"c.parquet", corpus))
         else: back = load_elcc(save_elcc(tmp_path/f"{id(corpus)}", {"a": corpus}, "birds"))
         assert all(torch.equal(a, b) for a, b in zip((*back[:2], back.lengths), (*corpus[:2], corpus.lengths)))
@@ -187,7 +205,8 @@ def test_all_messages_may_end_early_at_one_place(tmp_path):
     back = load_corpus(save_corpus(tmp_path/"c.parquet", corpus))
     assert torch.equal(back.messages, torch.tensor([[1, 2], [3, 1]])) and back.lengths.tolist() == [2, 2]
 
-@pytest.mark.parametrize("bottleneck, sizes", [(GumbelSoftmax, dict(alphabet_size=8)), (UniformQuantizer, dict(alphabet_size=3, word_length=4))])
+@pytest.mark.parametrize("bottleneck, sizes",
+    [(GumbelSoftmax, dict(alphabet_size=8)), (UniformQuantizer, dict(alphabet_size=3, word_length=4))])
 def test_explorer_hears_what_is_sent(bottleneck, sizes):
     from refcomm.games.tasks import Games
     from refcomm.interact.explore import explore_games, game_html
@@ -205,6 +224,8 @@ def test_dumps_of_egg_are_read():
     from refcomm.egg import load_egg
     corpus = load_egg(Path(__file__).parent/"reference"/"egg_interaction.pt", sizes=(3, 3))
     assert corpus.lengths.tolist() == [2, 1, 4, 0, 2, 3, 2, 1, 4] # EGG counts the end, too
-    assert corpus.messages[0].tolist() == [1, 2, -1, -1] and corpus.meanings.tolist() == [[a, b] for a in range(3) for b in range(3)]
+    assert corpus.messages[0].tolist() == [1, 2, -1, -1] and corpus.meanings.tolist() == [[a, b] for a in range(3)
+        for b in range(3)]
     assert load_egg(Path(__file__).parent/"reference"/"egg_interaction.pt").meanings is None # one-hot, of unknown sizes
-    with pytest.raises(Exception, match="make 7 numbers"): load_egg(Path(__file__).parent/"reference"/"egg_interaction.pt", sizes=(3, 4))
+    with pytest.raises(Exception, match="make 7 numbers"):
+        load_egg(Path(__file__).parent/"reference"/"egg_interaction.pt", sizes=(3, 4))

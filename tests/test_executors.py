@@ -22,7 +22,8 @@ TINY = {**SMALL["object"], "lr": 1e-3, "epochs": 40, "patience": 40}
 SPECS = [EQCSpec(word_length=w, **TINY) for w in (10, 20)] # two stacks
 SHORT = {**TINY, "epochs": 100, "patience": 100}
 LONG = {**TINY, "epochs": 5000, "patience": 5000}
-installed = {name: pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}") for name, package in PACKAGES.items()}
+installed = {name: pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}")
+    for name, package in PACKAGES.items()}
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/locks"), reason="needs /proc/locks")
 both = pytest.mark.parametrize("name", [pytest.param(name, marks=mark) for name, mark in installed.items()])
 
@@ -32,7 +33,8 @@ def quick(tmp_path_factory):
     "Environment in which Ray's dozen processes import in half the time, without the grammar of internationalised addresses, and stay on 127.0.0.1."
     folder = tmp_path_factory.mktemp("quick")
     (folder/"rfc3987_syntax.py").write_text("raise ImportError")
-    return {"PYTHONPATH": str(folder), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_ADDRESS": "", "OMP_NUM_THREADS": "1"}
+    return {"PYTHONPATH": str(folder), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_ADDRESS": "",
+        "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +54,11 @@ def cluster(name, request): return request.getfixturevalue("two_nodes") if name 
 
 def drive(code, **env):
     "A driver of its own on the store named by REFCOMM_HOME, which hears Ctrl-C even if the tests do not."
-    head = f"from refcomm.papers.eqc.run import EQCSpec\nfrom refcomm.runs import execute as runs; from refcomm.runs import store\nTINY, SHORT, LONG = {TINY!r}, {SHORT!r}, {LONG!r}\nSPECS = [EQCSpec(word_length=w, **TINY) for w in (10, 20)]\n"
-    return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    head = (f"from refcomm.papers.eqc.run import EQCSpec\nfrom refcomm.runs import execute as runs; from refcomm.runs "
+        f"import store\nTINY, SHORT, LONG = {TINY!r}, {SHORT!r}, {LONG!r}\nSPECS = [EQCSpec(word_length=w, **TINY) for "
+        f"w in (10, 20)]\n")
+    return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE,
+        text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def makers(*specs):
@@ -96,7 +101,8 @@ def calm(tmp_path_factory):
 def same(calm):
     for spec, known in zip(SPECS, calm):
         record = Store().get(spec)
-        assert record.key == known.key and record.rows == known.rows and record.history().epoch.tolist() == list(range(TINY["epochs"]))
+        assert (record.key == known.key and record.rows == known.rows
+            and record.history().epoch.tolist() == list(range(TINY["epochs"])))
 
 
 DYING = """
@@ -116,7 +122,8 @@ pool.shutdown()
 
 @both
 def test_the_same_runs_though_a_worker_is_killed(home, tmp_path, calm, name, request):
-    p = drive("runs.execute(SPECS, jobs=2)\n" + DYING.replace("NAME", repr(name)).replace("FOLDER", str(tmp_path)), REFCOMM_EXECUTOR=name, **cluster(name, request))
+    p = drive("runs.execute(SPECS, jobs=2)\n" + DYING.replace("NAME", repr(name)).replace("FOLDER", str(tmp_path)),
+        REFCOMM_EXECUTOR=name, **cluster(name, request))
     worker, = wait_for(lambda: makers(SPECS[1]), p)
     assert worker != p.pid
     os.kill(worker, signal.SIGKILL)
@@ -128,14 +135,16 @@ def test_the_same_runs_though_a_worker_is_killed(home, tmp_path, calm, name, req
 
 @both
 def test_an_interruption_stops_what_runs_and_what_waits(home, name, quick):
-    p = drive("runs.execute([EQCSpec(word_length=w, **LONG) for w in (10, 20)], jobs=1)", REFCOMM_EXECUTOR=name, **quick)
+    p = drive("runs.execute([EQCSpec(word_length=w, **LONG) for w in (10, 20)], jobs=1)", REFCOMM_EXECUTOR=name,
+        **quick)
     running, waiting = [EQCSpec(word_length=w, **LONG) for w in (10, 20)]
     wait_for(lambda: makers(running), p)
     started = [*descendants(p.pid)]
     p.send_signal(signal.SIGINT)
     assert p.wait(60) != 0 and "Interrupted: stopped by SIGINT: 0 of 2 runs are in" in p.stderr.read()
     assert not [pid for pid in started if alive(pid)], "Ray's own processes are gone, too"
-    assert not makers(running, waiting) and Store().keys() == [] and not (Store().root/"locks"/f"eqc-{run_key(waiting)}.lock").exists()
+    assert not makers(running,
+        waiting) and Store().keys() == [] and not (Store().root/"locks"/f"eqc-{run_key(waiting)}.lock").exists()
 
 
 @installed["slurm"]
@@ -168,25 +177,30 @@ pool.shutdown()
     deadline = time.time() + 60
     while makers(*specs) and time.time() < deadline: time.sleep(.1)
     assert not makers(*specs), "they end with their driver"
-    done = [[row["seconds"] for row in load_checkpoint(f)[1]["history"]] for f in Store().root.glob("unfinished/*/training.safetensors")]
+    done = [[row["seconds"] for row in load_checkpoint(f)[1]["history"]]
+        for f in Store().root.glob("unfinished/*/training.safetensors")]
     assert len(done) == 2 and Store().keys() == []
     p = drive(work, **two_nodes)
     assert p.wait() == 0, p.stderr.read()
     for h in (Store().get(s).history() for s in specs):
-        assert h.epoch.tolist() == list(range(SHORT["epochs"])) and any(h.seconds.tolist()[:len(d)] == d for d in done), "no epoch was done twice"
+        assert h.epoch.tolist() == list(range(SHORT["epochs"])) and any(h.seconds.tolist()[:len(d)] == d
+            for d in done), "no epoch was done twice"
 
 
 @installed["ray"]
 def test_an_address_without_a_cluster(home, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "nowhere")
-    with pytest.raises(ConfigError, match="no Ray cluster at RAY_ADDRESS=nowhere: .*; start one with `ray start --head`"): execute(SPECS[:1], executor="ray")
+    with pytest.raises(ConfigError,
+        match="no Ray cluster at RAY_ADDRESS=nowhere: .*; start one with `ray start --head`"):
+        execute(SPECS[:1], executor="ray")
     assert not list(Store().root.glob("tmp/*"))
 
 
 @installed["slurm"]
 def test_a_plan_on_the_command_line(home, tmp_path, calm):
     write_plan(SPECS[:1], tmp_path/"plan.json")
-    out = subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", "runs", "execute", str(tmp_path/"plan.json"), "--executor", "slurm"], capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", "runs", "execute",
+        str(tmp_path/"plan.json"), "--executor", "slurm"], capture_output=True, text=True)
     assert "1 runs are in the store" in out.stdout, out.stderr
     assert Store().get(SPECS[0]).rows == calm[0].rows
 
@@ -195,12 +209,16 @@ def test_reproduce_tells_the_kernel(home, monkeypatch):
     from typer.testing import CliRunner
     monkeypatch.setenv("REFCOMM_EXECUTOR", "slurm")
     told = []
-    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, *a: told.append(os.environ["REFCOMM_EXECUTOR"]) or ("done", path, ""))
-    assert CliRunner().invoke(cli.app, ["reproduce", "eqc/table1", "--profile", "smoke", "--executor", "local"]).exit_code == 0
+    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, *a: told.append(os.environ["REFCOMM_EXECUTOR"])
+        or ("done", path, ""))
+    assert CliRunner().invoke(cli.app,
+        ["reproduce", "eqc/table1", "--profile", "smoke", "--executor", "local"]).exit_code == 0
     assert told == ["local"]
 
 
-@pytest.mark.parametrize("name, says", [("slurm", r"needs the package submitit: pip install 'refcomm\[slurm\]'"), ("slrum", "unknown executor 'slrum': did you mean 'slurm'")])
+@pytest.mark.parametrize("name, says",
+    [("slurm", r"needs the package submitit: pip install 'refcomm\[slurm\]'"),
+    ("slrum", "unknown executor 'slrum': did you mean 'slurm'")])
 def test_what_is_missing_is_named(home, monkeypatch, name, says):
     for package in PACKAGES.values(): monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setenv("REFCOMM_EXECUTOR", name)

@@ -23,7 +23,9 @@ from refcomm.games.tasks import Valued
 from refcomm.interact.play import Match, match_html, play
 
 WORLD = ObjectWorld(3, 3)
-SIZES = {"gumbel": dict(alphabet_size=6), "reinforce": dict(alphabet_size=6), "quantized": dict(alphabet_size=3, word_length=5), "fsq": dict(alphabet_size=4, word_length=5), "vq": dict(alphabet_size=4, word_length=5),
+SIZES = {"gumbel": dict(alphabet_size=6), "reinforce": dict(alphabet_size=6),
+"quantized": dict(alphabet_size=3, word_length=5), "fsq": dict(alphabet_size=4, word_length=5),
+"vq": dict(alphabet_size=4, word_length=5),
          "learned": dict(alphabet_size=4, word_length=3, symbol_width=2)}
 TARGETS = torch.arange(0, 27, 4)
 
@@ -64,15 +66,19 @@ def test_candidates_of_every_kind_are_told_apart():
     index[:, 2] = TARGETS
     inputs, x, place = WORLD.one_hot(torch.arange(27)), WORLD.one_hot(TARGETS), torch.full((7,), 2)
     per_game = index.flatten().tolist()
-    kinds = [(Drawn(inputs, index), str), (inputs[index], [str(i) for i in per_game]), (Valued(WORLD.attributes(index), 3), lambda item: str(per_game[item]))]
+    kinds = [(Drawn(inputs, index), str), (inputs[index], [str(i) for i in per_game]),
+        (Valued(WORLD.attributes(index), 3), lambda item: str(per_game[item]))]
     shown = [explore_games(game, (x, place, c), looks) for c, looks in kinds]
     whole = [explore_games(game, (x, TARGETS, c), str) for c in (inputs, Fixed(inputs), EveryObject(WORLD))]
     for i in range(7):
         assert all([e.look(item) for item in e.index[i].tolist()] == [str(o) for o in index[i].tolist()] for e in shown)
         assert all(e.look(e.index[i, e.target[i]].item()) == str(TARGETS[i].item()) for e in shown + whole)
-        for e in shown[1:]: torch.testing.assert_close(e.scores(i, {1: 2}), shown[0].scores(i, {1: 2}), rtol=1e-4, atol=1e-5)
-        for e in whole[1:]: torch.testing.assert_close(e.scores(i, {1: 2}), whole[0].scores(i, {1: 2}), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(whole[0].scores(i)[index[i]].log_softmax(-1), shown[0].scores(i), rtol=1e-4, atol=1e-5)
+        for e in shown[1:]:
+            torch.testing.assert_close(e.scores(i, {1: 2}), shown[0].scores(i, {1: 2}), rtol=1e-4, atol=1e-5)
+        for e in whole[1:]:
+            torch.testing.assert_close(e.scores(i, {1: 2}), whole[0].scores(i, {1: 2}), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole[0].scores(i)[index[i]].log_softmax(-1), shown[0].scores(i), rtol=1e-4,
+            atol=1e-5)
 
 
 def test_an_informed_sender_is_explored_too():
@@ -80,7 +86,8 @@ def test_an_informed_sender_is_explored_too():
     seen = Drawn(WORLD.one_hot(torch.arange(27)), index)
     game = some_game(sender=lambda dim: InformedSender(9, dim, 5))
     e = explore_games(game, (seen, torch.zeros(7, dtype=torch.long), seen), str)
-    with torch.no_grad(): torch.testing.assert_close(e.scores(2), game.scores(game.send(seen).word, seen)[2].log_softmax(-1))
+    with torch.no_grad():
+        torch.testing.assert_close(e.scores(2), game.scores(game.send(seen).word, seen)[2].log_softmax(-1))
 
 
 VIEWS = [torch.randn(9, 3, 16, 16, generator=generator(i)) for i in range(2)]
@@ -90,9 +97,11 @@ VIEWS = [torch.randn(9, 3, 16, 16, generator=generator(i)) for i in range(2)]
 def test_games_within_a_batch(n_candidates):
     with seeded_init(0):
         eyes = lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 12), nn.BatchNorm1d(12))
-        game = DiscriminationGame(eyes(), make_channel("instant", make_bottleneck("gumbel", alphabet_size=6), dim=12), eyes(), n_candidates=n_candidates).eval()
+        game = DiscriminationGame(eyes(), make_channel("instant", make_bottleneck("gumbel", alphabet_size=6), dim=12),
+            eyes(), n_candidates=n_candidates).eval()
     e = explore_views(game, *VIEWS, str)
-    assert e.index.shape == (9, n_candidates or 9) and [e.look(e.index[i, e.target[i]].item()) for i in range(9)] == [str(i) for i in range(9)]
+    assert e.index.shape == (9, n_candidates or 9) and [e.look(e.index[i, e.target[i]].item())
+        for i in range(9)] == [str(i) for i in range(9)]
     played = game.play(*VIEWS)
     assert sum(e.choice(i) == e.target[i] for i in range(9)).item() == round(played.accuracy.item()*9)
     with torch.no_grad(): meant, looked = game.understand(VIEWS[0])[0], game.receiver(VIEWS[1])
@@ -101,19 +110,24 @@ def test_games_within_a_batch(n_candidates):
         torch.testing.assert_close(e.scores(i, to_say(e, i, j)), expected, rtol=1e-4, atol=1e-4)
 
 
-SMALL = dict(size=16, patch_size=8, vocab_size=8, rank="thin", vision="narrow", width=32, layers=1, heads=2, hidden=32, narrow=32, dim=64)
+SMALL = dict(size=16, patch_size=8, vocab_size=8, rank="thin", vision="narrow", width=32, layers=1, heads=2, hidden=32,
+    narrow=32, dim=64)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(symbols_per_patch=2), dict(masked=True), dict(n_candidates=4), PUBLIC_CODE])
+@pytest.mark.parametrize("changes", [{}, dict(symbols_per_patch=2), dict(masked=True), dict(n_candidates=4),
+    PUBLIC_CODE])
 def test_messages_of_patches(changes):
     with seeded_init(0): game = make_patch_game(**SMALL | changes).eval()
     e = explore_patches(game, *VIEWS, str)
     assert e.columns*2 == e.symbols.shape[1] and (e.symbols < 0).any() and (e.symbols >= 0).any()
     with torch.no_grad(): said, looked = game.send(VIEWS[0]), game.listener.see(VIEWS[1])
     def score(i, message):
-        with torch.no_grad(): return (game.loss.scale*F.cosine_similarity(game.listener.read(message), looked[e.index[i]])).log_softmax(-1)
+        with torch.no_grad():
+            return (game.loss.scale*F.cosine_similarity(game.listener.read(message),
+                looked[e.index[i]])).log_softmax(-1)
     for i in (0, 8):
-        torch.testing.assert_close(e.scores(i), score(i, type(said)(*(part[i:i + 1] for part in said))), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(e.scores(i), score(i, type(said)(*(part[i:i + 1] for part in said))), rtol=1e-3,
+            atol=1e-3)
         for p, s in enumerate(e.symbols[i].tolist()): assert torch.equal(e.scores(i, {p: s}), e.scores(i))
     i, p = (e.symbols >= 0).nonzero()[0].tolist()
     word, symbols = said.word[i:i + 1].clone(), said.symbols[i:i + 1].clone()
@@ -121,7 +135,8 @@ def test_messages_of_patches(changes):
     for symbol in (-1, (e.symbols[i, p].item() + 1) % 8):
         word[0, p], symbols[0, p] = 0, symbol
         if symbol >= 0: word[0, p, symbol] = strength
-        torch.testing.assert_close(e.scores(i, {p: symbol}), score(i, type(said)(word, symbols, said.importance[i:i + 1])), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(e.scores(i, {p: symbol}),
+            score(i, type(said)(word, symbols, said.importance[i:i + 1])), rtol=1e-3, atol=1e-3)
     i, p = (e.symbols < 0).nonzero()[0].tolist()
     assert not torch.allclose(e.scores(i, {p: 3}), e.scores(i), atol=1e-4) # a dropped patch can be made to speak
 
@@ -131,16 +146,22 @@ def test_looking_changes_nothing():
     before, state = {k: v.clone() for k, v in game.state_dict().items()}, torch.get_rng_state()
     e = of_all(game)
     e.scores(0, {0: 1}), static_page(e, [0], {0: 1})
-    assert all(torch.equal(v, before[k]) for k, v in game.state_dict().items()) and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in game.state_dict().items()) and torch.equal(state,
+        torch.get_rng_state())
     assert not game.training and all(p.grad is None for p in game.parameters())
 
 
 @pytest.mark.parametrize("make, says", [
-    (lambda: of_all(some_game().train()), "call game.eval"), (lambda: codebook(Continuous(3)), "put a quantiser in its place"),
-    (lambda: explore_games(some_game(), (WORLD.one_hot(TARGETS), TARGETS, EveryObject(WORLD)), ["one"]), "up to number 26, but 1 looks"),
-    (lambda: of_all(some_game()).scores(7), "game must lie in 0 … 6, got 7"), (lambda: of_all(some_game()).scores(0, {0: 3}), "symbol must lie in 0 … 2, got 3"),
-    (lambda: of_all(some_game()).scores(0, {5: 0}), "place must lie in 0 … 4, got 5"), (lambda: places_shown(of_all(some_game()), 0, most=2), "most must be at least 3"),
-    (lambda: look_html(3), "got int"), (lambda: Match(of_all(some_game()), 28, generator=generator(0)), "n_candidates must lie in 2 … 27"),
+    (lambda: of_all(some_game().train()), "call game.eval"),
+    (lambda: codebook(Continuous(3)), "put a quantiser in its place"),
+    (lambda: explore_games(some_game(), (WORLD.one_hot(TARGETS), TARGETS, EveryObject(WORLD)), ["one"]),
+    "up to number 26, but 1 looks"),
+    (lambda: of_all(some_game()).scores(7), "game must lie in 0 … 6, got 7"),
+    (lambda: of_all(some_game()).scores(0, {0: 3}), "symbol must lie in 0 … 2, got 3"),
+    (lambda: of_all(some_game()).scores(0, {5: 0}), "place must lie in 0 … 4, got 5"),
+    (lambda: places_shown(of_all(some_game()), 0, most=2), "most must be at least 3"),
+    (lambda: look_html(3), "got int"),
+    (lambda: Match(of_all(some_game()), 28, generator=generator(0)), "n_candidates must lie in 2 … 27"),
 ])
 def test_bad_input_is_one_error_with_the_way_out(make, says):
     with pytest.raises(ConfigError, match=re.escape(says)): make()
@@ -157,7 +178,8 @@ class Reader(HTMLParser):
 def toy(looks=("a", "b", "c"), n=3):
     "A candidate is worth the symbol at its place."
     symbols = torch.stack([torch.arange(n).roll(i) for i in range(n)])
-    return Explorer(symbols, symbols.argmax(-1), torch.arange(n).expand(n, -1), list(looks), lambda game, s: s.float(), n, n)
+    return Explorer(symbols, symbols.argmax(-1), torch.arange(n).expand(n, -1), list(looks), lambda game, s: s.float(),
+        n, n)
 
 
 @settings(max_examples=25)
@@ -174,7 +196,8 @@ def test_a_page_stands_alone():
     pictures = torch.randint(256, (9, 3, 5, 5), generator=generator(0), dtype=torch.uint8)
     with seeded_init(0): game = make_patch_game(**SMALL).eval()
     page = static_page(explore_patches(game, *VIEWS, pictures), range(3))
-    assert not re.search(r"(src|href)=.(?!data:image/png;base64,)", page) and not {"script", "link", "iframe"} & set(Reader(page).tags)
+    assert not re.search(r"(src|href)=.(?!data:image/png;base64,)", page) and not {"script", "link",
+        "iframe"} & set(Reader(page).tags)
     assert Reader(page).tags.count("img") == 27 and page.startswith("<!doctype html>")
 
 
@@ -218,8 +241,10 @@ def test_the_score_is_kept(seed, n, guesses):
     e = toy("abcdef", 6)
     m, person = Match(e, n, generator=generator(seed)), 0
     for k in guesses:
-        assert len(set(m.places)) == n and m.places[m.answer] == e.target[m.game] and not re.search("target|you", "".join(re.findall("<figure.*?</figure>", match_html(m))))
-        assert all(e.index[i, e.target[i]] != e.index[m.game, e.target[m.game]] for i in m.examples()) and len(m.examples()) == 4
+        assert len(set(m.places)) == n and m.places[m.answer] == e.target[m.game] and not re.search("target|you",
+            "".join(re.findall("<figure.*?</figure>", match_html(m))))
+        assert all(e.index[i, e.target[i]] != e.index[m.game, e.target[m.game]]
+            for i in m.examples()) and len(m.examples()) == 4
         person += m.guess(k % n)
         assert ("target" in match_html(m)) and (m.rounds[-1] == (m.game, k % n == m.answer, True))
         with pytest.raises(ConfigError, match="this round is over"): m.guess(0)

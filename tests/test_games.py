@@ -86,7 +86,8 @@ def test_expected_accuracy_is_the_mean_over_all_games(scores, data):
 def test_drawn_accuracy_is_unbiased(scores, data):
     target = data.draw(st.integers(0, len(scores) - 1))
     counts = tuple(range(2, len(scores) + 1))
-    won = hits(torch.tensor(scores).float().expand(8000, -1), torch.full((8000,), target), counts, generator(0)).float().mean(0)
+    won = hits(torch.tensor(scores).float().expand(8000, -1), torch.full((8000,), target), counts,
+        generator(0)).float().mean(0)
     for n, w in zip(counts, won.tolist()): assert w == pytest.approx(win_probability(scores, target, n), abs=.03)
 
 
@@ -99,9 +100,12 @@ def test_leading_dimensions_share_their_draws():
 
 
 @pytest.mark.parametrize("call, says", [
-    (lambda: hits(torch.zeros(1, 9), torch.tensor([0]), (10,), generator(0)), "10 candidates asked for, but only 9 are available"),
-    (lambda: hits(torch.zeros(1, 9), torch.tensor([0]), (1,), generator(0)), "number of candidates must be at least 2, got 1"),
-    (lambda: draw_distractors(torch.tensor([0]), 9, 9, generator(0)), "10 candidates asked for, but only 9 are available"),
+    (lambda: hits(torch.zeros(1, 9), torch.tensor([0]), (10,), generator(0)),
+    "10 candidates asked for, but only 9 are available"),
+    (lambda: hits(torch.zeros(1, 9), torch.tensor([0]), (1,), generator(0)),
+    "number of candidates must be at least 2, got 1"),
+    (lambda: draw_distractors(torch.tensor([0]), 9, 9, generator(0)),
+    "10 candidates asked for, but only 9 are available"),
     (lambda: split(10, dict(train=8, test=3), generator(0)), "need 11 items, but there are 10"),
     (lambda: split(10, dict(train=10, test=0), generator(0)), "split 'test' must be at least 1, got 0"),
     (lambda: draw_distinct(5, 6, generator(0)), "cannot draw 6 distinct items out of 5"),

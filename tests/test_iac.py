@@ -69,10 +69,13 @@ def test_what_nobody_trained_is_clustered_and_probed(tmp_path):
         said = [row for row in r.rows if row["kind"] == "protocol"]
         assert {row["player"] for row in said} == {"kmeans 16", "kmeans 77", "kmeans 154"}
         assert all(-.2 < row["ami"] < row["nmi"] and abs(row["nmi"] - row["nmi_chance"]) < .2 for row in said)
-        plain = {row["n_candidates"]: row["accuracy"] for row in r.rows if row["kind"] == "play" and row["data"] == "valid" and not row["augmented"] and row["player"] == "kmeans 154"}
+        plain = {row["n_candidates"]: row["accuracy"] for row in r.rows if row["kind"] == "play"
+            and row["data"] == "valid" and not row["augmented"] and row["player"] == "kmeans 154"}
         assert plain[32] > 10/32, "a plain image is found again by its colours alone"
     rows = grids.play_rows([untrained, thumbnail])
-    assert set(rows.row) == {"Untrained_kmeans", "Thumbnail_kmeans"} and set(rows.groupby(["row", "data"]).player.nunique()) == {1}, "one way to speak is shown of each"
+    assert set(rows.row) == {"Untrained_kmeans",
+        "Thumbnail_kmeans"} and set(rows.groupby(["row",
+        "data"]).player.nunique()) == {1}, "one way to speak is shown of each"
 
 
 def test_thumbnails_are_mean_colours():
@@ -92,13 +95,15 @@ def test_accuracy_is_that_of_the_game(parts):
     s = tiny()
     game = iac.build(s).eval()
     rows, sent = iac.play(game, s, parts)
-    reported = {(r["data"], r["n_candidates"]): r["accuracy"] for r in rows if r["kind"] == "play" and not r["augmented"]}
+    reported = {(r["data"], r["n_candidates"]): r["accuracy"] for r in rows if r["kind"] == "play"
+        and not r["augmented"]}
     projected, understood, symbols = iac.look(iac.players(game, s, parts)[1], parts.valid.images, s)
     assert torch.equal(symbols.int(), sent["game/valid"].int())
     draws, right = generator(1), []
     for _ in range(300):
         some = torch.randperm(len(projected), generator=draws)[:32]
-        right.append((in_batch_scores(understood[some], projected[some])[0].argmax(-1) == torch.arange(32)).float().mean())
+        right.append((in_batch_scores(understood[some],
+            projected[some])[0].argmax(-1) == torch.arange(32)).float().mean())
     assert abs(torch.stack(right).mean() - reported["valid", 32]) < .01
 
 
@@ -110,7 +115,8 @@ def test_simclr_speaks_in_all_its_ways(parts):
     assert names == ["disc h", "disc s", "disc z", f"kmeans {known}", f"kmeans {2*known}", "kmeans 16"]
     projected, *told = iac.look(say, parts.valid.images[:20], s)
     for name, symbols in zip(names[:3], told[1::2]):
-        assert torch.equal(symbols[:, 0], iac.look(lambda x, _: (model.symbols(x, name[-1]),), parts.valid.images[:20], s)[0])
+        assert torch.equal(symbols[:, 0],
+            iac.look(lambda x, _: (model.symbols(x, name[-1]),), parts.valid.images[:20], s)[0])
     assert told[2*names.index("kmeans 16") + 1].max() < 16
 
 
@@ -131,7 +137,8 @@ def test_another_architecture_is_not_resumed(tmp_path):
     from refcomm.core import RecordError
     path = tmp_path/"training.safetensors"
     iac.run([tiny("figure3", 0)], Context("cpu", path, lambda *a: None))
-    with pytest.raises(RecordError, match="belongs to another model"): iac.run([tiny("figure3", 0, dim=24)], Context("cpu", path, lambda *a: None))
+    with pytest.raises(RecordError, match="belongs to another model"):
+        iac.run([tiny("figure3", 0, dim=24)], Context("cpu", path, lambda *a: None))
 
 
 def test_a_folder_of_images(folder, tmp_path):
@@ -157,7 +164,8 @@ def test_refused(changes, message):
 
 
 def test_too_few_classes(folder):
-    with pytest.raises(ConfigError, match="3 classes are to be held out, but .* has 4"): image_parts(str(folder), 16, n_ood=3)
+    with pytest.raises(ConfigError, match="3 classes are to be held out, but .* has 4"):
+        image_parts(str(folder), 16, n_ood=3)
     with pytest.raises(ConfigError, match="has classes of"): image_parts(str(folder), 16, ood_source=str(folder))
 
 

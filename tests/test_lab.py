@@ -15,11 +15,14 @@ from conftest import ROOT, free_port
 from refcomm.papers.evidence import PAPERS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-LACKING = [why for lacks, why in [(not importlib.util.find_spec("jupyterlab"), "jupyterlab: pip install 'refcomm[notebooks]'"),
-                                  (not importlib.util.find_spec("playwright"), "playwright: pip install 'refcomm[browser]'"),
+LACKING = [why for lacks, why in [(not importlib.util.find_spec("jupyterlab"),
+"jupyterlab: pip install 'refcomm[notebooks]'"),
+                                  (not importlib.util.find_spec("playwright"),
+                                  "playwright: pip install 'refcomm[browser]'"),
                                   (not CHROMIUM, "a browser on the PATH: apt-get install chromium")] if lacks]
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(bool(LACKING), reason=f"needs {' and '.join(LACKING)}")]
-REPRODUCTIONS = sorted(str(p.relative_to(ROOT/"nbs").with_suffix("")) for paper in PAPERS for p in (ROOT/"nbs"/"papers"/paper).glob("*.ipynb"))
+REPRODUCTIONS = sorted(str(p.relative_to(ROOT/"nbs").with_suffix("")) for paper in PAPERS
+    for p in (ROOT/"nbs"/"papers"/paper).glob("*.ipynb"))
 LESSONS = ["38_games.referential", "40_games.contrastive", "41_games.patchgame", "59_sms.complexity"]
 STATE = """() => {
   const panel = window.jupyterapp?.shell.currentWidget;
@@ -46,12 +49,18 @@ def lab(tmp_path_factory):
     own, port = tmp_path_factory.mktemp("lab"), free_port()
     root, log = own/"notebooks", own/"server.log"
     root.mkdir()
-    env = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "REFCOMM_PROGRESS", "REFCOMM_DATA", "JPY_SESSION_NAME")}
-    env |= dict(REFCOMM_HOME=own/"home", REFCOMM_FIGURES=own/"figures", PYTHONPATH=ROOT, OMP_NUM_THREADS="1", IPYTHONDIR=own/"ipython", JUPYTERLAB_SETTINGS_DIR=quiet(own/"settings"),
-                JUPYTERLAB_WORKSPACES_DIR=own/"workspaces", **{f"JUPYTER_{k.upper()}_DIR": own/k for k in ("config", "data", "runtime")})
+    env = {k: v for k, v in os.environ.items()
+        if k not in ("MPLBACKEND", "REFCOMM_PROGRESS", "REFCOMM_DATA", "JPY_SESSION_NAME")}
+    env |= dict(REFCOMM_HOME=own/"home", REFCOMM_FIGURES=own/"figures", PYTHONPATH=ROOT, OMP_NUM_THREADS="1",
+    IPYTHONDIR=own/"ipython", JUPYTERLAB_SETTINGS_DIR=quiet(own/"settings"),
+                JUPYTERLAB_WORKSPACES_DIR=own/"workspaces",
+                **{f"JUPYTER_{k.upper()}_DIR": own/k for k in ("config", "data", "runtime")})
     options = dict(ip="127.0.0.1", port=port, allow_root=True, open_browser=False, root_dir=root) | {"port_retries": 0}
-    command = [sys.executable, "-m", "jupyterlab", *(f"--ServerApp.{k}={v}" for k, v in options.items()), "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"]
-    with open(log, "wb") as f: server = subprocess.Popen(command, cwd=root, env={k: str(v) for k, v in env.items()}, stdout=f, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-m", "jupyterlab", *(f"--ServerApp.{k}={v}" for k, v in options.items()),
+        "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"]
+    with open(log, "wb") as f:
+        server = subprocess.Popen(command, cwd=root, env={k: str(v) for k, v in env.items()}, stdout=f,
+            stderr=subprocess.STDOUT)
     try:
         for _ in range(240):
             assert server.poll() is None, log.read_text()
@@ -88,7 +97,8 @@ def copy(name, root):
     for cell in nb["cells"]:
         if cell["cell_type"] == "code": cell.update(outputs=[], execution_count=None)
         if "parameters" in cell["metadata"].get("tags", []):
-            cell["source"], n = re.subn(r'^profile: str = "\w+"', 'profile: str = "smoke"', "".join(cell["source"]), flags=re.M)
+            cell["source"], n = re.subn(r'^profile: str = "\w+"', 'profile: str = "smoke"', "".join(cell["source"]),
+                flags=re.M)
             assert n == 1, name
     file = root/f"{name.replace('/', '_')}.ipynb"
     file.write_text(json.dumps(nb), encoding="utf-8")
@@ -107,7 +117,8 @@ def run_all(lab, browser, screenshots):
         page.wait_for_function(f"() => ({STATE})().idle")
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.wait_for_function(f"() => {{ const s = ({STATE})(); return s.idle && (s.stopped || !s.left); }}", polling=500)
+        page.wait_for_function(f"() => {{ const s = ({STATE})(); return s.idle && (s.stopped || !s.left); }}",
+            polling=500)
         page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
         page.screenshot(path=screenshots/f"{file}.png")
         return page, [c for c in get(f"{lab[0]}/api/contents/{file}")["content"]["cells"] if c["cell_type"] == "code"]
@@ -137,7 +148,8 @@ def test_a_reproduction_runs_and_shows_its_progress(run_all, lab, screenshots, n
     page, cells = run_all(copy(name, lab[1]))
     check_whole(page, cells)
     bars = page.locator(".widget-hprogress .progress")
-    assert bars.count() == sum("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for c in cells for o in c["outputs"]) >= (runs() > before)
+    assert bars.count() == sum("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for c in cells
+        for o in c["outputs"]) >= (runs() > before)
     if not bars.count(): return # nothing was left to do
     bars.first.scroll_into_view_if_needed()
     box = bars.first.bounding_box()
@@ -179,7 +191,8 @@ def test_the_receiver_is_played_by_hand(run_all, lab, screenshots):
         assert target.count() == 0 and shown.locator("> div img").count() == 5
         button(str(n)).click()
         target.wait_for()
-        assert f"of {n}; chance {n/5:.1f}" in shown.inner_text() and "you" in shown.locator("figcaption").nth(n - 1).inner_text()
+        assert (f"of {n}; chance {n/5:.1f}" in shown.inner_text()
+            and "you" in shown.locator("figcaption").nth(n - 1).inner_text())
         assert button("1").is_disabled()
         page.screenshot(path=screenshots/f"play_{n}.png")
         button("next").click()
@@ -188,9 +201,12 @@ def test_the_receiver_is_played_by_hand(run_all, lab, screenshots):
 
 def test_what_fails_is_seen_to_fail(run_all, lab):
     "The checks above can fail: a cell that raises stops the notebook and is found."
-    cell = lambda source: dict(cell_type="code", id=f"c{len(source)}", metadata={}, source=source, outputs=[], execution_count=None)
+    cell = lambda source: dict(cell_type="code", id=f"c{len(source)}", metadata={}, source=source, outputs=[],
+        execution_count=None)
     spec = dict(display_name="Python 3", language="python", name="python3")
-    (lab[1]/"broken.ipynb").write_text(json.dumps(dict(cells=[cell("1"), cell("1/0"), cell("'late'")], metadata=dict(kernelspec=spec), nbformat=4, nbformat_minor=5)))
+    (lab[1]/"broken.ipynb").write_text(json.dumps(dict(cells=[cell("1"), cell("1/0"), cell("'late'")],
+        metadata=dict(kernelspec=spec), nbformat=4, nbformat_minor=5)))
     page, cells = run_all("broken.ipynb")
-    assert [o["ename"] for o in outputs(cells, "error")] == ["ZeroDivisionError"] and [c["execution_count"] for c in cells] == [1, 2, None]
+    assert [o["ename"] for o in outputs(cells, "error")] == ["ZeroDivisionError"] and [c["execution_count"]
+        for c in cells] == [1, 2, None]
     with pytest.raises(AssertionError): check_whole(page, cells)

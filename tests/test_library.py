@@ -24,12 +24,16 @@ def task(): return referential(objects(), distractors=4, valid=8, test=12)
 
 GAMES = {
     "objects": task,
-    "features": lambda: referential(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), distractors=3, valid=6, test=6),
+    "features": lambda: referential(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), distractors=3,
+    valid=6, test=6),
     "reconstruction": lambda: Reconstruction(objects(), valid=6, test=6),
-    "symbolic": lambda: SampledTask({k: torch.randint(3, (n, 5, 4), generator=torch.Generator().manual_seed(n)) for k, n in dict(train=40, valid=12, test=12).items()}, 3),
+    "symbolic": lambda: SampledTask({k: torch.randint(3, (n, 5, 4), generator=torch.Generator().manual_seed(n))
+    for k, n in dict(train=40, valid=12, test=12).items()}, 3),
 }
 CHANNELS = {"instant": dict(channel="instant"), "recurrent": dict(), "ending": dict(length_cost=.1)}
-BOTTLENECKS = {"continuous": {}, "gumbel": {}, "straight-through": dict(bottleneck="gumbel", straight_through=True), "reinforce": {}, "quantized": dict(alphabet_size=3), "fsq": dict(alphabet_size=3), "vq": dict(alphabet_size=3), "learned": dict(alphabet_size=3)}
+BOTTLENECKS = {"continuous": {}, "gumbel": {}, "straight-through": dict(bottleneck="gumbel", straight_through=True),
+    "reinforce": {}, "quantized": dict(alphabet_size=3), "fsq": dict(alphabet_size=3), "vq": dict(alphabet_size=3),
+    "learned": dict(alphabet_size=3)}
 AGENTS = {"rnn": {}, "lstm": {}, "transformer": {}}
 
 @pytest.mark.parametrize("game", GAMES)
@@ -39,14 +43,16 @@ AGENTS = {"rnn": {}, "lstm": {}, "transformer": {}}
 def test_every_combination_trains_saves_and_plays_again(tmp_path, game, channel, bottleneck, cell):
     if channel == "instant" and cell != "rnn": pytest.skip("an instant channel has no cell")
     t = GAMES[game]()
-    sizes = dict(bottleneck=bottleneck, alphabet_size=6, word_length=4, message_length=3, hidden=8, embedding=4, cell=cell) | BOTTLENECKS[bottleneck] | CHANNELS[channel]
+    sizes = (dict(bottleneck=bottleneck, alphabet_size=6, word_length=4, message_length=3, hidden=8, embedding=4,
+        cell=cell) | BOTTLENECKS[bottleneck] | CHANNELS[channel])
     if channel == "recurrent" and cell == "transformer": sizes |= dict(ends=False)
     try: g = make_game(t, **sizes)
     except ConfigError as e:
         assert (channel, cell) == ("recurrent", "transformer") and "unknown cell 'transformer'" in str(e)
         return
     e = Ensemble([g])
-    fit(e, *objectives(e, t), t.n_train, TrainSettings(epochs=1, batch_size=(t.n_train + 1)//2), [0], report=lambda done, text: None)
+    fit(e, *objectives(e, t), t.n_train, TrainSettings(epochs=1, batch_size=(t.n_train + 1)//2), [0],
+        report=lambda done, text: None)
     trained, seen = e.eval().member(0), next(t.games("test"))
     again = load_game(save_game(tmp_path/"game", trained))
     with torch.no_grad(): one, two = (m.scores(m.send(seen.x).word, seen.candidates) for m in (trained, again))
@@ -63,11 +69,15 @@ def test_a_game_plays_the_same_in_another_process(tmp_path):
     t = task()
     run = train(make_game(t, hidden=8, length_cost=.01), t, epochs=2, store=Store(tmp_path/"runs"))
     run.save(tmp_path/"game")
-    code = f"import torch, refcomm; from safetensors.torch import save_file; g = refcomm.load_game({str(tmp_path/'game')!r}); x = torch.eye(11)[:7]; s = g.send(x); save_file(dict(word=s.word, scores=g.scores(s.word, x)), {str(tmp_path/'out')!r})"
+    code = (f"import torch, refcomm; from safetensors.torch import save_file; g = "
+        f"refcomm.load_game({str(tmp_path/'game')!r}); x = torch.eye(11)[:7]; s = g.send(x); "
+        f"save_file(dict(word=s.word, scores=g.scores(s.word, x)), {str(tmp_path/'out')!r})")
     subprocess.run([sys.executable, "-c", code], check=True)
     from safetensors.torch import load_file
     out, x = load_file(tmp_path/"out"), torch.eye(11)[:7]
-    with torch.no_grad(): assert torch.equal(out["word"], run.game.send(x).word) and torch.equal(out["scores"], run.game.scores(out["word"], x))
+    with torch.no_grad():
+        assert torch.equal(out["word"], run.game.send(x).word) and torch.equal(out["scores"],
+            run.game.scores(out["word"], x))
 
 def test_interrupted_training_goes_on_to_the_same_result(tmp_path, monkeypatch):
     monkeypatch.setenv("REFCOMM_CHECKPOINT_SECONDS", "0")
@@ -76,18 +86,22 @@ def test_interrupted_training_goes_on_to_the_same_result(tmp_path, monkeypatch):
         steps.append(done)
         if len(steps) == 7: raise KeyboardInterrupt
     settings = dict(epochs=3, batch_size=8, lr=1e-2, metrics=[topsim, posdis])
-    with pytest.raises(KeyboardInterrupt): train(make_game(t, hidden=8), t, **settings, on_step=stop, store=Store(tmp_path/"a"))
+    with pytest.raises(KeyboardInterrupt):
+        train(make_game(t, hidden=8), t, **settings, on_step=stop, store=Store(tmp_path/"a"))
     broken = train(make_game(t, hidden=8), t, **settings, on_step=stop, store=Store(tmp_path/"a"))
     assert len(steps) < 7 + 12
     whole = train(make_game(t, hidden=8), t, **settings, store=Store(tmp_path/"b"))
-    assert broken.record.key == whole.record.key and broken.metrics == whole.metrics and torch.equal(broken.messages, whole.messages)
+    assert broken.record.key == whole.record.key and broken.metrics == whole.metrics and torch.equal(broken.messages,
+        whole.messages)
     for a, b in zip(broken.game.parameters(), whole.game.parameters()): assert torch.equal(a, b)
 
 def test_other_data_settings_and_weights_are_other_runs(tmp_path):
     t, store = task(), Store(tmp_path)
     make = lambda seed=0: make_game(t, hidden=8, seed=seed)
-    keys = [train(make(), t, epochs=1, store=store).record.key, train(make(1), t, epochs=1, store=store).record.key, train(make(), t, epochs=2, store=store).record.key,
-            train(make(), referential(objects(), distractors=5, valid=8, test=12), epochs=1, store=store).record.key, train(make(), t, epochs=1, store=store, name="mine").record.key]
+    keys = [train(make(), t, epochs=1, store=store).record.key, train(make(1), t, epochs=1, store=store).record.key,
+    train(make(), t, epochs=2, store=store).record.key,
+            train(make(), referential(objects(), distractors=5, valid=8, test=12), epochs=1, store=store).record.key,
+            train(make(), t, epochs=1, store=store, name="mine").record.key]
     assert len(set(keys)) == 5
 
 def test_parts_of_ones_own(tmp_path):
@@ -101,15 +115,19 @@ def test_parts_of_ones_own(tmp_path):
     assert run.metrics["half"] == 6
     folder = run.save(tmp_path/"game")
     with pytest.raises(ConfigError, match="class Eye"): load_game(folder)
-    assert torch.equal(load_game(folder, dict(Eye=Eye)).send(t.seen("test")).symbols, run.game.send(t.seen("test")).symbols)
+    assert torch.equal(load_game(folder, dict(Eye=Eye)).send(t.seen("test")).symbols,
+        run.game.send(t.seen("test")).symbols)
 
 @pytest.mark.parametrize("experiment", ("eqc", "sms"))
 def test_any_finished_run_is_ready_to_play(tmp_path, experiment):
     from refcomm.papers.eqc.run import EQCSpec
     from refcomm.papers.sms.run import SMSSpec
     spec = dict(
-        eqc=lambda seed: EQCSpec(n_attributes=2, n_values=4, n_train=10, n_valid=3, n_test=3, bottleneck="gumbel", alphabet_size=5, word_length=1, channel="ending", message_length=3, hidden=8, embedding=4, candidates=(2, 10), alphabets=(), epochs=1, seed=seed),
-        sms=lambda seed: SMSSpec(n_attributes=4, n_values=3, n_distractors=3, n_train=64, n_valid=32, hidden=16, embedding=8, alphabet_size=6, epochs=1, seed=seed))[experiment]
+        eqc=lambda seed: EQCSpec(n_attributes=2, n_values=4, n_train=10, n_valid=3, n_test=3, bottleneck="gumbel",
+        alphabet_size=5, word_length=1, channel="ending", message_length=3, hidden=8, embedding=4, candidates=(2, 10),
+        alphabets=(), epochs=1, seed=seed),
+        sms=lambda seed: SMSSpec(n_attributes=4, n_values=3, n_distractors=3, n_train=64, n_valid=32, hidden=16,
+        embedding=8, alphabet_size=6, epochs=1, seed=seed))[experiment]
     store = Store(tmp_path)
     for record in execute([spec(0), spec(1)], store=store):
         kept = load(f"{experiment}/{record.key[:10]}", store)
@@ -121,7 +139,8 @@ def test_pushing_needs_someone_logged_in(tmp_path, monkeypatch):
     import huggingface_hub
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(ConfigError, match="holds no game"): push_game(tmp_path, "me/birds")
-    with pytest.raises(ConfigError, match="logged in"): push_game(save_game(tmp_path/"g", make_game(task(), hidden=8)), "me/birds")
+    with pytest.raises(ConfigError, match="logged in"):
+        push_game(save_game(tmp_path/"g", make_game(task(), hidden=8)), "me/birds")
     sent = {}
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "…")
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, exist_ok: None)
@@ -141,20 +160,26 @@ def test_pairs_of_one_game_play_as_it_does():
     t = task()
     for kwargs in (dict(), dict(length_cost=.1), dict(bottleneck="reinforce")):
         g, other = (make_game(t, hidden=8, seed=s, **kwargs) for s in (0, 1))
-        batch, gen = t.batch(torch.arange(8)[None], [torch.Generator().manual_seed(0)]), torch.Generator().manual_seed(0)
-        x, target, candidates = batch.x[0], batch.target[0], batch.candidates._replace(items=batch.candidates.items[0], index=batch.candidates.index[0])
+        batch = t.batch(torch.arange(8)[None], [torch.Generator().manual_seed(0)])
+        gen = torch.Generator().manual_seed(0)
+        x = batch.x[0]
+        target = batch.target[0]
+        candidates = batch.candidates._replace(items=batch.candidates.items[0], index=batch.candidates.index[0])
         noise = g.channel.draw_noise(8, gen)
         torch.testing.assert_close(Paired(g, g)(x, target, candidates, noise), g(x, target, candidates, noise))
         assert Paired(g, other)(x, target, candidates, noise) != g(x, target, candidates, noise)
         assert cross_play([g.eval(), other.eval()], t).shape == (2, 2)
 
 @pytest.mark.parametrize("table, message", [
-    (TABLE.assign(letter=None), "has no value in row 0"), (TABLE[[]], "at least one row and one column"), (TABLE.head(0), "at least one row and one column"),
+    (TABLE.assign(letter=None), "has no value in row 0"), (TABLE[[]], "at least one row and one column"),
+    (TABLE.head(0), "at least one row and one column"),
 ])
 def test_tables_that_are_no_objects(table, message):
     with pytest.raises(ConfigError, match=message): load_objects(table)
 
 def test_files_of_both_kinds_hold_the_same_objects(tmp_path):
-    TABLE.to_csv(tmp_path/"t.csv", index=False), TABLE.to_parquet(tmp_path/"t.parquet"), TABLE.to_csv(tmp_path/"s.csv", index=False, sep=";")
+    (TABLE.to_csv(tmp_path/"t.csv", index=False), TABLE.to_parquet(tmp_path/"t.parquet"),
+        TABLE.to_csv(tmp_path/"s.csv", index=False, sep=";"))
     a, b, c = (load_objects(tmp_path/n) for n in ("t.csv", "t.parquet", "s.csv"))
-    assert torch.equal(a.values, b.values) and torch.equal(a.values, c.values) and [k for k in a.kinds] == [k for k in b.kinds]
+    assert torch.equal(a.values, b.values) and torch.equal(a.values, c.values) and [k for k in a.kinds] == [k
+        for k in b.kinds]

@@ -23,12 +23,15 @@ from refcomm.runs.store import Store, run_key
 from refcomm.training.loop import train_epoch
 
 SPECS = [EQCSpec(seed=s, lr=1e-3, **{**SMALL["object"], "epochs": 4}) for s in (0, 1)] # one stack
-names = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.skipif(n != "csv" and importlib.util.find_spec(n) is None, reason=f"needs {n}")) for n in LOGGERS])
+names = pytest.mark.parametrize("name",
+    [pytest.param(n, marks=pytest.mark.skipif(n != "csv" and importlib.util.find_spec(n) is None, reason=f"needs {n}"))
+    for n in LOGGERS])
 
 
 def read_csv(folder):
     t = pd.read_csv(folder/"metrics.csv")
-    return {n: t[["step", n]].dropna().values.tolist() for n in t if n != "step"}, json.loads((folder/"spec.json").read_text())
+    return ({n: t[["step", n]].dropna().values.tolist() for n in t if n != "step"},
+        json.loads((folder/"spec.json").read_text()))
 
 
 def read_tensorboard(folder):
@@ -36,7 +39,8 @@ def read_tensorboard(folder):
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     events = EventAccumulator(str(folder)).Reload()
     started = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content).session_start_info.hparams
-    return {n: [[e.step, e.value] for e in events.Scalars(n)] for n in events.Tags()["scalars"]}, {k: getattr(v, v.WhichOneof("kind")) for k, v in started.items()}
+    return ({n: [[e.step, e.value] for e in events.Scalars(n)] for n in events.Tags()["scalars"]},
+        {k: getattr(v, v.WhichOneof("kind")) for k, v in started.items()})
 
 
 def leveldb_log(data, block=32_768):
@@ -68,9 +72,11 @@ def read_wandb(folder):
 def read_mlflow(folder):
     from mlflow import MlflowClient
     client = MlflowClient(f"sqlite:///{folder.parents[1]}/mlflow.db")
-    run, = client.search_runs([client.get_experiment_by_name(folder.parent.name).experiment_id], f"attributes.run_name = '{folder.name}'")
+    run, = client.search_runs([client.get_experiment_by_name(folder.parent.name).experiment_id],
+        f"attributes.run_name = '{folder.name}'")
     assert run.info.status == "FINISHED"
-    return {n: [[m.step, m.value] for m in client.get_metric_history(run.info.run_id, n)] for n in run.data.metrics}, run.data.params
+    return ({n: [[m.step, m.value] for m in client.get_metric_history(run.info.run_id, n)] for n in run.data.metrics},
+        run.data.params)
 
 
 READ = dict(csv=read_csv, tensorboard=read_tensorboard, wandb=read_wandb, mlflow=read_mlflow)
@@ -114,41 +120,52 @@ def test_a_stack_killed_and_resumed_logs_each_run_whole(home, monkeypatch, calm,
     assert done == [0, 1, 2] and not list(home.glob("logs/csv" if name != "csv" else "logs/wandb"))
     for record, known in zip(records, calm):
         found = check(name, home, record)
-        assert record.rows == known.rows and record.history().drop(columns="seconds").equals(known.history().drop(columns="seconds"))
+        assert (record.rows == known.rows
+            and record.history().drop(columns="seconds").equals(known.history().drop(columns="seconds")))
         assert all(torch.equal(v, known.tensors()[k]) for k, v in record.tensors().items())
         assert [v for _, v in found["rows/accuracy"]] == pytest.approx([r["accuracy"] for r in record.rows])
     before = sorted((p, p.stat().st_mtime) for p in home.glob("logs/*/eqc/*/*"))
     execute(SPECS, logger=name)
-    assert before == sorted((p, p.stat().st_mtime) for p in home.glob("logs/*/eqc/*/*")), "what is found is not logged again"
+    assert before == sorted((p, p.stat().st_mtime)
+        for p in home.glob("logs/*/eqc/*/*")), "what is found is not logged again"
 
 
-@pytest.mark.parametrize("spec", [patch.configure("smoke", model="random"), sms.grid("epoch30", "smoke", 1)[0]], ids=["untrained", "sms"])
+@pytest.mark.parametrize("spec", [patch.configure("smoke", model="random"), sms.grid("epoch30", "smoke", 1)[0]],
+    ids=["untrained", "sms"])
 def test_other_experiments_log(home, monkeypatch, spec):
     "Those that several processes train are in test_distributed."
     monkeypatch.setenv("REFCOMM_LOGGER", "csv")
     record, = execute([spec])
     found = read_csv(home/"logs"/"csv"/record.experiment/record.key)[0]
-    if getattr(spec, "model", "") != "random": assert found["loss"] == record.history()[["epoch", "loss"]].values.tolist()
-    assert found["summary/n_parameters"][0][1] == record.summary["n_parameters"] and any(n.startswith("rows/") for n in found)
+    if getattr(spec, "model", "") != "random":
+        assert found["loss"] == record.history()[["epoch", "loss"]].values.tolist()
+    assert found["summary/n_parameters"][0][1] == record.summary["n_parameters"] and any(n.startswith("rows/")
+        for n in found)
 
 
 def test_workers_and_kernels_hear_of_it(home, monkeypatch):
     from typer.testing import CliRunner
     monkeypatch.setenv("REFCOMM_LOGGER", "")
     told = []
-    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, *a: told.append(os.environ["REFCOMM_LOGGER"]) or ("done", path, ""))
-    assert CliRunner().invoke(cli.app, ["reproduce", "eqc/table1", "--profile", "smoke", "--logger", "csv"]).exit_code == 0
+    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, *a: told.append(os.environ["REFCOMM_LOGGER"])
+        or ("done", path, ""))
+    assert CliRunner().invoke(cli.app,
+        ["reproduce", "eqc/table1", "--profile", "smoke", "--logger", "csv"]).exit_code == 0
     assert told == ["csv"]
-    with ThreadPoolExecutor(1) as pool: records = execute([dataclasses.replace(SPECS[0], word_length=w, epochs=1) for w in (10, 20)], executor=pool)
+    with ThreadPoolExecutor(1) as pool:
+        records = execute([dataclasses.replace(SPECS[0], word_length=w, epochs=1) for w in (10, 20)], executor=pool)
     for r in records: check("csv", home, r)
 
 
-@pytest.mark.parametrize("name, says", [("wandbb", "unknown logger 'wandbb': did you mean 'wandb'"), ("mlflow", r"needs the package mlflow: pip install 'refcomm\[mlflow\]'")])
+@pytest.mark.parametrize("name, says",
+    [("wandbb", "unknown logger 'wandbb': did you mean 'wandb'"),
+    ("mlflow", r"needs the package mlflow: pip install 'refcomm\[mlflow\]'")])
 def test_what_cannot_be_logged_with_is_named_first(home, monkeypatch, name, says):
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(ConfigError, match=says): execute(SPECS, logger=name)
     with pytest.raises(ConfigError, match=says): run_stack(SPECS, Store().root, logger=name)
-    with pytest.raises(ConfigError, match=says): cli.reproduce(["eqc/table1"], profile="smoke", jobs=1, executor=None, logger=name, parameters=[], force=False)
+    with pytest.raises(ConfigError, match=says):
+        cli.reproduce(["eqc/table1"], profile="smoke", jobs=1, executor=None, logger=name, parameters=[], force=False)
     assert not home.exists(), "nothing was begun"
 
 
@@ -159,7 +176,9 @@ def test_a_log_that_fails_is_one_warning(home, monkeypatch, calm, when):
         if len(written) == when: raise OSError("No space left on device")
         written.append(step); real(self, metrics, step)
     monkeypatch.setattr(CSVLog, "log_metrics", full)
-    with pytest.warns(UserWarning, match="logger 'csv' failed, and nothing more is logged of these runs: OSError: No space") as caught: records = execute(SPECS, logger="csv")
+    with pytest.warns(UserWarning,
+        match="logger 'csv' failed, and nothing more is logged of these runs: OSError: No space") as caught:
+        records = execute(SPECS, logger="csv")
     assert len(caught) == 1 and [r.rows for r in records] == [r.rows for r in calm]
 
 

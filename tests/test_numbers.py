@@ -58,17 +58,22 @@ def test_a_metric_is_the_same_in_every_integer_type(name, measure):
     symbols, meanings = draw()
     if name == "cooccurrence": meanings = meanings[:, 0]
     expected = measure(symbols, meanings)
-    for s, m in zip(kinds(symbols, 3), itertools.cycle(kinds(meanings, 3))): torch.testing.assert_close(torch.as_tensor(measure(s, m)), torch.as_tensor(expected), rtol=0, atol=0)
+    for s, m in zip(kinds(symbols, 3), itertools.cycle(kinds(meanings, 3))):
+        torch.testing.assert_close(torch.as_tensor(measure(s, m)), torch.as_tensor(expected), rtol=0, atol=0)
 
 
 def test_messages_may_come_as_the_channel_sends_them():
     "[n, 6, 1] is six symbols of one word each."
     symbols, meanings = draw(length=6)
-    for measure in (structure.topographic_similarity, structure.posdis, structure.bosdis, protocol.information): torch.testing.assert_close(torch.as_tensor(measure(symbols[..., None], meanings)), torch.as_tensor(measure(symbols, meanings)))
+    for measure in (structure.topographic_similarity, structure.posdis, structure.bosdis, protocol.information):
+        torch.testing.assert_close(torch.as_tensor(measure(symbols[..., None], meanings)),
+            torch.as_tensor(measure(symbols, meanings)))
     assert torch.equal(structure.entropy(symbols[..., None])[1], structure.entropy(symbols)[1])
-    assert torch.equal(protocol.cooccurrence(symbols[..., None], meanings[:, 0]), protocol.cooccurrence(symbols, meanings[:, 0]))
+    assert torch.equal(protocol.cooccurrence(symbols[..., None], meanings[:, 0]),
+        protocol.cooccurrence(symbols, meanings[:, 0]))
     assert corpora.make_corpus(symbols[..., None], meanings)[0].equal(symbols)
-    assert representation.bag_of_symbols(symbols[..., None], meanings[:, 0], symbols[..., None], 3).equal(representation.bag_of_symbols(symbols, meanings[:, 0], symbols, 3))
+    assert representation.bag_of_symbols(symbols[..., None], meanings[:, 0], symbols[..., None],
+        3).equal(representation.bag_of_symbols(symbols, meanings[:, 0], symbols, 3))
 
 
 @pytest.mark.parametrize("alphabet", [128, 256, 300])
@@ -78,8 +83,10 @@ def test_bags_of_packed_symbols(alphabet):
     symbols = torch.randint(alphabet, (40, 5), generator=generator(0))
     labels = torch.arange(40) % 2
     expected = representation.bag_of_symbols(symbols, labels, symbols, alphabet)
-    for s in (packed(symbols, alphabet), *kinds(symbols, alphabet - 1)): assert representation.bag_of_symbols(s, labels.to(torch.uint8), s, alphabet).equal(expected)
-    with pytest.raises(ConfigError, match=f"symbols must lie in 0 … {alphabet - 2}"): representation.bag_of_symbols(packed(symbols.clamp_min(alphabet - 1), alphabet), labels, symbols, alphabet - 1)
+    for s in (packed(symbols, alphabet), *kinds(symbols, alphabet - 1)):
+        assert representation.bag_of_symbols(s, labels.to(torch.uint8), s, alphabet).equal(expected)
+    with pytest.raises(ConfigError, match=f"symbols must lie in 0 … {alphabet - 2}"):
+        representation.bag_of_symbols(packed(symbols.clamp_min(alphabet - 1), alphabet), labels, symbols, alphabet - 1)
 
 
 def test_labels_of_eight_bits_and_a_class_more():
@@ -92,7 +99,9 @@ def test_labels_of_eight_bits_and_a_class_more():
     assert representation.knn(x, labels, x, k=1).equal(labels.long())
     target = torch.arange(200, 210).to(torch.uint8)
     scores = torch.rand(10, 256, generator=generator(1))
-    for measure in (lambda t: task.expected_accuracy(scores, t, [2, 256]), lambda t: task.hits(scores, t, [2, 256], generator(0))): assert measure(target).equal(measure(target.long()))
+    for measure in (lambda t: task.expected_accuracy(scores, t, [2, 256]),
+        lambda t: task.hits(scores, t, [2, 256], generator(0))):
+        assert measure(target).equal(measure(target.long()))
 
 
 @pytest.mark.parametrize("backend", ["numpy", "numba", "torch"])
@@ -102,25 +111,32 @@ def test_complexity_in_every_integer_type(backend):
     targets, distractors = torch.randint(4, (30, 5), generator=g), torch.randint(4, (30, 6, 5), generator=g)
     expected = min_symbols(targets, distractors)
     for t, d in itertools.product(list(kinds(targets, 3))[:-1], list(kinds(distractors, 3))[:-1]):
-        if isinstance(t, np.ndarray) == isinstance(d, np.ndarray): assert torch.as_tensor(min_symbols(t, d, backend=backend)).equal(expected)
+        if isinstance(t, np.ndarray) == isinstance(d, np.ndarray):
+            assert torch.as_tensor(min_symbols(t, d, backend=backend)).equal(expected)
     mirrored = min_symbols(targets.numpy()[:, ::-1], distractors.numpy()[..., ::-1], backend=backend)
     assert torch.as_tensor(mirrored).equal(min_symbols(targets.flip(-1), distractors.flip(-1)))
-    with pytest.raises(ConfigError, match="at least 0"): min_symbols(-targets.numpy().astype(">i2"), distractors.numpy(), backend=backend)
+    with pytest.raises(ConfigError, match="at least 0"):
+        min_symbols(-targets.numpy().astype(">i2"), distractors.numpy(), backend=backend)
 
 
 @quick
-@given(hnp.arrays(st.sampled_from([np.uint8, np.int16, np.dtype(">u2"), np.dtype(">i8")]), st.tuples(st.integers(1, 5), st.integers(1, 4)), elements=st.integers(0, 200)))
+@given(hnp.arrays(st.sampled_from([np.uint8, np.int16, np.dtype(">u2"), np.dtype(">i8")]),
+    st.tuples(st.integers(1, 5), st.integers(1, 4)), elements=st.integers(0, 200)))
 def test_whole_numbers_are_what_python_says_they_are(a):
-    for view in (a, a[::-1], a[:, ::-1], a.T): assert integers(view, "x").tolist() == view.tolist() and integers(view, "x").dtype == torch.int64
+    for view in (a, a[::-1], a[:, ::-1], a.T):
+        assert integers(view, "x").tolist() == view.tolist() and integers(view, "x").dtype == torch.int64
 
 
 def test_an_attribute_that_is_absent_is_not_one_that_is_none():
-    assert solve_min_sym(dict(a=None, b=1), [dict(b=1)]) == 1 and solve_min_sym(dict(a=None, b=1), [dict(a=None, b=2), dict(a=1, b=1)]) == 2
+    assert solve_min_sym(dict(a=None, b=1), [dict(b=1)]) == 1 and solve_min_sym(dict(a=None, b=1),
+        [dict(a=None, b=2), dict(a=1, b=1)]) == 2
 
 
-@pytest.mark.parametrize("table", [tensor([[3, 0], [0, 3]]).to(torch.uint8), tensor([[3., 0], [0, 3]]), np.array([[3, 0], [0, 3]], ">i2"), [[3, 0], [0, 3]], tensor([[200, 0], [0, 200]]).to(torch.uint8)])
+@pytest.mark.parametrize("table", [tensor([[3, 0], [0, 3]]).to(torch.uint8), tensor([[3., 0], [0, 3]]),
+    np.array([[3, 0], [0, 3]], ">i2"), [[3, 0], [0, 3]], tensor([[200, 0], [0, 200]]).to(torch.uint8)])
 def test_mutual_information_of_tables_of_any_kind(table):
-    assert protocol.normalized_mutual_information(table) == 1 and protocol.within_symbol_similarity(table, torch.eye(2)) == 1
+    assert protocol.normalized_mutual_information(table) == 1 and protocol.within_symbol_similarity(table,
+        torch.eye(2)) == 1
 
 
 def test_what_is_no_table_is_one_line():
@@ -134,7 +150,9 @@ def test_what_is_no_table_is_one_line():
 def test_symbols_far_apart_need_no_table_of_all_between():
     far = tensor([[0], [10**9], [0], [10**9]])
     assert protocol.information(far, far).equal(protocol.information(far.clamp_max(1), far.clamp_max(1)))
-    assert structure.posdis(tensor([[0, 10**12], [10**12, 0], [0, 0]]), tensor([[0, 1], [1, 0], [0, 0]])) == structure.posdis(tensor([[0, 1], [1, 0], [0, 0]]), tensor([[0, 1], [1, 0], [0, 0]]))
+    assert structure.posdis(tensor([[0, 10**12], [10**12, 0], [0, 0]]),
+        tensor([[0, 1], [1, 0], [0, 0]])) == structure.posdis(tensor([[0, 1], [1, 0], [0, 0]]),
+        tensor([[0, 1], [1, 0], [0, 0]]))
 
 
 # ranks
@@ -154,12 +172,15 @@ def exact_ranks(scores):
 
 
 def test_extreme_scores_have_the_ranks_of_their_order():
-    for scores, ranks in [([0, 2, -1e9], [2, 3, 1]), ([3e8, 1e8], [2, 1]), ([float("inf"), 0, -float("inf")], [3, 2, 1]), ([1e30, -1e30, 1e30], [2.5, 1, 2.5]), ([float("inf")]*2 + [0], [2.5, 2.5, 1]), ([3e38, -3e38, 0, .25], [4, 1, 2.375, 2.625])]:
+    for scores, ranks in [([0, 2, -1e9], [2, 3, 1]), ([3e8, 1e8], [2, 1]),
+        ([float("inf"), 0, -float("inf")], [3, 2, 1]), ([1e30, -1e30, 1e30], [2.5, 1, 2.5]),
+        ([float("inf")]*2 + [0], [2.5, 2.5, 1]), ([3e38, -3e38, 0, .25], [4, 1, 2.375, 2.625])]:
         torch.testing.assert_close(soft_rank(tensor(scores)), tensor(ranks, dtype=torch.float), rtol=0, atol=1e-6)
 
 
 @quick
-@given(st.lists(st.floats(-2.**100, 2.**100, width=32) | st.floats(-5, 5, width=32) | st.sampled_from([1e9, -1e9, 3e8]), min_size=1, max_size=9))
+@given(st.lists(st.floats(-2.**100, 2.**100, width=32) | st.floats(-5, 5, width=32) | st.sampled_from([1e9, -1e9, 3e8]),
+    min_size=1, max_size=9))
 def test_ranks_of_any_scores_are_those_of_exact_arithmetic(scores):
     found = soft_rank(tensor(scores))
     torch.testing.assert_close(found, tensor(exact_ranks(scores)), rtol=0, atol=2e-3)
@@ -176,19 +197,23 @@ def plain_ranks(scores):
 
 def test_ordinary_scores_keep_every_bit_of_rank_and_slope():
     for n, spread in itertools.product((1, 2, 7, 49, 196), (.1, 1, 10, 100)):
-        x, slope = (spread*torch.randn(64, n, generator=generator(n))).requires_grad_(), torch.rand(64, n, generator=generator(1))
+        x = (spread*torch.randn(64, n, generator=generator(n))).requires_grad_()
+        slope = torch.rand(64, n, generator=generator(1))
         ranks, order, block, size = plain_ranks(x.detach())
         found = soft_rank(x)
         found.backward(slope)
         ordered = slope.gather(-1, order)
-        assert found.equal(ranks) and x.grad.equal(torch.empty_like(slope).scatter_(-1, order, ordered - block_means(ordered, block, size)))
+        assert found.equal(ranks) and x.grad.equal(torch.empty_like(slope).scatter_(-1, order,
+            ordered - block_means(ordered, block, size)))
 
 
 def test_ranks_of_stacked_members():
     x = torch.randn(3, 5, 7, generator=generator(0), dtype=torch.double)
     x[1, 2, 0] = 1e12
     expected = torch.stack([soft_rank(m) for m in x])
-    for dim in (0, 1, -1): assert torch.func.vmap(soft_rank, in_dims=dim, out_dims=dim)(x).allclose(expected if dim != -1 else torch.stack([soft_rank(x[..., i]) for i in range(7)], -1))
+    for dim in (0, 1, -1):
+        assert torch.func.vmap(soft_rank, in_dims=dim, out_dims=dim)(x).allclose(expected if dim != -1
+            else torch.stack([soft_rank(x[..., i]) for i in range(7)], -1))
     weights = torch.rand(7, generator=generator(1), dtype=torch.double)
     slope = lambda m: torch.func.grad(lambda z: (soft_rank(z)*weights).sum())(m)
     assert torch.func.vmap(slope)(x).allclose(torch.stack([slope(m) for m in x]))
@@ -222,7 +247,8 @@ def test_ordinary_words_keep_every_bit():
     assert UniformQuantizer(10, 20)(x).word.equal(level/9) and UniformQuantizer(10, 20)(x).symbols.equal(level.long())
 
 
-@pytest.mark.parametrize("make", [lambda: UniformQuantizer(10, 4), lambda: LearnedQuantizer(10, 4), lambda: GumbelSoftmax(4)])
+@pytest.mark.parametrize("make", [lambda: UniformQuantizer(10, 4), lambda: LearnedQuantizer(10, 4),
+    lambda: GumbelSoftmax(4)])
 def test_nan_is_no_symbol(make):
     bad = torch.zeros(2, 4); bad[1, 2] = NAN
     with pytest.raises(ConfigError, match="the sender diverged"): make().eval()(bad)
@@ -260,16 +286,20 @@ def test_features_of_any_scale_tell_the_same(scale):
     x, labels = blobs()
     big = x*scale
     assert representation.knn(big, labels, big, k=5).equal(representation.knn(x, labels, x, k=5))
-    assert representation.linear_probe(big, labels, big, labels, generator(0)).score == pytest.approx(representation.linear_probe(x, labels, x, labels, generator(0)).score, abs=.01)
+    assert representation.linear_probe(big, labels, big, labels,
+        generator(0)).score == pytest.approx(representation.linear_probe(x, labels, x, labels, generator(0)).score,
+        abs=.01)
     assert representation.similarity_correlation(big, x) == pytest.approx(1, abs=1e-4)
     groups = representation.Clusters(big, 3, generator(0))(big)
     assert protocol.normalized_mutual_information(protocol.cooccurrence(groups, labels)) > .9
-    assert representation.knn(big.double()*1e200, labels, big.double()*1e200, k=5).equal(representation.knn(x, labels, x, k=5))
+    assert representation.knn(big.double()*1e200, labels, big.double()*1e200,
+        k=5).equal(representation.knn(x, labels, x, k=5))
 
 
 def test_ordinary_features_keep_every_bit():
     x = torch.randn(300, 8, generator=generator(0))
-    assert representation._unit(x).equal(torch.nn.functional.normalize(x, dim=-1)) and representation._unit(torch.zeros(2, 3)).equal(torch.zeros(2, 3))
+    assert representation._unit(x).equal(torch.nn.functional.normalize(x,
+        dim=-1)) and representation._unit(torch.zeros(2, 3)).equal(torch.zeros(2, 3))
     moderate, = representation._moderate(x)
     assert moderate.equal(x)
 
@@ -279,6 +309,8 @@ def test_ordinary_features_keep_every_bit():
 def test_correlations_never_exceed_one(seed, n):
     g = generator(seed)
     x = torch.randint(3, (n, 2), generator=g)
-    for value in (structure.topographic_similarity(x, x), structure.topographic_similarity(x, x.double() + 1, meaning_distance="cosine")): assert value != value or -1 <= value <= 1
+    for value in (structure.topographic_similarity(x, x),
+        structure.topographic_similarity(x, x.double() + 1, meaning_distance="cosine")):
+        assert value != value or -1 <= value <= 1
     f = torch.randn(n, 3, generator=g)
     assert representation.similarity_correlation(f, 2*f) <= 1

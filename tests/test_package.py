@@ -40,7 +40,8 @@ def test_the_library_stands_without_notebook_tooling():
 
 
 def test_one_notebook_one_module():
-    exports = [(m, p) for p in (ROOT/"nbs").glob("*.ipynb") for m in re.findall(r"#\| default_exp ([\w.]+)", p.read_text())]
+    exports = [(m, p) for p in (ROOT/"nbs").glob("*.ipynb")
+        for m in re.findall(r"#\| default_exp ([\w.]+)", p.read_text())]
     assert len({m for m, _ in exports}) == len(exports)
     for module, p in exports:
         assert p.stem.split("_", 1)[1] == module, f"{p.name} exports {module}"
@@ -61,8 +62,10 @@ def test_notebooks_stand_in_reading_order():
 
 def test_every_package_folder_is_built():
     listed = tomllib.loads((ROOT/"pyproject.toml").read_text())["tool"]["setuptools"]
-    code = {"refcomm" + "".join(f".{q}" for q in p.parent.relative_to(ROOT/"refcomm").parts) for p in (ROOT/"refcomm").rglob("__init__.py")}
-    notebooks = {f"refcomm.notebooks.{'.'.join(p.parent.relative_to(ROOT/'nbs').parts)}" for d in ("papers", "benchmarks") for p in (ROOT/"nbs"/d).rglob("*.ipynb")}
+    code = {"refcomm" + "".join(f".{q}" for q in p.parent.relative_to(ROOT/"refcomm").parts)
+        for p in (ROOT/"refcomm").rglob("__init__.py")}
+    notebooks = {f"refcomm.notebooks.{'.'.join(p.parent.relative_to(ROOT/'nbs').parts)}"
+        for d in ("papers", "benchmarks") for p in (ROOT/"nbs"/d).rglob("*.ipynb")}
     assert set(listed["packages"]) == code | notebooks | {"refcomm.notebooks", "refcomm.recipes"}
     assert {p for p in listed["package-data"] if "notebooks" in p} == notebooks
 
@@ -70,7 +73,8 @@ def test_every_package_folder_is_built():
 def test_reproduction_notebooks_are_clean_and_parameterised():
     for p in [*(ROOT/"nbs"/"papers").rglob("*.ipynb"), *(ROOT/"nbs"/"benchmarks").rglob("*.ipynb")]:
         cells = json.loads(p.read_text())["cells"]
-        assert all(not c["outputs"] and c["execution_count"] is None for c in cells if c["cell_type"] == "code"), f"{p.name} has outputs"
+        assert all(not c["outputs"] and c["execution_count"] is None for c in cells
+            if c["cell_type"] == "code"), f"{p.name} has outputs"
         assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1, p.name
         assert "eval: false" not in p.read_text()
 
@@ -81,7 +85,9 @@ def test_figures_are_results():
         recipe = json.loads(p.with_suffix(".json").read_text())
         assert recipe["profile"] in ("cpu", "gpu", "paper") and p.with_suffix(".csv").is_file()
         assert recipe["note"] and recipe["command"].startswith("refcomm reproduce")
-        if recipe["seeds"]: assert recipe["runs"] and "commit none" not in recipe["runs"] and "+" not in recipe["runs"].split("torch")[0], "runs come from a commit"
+        if recipe["seeds"]:
+            assert (recipe["runs"] and "commit none" not in recipe["runs"]
+                and "+" not in recipe["runs"].split("torch")[0]), "runs come from a commit"
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +95,8 @@ def installed(tmp_path_factory):
     "A fresh environment with the built wheel and what it requires, nothing else."
     d = tmp_path_factory.mktemp("wheel")
     source = d/"source"
-    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+        capture_output=True, text=True, check=True).stdout.split("\0")
     for n in filter(None, names):
         if (ROOT/n).is_file():
             (source/n).parent.mkdir(parents=True, exist_ok=True)
@@ -108,16 +115,23 @@ def installed(tmp_path_factory):
 
 def test_wheel_holds_code_numbers_and_notebooks(installed):
     names = zipfile.ZipFile(installed[1]).namelist()
-    for n in ("refcomm/core.py", "refcomm/papers/eqc/published.csv", "refcomm/papers/items.csv", "refcomm/publish/report.html.j2", "refcomm/recipes/eqc_table5.json", "refcomm/data/intents.json", "refcomm/data/wordnet30.csv", "refcomm/data/WORDNET_LICENSE.txt", "refcomm/data/ood_synsets.txt", "refcomm/notebooks/papers/eqc/table5.ipynb", "refcomm/notebooks/benchmarks/throughput.ipynb"): assert n in names
+    for n in ("refcomm/core.py", "refcomm/papers/eqc/published.csv", "refcomm/papers/items.csv",
+        "refcomm/publish/report.html.j2", "refcomm/recipes/eqc_table5.json", "refcomm/data/intents.json",
+        "refcomm/data/wordnet30.csv", "refcomm/data/WORDNET_LICENSE.txt", "refcomm/data/ood_synsets.txt",
+        "refcomm/notebooks/papers/eqc/table5.ipynb", "refcomm/notebooks/benchmarks/throughput.ipynb"):
+        assert n in names
     assert not [n for n in names if n.startswith(("tests", "nbs", "figures"))]
 
 
 def test_wheel_works_alone(installed, tmp_path):
     bin, _ = installed
-    run = lambda *a: subprocess.run([str(x) for x in a], capture_output=True, text=True, cwd=tmp_path, env={"PATH": str(bin), "HOME": str(tmp_path), "REFCOMM_HOME": str(tmp_path/"home"), "REFCOMM_PROGRESS": "off", "OMP_NUM_THREADS": "1"})
+    run = lambda *a: subprocess.run([str(x) for x in a], capture_output=True, text=True, cwd=tmp_path,
+        env={"PATH": str(bin), "HOME": str(tmp_path), "REFCOMM_HOME": str(tmp_path/"home"), "REFCOMM_PROGRESS": "off",
+        "OMP_NUM_THREADS": "1"})
     listed = run(bin/"refcomm", "list")
     assert listed.returncode == 0 and "eqc/table5" in listed.stdout, listed.stderr
-    tooling = run(bin/"python", "-c", "import importlib.util as u; print([m for m in ('nbdev', 'jupyterlab', 'papermill', 'ipykernel') if u.find_spec(m)])")
+    tooling = run(bin/"python", "-c",
+        "import importlib.util as u; print([m for m in ('nbdev', 'jupyterlab', 'papermill', 'ipykernel') if u.find_spec(m)])")
     assert tooling.stdout.strip() == "[]"
     costs = run(bin/"refcomm", "plan", "eqc/table5")
     assert costs.returncode == 0 and "12 as shipped runs of this item" in " ".join(costs.stdout.split()), costs.stderr

@@ -23,7 +23,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def scores(n_rows, n, kind, seed=0):
     "Scores in double precision: spread out, close, tied, whole, or the slowest to pool."
     x = torch.randn(n_rows, n, generator=generator(seed, kind), dtype=torch.float64)
-    if kind == "descent": return torch.cat([-1.001*torch.arange(n - n//3), torch.full((n//3,), -1.001*(n - n//3))]).double().repeat(n_rows, 1)
+    if kind == "descent":
+        return torch.cat([-1.001*torch.arange(n - n//3),
+            torch.full((n//3,), -1.001*(n - n//3))]).double().repeat(n_rows, 1)
     return dict(spread=50*x, close=.1*x, even=3*x, tied=(2*x).round(), equal=0*x)[kind]
 
 
@@ -45,7 +47,8 @@ def reference_rank(z):
 @pytest.mark.parametrize("n", [1, 2, 3, 49, 196])
 def test_soft_ranks_are_isotonic_regression(kind, n):
     z = scores(16, n, kind)
-    for strength in (.05, 1., 20.): torch.testing.assert_close(soft_rank(z, strength), reference_rank(z/strength), atol=1e-8, rtol=1e-8)
+    for strength in (.05, 1., 20.):
+        torch.testing.assert_close(soft_rank(z, strength), reference_rank(z/strength), atol=1e-8, rtol=1e-8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,7 +61,8 @@ def test_pooling_at_once_gives_the_same_blocks(kind, n):
         torch.testing.assert_close(block_means(y, same, filled), block_means(y, block, size))
 
 
-@given(n=st.integers(1, 9), rows=st.integers(1, 5), seed=st.integers(0, 999), spread=st.sampled_from([0., .3, 1., 4., 40.]))
+@given(n=st.integers(1, 9), rows=st.integers(1, 5), seed=st.integers(0, 999),
+    spread=st.sampled_from([0., .3, 1., 4., 40.]))
 def test_pooled_rows_are_the_nearest_that_never_rise(n, rows, seed, spread):
     "The min–max formula, over all blocks that begin before and end after each element (Robertson et al. 1988)."
     y = (spread*torch.randn(rows, n, generator=generator(seed), dtype=torch.float64)).mul(4).round()/4
@@ -66,7 +70,8 @@ def test_pooled_rows_are_the_nearest_that_never_rise(n, rows, seed, spread):
     means = lambda row, i: min(max(row[j:k].mean().item() for k in range(i + 1, n + 1)) for j in range(i + 1))
     assert block_means(y, block, size).tolist() == [[pytest.approx(means(row, i)) for i in range(n)] for row in y]
     assert size.sum() == rows*n and block.flatten().bincount().tolist() == size.tolist()
-    assert (block.diff(dim=-1) >= 0).all() and (block[1:, 0] == block[:-1, -1] + 1).all(), "no block is shared by two rows"
+    assert (block.diff(dim=-1) >= 0).all() and (block[1:, 0] == block[:-1, -1]
+        + 1).all(), "no block is shared by two rows"
 
 
 @pytest.mark.parametrize("kind", ["spread", "close", "even"])
@@ -90,7 +95,8 @@ def test_ranks_keep_order_sum_and_company(seed, n, strength):
     r = soft_rank(z, strength)
     assert r.shape == z.shape and (r.sort(-1).values >= soft_rank(z.sort(-1).values, strength) - 1e-4).all()
     torch.testing.assert_close(r.sum(-1), torch.full((4, 3), n*(n + 1)/2), rtol=1e-4, atol=1e-3)
-    for i, j in ((0, 0), (3, 2)): torch.testing.assert_close(r[i, j], soft_rank(z[i, j], strength), atol=1e-4, rtol=1e-5)
+    for i, j in ((0, 0), (3, 2)):
+        torch.testing.assert_close(r[i, j], soft_rank(z[i, j], strength), atol=1e-4, rtol=1e-5)
 
 
 def test_far_scores_have_hard_ranks():
@@ -109,7 +115,8 @@ def test_no_number_is_reported_not_hidden():
 def test_torchsort_agrees():
     torchsort = pytest.importorskip("torchsort")
     z = scores(8, 49, "even").float()
-    torch.testing.assert_close(soft_rank(z), torchsort.soft_rank(z, regularization="l2", regularization_strength=1.), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(soft_rank(z), torchsort.soft_rank(z, regularization="l2", regularization_strength=1.),
+        atol=1e-3, rtol=1e-4)
 
 
 @needs_gpu
@@ -202,7 +209,9 @@ def test_a_transformer_is_torchs(pre_norm):
 def test_the_first_token_alone_is_the_first_of_all(pre_norm, activation, layers):
     "Numbers and gradients, with and without hidden tokens and places of their own."
     with seeded_init(0): t = Transformer(6, 24, layers, 3, pre_norm, activation)
-    x, seen, places = torch.randn(2, 4, 24, generator=generator(0)), torch.tensor([[1, 0, 1, 1], [0]*4]).bool(), torch.tensor([[5, 0, 2, 1], [3, 2, 1, 0]])
+    x = torch.randn(2, 4, 24, generator=generator(0))
+    seen = torch.tensor([[1, 0, 1, 1], [0]*4]).bool()
+    places = torch.tensor([[5, 0, 2, 1], [3, 2, 1, 0]])
     for args in ((None, None), (seen, None), (None, places), (seen, places)):
         out = [f(x, *args) for f in (t.summary, lambda *a: t(*a)[:, 0])]
         torch.testing.assert_close(*out, atol=1e-5, rtol=1e-5)
@@ -223,7 +232,8 @@ def test_hidden_tokens_are_as_if_absent():
 def views(n, size=32, seed=0): return torch.randn(n, 3, size, size, generator=generator(seed, "images"))
 
 
-SMALL = dict(size=32, patch_size=8, vocab_size=12, rank="thin", vision="narrow", width=12, layers=1, heads=2, hidden=16, narrow=8, dim=20)
+SMALL = dict(size=32, patch_size=8, vocab_size=12, rank="thin", vision="narrow", width=12, layers=1, heads=2, hidden=16,
+    narrow=8, dim=20)
 
 
 def tiny(**changes): return make_patch_game(**(SMALL | changes))
@@ -233,9 +243,11 @@ def tiny(**changes): return make_patch_game(**(SMALL | changes))
 def test_every_patch_size_has_its_places(size, patch_size):
     n = (size//patch_size)**2
     x = views(2, size)
-    with seeded_init(0): s = Speaker(PatchSymbol(size, patch_size, 7, 3, hidden=8), PatchRank(patch_size, "thin")).eval()
+    with seeded_init(0):
+        s = Speaker(PatchSymbol(size, patch_size, 7, 3, hidden=8), PatchRank(patch_size, "thin")).eval()
     m = s(x)
-    assert m.word.shape == (2, 3*n, 7) and m.importance.shape == (2, n) and (m.length >= 3).all() and (m.length % 3 == 0).all()
+    assert m.word.shape == (2, 3*n, 7) and m.importance.shape == (2,
+        n) and (m.length >= 3).all() and (m.length % 3 == 0).all()
 
 
 @pytest.mark.parametrize("trunk", ["resnet9", "thin"])
@@ -287,7 +299,8 @@ def test_a_message_is_symbols_times_gate(gate):
     kept = s.gate(p, noise[..., 12:])
     torch.testing.assert_close(m.word, said.word.flatten(1, 2)*kept[..., None])
     torch.testing.assert_close(m.importance, p)
-    assert torch.equal(m.sent, kept > .5) and torch.equal(m.symbols[m.sent], said.symbols.flatten(1)[m.sent]) and (m.symbols[~m.sent] == -1).all()
+    assert torch.equal(m.sent, kept > .5) and torch.equal(m.symbols[m.sent],
+        said.symbols.flatten(1)[m.sent]) and (m.symbols[~m.sent] == -1).all()
 
 
 def test_the_most_important_patch_is_always_sent():
@@ -347,10 +360,12 @@ def test_a_mask_hides_what_is_dropped():
 def bright(n, size=32, seed=0):
     "Images whose patches differ in brightness, and hardly in anything else."
     g = generator(seed)
-    return torch.randn(n, 1, size//8, size//8, generator=g).repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1) + .1*torch.randn(n, 3, size, size, generator=g)
+    return torch.randn(n, 1, size//8, size//8, generator=g).repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1,
+        3, -1, -1) + .1*torch.randn(n, 3, size, size, generator=g)
 
 
-def equally_used(symbols, n): return torch.special.entr(symbols.flatten().bincount(minlength=n)/symbols.numel()).sum().exp().item()
+def equally_used(symbols, n):
+    return torch.special.entr(symbols.flatten().bincount(minlength=n)/symbols.numel()).sum().exp().item()
 
 
 @pytest.mark.parametrize("kind", SYMBOLS)
@@ -377,7 +392,9 @@ def test_trained_statistics_are_used_in_evaluation():
 
 
 def test_processes_share_the_statistics_of_scores():
-    with seeded_init(0): game = make_patch_game(16, 8, vocab_size=12, norm="batch", rank="thin", vision="narrow", width=24, layers=1, heads=2, hidden=16, narrow=8, dim=16)
+    with seeded_init(0):
+        game = make_patch_game(16, 8, vocab_size=12, norm="batch", rank="thin", vision="narrow", width=24, layers=1,
+            heads=2, hidden=16, narrow=8, dim=16)
     shared = nn.SyncBatchNorm.convert_sync_batchnorm(game).speaker.symbol.norm
     assert isinstance(shared, nn.SyncBatchNorm) and torch.equal(shared.weight, torch.full((12,), 3.))
 
@@ -392,14 +409,18 @@ def test_a_batch_is_played_by_itself():
         whole, parts = game.send(x).symbols, torch.cat([game.send(p).symbols for p in x.split(2)])
         assert torch.equal(whole, parts) and (whole[0] == game.send(x[:1]).symbols[0]).all()
         played = game.play(x, y)
-        scores = torch.stack([torch.cosine_similarity(game.listener.read(game.send(x[i:i+1])), game.listener.see(y)) for i in range(9)])
-    assert played.accuracy == (scores.argmax(-1) == torch.arange(9)).float().mean() and torch.equal(played.symbols, whole)
-    assert played.loss.item() == pytest.approx(torch.nn.functional.cross_entropy(scores/.07, torch.arange(9)).item(), rel=1e-4)
+        scores = torch.stack([torch.cosine_similarity(game.listener.read(game.send(x[i:i+1])), game.listener.see(y))
+            for i in range(9)])
+    assert played.accuracy == (scores.argmax(-1) == torch.arange(9)).float().mean() and torch.equal(played.symbols,
+        whole)
+    assert played.loss.item() == pytest.approx(torch.nn.functional.cross_entropy(scores/.07, torch.arange(9)).item(),
+        rel=1e-4)
 
 
 def test_played_among_fewer():
     game = tiny(n_candidates=2).eval()
-    with torch.no_grad(): wins = torch.stack([game.play(views(8, seed=i), views(8, seed=i)).accuracy for i in range(20)])
+    with torch.no_grad():
+        wins = torch.stack([game.play(views(8, seed=i), views(8, seed=i)).accuracy for i in range(20)])
     assert .2 < wins.mean() < .8
 
 
@@ -409,9 +430,12 @@ def test_defaults_are_the_papers():
     s, l = game.speaker, game.listener
     assert s.n_symbols == 49 and s.symbol.vocab_size == 128 and s.symbol.symbols_per_patch == 1
     assert [m.out_features for m in (s.symbol.look, *s.symbol.speak[1::2])] == [768, 768, 128]
-    assert (len(l.language.layers), l.language.dim, l.language.layers[0].self_attn.num_heads, l.language.layers[0].linear1.out_features) == (12, 192, 3, 768)
-    assert l.vision.feature_dim == 512 and l.project_vision[-1].weight.shape == (65_536, 256) and not l.language.layers[0].norm_first
-    assert isinstance(game.loss.log_scale, float) and s.gate.kind == "hard" and s.bottleneck.straight_through and s.rank.dropout == 0
+    assert (len(l.language.layers), l.language.dim, l.language.layers[0].self_attn.num_heads,
+        l.language.layers[0].linear1.out_features) == (12, 192, 3, 768)
+    assert l.vision.feature_dim == 512 and l.project_vision[-1].weight.shape == (65_536,
+        256) and not l.language.layers[0].norm_first
+    assert isinstance(game.loss.log_scale,
+        float) and s.gate.kind == "hard" and s.bottleneck.straight_through and s.rank.dropout == 0
     assert PUBLIC_CODE.keys() <= make_patch_game.__annotations__.keys()
 
 
@@ -442,7 +466,8 @@ def train(path=None, cut=None, settings=SETTINGS, **changes):
         if len(steps) == cut: raise InterruptedError
         steps.append(1)
         return loss(*args)
-    return e, fit(e, counted, valid, n, settings, [0], checkpoint=path, checkpoint_seconds=0, report=lambda *_: None, on_progress=e.template.cool)
+    return (e, fit(e, counted, valid, n, settings, [0], checkpoint=path, checkpoint_seconds=0, report=lambda *_: None,
+        on_progress=e.template.cool))
 
 
 def test_training_resumes_to_the_same_numbers(tmp_path):
@@ -458,13 +483,15 @@ def test_a_checkpoint_of_another_speaker_is_refused(tmp_path, changes):
     "Other V, S or l are other shapes."
     one = TrainSettings(epochs=1, batch_size=8, lr=1e-3)
     train(tmp_path/"c.safetensors", settings=one)
-    with pytest.raises(RecordError, match="belongs to another model, data or setting: delete it"): train(tmp_path/"c.safetensors", settings=one, **changes)
+    with pytest.raises(RecordError, match="belongs to another model, data or setting: delete it"):
+        train(tmp_path/"c.safetensors", settings=one, **changes)
 
 
 def test_the_game_is_learned():
     "Images of one colour each: after a few dozen steps, one of 32 is found far more often than by chance."
     x = 2*torch.randn(32, 3, 1, 1, generator=generator(0)).expand(-1, -1, 16, 16)
-    with seeded_init(0): game = tiny(size=16, symbol="linear", vision="vit", vocab_size=40, width=24, hidden=32, narrow=16)
+    with seeded_init(0):
+        game = tiny(size=16, symbol="linear", vision="vit", vocab_size=40, width=24, hidden=32, narrow=16)
     optimizer, losses = torch.optim.AdamW(game.parameters(), 3e-3), []
     for i in range(60):
         game.cool(i/60)
@@ -478,11 +505,13 @@ def test_the_game_is_learned():
 # bad input
 
 @pytest.mark.parametrize("wrong, words", [
-    (lambda: patch_grid(100, 96, 32), "images of 100 × 96 pixels cannot be cut into patches of 32 × 32: the nearest sizes that can are 96 × 96 and 128 × 96"),
+    (lambda: patch_grid(100, 96, 32),
+    "images of 100 × 96 pixels cannot be cut into patches of 32 × 32: the nearest sizes that can are 96 × 96 and 128 × 96"),
     (lambda: patch_grid(64, 64, 0), "patch_size must be at least 1, got 0"),
     (lambda: tiny(size=30), "the nearest sizes that can are 24 × 24 and 32 × 32"),
     (lambda: tiny()(views(4, 40), views(4, 32)), "images of 40 × 40 pixels were shown to an agent built for 32 × 32"),
-    (lambda: tiny(vision="vit")(views(4), views(4, 24), tiny().draw_noise(4, generator(0))), "images of 24 × 24 pixels were shown to an agent built for 32 × 32"),
+    (lambda: tiny(vision="vit")(views(4), views(4, 24), tiny().draw_noise(4, generator(0))),
+    "images of 24 × 24 pixels were shown to an agent built for 32 × 32"),
     (lambda: tiny(patch_size=7, size=28), "unknown patch_size of PatchRank 7"),
     (lambda: tiny(vocab_size=0), "vocab_size must be at least 2, got 0"),
     (lambda: tiny(vocab_size=1), "vocab_size must be at least 2, got 1"),
@@ -503,10 +532,14 @@ def test_the_game_is_learned():
     (lambda: tiny(n_candidates=9).eval().play(views(3), views(3)), "9 candidates were asked for, but a batch has 3"),
     (lambda: tiny()(views(3), views(3)), "trains on noise"),
     (lambda: tiny(dropout=.1).speaker.rank(views(3)), "PatchRank with dropout trains on noise"),
-    (lambda: tiny().listener.read(Message(torch.zeros(2, 16, 13), torch.zeros(2, 16).long(), torch.rand(2, 16))), "the speaker has 13 symbols, the listener knows 12"),
-    (lambda: tiny().listener.read(Message(torch.zeros(2, 25, 12), torch.zeros(2, 25).long(), torch.rand(2, 25))), "25 tokens for a transformer of at most 16"),
-    (lambda: Speaker(PatchSymbol(64, 16, hidden=4), PatchRank(32, "thin")), "PatchSymbol looks at patches of 16 pixels, PatchRank at 32"),
-    (lambda: Speaker(PatchSymbol(64, 16, hidden=4), PatchRank(16, "thin"), cooled=0.), "cooled is a share of the training"),
+    (lambda: tiny().listener.read(Message(torch.zeros(2, 16, 13), torch.zeros(2, 16).long(), torch.rand(2, 16))),
+    "the speaker has 13 symbols, the listener knows 12"),
+    (lambda: tiny().listener.read(Message(torch.zeros(2, 25, 12), torch.zeros(2, 25).long(), torch.rand(2, 25))),
+    "25 tokens for a transformer of at most 16"),
+    (lambda: Speaker(PatchSymbol(64, 16, hidden=4), PatchRank(32, "thin")),
+    "PatchSymbol looks at patches of 16 pixels, PatchRank at 32"),
+    (lambda: Speaker(PatchSymbol(64, 16, hidden=4), PatchRank(16, "thin"), cooled=0.),
+    "cooled is a share of the training"),
     (lambda: top_patches(torch.rand(2, 49), 50), "the 50 best patches were asked for, but an image has 49"),
     (lambda: top_patches(torch.rand(2, 49), 0), "k must be at least 1, got 0"),
     (lambda: soft_rank(torch.rand(3), 0.), "strength must be above 0, got 0.0"),
@@ -521,4 +554,5 @@ def test_bad_input_is_one_clear_error(wrong, words):
 def test_top_patches_are_the_best():
     z = torch.rand(5, 49, generator=generator(0))
     assert torch.equal(top_patches(z, 7), z.topk(7).indices)
-    assert torch.equal(top_patches(torch.zeros(2, 5), 5), torch.arange(5).expand(2, 5)), "ties in the order of the patches"
+    assert torch.equal(top_patches(torch.zeros(2, 5), 5),
+        torch.arange(5).expand(2, 5)), "ties in the order of the patches"

@@ -47,12 +47,16 @@ def test_a_message_read_from_its_symbols_is_the_message_sent(parts, game):
 def test_a_message_through_a_soft_gate_is_read_with_its_weights(parts):
     s = tiny(gate="soft")
     game = patch.build(s).eval()
-    said, direct, seen = patch.look(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1), game.listener.read(game.send(x)), game.listener.see(x)), parts.valid.images, s)
+    said, direct, seen = patch.look(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1),
+        game.listener.read(game.send(x)), game.listener.see(x)), parts.valid.images, s)
     weights = patch.weigh(game, parts.valid.images, s)
     assert 0 < weights.min() < weights.max() < 1
-    assert torch.allclose(patch.read(game, said, weights), direct, atol=1e-4) and not torch.allclose(patch.read(game, said), direct, atol=1e-2)
-    assert {r["n_candidates"]: r["accuracy"] for r in patch.play(game, parts.valid.images, s)} == patch.found(direct, seen, s)
-    told, = {r["accuracy"] for r in patch_probes.top_k_play(game, parts.valid.images, dict(flat=torch.zeros(len(said), 49)), [49], s) if r["n_candidates"] == 2}
+    assert torch.allclose(patch.read(game, said, weights), direct,
+        atol=1e-4) and not torch.allclose(patch.read(game, said), direct, atol=1e-2)
+    assert {r["n_candidates"]: r["accuracy"] for r in patch.play(game, parts.valid.images, s)} == patch.found(direct,
+        seen, s)
+    told, = {r["accuracy"] for r in patch_probes.top_k_play(game, parts.valid.images,
+        dict(flat=torch.zeros(len(said), 49)), [49], s) if r["n_candidates"] == 2}
     assert told == pytest.approx(patch.found(direct, seen, s)[2])
 
 
@@ -73,7 +77,8 @@ def test_how_many_suffice_against_a_loop(parts, game):
     seen, = patch.look(lambda x: (game.listener.see(x),), images, s)
     own, longest = torch.arange(16), int((symbols >= 0).sum(1).max())
     with torch.no_grad():
-        won = [hits(cosine_similarities(patch.read(game, patch_probes.most_important(symbols, importance, k)), seen), own, [2, 16], generator(0, "distractors")) for k in range(1, longest + 1)]
+        won = [hits(cosine_similarities(patch.read(game, patch_probes.most_important(symbols, importance, k)), seen),
+            own, [2, 16], generator(0, "distractors")) for k in range(1, longest + 1)]
     for c, n in enumerate((2, 16)):
         needed = []
         for i in range(16):
@@ -102,11 +107,13 @@ def test_a_checkpoint_of_another_vocabulary_or_patch_size_is_refused(tmp_path):
     path = tmp_path/"training.safetensors"
     patch.run([tiny(n_images=80)], Context("cpu", path, lambda *a: None))
     for other in (tiny(n_images=80, vocab_size=17), tiny(grids.FINE, n_images=80)):
-        with pytest.raises(RecordError, match="belongs to another model"): patch.run([other], Context("cpu", path, lambda *a: None))
+        with pytest.raises(RecordError, match="belongs to another model"):
+            patch.run([other], Context("cpu", path, lambda *a: None))
 
 
 def test_public_choices_are_one_argument_away(tmp_path):
-    s = tiny(n_images=80, symbol="vit", gate="soft", dropout=.1, schedule="linear", learned=True, weight_decay_end=.4, masked=True)
+    s = tiny(n_images=80, symbol="vit", gate="soft", dropout=.1, schedule="linear", learned=True, weight_decay_end=.4,
+        masked=True)
     record = execute([s], store=Store(tmp_path))[0]
     assert any(k.startswith("weights/speaker.symbol.look.transformer") for k in record.tensors())
     assert isinstance(patch.load_model(record), torch.nn.Module)
@@ -117,7 +124,8 @@ def test_a_folder_of_images(tmp_path):
     world = ShapeWorld(size=64)
     for name in ("heart", "star"):
         (tmp_path/"images"/name).mkdir(parents=True)
-        for i, image in enumerate(world.render(world.draw(30, generator(0, name)))): Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path/"images"/name/f"{i}.png")
+        for i, image in enumerate(world.render(world.draw(30, generator(0, name)))):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path/"images"/name/f"{i}.png")
     s = tiny(source=stamped(str(tmp_path/"images")), n_images=None, batch_size=8, test_candidates=(2, 8))
     record = execute([s], store=Store(tmp_path/"runs"))[0]
     assert record.summary["n_train"] == 48 and [r["n_candidates"] for r in record.rows if r["kind"] == "play"] == [2, 8]
@@ -139,14 +147,16 @@ def test_more_patches_than_there_are(parts):
     s = tiny("ViT (S=32)")
     vit = patch.build(s, 10).eval()
     x, = patch.look(lambda x: (x,), parts.valid.images, s)
-    with pytest.raises(ConfigError, match="the 50 best patches were asked for, but an image has 49"): patch_probes.top_k_accuracy(vit, x, parts.valid.labels, torch.rand(len(x), 49), [50])
+    with pytest.raises(ConfigError, match="the 50 best patches were asked for, but an image has 49"):
+        patch_probes.top_k_accuracy(vit, x, parts.valid.labels, torch.rand(len(x), 49), [50])
 
 
 def test_untrained_ranks_differ(parts, game):
     several = patch.untrained_importance(tiny(), parts.valid.images, 3)
     assert torch.equal(several[0], patch.say(game, parts.valid.images, tiny())[1])
     assert several.shape == (3, len(parts.valid.images), 49) and len({a.sum().item() for a in several.argmax(-1)}) == 3
-    with pytest.raises(ConfigError, match="n must be at least 1, got 0"): patch.untrained_importance(tiny(), parts.valid.images, 0)
+    with pytest.raises(ConfigError, match="n must be at least 1, got 0"):
+        patch.untrained_importance(tiny(), parts.valid.images, 0)
 
 
 def test_detectors_side_by_side_are_those_trained_one_after_the_other(monkeypatch):
@@ -167,4 +177,5 @@ class Deadly(torch.nn.Module):
 
 
 def test_a_detector_whose_process_dies_is_named():
-    with pytest.raises(WorkerDied, match="a process that was training detectors died"): patch_probes.detections(dict(one=Deadly(), another=Deadly()), "scenes", 32, 8, 8, 1, jobs=2)
+    with pytest.raises(WorkerDied, match="a process that was training detectors died"):
+        patch_probes.detections(dict(one=Deadly(), another=Deadly()), "scenes", 32, 8, 8, 1, jobs=2)

@@ -36,7 +36,8 @@ def test_each_kind_of_fault_is_found_with_its_place(what):
 
 
 def test_a_fault_is_raised_at_once_when_strict():
-    with PretendGPU(strict=True), pytest.raises(RuntimeError, match="test_pretend_gpu.py"): torch.ones(4, device="cuda") + torch.ones(4)
+    with PretendGPU(strict=True), pytest.raises(RuntimeError, match="test_pretend_gpu.py"):
+        torch.ones(4, device="cuda") + torch.ones(4)
 
 
 def test_what_cuda_allows_is_no_fault():
@@ -56,15 +57,22 @@ def test_what_cuda_allows_is_no_fault():
 
 
 WAITS = {
-    "item": lambda x: x.sum().item(), "bool": lambda x: bool(x.any()), "float": lambda x: float(x[0]), "tolist": lambda x: x.tolist(),
-    "cpu": lambda x: x.cpu(), "nonzero": lambda x: x.nonzero(), "boolean index": lambda x: x[x > 0], "written by mask": lambda x: x.index_put((x > 0,), x),
-    "unique": lambda x: x.unique(), "repeats": lambda x: x.repeat_interleave(x.long()), "constant": lambda x: torch.tensor([1., 2.], device=x.device),
-    "new": lambda x: x.new_tensor([1.]), "copied in": lambda x: x.copy_(torch.ones(4)), "moved": lambda x: torch.ones(4).to(x.device),
+    "item": lambda x: x.sum().item(), "bool": lambda x: bool(x.any()), "float": lambda x: float(x[0]),
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(), "nonzero": lambda x: x.nonzero(), "boolean index": lambda x: x[x > 0],
+    "written by mask": lambda x: x.index_put((x > 0,), x),
+    "unique": lambda x: x.unique(), "repeats": lambda x: x.repeat_interleave(x.long()),
+    "constant": lambda x: torch.tensor([1., 2.], device=x.device),
+    "new": lambda x: x.new_tensor([1.]), "copied in": lambda x: x.copy_(torch.ones(4)),
+    "moved": lambda x: torch.ones(4).to(x.device),
 }
 RUNS = {
-    "arithmetic": lambda x: (x*2 + 1).sum(), "factory": lambda x: torch.arange(4, device=x.device), "zeros": lambda x: x.new_zeros(3),
-    "fill": lambda x: x.masked_fill_(x > 2, 0.), "one-hot": lambda x: torch.nn.functional.one_hot(x.long(), 5), "moved from pinned": lambda x: torch.ones(4).pin_memory().to(x.device, non_blocking=True),
-    "repeats of a known number": lambda x: x.repeat_interleave(x.long(), output_size=4), "index on the device": lambda x: x[x.long()],
+    "arithmetic": lambda x: (x*2 + 1).sum(), "factory": lambda x: torch.arange(4, device=x.device),
+    "zeros": lambda x: x.new_zeros(3),
+    "fill": lambda x: x.masked_fill_(x > 2, 0.), "one-hot": lambda x: torch.nn.functional.one_hot(x.long(), 5),
+    "moved from pinned": lambda x: torch.ones(4).pin_memory().to(x.device, non_blocking=True),
+    "repeats of a known number": lambda x: x.repeat_interleave(x.long(), output_size=4),
+    "index on the device": lambda x: x[x.long()],
 }
 
 

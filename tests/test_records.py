@@ -18,14 +18,16 @@ KEPT = records.kept_items(checkout()/"figures"/"records") if checkout() else {}
 
 
 def cli(*args, **env):
-    return subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", *args], capture_output=True, text=True, env={**os.environ, **env})
+    return subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", *args], capture_output=True,
+        text=True, env={**os.environ, **env})
 
 
 @pytest.fixture
 def kept(tmp_path):
     store, folder = Store(tmp_path/"runs"), tmp_path/"figures"/"records"
     made = execute(grid("figure2", "smoke", 1), store=store)
-    records.keep_item("sms/figure2", [f"{r.experiment}/{r.key}" for r in made], dict(profile="smoke", n_seeds=1), folder, store)
+    records.keep_item("sms/figure2", [f"{r.experiment}/{r.key}" for r in made], dict(profile="smoke", n_seeds=1),
+        folder, store)
     return folder
 
 
@@ -68,4 +70,5 @@ def test_every_committed_item_is_redrawn(item, tmp_path):
     assert r.returncode == 0, r.stdout[-3000:]
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path/f"{stem}.csv"), pd.read_csv(figures/f"{stem}.csv"))
     old, new = (json.loads(Path(d/f"{stem}.json").read_text()) for d in (figures, tmp_path))
-    assert [(c["id"], c["verdict"], c["numbers"]) for c in new["claims"]] == [(c["id"], c["verdict"], c["numbers"]) for c in old["claims"]]
+    assert [(c["id"], c["verdict"], c["numbers"]) for c in new["claims"]] == [(c["id"], c["verdict"], c["numbers"])
+        for c in old["claims"]]

@@ -42,7 +42,8 @@ class Reader(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] not in ("style", "script"): self.texts.append(data)
 
-    def all(self, tag, **attrs): return [a for t, a in self.tags if t == tag and all(a.get(k.rstrip("_")) == v for k, v in attrs.items())]
+    def all(self, tag, **attrs):
+        return [a for t, a in self.tags if t == tag and all(a.get(k.rstrip("_")) == v for k, v in attrs.items())]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,8 @@ def folder(tmp_path):
     return d
 
 
-PLAIN = dict(id="a", sentence="b", test="c", source="", kind="result", ours=False, numbers={}, intervals={}, verdict="refuted", cause="", power="", decide="")
+PLAIN = dict(id="a", sentence="b", test="c", source="", kind="result", ours=False, numbers={}, intervals={},
+    verdict="refuted", cause="", power="", decide="")
 
 
 def edit(path, **changes): path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -79,11 +81,15 @@ def test_every_item_once(html):
 
 def test_what_is_not_made_is_listed(html):
     made = {p.stem for p in FIGURES.glob("*.json")}
-    missing = [(paper, i, title) for paper in PAPERS for i, kind, title in contents(paper).values if kind == "result" and f"{paper}_{i}" not in made]
-    missing += [(n.split("/")[0], None, report.heading(n.split("/")[0], t)) for n, t in KNOWN.items() if n.replace("/", "_") not in made and tuple(n.split("/")) not in {(p, i) for p in PAPERS for i in contents(p)["item"]}]
+    missing = [(paper, i, title) for paper in PAPERS for i, kind, title in contents(paper).values if kind == "result"
+        and f"{paper}_{i}" not in made]
+    missing += [(n.split("/")[0], None, report.heading(n.split("/")[0], t)) for n, t in KNOWN.items()
+        if n.replace("/", "_") not in made
+        and tuple(n.split("/")) not in {(p, i) for p in PAPERS for i in contents(p)["item"]}]
     assert len(Reader(html).all("tr", class_="missing")) == len({(p, i or t) for p, i, t in missing})
     text = "".join(Reader(html).texts)
-    assert all(title in text for _, _, title in missing) and text.count("not made yet") == html.count('<tr class="missing">')
+    assert all(title in text
+        for _, _, title in missing) and text.count("not made yet") == html.count('<tr class="missing">')
 
 
 def test_pictures_and_numbers_are_in_the_page(html):
@@ -91,7 +97,8 @@ def test_pictures_and_numbers_are_in_the_page(html):
     for a in page.all("img"):
         kind, data = a["src"].split(",", 1)
         assert kind == "data:image/png;base64" and a["alt"]
-        assert Image.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=["PNG"]).size == (int(a["width"]), int(a["height"]))
+        assert Image.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=["PNG"]).size == (int(a["width"]),
+            int(a["height"]))
     saved = {a["download"]: base64.b64decode(a["href"].split(",", 1)[1]) for a in page.all("a") if "download" in a}
     assert saved == {p.name: p.read_bytes() for p in FIGURES.glob("*.csv")} and len(page.all("img")) == len(saved)
 
@@ -99,29 +106,37 @@ def test_pictures_and_numbers_are_in_the_page(html):
 def test_nothing_is_fetched(html):
     page = Reader(html)
     for tag, a in page.tags:
-        for k in ("src", "href", "srcset", "action", "data"): assert a.get(k, "#").startswith(("#", "data:")), (tag, a[k][:80])
+        for k in ("src", "href", "srcset", "action", "data"):
+            assert a.get(k, "#").startswith(("#", "data:")), (tag, a[k][:80])
     style = html[html.index("<style>"):html.index("</style>")]
     assert "url(" not in style and "@import" not in style
     assert "default-src 'none'" in page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
 
 
 def test_the_ledger_counts_what_the_recipes_claim(html):
-    claims = {c["id"]: (r["paper"], c) for r in (json.loads(p.read_text()) for p in FIGURES.glob("*.json")) for c in r["claims"]}
+    claims = {c["id"]: (r["paper"], c) for r in (json.loads(p.read_text()) for p in FIGURES.glob("*.json"))
+        for c in r["claims"]}
     rows = [(a["data-paper"], a["data-verdict"]) for a in Reader(html).all("tr", class_="claim")]
     assert sorted(rows) == sorted((paper, c["verdict"]) for paper, c in claims.values())
     n = counted([c for _, c in claims.values()])
-    assert f"Of {sum(n.values())} claims of the papers" in html and all(f"{k} {'are ' if i == 0 else ''}{v}" in html for i, (v, k) in enumerate(n.items()) if k)
+    assert f"Of {sum(n.values())} claims of the papers" in html and all(f"{k} {'are ' if i == 0 else ''}{v}" in html
+        for i, (v, k) in enumerate(n.items()) if k)
 
 
 def test_texts_are_escaped(folder):
     evil = "</script><img src=x onerror=alert(1)> & \"quotes\" '"
-    claim = dict(id="eqc.x", sentence=evil, test="a < b", source=evil, kind="result", ours=False, numbers={evil: 1.}, intervals={}, verdict="untestable here", cause=evil, power="", decide=evil)
-    edit(folder/"eqc_table5.json", title=evil, note=evil, runs=evil, data=evil, command=evil, seeds=[evil], claims=[claim])
-    t = pd.read_csv(folder/"eqc_table5.csv"); t["row"] = t["column"] = t["note"] = evil; t.to_csv(folder/"eqc_table5.csv", index=False)
+    claim = dict(id="eqc.x", sentence=evil, test="a < b", source=evil, kind="result", ours=False, numbers={evil: 1.},
+        intervals={}, verdict="untestable here", cause=evil, power="", decide=evil)
+    edit(folder/"eqc_table5.json", title=evil, note=evil, runs=evil, data=evil, command=evil, seeds=[evil],
+        claims=[claim])
+    t = pd.read_csv(folder/"eqc_table5.csv")
+    t["row"] = t["column"] = t["note"] = evil
+    t.to_csv(folder/"eqc_table5.csv", index=False)
     (folder/"<b>.json").write_text("{}")
     html = report.page(*report.read_items(folder), {"eqc/<i>": evil})
     page = Reader(html)
-    assert evil in page.texts and "<b>.json has no paper" in "".join(page.texts) and not [a for _, a in page.tags if "onerror" in a]
+    assert evil in page.texts and "<b>.json has no paper" in "".join(page.texts) and not [a for _, a in page.tags
+        if "onerror" in a]
     assert len(page.all("img")) == 3 and evil not in html and "<b>.json" not in html and "1 are untestable here" in html
 
 
@@ -142,7 +157,8 @@ def test_texts_are_escaped(folder):
     (lambda d: (d/"eqc_table5.png").write_text("<svg/>"), "cannot identify image file"),
     (lambda d: (d/"eqc_table5.csv").unlink(), "No such file or directory: 'eqc_table5.csv'"),
     (lambda d: (d/"eqc_table5.csv").write_text(""), "No columns to parse"),
-    (lambda d: (d/"eqc_table5.csv").write_text((d/"eqc_table5.csv").read_text().replace("0.997", "much")), "could not convert string to float"),
+    (lambda d: (d/"eqc_table5.csv").write_text((d/"eqc_table5.csv").read_text().replace("0.997", "much")),
+    "could not convert string to float"),
 ])
 def test_a_damaged_item_is_named_and_left_out(folder, spoil, says):
     spoil(folder)
@@ -161,7 +177,8 @@ def test_smoke_is_never_a_result(home, command):
     made = save("eqc", "table1", pd.DataFrame(dict(x=[1])), plt.figure(), [], "smoke", "eqc Table 1: toy", "none")
     r = command("report", "--figures", made.parent, "--out", home/"page.html")
     page = Reader((home/"page.html").read_text())
-    assert r.returncode == 0 and r.stdout.startswith("0 items") and "eqc_table1 was made at smoke" in r.stderr and not page.all("img") and not page.all("article")
+    assert (r.returncode == 0 and r.stdout.startswith("0 items") and "eqc_table1 was made at smoke" in r.stderr
+        and not page.all("img") and not page.all("article"))
     assert command("report", "--out", home/"none.html").returncode == 2, "the folder for results is empty"
 
 
@@ -171,16 +188,20 @@ def test_the_command(home, tmp_path, command, html):
     assert r.returncode == 0 and str(a) in r.stdout and not r.stderr
     assert command("report", "--figures", FIGURES, "--out", b).returncode == 0 and a.read_bytes() == b.read_bytes()
     assert a.read_text(encoding="utf-8") == html
-    here = subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", "report"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "REFCOMM_FIGURES": str(FIGURES)})
+    here = subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", "report"], cwd=tmp_path,
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "REFCOMM_FIGURES": str(FIGURES)})
     assert here.returncode == 0 and (tmp_path/"refcomm-report.html").read_bytes() == a.read_bytes(), here.stderr
 
 
 def test_bad_input_is_one_line(home, tmp_path, command):
     (tmp_path/"file").write_text("")
-    for args, says in ((["--out", tmp_path/"a.html"], "no figures in"), (["--figures", tmp_path/"none", "--out", tmp_path/"a.html"], "name another folder with --figures"),
-                       (["--figures", FIGURES, "--out", tmp_path/"file"/"a.html"], "name another file with --out"), (["--figures", FIGURES, "--out", tmp_path], "name another file with --out")):
+    for args, says in ((["--out", tmp_path/"a.html"], "no figures in"),
+    (["--figures", tmp_path/"none", "--out", tmp_path/"a.html"], "name another folder with --figures"),
+                       (["--figures", FIGURES, "--out", tmp_path/"file"/"a.html"], "name another file with --out"),
+                       (["--figures", FIGURES, "--out", tmp_path], "name another file with --out")):
         r = command("report", *args)
-        assert r.returncode == 2 and says in r.stderr and not r.stdout and len(r.stderr.strip().splitlines()) == 1, r.stderr
+        assert (r.returncode == 2 and says in r.stderr and not r.stdout
+            and len(r.stderr.strip().splitlines()) == 1), r.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"], "nothing half-written is left"
     with pytest.raises(ConfigError, match="no figures in"): report.write_report(tmp_path/"a.html", tmp_path/"none")
     with pytest.raises(StoreError, match="Is a directory; name another file"): report.write_report(tmp_path, FIGURES)
@@ -193,8 +214,10 @@ def test_differences_are_those_of_the_numbers(html):
     assert len(lines) == len(numbers)
     for r in numbers.itertuples():
         line = lines[r.row, r.column]
-        assert line["ours"] == f"{r.ours:.3f}" and line["published"] == ("–" if pd.isna(r.published) else f"{r.published:.3f}") and line["off"] == (str(r.within) == "False")
-        if not pd.isna(r.difference): assert abs(float(line["difference"].replace("−", "-")) - r.difference) <= .0005 + 1e-9
+        assert line["ours"] == f"{r.ours:.3f}" and line["published"] == ("–" if pd.isna(r.published)
+            else f"{r.published:.3f}") and line["off"] == (str(r.within) == "False")
+        if not pd.isna(r.difference):
+            assert abs(float(line["difference"].replace("−", "-")) - r.difference) <= .0005 + 1e-9
 
 
 def test_intervals_are_shown_where_they_were_kept(html, folder):
@@ -202,10 +225,14 @@ def test_intervals_are_shown_where_they_were_kept(html, folder):
         if not item["beside"]: continue
         numbers = pd.read_csv(FIGURES/f"{item['name'].replace('/', '_')}.csv")
         lines = [line for t in item["beside"]["tables"] for line in t["lines"]]
-        shown = {True: sorted(line["interval"] for line in lines if line["known"]), False: {line["interval"] for line in lines if not line["known"]}}
+        shown = {True: sorted(line["interval"] for line in lines if line["known"]),
+            False: {line["interval"] for line in lines if not line["known"]}}
         low = numbers.low if "low" in numbers else pd.Series(dtype=float)
-        assert len(shown[True]) == low.notna().sum() and all(" … " in i for i in shown[True]) and shown[False] <= {"–", "one seed", "3 seeds"}
-        if low.notna().any(): assert (numbers.low <= numbers.ours)[low.notna()].all() and (numbers.ours <= numbers.high)[low.notna()].all()
+        assert len(shown[True]) == low.notna().sum() and all(" … " in i for i in shown[True]) and shown[False] <= {"–",
+            "one seed", "3 seeds"}
+        if low.notna().any():
+            assert ((numbers.low <= numbers.ours)[low.notna()].all()
+                and (numbers.ours <= numbers.high)[low.notna()].all())
     assert "95 % interval" in html and "standard errors of both sides" in html
     t = pd.read_csv(folder/"eqc_table5.csv").assign(low=.1234, high=.5678)
     t.loc[0, ["low", "high"]] = float("nan")
@@ -255,11 +282,14 @@ def opened(browser, tmp_path):
 def few(folder): return report.page(*report.read_items(folder))
 
 
-@pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 1280), ("light", 720), ("dark", 390), ("light", 320)])
+@pytest.mark.parametrize("scheme, width",
+    [("light", 1280), ("dark", 1280), ("light", 720), ("dark", 390), ("light", 320)])
 def test_in_a_browser(opened, html, scheme, width):
     said, asked = [], []
     def listen(page):
-        page.on("console", lambda m: said.append(m.text)); page.on("pageerror", lambda e: said.append(str(e))); page.on("request", lambda r: asked.append(r.url[:40]))
+        page.on("console", lambda m: said.append(m.text))
+        page.on("pageerror", lambda e: said.append(str(e)))
+        page.on("request", lambda r: asked.append(r.url[:40]))
     page = opened(html, listen, viewport=dict(width=width, height=844), color_scheme=scheme)
     page.wait_for_function("[...document.images].every(i => i.complete)")
     widths = page.evaluate("[...document.images].map(i => i.naturalWidth)")
@@ -282,7 +312,8 @@ def test_in_a_browser(opened, html, scheme, width):
     assert visible() == both and page.locator("output").inner_text() == f"{len(both)} of {len(rows)} claims"
     assert page.locator(".ledger tbody:visible").count() == 1, "headings of other papers are hidden as well"
     page.locator("label", has_text="untestable here").click()
-    assert visible() == [f for f in ([a["data-paper"], a["data-verdict"]] for a in rows) if f == ["sms", "untestable here"]]
+    assert visible() == [f for f in ([a["data-paper"], a["data-verdict"]] for a in rows)
+        if f == ["sms", "untestable here"]]
     page.locator("label", has_text="all").first.click(); page.locator("label", has_text="all").last.click()
     assert len(visible()) == len(rows) and fits()
     assert not said and not [u for u in asked if not u.startswith(("file:", "data:"))], (said, asked)
@@ -297,7 +328,8 @@ def test_printed(opened, few):
     "On paper the numbers are shown and the filter is not."
     page = opened(few, color_scheme="dark")
     page.evaluate("dispatchEvent(new Event('beforeprint'))"); page.emulate_media(media="print")
-    assert page.locator("details").count() == page.locator("details[open] .pairs:visible").count() > 0 and not page.locator(".filters").is_visible()
+    assert (page.locator("details").count() == page.locator("details[open] .pairs:visible").count() > 0
+        and not page.locator(".filters").is_visible())
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details[open]").count() == 0
@@ -312,10 +344,21 @@ def claim(**fields): return dict(id="x", statement="x", evidence="x", numbers=di
 
 
 BROKEN = {
-    "a bomb for a picture": lambda d, n: Image.new("1", (30_000, 30_000)).save(d/f"{n}.png"), "a picture cut short": lambda d, n: (d/f"{n}.png").write_bytes((d/f"{n}.png").read_bytes()[:60]), "a chunk that lies": lambda d, n: (d/f"{n}.png").write_bytes((d/f"{n}.png").read_bytes()[:33] + b"\xff"*40),
-    "a recipe nested too deeply": lambda d, n: (d/f"{n}.json").write_text("["*100_000), "a title of half a character": lambda d, n: change(d, n, title="\ud800"), "a title of another kind": lambda d, n: change(d, n, title=["x"]), "a number beyond floats": lambda d, n: change(d, n, claims=[claim(numbers=dict(a=10**400))]),
-    "a number that is none": lambda d, n: (d/f"{n}.csv").write_text((d/f"{n}.csv").read_text().replace("0.", "x.", 1)), "numbers that are no text": lambda d, n: (d/f"{n}.csv").write_bytes(b"\xff\xfe\x00row"), "no numbers": lambda d, n: (d/f"{n}.csv").write_text(""), "a folder for numbers": lambda d, n: ((d/f"{n}.csv").unlink(), (d/f"{n}.csv").mkdir()),
-    "a cost that is text": lambda d, n: change(d, n, costs=dict(runs="many", seconds={}, epochs=[])), "seeds of another kind": lambda d, n: change(d, n, seeds=[{"a": 1}]), "a claim with odd numbers": lambda d, n: change(d, n, claims=[claim(numbers={"a": None})]), "a loop for a recipe": lambda d, n: ((d/f"{n}.json").unlink(), (d/f"{n}.json").symlink_to(d/f"{n}.json")),
+    "a bomb for a picture": lambda d, n: Image.new("1", (30_000, 30_000)).save(d/f"{n}.png"),
+    "a picture cut short": lambda d, n: (d/f"{n}.png").write_bytes((d/f"{n}.png").read_bytes()[:60]),
+    "a chunk that lies": lambda d, n: (d/f"{n}.png").write_bytes((d/f"{n}.png").read_bytes()[:33] + b"\xff"*40),
+    "a recipe nested too deeply": lambda d, n: (d/f"{n}.json").write_text("["*100_000),
+    "a title of half a character": lambda d, n: change(d, n, title="\ud800"),
+    "a title of another kind": lambda d, n: change(d, n, title=["x"]),
+    "a number beyond floats": lambda d, n: change(d, n, claims=[claim(numbers=dict(a=10**400))]),
+    "a number that is none": lambda d, n: (d/f"{n}.csv").write_text((d/f"{n}.csv").read_text().replace("0.", "x.", 1)),
+    "numbers that are no text": lambda d, n: (d/f"{n}.csv").write_bytes(b"\xff\xfe\x00row"),
+    "no numbers": lambda d, n: (d/f"{n}.csv").write_text(""),
+    "a folder for numbers": lambda d, n: ((d/f"{n}.csv").unlink(), (d/f"{n}.csv").mkdir()),
+    "a cost that is text": lambda d, n: change(d, n, costs=dict(runs="many", seconds={}, epochs=[])),
+    "seeds of another kind": lambda d, n: change(d, n, seeds=[{"a": 1}]),
+    "a claim with odd numbers": lambda d, n: change(d, n, claims=[claim(numbers={"a": None})]),
+    "a loop for a recipe": lambda d, n: ((d/f"{n}.json").unlink(), (d/f"{n}.json").symlink_to(d/f"{n}.json")),
 }
 
 
@@ -325,5 +368,7 @@ def test_one_broken_figure_is_named_and_the_rest_is_shown(folder, tmp_path, kind
     items, problems = report.write_report(tmp_path/"report.html", folder, KNOWN)
     html = (tmp_path/"report.html").read_text(encoding="utf-8")
     assert {"eqc/figure4", "sms/figure2"} <= {i["name"] for i in items}
-    if "eqc/table5" not in {i["name"] for i in items}: assert len(problems) == 1 and ("eqc_table5" in problems[0] or "eqc/table5" in problems[0]) and problems[0].count("\n") == 0 and "not shown" in html.lower()
+    if "eqc/table5" not in {i["name"] for i in items}:
+        assert len(problems) == 1 and ("eqc_table5" in problems[0]
+            or "eqc/table5" in problems[0]) and problems[0].count("\n") == 0 and "not shown" in html.lower()
     assert Reader(html)

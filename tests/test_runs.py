@@ -30,8 +30,11 @@ LONG = {**SMALL["object"], "lr": 1e-3, "word_length": 20, "epochs": 200, "patien
 
 def start(code, **env):
     "A process of its own that works on the store named by REFCOMM_HOME."
-    head = f"import torch; torch.set_num_threads(1)\nfrom refcomm.papers.eqc.run import EQCSpec\nfrom refcomm.runs import execute as runs; from refcomm.runs import store; from refcomm.training import loop as train\nLONG = {LONG!r}\n"
-    return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
+    head = (f"import torch; torch.set_num_threads(1)\nfrom refcomm.papers.eqc.run import EQCSpec\nfrom refcomm.runs "
+        f"import execute as runs; from refcomm.runs import store; from refcomm.training import loop as train\nLONG = "
+        f"{LONG!r}\n")
+    return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE,
+        text=True)
 
 
 def same(a, b):
@@ -57,7 +60,9 @@ def test_kill_while_training_then_resume(home, undisturbed):
     for _ in range(3):
         p = start(work, **often)
         before = time.time()
-        while p.poll() is None and not any(f.stat().st_mtime > before for f in Store().root.glob("unfinished/*/training.safetensors")): time.sleep(.02)
+        while p.poll() is None and not any(f.stat().st_mtime > before
+            for f in Store().root.glob("unfinished/*/training.safetensors")):
+            time.sleep(.02)
         time.sleep(random.Random(deaths).random()*.1)
         if p.poll() is None: p.send_signal(signal.SIGKILL); deaths += 1
         p.wait()
@@ -130,7 +135,8 @@ runs.execute([EQCSpec(seed=s, word_length=w, **{{k: v for k,v in LONG.items() if
 
 
 def test_a_pool_gives_the_same_records(home, tmp_path):
-    specs = [EQCSpec(seed=s, word_length=w, **{k: v for k, v in LONG.items() if k not in ("word_length", "epochs")}, epochs=3) for w in (10, 20) for s in (0, 1)]
+    specs = [EQCSpec(seed=s, word_length=w, **{k: v for k, v in LONG.items() if k not in ("word_length", "epochs")},
+        epochs=3) for w in (10, 20) for s in (0, 1)]
     records = execute(specs, jobs=2)
     for a, b in zip(records, execute(specs, store=Store(tmp_path/"other"))):
         assert [r["n_candidates"] for r in a.rows] == [r["n_candidates"] for r in b.rows]
@@ -168,7 +174,8 @@ def test_no_mutation_of_a_record_is_accepted_silently(stored):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = Store().get(spec)
-        assert found is None or (found.rows, found.spec, found.summary, found.provenance) == (record.rows, record.spec, record.summary, record.provenance)
+        assert found is None or (found.rows, found.spec, found.summary, found.provenance) == (record.rows, record.spec,
+            record.summary, record.provenance)
         noticed += found is None
         record.path.mkdir(parents=True, exist_ok=True)
         for g, b in whole.items(): g.write_bytes(b)
@@ -183,7 +190,9 @@ def test_a_damaged_record_is_named_set_aside_and_made_again(stored):
     assert again.rows == record.rows and len(list((Store().root/"set-aside").iterdir())) == 1
 
 
-@pytest.mark.parametrize("change", [lambda raw: json.dumps(raw), lambda raw: json.dumps(raw, indent=1).replace('"rows"', '"rows": [], "rows"'), lambda raw: "["*200_000], ids=["white space", "a key twice", "too deep"])
+@pytest.mark.parametrize("change", [lambda raw: json.dumps(raw),
+    lambda raw: json.dumps(raw, indent=1).replace('"rows"', '"rows": [], "rows"'), lambda raw: "["*200_000],
+    ids=["white space", "a key twice", "too deep"])
 def test_what_reads_the_same_but_is_not_as_written_is_set_aside(stored, change):
     spec, record = stored
     file = record.path/"record.json"
@@ -191,7 +200,8 @@ def test_what_reads_the_same_but_is_not_as_written_is_set_aside(stored, change):
     with pytest.warns(UserWarning, match="(was edited|is unreadable).*set-aside"): assert Store().get(spec) is None
 
 
-@pytest.mark.parametrize("text", ['{"sha256": "0", "body": {}}', '{"body": {"rows": [NaN]}, "sha256": "0"}', "[]", "null", '{"sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a", "body": {}}'])
+@pytest.mark.parametrize("text", ['{"sha256": "0", "body": {}}', '{"body": {"rows": [NaN]}, "sha256": "0"}', "[]",
+    "null", '{"sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a", "body": {}}'])
 def test_what_is_no_record_is_set_aside(stored, text):
     spec, record = stored
     (record.path/"record.json").write_text(text)
@@ -219,7 +229,8 @@ def test_overlapping_stacks_after_a_kill(home, undisturbed):
     p = start("runs.execute([EQCSpec(seed=0, **LONG)]); runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])")
     assert p.wait() == 0, p.stderr.read()
     for s, calm in zip((0, 1), undisturbed):
-        assert [r["n_candidates"] for r in Store().get(EQCSpec(seed=s, **LONG)).rows] == [r["n_candidates"] for r in calm.rows]
+        assert [r["n_candidates"] for r in Store().get(EQCSpec(seed=s, **LONG)).rows] == [r["n_candidates"]
+            for r in calm.rows]
     assert not list(Store().root.glob("unfinished/*"))
 
 
@@ -230,10 +241,16 @@ def test_your_own_executor_is_left_running(home):
 
 
 def test_workers_end_with_a_killed_driver(home):
-    p = start("if __name__ == '__main__': runs.execute([EQCSpec(seed=s, word_length=w, **{k: v for k, v in LONG.items() if k not in ('word_length', 'epochs', 'patience')}, epochs=5000, patience=5000) for w in (10, 20) for s in (0,)], jobs=2)")
-    while len(list(Store().root.glob("unfinished/*/members.json"))) < 2: assert p.poll() is None, p.stderr.read(); time.sleep(.05)
-    children = lambda: [int(x) for x in subprocess.run(["pgrep", "-f", "spawn_main"], capture_output=True, text=True).stdout.split()]
-    workers = [c for c in children() if Path(f"/proc/{c}/status").read_text().split("PPid:")[1].split()[0] == str(p.pid)]
+    p = start("if __name__ == '__main__': runs.execute([EQCSpec(seed=s, word_length=w, **{k: v for k, v in "
+        "LONG.items() if k not in ('word_length', 'epochs', 'patience')}, epochs=5000, patience=5000) for w in (10, "
+        "20) for s in (0,)], jobs=2)")
+    while len(list(Store().root.glob("unfinished/*/members.json"))) < 2:
+        assert p.poll() is None, p.stderr.read()
+        time.sleep(.05)
+    children = lambda: [int(x) for x in subprocess.run(["pgrep", "-f", "spawn_main"], capture_output=True,
+        text=True).stdout.split()]
+    workers = [c for c in children()
+        if Path(f"/proc/{c}/status").read_text().split("PPid:")[1].split()[0] == str(p.pid)]
     assert len(workers) >= 2
     p.kill(); p.wait()
     deadline = time.time() + 20
@@ -257,7 +274,9 @@ else: raise AssertionError("it fitted")""")
 def test_cleaning_leaves_live_runs(stored, capsys):
     from refcomm.cli import runs_clean
     spec, record = stored
-    held = subprocess.Popen([sys.executable, "-c", f"from filelock import FileLock; import time\nwith FileLock({str(Store().root/'locks'/f'eqc-{record.key}.lock')!r}): print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True)
+    held = subprocess.Popen([sys.executable, "-c",
+        f"from filelock import FileLock; import time\nwith "
+        f"FileLock({str(Store().root/'locks'/f'eqc-{record.key}.lock')!r}): print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True)
     held.stdout.readline()
     runs_clean(everything=True, yes=True, adopt=False)
     assert f"left, in use: {record.path}" in capsys.readouterr().out and Store().keys() == [("eqc", record.key)]
@@ -278,10 +297,12 @@ def test_full_disk_is_one_clear_error(home, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StoreError, match="the disk is full: free some space, or set REFCOMM_HOME"): execute([spec])
     monkeypatch.undo()
-    assert not [f for f in (tmp_path/"home").rglob("*") if f.is_file() and f.suffix != ".lock" and f.name != ".refcomm-store"], "nothing half-written stays behind"
+    assert not [f for f in (tmp_path/"home").rglob("*") if f.is_file() and f.suffix != ".lock"
+        and f.name != ".refcomm-store"], "nothing half-written stays behind"
 
 
-@pytest.mark.parametrize("code, says", [(errno.EROFS, "read-only: set REFCOMM_HOME"), (errno.EACCES, "permission denied: set REFCOMM_HOME")])
+@pytest.mark.parametrize("code, says",
+    [(errno.EROFS, "read-only: set REFCOMM_HOME"), (errno.EACCES, "permission denied: set REFCOMM_HOME")])
 def test_unwritable_folders_are_one_clear_error(home, monkeypatch, code, says):
     def refuse(self, *a, **k): raise OSError(code, os.strerror(code), str(self))
     monkeypatch.setattr(Path, "mkdir", refuse)
@@ -306,23 +327,30 @@ def test_plans_and_archives_travel(stored, tmp_path):
 
 
 def test_plans_of_every_paper_are_read_back(tmp_path):
-    specs = [importlib.import_module(f"refcomm.papers.{paper}.items").grid(item, "smoke", 1)[0] for paper, item in (("eqc", "table6"), ("iac", "table1"), ("patch", "table1"), ("sms", "epoch30"))]
+    specs = [importlib.import_module(f"refcomm.papers.{paper}.items").grid(item, "smoke", 1)[0]
+        for paper, item in (("eqc", "table6"), ("iac", "table1"), ("patch", "table1"), ("sms", "epoch30"))]
     write_plan(specs, tmp_path/"plan.json")
     assert read_plan(tmp_path/"plan.json") == specs
 
 
 def evil(path, name, data=b"{}", kind=tarfile.REGTYPE):
     with tarfile.open(path, "w") as tar:
-        info = tarfile.TarInfo(name); info.size, info.type, info.linkname = (len(data) if kind == tarfile.REGTYPE else 0), kind, "/etc/passwd"
+        info = tarfile.TarInfo(name)
+        info.size, info.type, info.linkname = (len(data) if kind == tarfile.REGTYPE else 0), kind, "/etc/passwd"
         tar.addfile(info, io.BytesIO(data))
     return path
 
 
-@pytest.mark.parametrize("name, kind", [("../evil.json", tarfile.REGTYPE), ("/tmp/evil.json", tarfile.REGTYPE), ("eqc/0123456789abcdef/../../x", tarfile.REGTYPE),
-                                        ("eqc/0123456789abcdef/record.json", tarfile.SYMTYPE), ("eqc/0123456789abcdef/other.bin", tarfile.REGTYPE), ("eqc/0123456789abcdef/record.json", tarfile.REGTYPE)])
+@pytest.mark.parametrize("name, kind",
+[("../evil.json", tarfile.REGTYPE), ("/tmp/evil.json", tarfile.REGTYPE),
+("eqc/0123456789abcdef/../../x", tarfile.REGTYPE),
+                                        ("eqc/0123456789abcdef/record.json", tarfile.SYMTYPE),
+                                        ("eqc/0123456789abcdef/other.bin", tarfile.REGTYPE),
+                                        ("eqc/0123456789abcdef/record.json", tarfile.REGTYPE)])
 def test_no_archive_writes_outside_or_unchecked(home, tmp_path, name, kind):
     with pytest.raises(RecordError): import_runs(evil(tmp_path/"evil.tar", name, kind=kind))
-    assert not [f for f in home.rglob("*") if f.is_file() and f.suffix != ".lock" and f.name != ".refcomm-store"] and not (tmp_path/"evil.json").exists()
+    assert not [f for f in home.rglob("*") if f.is_file() and f.suffix != ".lock"
+        and f.name != ".refcomm-store"] and not (tmp_path/"evil.json").exists()
 
 
 def test_a_record_moved_under_another_key_is_refused_on_import(stored, tmp_path):
@@ -333,7 +361,10 @@ def test_a_record_moved_under_another_key_is_refused_on_import(stored, tmp_path)
     with pytest.raises(RecordError, match="is foreign"): import_runs(tmp_path/"moved.tar", Store(tmp_path/"other"))
 
 
-@pytest.mark.parametrize("text, says", [("[", "is not a plan"), ('[{"experiment": "eqc"}]', "is not a plan"), ('[{"experiment": "eqx", "fields": {}}]', "did you mean 'eqc'"), ('[{"experiment": "eqc", "fields": {"sed": 1}}]', "did you mean 'seed'")])
+@pytest.mark.parametrize("text, says",
+    [("[", "is not a plan"), ('[{"experiment": "eqc"}]', "is not a plan"),
+    ('[{"experiment": "eqx", "fields": {}}]', "did you mean 'eqc'"),
+    ('[{"experiment": "eqc", "fields": {"sed": 1}}]', "did you mean 'seed'")])
 def test_bad_plans_are_named(tmp_path, text, says):
     (tmp_path/"plan.json").write_text(text)
     with pytest.raises(ConfigError, match=says): read_plan(tmp_path/"plan.json")

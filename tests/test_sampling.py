@@ -16,7 +16,8 @@ from refcomm.core import ConfigError, generator
 from refcomm.sms.complexity import min_symbols, solve_min_sym
 from refcomm.sms.datasets import SPLITS, load_games, picture_world, render_games, save_games
 from refcomm.sms.sampling import METHODS, controlled_games, covariates, sample_games, tilt
-from refcomm.sms.theory import (extreme_game, dominant_symbols, feasible, log_p_class, log_p_some_class, p_some_class, schonheim,
+from refcomm.sms.theory import (extreme_game, dominant_symbols, feasible, log_p_class, log_p_some_class, p_some_class,
+schonheim,
                                 uniform_law)
 
 
@@ -37,7 +38,8 @@ def test_equation_1_is_the_binomial_tail(m, n, v):
     assert math.exp(log_p_some_class(m, n, v)) == pytest.approx(float(some), rel=1e-9, abs=1e-300)
 
 
-@pytest.mark.parametrize("m, n, v", [(1, 10**6, 10**6), (2, 10**6, 10), (10**6, 10**6, 2), (5, 10**6, 10**6), (900, 1000, 10**6), (2, 2, 10**6)])
+@pytest.mark.parametrize("m, n, v", [(1, 10**6, 10**6), (2, 10**6, 10), (10**6, 10**6, 2), (5, 10**6, 10**6),
+    (900, 1000, 10**6), (2, 2, 10**6)])
 def test_large_worlds_give_logarithms_of_probabilities(m, n, v):
     one, some = log_p_class(m, n, v), log_p_some_class(m, n, v)
     assert math.isfinite(one) and one <= some <= min(0, one + math.log(v)) + 1e-9
@@ -71,7 +73,8 @@ def test_the_extreme_game_has_its_min_symbols_and_one_less_is_refused(s):
             assert len(game) >= schonheim(a, a - s, m - 1)
             assert feasible(m, a, 2, len(game), s).certain
             if s < 3:
-                assert len(game) == schonheim(a, a - s, m - 1) and (len(game) == 1 or not feasible(m, a, 2, len(game) - 1, s))
+                assert len(game) == schonheim(a, a - s, m - 1) and (len(game) == 1
+                    or not feasible(m, a, 2, len(game) - 1, s))
 
 
 @pytest.mark.parametrize("a, k", [(3, 2), (3, 4), (4, 3)])
@@ -149,7 +152,8 @@ def test_tilted_games_of_equal_distance_are_equally_likely(m):
 
 def test_metropolis_agrees_with_rejection_where_rejection_reaches():
     setting = dict(n_attributes=8, n_values=3, n_distractors=12)
-    by = {method: sample_games(3000, 3, method, **setting, generator=generator(0, method), **quick(method, 15)) for method in ("uniform", "metropolis", "planted")}
+    by = {method: sample_games(3000, 3, method, **setting, generator=generator(0, method), **quick(method, 15))
+        for method in ("uniform", "metropolis", "planted")}
     mean = {method: games.differs.double().sum((1, 2)) for method, games in by.items()}
     z = lambda a, b: abs(mean[a].mean() - mean[b].mean()) / math.sqrt((mean[a].var() + mean[b].var()) / 3000)
     assert z("uniform", "metropolis") < 4 < z("uniform", "planted")
@@ -157,7 +161,8 @@ def test_metropolis_agrees_with_rejection_where_rejection_reaches():
 
 def test_algorithm_2_fills_all_shelves_out_of_one_stream():
     shelves = controlled_games(50, (1, 2, 3), 6, 3, 10, generator=generator(0))
-    assert {m: set(min_symbols(g.targets, g.distractors).tolist()) for m, g in shelves.items()} == {1: {1}, 2: {2}, 3: {3}}
+    assert {m: set(min_symbols(g.targets, g.distractors).tolist()) for m, g in shelves.items()} == {1: {1}, 2: {2},
+        3: {3}}
     assert all(len(g.targets) == 50 for g in shelves.values())
 
 
@@ -169,37 +174,46 @@ def test_a_tilt_is_a_probability_for_every_feasible_game(data):
 
 
 @pytest.mark.parametrize("change, why", [
-    (dict(m=5), r"min\|M\| ≤ 4, not 5"), (dict(m=4, n_distractors=3), "at least 4 distractors, got 3"), (dict(m=0), "m must be at least 1"),
-    (dict(n_distractors=0), "n_distractors must be at least 1, got 0"), (dict(n_values=1), "n_values must be at least 2, got 1"),
-    (dict(n_values=257), "n_values must be at most 256"), (dict(n=0), "n must be at least 1, got 0"), (dict(n_attributes=0), "n_attributes must be"),
+    (dict(m=5), r"min\|M\| ≤ 4, not 5"), (dict(m=4, n_distractors=3), "at least 4 distractors, got 3"),
+    (dict(m=0), "m must be at least 1"),
+    (dict(n_distractors=0), "n_distractors must be at least 1, got 0"),
+    (dict(n_values=1), "n_values must be at least 2, got 1"),
+    (dict(n_values=257), "n_values must be at most 256"), (dict(n=0), "n must be at least 1, got 0"),
+    (dict(n_attributes=0), "n_attributes must be"),
     (dict(method="planed"), "did you mean 'planted'"), (dict(sweeps=2), "unknown option of method 'tilted'"),
-    (dict(method="metropolis", sweeps=0), "sweeps must be at least 1"), (dict(method="uniform", n_attributes=20, n_distractors=63, m=6), "use method='tilted'"),
+    (dict(method="metropolis", sweeps=0), "sweeps must be at least 1"),
+    (dict(method="uniform", n_attributes=20, n_distractors=63, m=6), "use method='tilted'"),
     (dict(n=1000, max_draws=100), "max_draws = 100"),
 ])
 def test_what_cannot_be_drawn_is_refused(change, why):
     with pytest.raises(ConfigError, match=why) as e:
-        sample_games(**dict(dict(n=5, m=2, n_attributes=4, n_values=3, n_distractors=5, generator=generator(0)), **change))
+        sample_games(**dict(dict(n=5, m=2, n_attributes=4, n_values=3, n_distractors=5, generator=generator(0)),
+            **change))
     assert "\n" not in str(e.value)
 
 
 def test_covariates_are_the_obvious_counts():
     games = sample_games(40, 2, "planted", 3, 2, 6, generator=generator(0))
-    h = [[sum(a != b for a, b in zip(t, d)) for d in ds] for t, ds in zip(games.targets.tolist(), games.distractors.tolist())]
+    h = [[sum(a != b for a, b in zip(t, d)) for d in ds]
+        for t, ds in zip(games.targets.tolist(), games.distractors.tolist())]
     repeated = [1 - len(set(map(tuple, ds)))/6 for ds in games.distractors.tolist()]
     expected = dict(hamming=np.mean(h), singletons=np.mean(np.array(h) == 1))
     found = covariates(games)
-    assert {k: found[k] for k in expected} == pytest.approx(expected) and found["repeated"]*5/6 == pytest.approx(np.mean(repeated))
+    assert {k: found[k]
+        for k in expected} == pytest.approx(expected) and found["repeated"]*5/6 == pytest.approx(np.mean(repeated))
 
 
 @settings(max_examples=15, deadline=None)
-@given(a=st.integers(1, 5), v=st.sampled_from([2, 3, 256]), k=st.integers(1, 6), n=st.integers(1, 9), share=st.floats(0, 1))
+@given(a=st.integers(1, 5), v=st.sampled_from([2, 3, 256]), k=st.integers(1, 6), n=st.integers(1, 9),
+    share=st.floats(0, 1))
 def test_a_file_gives_back_what_it_was_given(tmp_path_factory, a, v, k, n, share):
     games = sample_games(n, 1, "planted", a, v, k, generator=generator(n))
     path = save_games(tmp_path_factory.mktemp("games")/"g.parquet", games, int(share*n), method="planted", seed=n)
     parts = [load_games(path, part) for part in (None, *SPLITS)]
     for (got, about), rows in zip(parts, (slice(None), slice(int(share*n)), slice(int(share*n), None))):
         assert torch.equal(got.targets, games.targets[rows]) and torch.equal(got.distractors, games.distractors[rows])
-        assert about["method"] == "planted" and about["seed"] == n and (about["min_symbols"] == 1).all() and got.n_values == v
+        assert (about["method"] == "planted" and about["seed"] == n and (about["min_symbols"] == 1).all()
+            and got.n_values == v)
 
 
 @pytest.fixture
@@ -233,14 +247,18 @@ def rewritten(file, change):
 def with_about(**change):
     def edit(table):
         about = json.loads(table.schema.metadata[b"refcomm.games"]) | change
-        return table.replace_schema_metadata({"refcomm.games": json.dumps({k: v for k, v in about.items() if v is not None})})
+        return table.replace_schema_metadata({"refcomm.games": json.dumps({k: v for k, v in about.items()
+            if v is not None})})
     return edit
 
 
 @pytest.mark.parametrize("change, why", [
-    (with_about(n_values=2), "holds the value 2, but values must lie in 0 … 1"), (with_about(n_attributes=5), "another shape or type"),
-    (with_about(n_distractors=None), "not one of games"), (lambda t: t.replace_schema_metadata(None), "not one of games"),
-    (lambda t: t.replace_schema_metadata({"refcomm.games": "{"}), "not one of games"), (lambda t: t.drop_columns(["split"]), "not one of games"),
+    (with_about(n_values=2), "holds the value 2, but values must lie in 0 … 1"),
+    (with_about(n_attributes=5), "another shape or type"),
+    (with_about(n_distractors=None), "not one of games"),
+    (lambda t: t.replace_schema_metadata(None), "not one of games"),
+    (lambda t: t.replace_schema_metadata({"refcomm.games": "{"}), "not one of games"),
+    (lambda t: t.drop_columns(["split"]), "not one of games"),
     (lambda t: t.set_column(0, "target", pa.array([[0, 1, 2, -1]]*10)), "another shape or type"),
     (lambda t: t.set_column(0, "target", pa.array(["abcd"]*10)), "another shape or type"),
     (lambda t: t.set_column(0, "target", pa.array([[0, 1, 2]]*10, pa.list_(pa.uint8()))), "another shape or type"),

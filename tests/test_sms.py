@@ -51,12 +51,15 @@ def test_stacked_seeds_are_the_seeds_one_by_one(bottleneck):
     together = sms.run(specs, QUIET)
     for s, r in zip(specs, together):
         alone, = sms.run([s], QUIET)
-        torch.testing.assert_close(torch.tensor(r.history.loss.tolist()), torch.tensor(alone.history.loss.tolist()), rtol=1e-4, atol=1e-4)
-    assert max(abs(a - b) for a, b in zip(together[0].history.loss, together[1].history.loss)) > 1e-3, "seeds differ by more than the tolerance"
+        torch.testing.assert_close(torch.tensor(r.history.loss.tolist()), torch.tensor(alone.history.loss.tolist()),
+            rtol=1e-4, atol=1e-4)
+    assert max(abs(a - b) for a, b in zip(together[0].history.loss,
+        together[1].history.loss)) > 1e-3, "seeds differ by more than the tolerance"
 
 
 def test_games_do_not_depend_on_length_bottleneck_or_seed():
-    a, b = (sms.make_task(tiny(**c)).values["train"] for c in (dict(message_length=1), dict(message_length=3, bottleneck="reinforce", seed=5)))
+    a, b = (sms.make_task(tiny(**c)).values["train"]
+        for c in (dict(message_length=1), dict(message_length=3, bottleneck="reinforce", seed=5)))
     assert torch.equal(a, b) and not torch.equal(a, sms.make_task(tiny(games_seed=1)).values["train"])
 
 
@@ -80,7 +83,8 @@ def test_symbols_that_say_nothing_are_not_counted():
     meant = torch.randint(4, (4000, 2), generator=g)
     said = torch.stack([meant[:, 0], torch.randint(4, (4000,), generator=g), meant[:, 1]], 1)
     bits = information(said, meant).sum(1)
-    assert bits.tolist() == pytest.approx([2, 0, 2], abs=.03) and effective_number(bits).item() == pytest.approx(2, abs=.05)
+    assert bits.tolist() == pytest.approx([2, 0, 2], abs=.03) and effective_number(bits).item() == pytest.approx(2,
+        abs=.05)
     words = F.one_hot(said, 4).float()
     order = torch.randperm(4000, generator=g)
     lost = [1 - (exchange(words, i, order).argmax(-1)[:, [0, 2]] == meant).all(1).float().mean() for i in range(3)]
@@ -88,15 +92,19 @@ def test_symbols_that_say_nothing_are_not_counted():
 
 
 @pytest.mark.parametrize("fields, says", [
-    (dict(min_symbols=0), "min_symbols must be at least 1, got 0"), (dict(bottleneck="gumble"), "did you mean 'gumbel'"), (dict(sampler="tiltd"), "did you mean 'tilted'"),
-    (dict(alphabet_size=1), "alphabet_size must be at least 2"), (dict(hiden=3), "did you mean 'hidden'"), (dict(picture_size=32), "pictures do not fit in memory"),
+    (dict(min_symbols=0), "min_symbols must be at least 1, got 0"),
+    (dict(bottleneck="gumble"), "did you mean 'gumbel'"), (dict(sampler="tiltd"), "did you mean 'tilted'"),
+    (dict(alphabet_size=1), "alphabet_size must be at least 2"), (dict(hiden=3), "did you mean 'hidden'"),
+    (dict(picture_size=32), "pictures do not fit in memory"),
 ])
 def test_bad_specs_are_named(fields, says):
     with pytest.raises(ConfigError, match=says): sms.SMSSpec(**fields)
 
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(min_symbols=9), "no game of 6 attributes and 9 distractors has min"), (dict(cell="grru"), "did you mean 'gru'"), (dict(temperature=0.), "temperature must be above 0"), (dict(optimizer="schedulfree"), "did you mean 'schedulefree'"),
+    (dict(min_symbols=9), "no game of 6 attributes and 9 distractors has min"),
+    (dict(cell="grru"), "did you mean 'gru'"), (dict(temperature=0.), "temperature must be above 0"),
+    (dict(optimizer="schedulfree"), "did you mean 'schedulefree'"),
 ])
 def test_what_only_running_can_tell_is_named_too(changes, says):
     with pytest.raises(ConfigError, match=says): sms.run([tiny(**changes)], QUIET)

@@ -21,7 +21,8 @@ ORIGIN = dict(commit="0", torch="2", device="cpu", seconds=1., trained_together=
 
 
 def result(**changes):
-    return RunResult([dict(accuracy=.5)], dict(best_epoch=0), pd.DataFrame(dict(epoch=[0], loss=[.5])), dict(messages=torch.arange(6)))._replace(**changes)
+    return RunResult([dict(accuracy=.5)], dict(best_epoch=0), pd.DataFrame(dict(epoch=[0], loss=[.5])),
+        dict(messages=torch.arange(6)))._replace(**changes)
 
 
 def put(seed=0, **changes): return Store().put(EQCSpec(seed=seed), result(**changes), ORIGIN)
@@ -30,11 +31,14 @@ def put(seed=0, **changes): return Store().put(EQCSpec(seed=seed), result(**chan
 def test_weights_are_kept_checked_and_may_be_left_out(home):
     w = torch.arange(12.).view(3, 4)
     record = put(weights={"layer.weight": w, "layer.tied": w, "layer.part": w[:1]})
-    assert {k: v.tolist() for k, v in record.weights().items()} == {"layer.weight": w.tolist(), "layer.tied": w.tolist(), "layer.part": w[:1].tolist()}
+    assert {k: v.tolist() for k, v in record.weights().items()} == {"layer.weight": w.tolist(),
+        "layer.tied": w.tolist(), "layer.part": w[:1].tolist()}
     assert record.files == ("record.json", "tensors.safetensors", "history.parquet", "weights.safetensors")
-    assert record.bytes("weights.safetensors") == (record.path/"weights.safetensors").stat().st_size and record.bytes() == sum(f.stat().st_size for f in record.path.iterdir())
+    assert (record.bytes("weights.safetensors") == (record.path/"weights.safetensors").stat().st_size
+        and record.bytes() == sum(f.stat().st_size for f in record.path.iterdir()))
     (record.path/"weights.safetensors").write_bytes(b"other")
-    with pytest.raises(RecordError, match="weights.safetensors does not match its checksum"): Store().read("eqc", record.key)
+    with pytest.raises(RecordError, match="weights.safetensors does not match its checksum"):
+        Store().read("eqc", record.key)
     (record.path/"weights.safetensors").unlink()
     with pytest.raises(RecordError, match="weights.safetensors is missing"): Store().read("eqc", record.key)
     bare = Store().put(EQCSpec(seed=1), result(weights=dict(w=w)), ORIGIN, weights=False)
@@ -45,7 +49,8 @@ def test_weights_are_kept_checked_and_may_be_left_out(home):
 def test_execute_says_whether_weights_are_kept(home, small, monkeypatch, wanted):
     from refcomm.papers.eqc import run as eqc
     real, asked = eqc.run, []
-    monkeypatch.setattr(eqc, "run", lambda specs, context: asked.append(context.weights) or [r._replace(weights=dict(w=torch.ones(2))) for r in real(specs, context)])
+    monkeypatch.setattr(eqc, "run", lambda specs, context: asked.append(context.weights)
+        or [r._replace(weights=dict(w=torch.ones(2))) for r in real(specs, context)])
     record, = execute([small(epochs=1)], weights=wanted)
     assert asked == [wanted] and bool(record.weights()) == wanted
     monkeypatch.setenv("REFCOMM_WEIGHTS", "off")
@@ -57,19 +62,29 @@ def test_execute_says_whether_weights_are_kept(home, small, monkeypatch, wanted)
 def test_tensors_that_share_memory_are_stored(home):
     m = torch.arange(12).view(3, 4)
     found = put(tensors=dict(m=m, first=m[:2], same=m, turned=m.T, none=m[:0], last=m[2:])).tensors()
-    assert {k: v.tolist() for k, v in found.items()} == dict(m=m.tolist(), first=m[:2].tolist(), same=m.tolist(), turned=m.T.tolist(), none=[], last=m[2:].tolist())
+    assert {k: v.tolist() for k, v in found.items()} == dict(m=m.tolist(), first=m[:2].tolist(), same=m.tolist(),
+        turned=m.T.tolist(), none=[], last=m[2:].tolist())
 
 
-@pytest.mark.parametrize("value, kept", [(np.int64(3), 3), (np.float32(.5), .5), (np.bool_(True), True), (torch.tensor(4), 4), (torch.tensor(.25), .25), ((1, np.int8(2)), [1, 2])], ids=repr)
+@pytest.mark.parametrize("value, kept",
+    [(np.int64(3), 3), (np.float32(.5), .5), (np.bool_(True), True), (torch.tensor(4), 4), (torch.tensor(.25), .25),
+    ((1, np.int8(2)), [1, 2])], ids=repr)
 def test_numbers_of_numpy_and_pytorch_are_numbers(home, value, kept):
     assert put(rows=[dict(x=value)], summary=dict(deep=dict(y=value))).rows == [dict(x=kept)]
 
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(rows=[dict(a=1), dict(x=torch.ones(2))]), r"rows\[1\]\['x'\] is Tensor"), (dict(summary=dict(when=pd.Timestamp(0))), r"summary\['when'\] is Timestamp"), (dict(summary={3: 1}), "summary has the key 3, int"),
-    (dict(rows=[dict(x=float("nan"))]), r"rows\[0\]\['x'\] is nan.*store None"), (dict(summary=dict(deep=[1, float("inf")])), r"summary\['deep'\]\[1\] is inf"), (dict(rows=[dict(x={1, 2})]), r"rows\[0\]\['x'\] is set"),
-    (dict(tensors=dict(m=[1, 2])), r"tensors\['m'\] is list"), (dict(tensors=dict(m=torch.eye(2).to_sparse())), r"tensors\['m'\]"), (dict(weights=dict(w=3)), r"weights\['w'\] is int"),
-    (dict(history=pd.DataFrame(dict(epoch=[0, 1], odd=[1, {2}]))), r"history\['odd'\] holds int, set"), (dict(rows=["accuracy"]), "row 0 is str"),
+    (dict(rows=[dict(a=1), dict(x=torch.ones(2))]), r"rows\[1\]\['x'\] is Tensor"),
+    (dict(summary=dict(when=pd.Timestamp(0))), r"summary\['when'\] is Timestamp"),
+    (dict(summary={3: 1}), "summary has the key 3, int"),
+    (dict(rows=[dict(x=float("nan"))]), r"rows\[0\]\['x'\] is nan.*store None"),
+    (dict(summary=dict(deep=[1, float("inf")])), r"summary\['deep'\]\[1\] is inf"),
+    (dict(rows=[dict(x={1, 2})]), r"rows\[0\]\['x'\] is set"),
+    (dict(tensors=dict(m=[1, 2])), r"tensors\['m'\] is list"),
+    (dict(tensors=dict(m=torch.eye(2).to_sparse())), r"tensors\['m'\]"),
+    (dict(weights=dict(w=3)), r"weights\['w'\] is int"),
+    (dict(history=pd.DataFrame(dict(epoch=[0, 1], odd=[1, {2}]))), r"history\['odd'\] holds int, set"),
+    (dict(rows=["accuracy"]), "row 0 is str"),
 ], ids=str)
 def test_what_cannot_be_stored_is_named(home, changes, says):
     with pytest.raises(RecordError, match=says): put(**changes)
@@ -102,11 +117,18 @@ def forge(record, change):
 
 
 FORGED = {
-    "no provenance": (lambda b: b.update(provenance={}), "its provenance has no commit"), "time as text": (lambda b: b["provenance"].update(seconds="1"), "its provenance has no seconds"),
-    "no members": (lambda b: b["provenance"].update(trained_together=0), "below what is possible"), "rows of text": (lambda b: b.update(rows=["x"]), "row 0 is str"),
-    "rows that are a table": (lambda b: b.update(rows={}), "its rows is dict"), "no summary": (lambda b: b.pop("summary"), "its summary is missing"), "a body that is a list": (lambda b: None, ""),
-    "a file elsewhere": (lambda b: b.update(files={"../../etc/hostname": "0"*64}), "it names the files ../../etc/hostname"), "a device": (lambda b: b["files"].update({"/dev/zero": "0"*64}), "it names the files /dev/zero"),
-    "a file fewer": (lambda b: b["files"].pop("history.parquet"), "it names the files tensors.safetensors"), "checksums of another kind": (lambda b: b["files"].update({"history.parquet": 3}), "the checksums of its files are none"),
+    "no provenance": (lambda b: b.update(provenance={}), "its provenance has no commit"),
+    "time as text": (lambda b: b["provenance"].update(seconds="1"), "its provenance has no seconds"),
+    "no members": (lambda b: b["provenance"].update(trained_together=0), "below what is possible"),
+    "rows of text": (lambda b: b.update(rows=["x"]), "row 0 is str"),
+    "rows that are a table": (lambda b: b.update(rows={}), "its rows is dict"),
+    "no summary": (lambda b: b.pop("summary"), "its summary is missing"), "a body that is a list": (lambda b: None, ""),
+    "a file elsewhere": (lambda b: b.update(files={"../../etc/hostname": "0"*64}),
+    "it names the files ../../etc/hostname"),
+    "a device": (lambda b: b["files"].update({"/dev/zero": "0"*64}), "it names the files /dev/zero"),
+    "a file fewer": (lambda b: b["files"].pop("history.parquet"), "it names the files tensors.safetensors"),
+    "checksums of another kind": (lambda b: b["files"].update({"history.parquet": 3}),
+    "the checksums of its files are none"),
 }
 
 
@@ -132,9 +154,14 @@ def test_a_spec_of_wrong_kinds_is_named(home):
 
 
 BAD = {
-    "a folder for record.json": lambda p: ((p/"record.json").unlink(), (p/"record.json").mkdir()), "a link loop": lambda p: ((p/"record.json").unlink(), (p/"record.json").symlink_to(p/"record.json")),
-    "a link to a device": lambda p: ((p/"tensors.safetensors").unlink(), (p/"tensors.safetensors").symlink_to("/dev/zero")), "a pipe": lambda p: ((p/"history.parquet").unlink(), os.mkfifo(p/"history.parquet")),
-    "a folder for tensors": lambda p: ((p/"tensors.safetensors").unlink(), (p/"tensors.safetensors").mkdir()), "a file for the folder": lambda p: (shutil.rmtree(p), p.write_text("")), "a loop for the folder": lambda p: (shutil.rmtree(p), p.symlink_to(p)),
+    "a folder for record.json": lambda p: ((p/"record.json").unlink(), (p/"record.json").mkdir()),
+    "a link loop": lambda p: ((p/"record.json").unlink(), (p/"record.json").symlink_to(p/"record.json")),
+    "a link to a device": lambda p: ((p/"tensors.safetensors").unlink(),
+    (p/"tensors.safetensors").symlink_to("/dev/zero")),
+    "a pipe": lambda p: ((p/"history.parquet").unlink(), os.mkfifo(p/"history.parquet")),
+    "a folder for tensors": lambda p: ((p/"tensors.safetensors").unlink(), (p/"tensors.safetensors").mkdir()),
+    "a file for the folder": lambda p: (shutil.rmtree(p), p.write_text("")),
+    "a loop for the folder": lambda p: (shutil.rmtree(p), p.symlink_to(p)),
     "no provenance": lambda p: forge(Store().read(p.parent.name, p.name), lambda b: b.update(provenance={})),
 }
 
@@ -143,11 +170,15 @@ BAD = {
 def test_one_bad_record_does_not_take_down_the_rest(home, tmp_path, command, kind):
     bad, good = put(0), put(1)
     BAD[kind](bad.path)
-    listed, verified, planned, exported = command("runs", "list"), command("runs", "verify"), command("runs", "plan", "eqc/table6", "--profile", "smoke"), command("runs", "export", tmp_path/"x.tar")
+    listed = command("runs", "list")
+    verified = command("runs", "verify")
+    planned = command("runs", "plan", "eqc/table6", "--profile", "smoke")
+    exported = command("runs", "export", tmp_path/"x.tar")
     assert listed.returncode == 0 and good.key in listed.stdout and f"eqc/{bad.key}" in listed.stdout + listed.stderr
     assert verified.returncode == 1 and "1 sound, 1 damaged" in verified.stdout
     assert planned.returncode == 0 and isinstance(json.loads(planned.stdout), list)
-    assert exported.returncode == 0 and "1 runs written" in exported.stdout and f"eqc/{bad.key}" in exported.stdout + exported.stderr
+    assert (exported.returncode == 0 and "1 runs written" in exported.stdout and f"eqc/{bad.key}" in exported.stdout
+        + exported.stderr)
     with pytest.warns(UserWarning, match="set-aside"): assert Store().get(EQCSpec(seed=0)) is None
     assert Store().put(EQCSpec(seed=0), result(), ORIGIN).key == bad.key
 

@@ -20,7 +20,8 @@ def protocol(n=60, length=4, n_attributes=3, n_values=4, alphabet=5, noise=.4, s
     g = generator(seed)
     meant = torch.randint(n_values, (n, n_attributes), generator=g)
     said = meant[:, torch.arange(length) % n_attributes] % alphabet
-    return torch.where(torch.rand(n, length, generator=g) < noise, torch.randint(alphabet, (n, length), generator=g), said), meant
+    return (torch.where(torch.rand(n, length, generator=g) < noise, torch.randint(alphabet, (n, length), generator=g),
+        said), meant)
 
 
 def levenshtein(a, b):
@@ -54,7 +55,8 @@ def test_long_messages_do_not_overflow(kind):
 def test_blocks_do_not_show():
     said, meant = protocol(n=700)
     assert torch.equal(distances(said, "hamming"), torch.from_numpy(pdist(said, "hamming")*4).round())
-    assert topographic_similarity(said, meant, "hamming") == pytest.approx(spearmanr(pdist(meant, "hamming"), pdist(said, "hamming")).statistic, abs=1e-9)
+    assert topographic_similarity(said, meant,
+        "hamming") == pytest.approx(spearmanr(pdist(meant, "hamming"), pdist(said, "hamming")).statistic, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", BY_HAND)
@@ -70,7 +72,8 @@ def test_topographic_similarity_is_scipys(kind, meaning_distance):
 def test_cosines_that_differ_by_rounding_are_ties():
     said, meant = protocol(n=80)
     vectors = torch.nn.functional.one_hot(meant, 4).flatten(1).double()
-    assert topographic_similarity(said, vectors * .1, meaning_distance="cosine") == pytest.approx(topographic_similarity(said, meant), abs=1e-12)
+    assert topographic_similarity(said, vectors * .1,
+        meaning_distance="cosine") == pytest.approx(topographic_similarity(said, meant), abs=1e-12)
 
 
 def gap(parts, meant):
@@ -102,8 +105,11 @@ def test_values_are_emlangkits():
     from emlangkit import metrics
     said, meant = protocol(n=50, seed=5)
     a, b = said.numpy(), meant.numpy()
-    assert topographic_similarity(said, meant) == pytest.approx(metrics.compute_topographic_similarity(a, b)[0], abs=1e-9)
-    assert topographic_similarity(said, meant, "hamming") == pytest.approx(metrics.compute_topographic_similarity(a, b, message_dist_metric="hamming")[0], abs=1e-9)
+    assert topographic_similarity(said, meant) == pytest.approx(metrics.compute_topographic_similarity(a, b)[0],
+        abs=1e-9)
+    assert topographic_similarity(said, meant,
+        "hamming") == pytest.approx(metrics.compute_topographic_similarity(a, b, message_dist_metric="hamming")[0],
+        abs=1e-9)
     assert posdis(said, meant) == pytest.approx(metrics.compute_posdis(a, b), abs=1e-9)
     assert bosdis(said, meant) == pytest.approx(metrics.compute_bosdis(a, b), abs=1e-9)
     assert entropy(said)[0] == pytest.approx(metrics.compute_entropy(a), abs=1e-9)
@@ -120,11 +126,14 @@ def test_names_of_symbols_and_the_order_of_objects_mean_nothing(code):
     g = generator(seed, "names")
     names, order, places = (torch.randperm(k, generator=g) for k in (alphabet, n, length))
     other = names[said][order] * 7 + 3
-    for kind in BY_HAND: assert topographic_similarity(said, meant, kind) == pytest.approx(topographic_similarity(other, meant[order], kind), abs=1e-9, nan_ok=True)
+    for kind in BY_HAND:
+        assert topographic_similarity(said, meant,
+            kind) == pytest.approx(topographic_similarity(other, meant[order], kind), abs=1e-9, nan_ok=True)
     assert posdis(said, meant) == pytest.approx(posdis(other[:, places], meant[order]), abs=1e-9, nan_ok=True)
     mixed = other.gather(1, torch.rand(n, length, generator=g).argsort(1))
     assert bosdis(said, meant) == pytest.approx(bosdis(mixed, meant[order]), abs=1e-9, nan_ok=True)
-    assert topographic_similarity(said, meant, "jaccard") == pytest.approx(topographic_similarity(mixed, meant[order], "jaccard"), abs=1e-9, nan_ok=True)
+    assert topographic_similarity(said, meant,
+        "jaccard") == pytest.approx(topographic_similarity(mixed, meant[order], "jaccard"), abs=1e-9, nan_ok=True)
 
 
 @settings(max_examples=20)
@@ -134,7 +143,8 @@ def test_a_compositional_code_is_one(n_attributes, n_values, seed):
     meant = world.attributes(torch.arange(world.size))
     places = torch.randperm(n_attributes, generator=g)
     said = torch.stack([torch.randperm(n_values, generator=g)[meant[:, a]] + n_values*int(a) for a in places], 1)
-    assert posdis(said, meant) == pytest.approx(1) and topographic_similarity(said, meant, "hamming") == pytest.approx(1)
+    assert posdis(said, meant) == pytest.approx(1) and topographic_similarity(said, meant,
+        "hamming") == pytest.approx(1)
     assert bosdis(said.gather(1, torch.rand(said.shape, generator=g).argsort(1)), meant) == pytest.approx(1)
 
 
@@ -142,7 +152,8 @@ def test_a_compositional_code_is_one(n_attributes, n_values, seed):
 @given(st.lists(st.tuples(*[st.lists(st.integers(0, 5), min_size=1, max_size=5)]*2), min_size=1, max_size=5))
 def test_jaccard_is_of_sets(pairs):
     for a, b in pairs:
-        assert jaccard(torch.tensor([a]), torch.tensor([b])).item() == pytest.approx(len(set(a) & set(b)) / len(set(a) | set(b)))
+        assert jaccard(torch.tensor([a]),
+            torch.tensor([b])).item() == pytest.approx(len(set(a) & set(b)) / len(set(a) | set(b)))
 
 
 @pytest.mark.parametrize("options", [{}, dict(message_distance="jaccard", meaning_distance="cosine")])
@@ -155,8 +166,10 @@ def test_a_sample_drawn_again_is_that_of_its_pairs(options):
     pair[i, j] = pair[j, i] = torch.arange(435)
     kept = pair[drawn[i], drawn[j]]
     kept = kept[kept >= 0]
-    x, y = distances(meant, options.get("meaning_distance", "hamming")), distances(said, options.get("message_distance", "edit"))
-    assert float(ready.drawn(drawn.bincount(minlength=30))) == pytest.approx(spearmanr(x[kept], y[kept].round(decimals=12)).statistic, abs=1e-9)
+    x = distances(meant, options.get("meaning_distance", "hamming"))
+    y = distances(said, options.get("message_distance", "edit"))
+    assert float(ready.drawn(drawn.bincount(minlength=30))) == pytest.approx(spearmanr(x[kept],
+        y[kept].round(decimals=12)).statistic, abs=1e-9)
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
@@ -168,13 +181,15 @@ def test_deals_and_draws_are_of_the_same_statistic(statistic):
     assert float(ready.drawn(torch.ones(300, dtype=torch.long))) == pytest.approx(alone(said, meant), abs=1e-9)
     if statistic != "topsim":
         weights = torch.randint(3, (300,), generator=generator(5))
-        assert float(ready.drawn(weights)) == pytest.approx(alone(said.repeat_interleave(weights, 0), meant.repeat_interleave(weights, 0)), abs=1e-9)
+        assert float(ready.drawn(weights)) == pytest.approx(alone(said.repeat_interleave(weights, 0),
+            meant.repeat_interleave(weights, 0)), abs=1e-9)
 
 
 def test_all_deals_of_four_objects():
     "Of the 24 ways to deal four objects to four messages, 8 agree in full: p counts ties."
     meant = ObjectWorld(2, 2).attributes(torch.arange(4))
-    values = torch.tensor([topographic_similarity(meant[list(p)], meant, "hamming") for p in itertools.permutations(range(4))])
+    values = torch.tensor([topographic_similarity(meant[list(p)], meant, "hamming")
+        for p in itertools.permutations(range(4))])
     assert (values > 1 - 1e-6).sum() == 8 and torch.allclose(values.unique(), torch.tensor([-.5, 1]), atol=1e-6)
     found = measure("topsim", meant, meant, generator(0), 0, 1999, message_distance="hamming")
     assert found.p == pytest.approx(1/3, abs=.05) and math.isnan(found.low)
@@ -184,7 +199,9 @@ def test_all_deals_of_four_objects():
 def test_the_interval_holds_the_value_of_all_objects_and_p_is_fair(statistic):
     world, g, held, significant, values = ObjectWorld(3, 4), generator(11), 0, 0, []
     every = world.attributes(torch.arange(world.size)).repeat(20, 1)
-    def speak(meant, noise): return torch.where(torch.rand(meant.shape, generator=g) < noise, torch.randint(4, meant.shape, generator=g), meant)
+    def speak(meant, noise):
+        return torch.where(torch.rand(meant.shape, generator=g) < noise, torch.randint(4, meant.shape, generator=g),
+            meant)
     alone = dict(topsim=lambda *x: topographic_similarity(*x, "hamming"), posdis=posdis, bosdis=bosdis)[statistic]
     options = dict(message_distance="hamming") if statistic == "topsim" else {}
     truth = alone(speak(every, .5), every)
@@ -213,13 +230,15 @@ def test_constant_messages_have_no_structure():
     (lambda s, m: topographic_similarity(s, m, meaning_distance="cosin"), "did you mean 'cosine'"),
     (lambda s, m: topographic_similarity(s, m*0., meaning_distance="cosine"), "the cosine of a vector of zeros"),
     (lambda s, m: topographic_similarity(s[None], m), "1 messages but 60 meanings"), # words of several symbols, of one message
-    (lambda s, m: topographic_similarity(s, m, lengths=torch.ones(5, dtype=torch.long)), "lengths must be [60] whole numbers"),
+    (lambda s, m: topographic_similarity(s, m, lengths=torch.ones(5, dtype=torch.long)),
+    "lengths must be [60] whole numbers"),
     (lambda s, m: topographic_similarity(s[:, :0], m), "messages must be [n, width]"),
     (lambda s, m: posdis(s, m[:, 0]), "number of attributes must be at least 2, got 1"),
     (lambda s, m: posdis(s, m/2), "only topographic similarity takes vectors"),
     (lambda s, m: jaccard(s, s[:3]), "60 messages on one side and 3 on the other"),
     (lambda s, m: measure("posdi", s, m, generator(0)), "did you mean 'posdis'"),
-    (lambda s, m: measure("bosdis", s, m, generator(0), message_distance="edit"), "bosdis has no options, got message_distance"),
+    (lambda s, m: measure("bosdis", s, m, generator(0), message_distance="edit"),
+    "bosdis has no options, got message_distance"),
     (lambda s, m: measure("topsim", s, m, generator(0), n_resamples=-1), "n_resamples must be at least 0"),
     (lambda s, m: measure("topsim", s, m, generator(0), level=1), "level must lie between 0 and 1, got 1"),
 ])

@@ -74,7 +74,8 @@ def test_candidates_score_alike_however_they_are_given():
     index = torch.stack([torch.randperm(30, generator=generator(i))[:6] for i in range(4)])
     for encoder in (LinearEncoder(5, 8), torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh())):
         by_hand = (encoder(x)[index] @ z[..., None]).squeeze(-1)
-        for scores in (Drawn(x, index).scores(encoder, z), dot_scores(encoder, z, x[index]), Fixed(x).scores(encoder, z).gather(-1, index)):
+        for scores in (Drawn(x, index).scores(encoder, z), dot_scores(encoder, z, x[index]),
+            Fixed(x).scores(encoder, z).gather(-1, index)):
             torch.testing.assert_close(scores.log_softmax(-1), by_hand.log_softmax(-1))
 
 
@@ -83,7 +84,8 @@ def test_an_informed_sender_ignores_items_that_are_not_candidates():
     x, index = torch.randn(9, 5, generator=generator(0)), torch.tensor([[0, 2, 4, 6]])
     other = x.clone(); other[[1, 3, 5, 7, 8]] += 1
     assert torch.equal(sender(Drawn(x, index)), sender(Drawn(other, index)))
-    assert not torch.equal(sender(Drawn(x, index)), sender(Drawn(x, index[:, [2, 1, 0, 3]]))), "the target is the one in first place"
+    assert not torch.equal(sender(Drawn(x, index)),
+        sender(Drawn(x, index[:, [2, 1, 0, 3]]))), "the target is the one in first place"
 
 
 @pytest.mark.parametrize("game", ["image", "sent-ref", "sent-cls"])
@@ -91,9 +93,11 @@ def test_stacked_seeds_are_the_seeds_one_by_one(home, game):
     specs = grids.configure("CN-Inst", "smoke", game=game, seeds=(0, 1))
     task = eqc.make_task(specs[0])
     games = next(task.games("test"))
-    scores = lambda ensemble: ensemble.eval().map(lambda g: g.scores(g.send(games.x).word, games.candidates).log_softmax(-1))
+    scores = lambda ensemble: ensemble.eval().map(lambda g: g.scores(g.send(games.x).word,
+        games.candidates).log_softmax(-1))
     together = scores(eqc.train(specs, task, QUIET)[0])
-    for i, s in enumerate(specs): torch.testing.assert_close(scores(eqc.train([s], task, QUIET)[0])[0], together[i], rtol=1e-2, atol=1e-2)
+    for i, s in enumerate(specs):
+        torch.testing.assert_close(scores(eqc.train([s], task, QUIET)[0])[0], together[i], rtol=1e-2, atol=1e-2)
 
 
 def test_evaluation_streams(home, monkeypatch):
@@ -108,7 +112,8 @@ def test_evaluation_streams(home, monkeypatch):
 def test_sentence_games_have_the_published_splits_on_full_size_data(home):
     for game in ("sent-ref", "sent-cls"):
         _, n, parts = eqc.load(grids.configure("CN-Inst", "cpu", game=game, data="embedded")[0])
-        assert n >= 9999 and [len(parts[k]) for k in ("train", "valid", "test")] == [eqc.GAMES[game][f"n_{k}"] for k in ("train", "valid", "test")]
+        assert n >= 9999 and [len(parts[k]) for k in ("train", "valid", "test")] == [eqc.GAMES[game][f"n_{k}"]
+            for k in ("train", "valid", "test")]
         assert len(torch.cat(list(parts.values())).unique()) == 9999
 
 
@@ -122,12 +127,14 @@ def test_lsa_is_fitted_on_training_sentences_only(home, monkeypatch):
 
 
 def test_real_data_are_taken_when_they_are_there_and_recognised_by_content(home, tmp_path, monkeypatch):
-    rows = pd.DataFrame(dict(text=[f"question {i} about money" for i in range(600)], category=[f"intent_{i % 77}" for i in range(600)], split="train"))
+    rows = pd.DataFrame(dict(text=[f"question {i} about money" for i in range(600)],
+        category=[f"intent_{i % 77}" for i in range(600)], split="train"))
     rows.to_parquet(tmp_path/"banking77.parquet")
     monkeypatch.delenv("REFCOMM_DATA", raising=False)
     assert eqc.source("sent-ref")["data"] == "synthetic"
     monkeypatch.setenv("REFCOMM_DATA", str(tmp_path))
-    s = grids.configure("CN-Inst", "cpu", game="sent-ref", encoder="lsa", seeds=[0], n_train=300, n_valid=100, n_test=100)[0]
+    s = grids.configure("CN-Inst", "cpu", game="sent-ref", encoder="lsa", seeds=[0], n_train=300, n_valid=100,
+        n_test=100)[0]
     assert s.data.startswith("banking77#") and eqc.load(s)[1] == 600
     rows.assign(text=rows.text + "!").to_parquet(tmp_path/"banking77.parquet")
     with pytest.raises(ConfigError, match="is not the file that this Spec was made for"): eqc.load(s)
@@ -137,12 +144,15 @@ def test_real_data_are_taken_when_they_are_there_and_recognised_by_content(home,
 
 
 def test_too_few_items_of_other_classes(home):
-    with pytest.raises(ConfigError, match=r"49 distractors asked for, but only \d+ of 50 items are of other classes"): eqc.make_task(dataclasses.replace(tiny("image"), n_valid=50, candidates=(2, 50)))
-    with pytest.raises(ConfigError, match="splits .* need 99999 items|need"): eqc.make_task(dataclasses.replace(tiny("sent-ref"), n_train=99_999))
+    with pytest.raises(ConfigError, match=r"49 distractors asked for, but only \d+ of 50 items are of other classes"):
+        eqc.make_task(dataclasses.replace(tiny("image"), n_valid=50, candidates=(2, 50)))
+    with pytest.raises(ConfigError, match="splits .* need 99999 items|need"):
+        eqc.make_task(dataclasses.replace(tiny("sent-ref"), n_train=99_999))
 
 
 def test_more_candidates_than_classes_is_refused_before_training(home):
-    with pytest.raises(ConfigError, match="500 candidates asked for, but synthetic intents has only 77 classes"): eqc.make_task(dataclasses.replace(tiny("sent-cls"), candidates=(2, 500)))
+    with pytest.raises(ConfigError, match="500 candidates asked for, but synthetic intents has only 77 classes"):
+        eqc.make_task(dataclasses.replace(tiny("sent-cls"), candidates=(2, 500)))
 
 
 def test_a_csv_of_banking77_counts_as_real(home, tmp_path, monkeypatch):
@@ -154,7 +164,8 @@ def test_a_csv_of_banking77_counts_as_real(home, tmp_path, monkeypatch):
 
 def test_a_batch_larger_than_its_pool_is_refused():
     _, _, task = items(pool=10)
-    with pytest.raises(ConfigError, match="a batch of 12 targets does not fit in a pool of 10"): task.batch(torch.arange(12)[None], [generator(0)])
+    with pytest.raises(ConfigError, match="a batch of 12 targets does not fit in a pool of 10"):
+        task.batch(torch.arange(12)[None], [generator(0)])
 
 
 def test_the_encoder_learns_inside_the_game(home, tmp_path):
@@ -165,13 +176,15 @@ def test_the_encoder_learns_inside_the_game(home, tmp_path):
     before = {k: v.clone() for k, v in eqc.build(s, task).named_parameters()}
     ensemble, _ = eqc.train([s], task, QUIET)
     after = dict(ensemble.member(0).named_parameters())
-    moved = {role: max((after[k] - v).abs().max().item() for k, v in before.items() if k.startswith(role)) for role in ("sender.0.", "sender.2.", "receiver.0.")}
+    moved = {role: max((after[k] - v).abs().max().item() for k, v in before.items() if k.startswith(role))
+        for role in ("sender.0.", "sender.2.", "receiver.0.")}
     assert 0 < moved["sender.0."] < moved["sender.2."] and moved["receiver.0."] > 0
     (record,) = execute([s])
     assert {r["n_candidates"] for r in record.rows} == {2, 77}
     torch.manual_seed(123)
     again, _ = eqc.train([s], task, QUIET)
-    assert all(torch.equal(p, q) for p, q in zip(ensemble.parameters(), again.parameters())), "dropout follows the run's seed, not the process's"
+    assert all(torch.equal(p, q) for p, q in zip(ensemble.parameters(),
+        again.parameters())), "dropout follows the run's seed, not the process's"
 
 
 def test_fitted_levels_belong_to_the_run(home):
@@ -189,7 +202,9 @@ def test_lloyd_beats_a_uniform_grid_on_words_that_crowd():
     error = lambda q: (q.eval()(words).word - words).square().mean()
     assert error(fitted) < error(UniformQuantizer(4, 12))
     symbols = fitted(words).symbols
-    for v, level in enumerate(fitted.levels.flatten().tolist()): assert words[symbols == v].mean().item() == pytest.approx(level, abs=.02), "a level is the mean of what it stands for"
+    for v, level in enumerate(fitted.levels.flatten().tolist()):
+        assert words[symbols == v].mean().item() == pytest.approx(level,
+            abs=.02), "a level is the mean of what it stands for"
     assert torch.equal(LearnedQuantizer(4, 12).fit(words).levels, LearnedQuantizer(4, 12).fit(words).levels)
 
 

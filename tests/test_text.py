@@ -13,7 +13,8 @@ from refcomm.publish import figures
 from refcomm import cli
 from refcomm.core import ConfigError, StoreError, printable, progress_bar
 
-HOSTILE = ["[/data/x]", "[bold]a[/bold]", "[red", "a] [b", ":smile:", "\x1b]0;title\x07", "\x1b[2J\x1b[31mred", "back\b\rover", "\x9b31m", "\u202eabc", "\udcff.png", "[link=file:///etc]x[/link]"]
+HOSTILE = ["[/data/x]", "[bold]a[/bold]", "[red", "a] [b", ":smile:", "\x1b]0;title\x07", "\x1b[2J\x1b[31mred",
+    "back\b\rover", "\x9b31m", "\u202eabc", "\udcff.png", "[link=file:///etc]x[/link]"]
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -34,15 +35,18 @@ def test_a_table_shows_foreign_text_as_it_is(capsys, text):
 @pytest.mark.parametrize("text", HOSTILE)
 def test_the_final_table_of_a_reproduction_names_a_failure_in_brackets(home, monkeypatch, command, text):
     "Hours of work end in this table."
-    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, *a: ("failed", path, f"ConfigError: nothing in {text}"))
+    monkeypatch.setattr(cli, "reproduce_item",
+        lambda item, path, *a: ("failed", path, f"ConfigError: nothing in {text}"))
     r = command("reproduce", "eqc/table1", "--profile", "smoke")
-    assert r.returncode == 1 and f"nothing in {printable(text)}" in " ".join(r.stdout.split()) and not CONTROL.search(r.stdout + r.stderr)
+    assert (r.returncode == 1 and f"nothing in {printable(text)}" in " ".join(r.stdout.split())
+        and not CONTROL.search(r.stdout + r.stderr))
 
 
 def test_escape_sequences_of_a_recipe_and_of_a_record_do_not_reach_the_terminal(home, command, small, tmp_path):
     from refcomm.runs.execute import execute
     from refcomm.runs.store import Store
-    figures.save("eqc", "table1", pd.DataFrame(dict(a=[1])), figure(), [], "cpu", "eqc Table 1\x1b[2J", "none", [dict(id="a", statement="it \x1b[31mholds", evidence="a > [b]", numbers={"\x1bk": 1.}, verdict="holds")])
+    figures.save("eqc", "table1", pd.DataFrame(dict(a=[1])), figure(), [], "cpu", "eqc Table 1\x1b[2J", "none",
+        [dict(id="a", statement="it \x1b[31mholds", evidence="a > [b]", numbers={"\x1bk": 1.}, verdict="holds")])
     execute([small(epochs=1)])
     (experiment, key), = Store().keys()
     r = Store().read(experiment, key)
@@ -66,7 +70,8 @@ def test_errors_and_bars_show_foreign_text_safely(capfd, monkeypatch):
 
 def test_a_terminal_of_few_characters_is_enough(home):
     "Names with letters that the terminal's encoding lacks."
-    r = subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", "list"], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    r = subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", "list"], capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
     assert r.returncode == 0 and r.stdout.isascii(), r.stderr
 
 
@@ -98,7 +103,8 @@ def test_a_dollar_is_a_dollar_wherever_it_stands_in_a_figure(home, text):
 def test_png_csv_and_json_appear_together_or_not_at_all(home, tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
     from refcomm.files import figures_dir
-    numbers, state = pd.DataFrame(dict(a=[1])), lambda: {p.name: p.read_bytes() if p.is_file() else None for p in figures_dir("cpu").glob("*")}
+    numbers = pd.DataFrame(dict(a=[1]))
+    state = lambda: {p.name: p.read_bytes() if p.is_file() else None for p in figures_dir("cpu").glob("*")}
     class Broken:
         def __str__(self): raise RuntimeError("no text")
     def savefig(*a, **k): raise RuntimeError("cannot draw")
@@ -108,7 +114,9 @@ def test_png_csv_and_json_appear_together_or_not_at_all(home, tmp_path, monkeypa
         yield dict(claims=[dict(verdict="\udcff")]), (UnicodeEncodeError, ConfigError)
         fig = plt.figure(); monkeypatch.setattr(fig, "savefig", savefig)
         yield dict(figure=fig), RuntimeError
-    def save(**how): return figures.save(**{**dict(paper="toy", item="x", numbers=numbers, figure=plt.figure(), records=[], profile="cpu", title="t", note="n"), **how})
+    def save(**how):
+        return figures.save(**{**dict(paper="toy", item="x", numbers=numbers, figure=plt.figure(), records=[],
+            profile="cpu", title="t", note="n"), **how})
     for how, error in attempts():
         with pytest.raises(error): save(**how)
         assert not state()

@@ -11,9 +11,12 @@ from refcomm.runs.execute import Context, execute
 from refcomm.runs.store import Store
 from refcomm.training.loop import TrainSettings, fit
 
-KINDS = [dict(bottleneck="continuous"), dict(bottleneck="gumbel", alphabet_size=10, word_length=1), dict(bottleneck="quantized", alphabet_size=4),
-         dict(channel="recurrent", message_length=2, bottleneck="gumbel", alphabet_size=5, word_length=1), dict(channel="recurrent", message_length=2, cell="gru"),
-         dict(channel="recurrent", message_length=2, cell="lstm", bottleneck="quantized", alphabet_size=4), dict(n_negatives=9)]
+KINDS = [dict(bottleneck="continuous"), dict(bottleneck="gumbel", alphabet_size=10, word_length=1),
+dict(bottleneck="quantized", alphabet_size=4),
+         dict(channel="recurrent", message_length=2, bottleneck="gumbel", alphabet_size=5, word_length=1),
+         dict(channel="recurrent", message_length=2, cell="gru"),
+         dict(channel="recurrent", message_length=2, cell="lstm", bottleneck="quantized", alphabet_size=4),
+         dict(n_negatives=9)]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
@@ -22,7 +25,8 @@ def test_stacked_equals_one_by_one(small, kind):
     together, _ = train(specs, Context("cpu", report=lambda *_: None))
     for i, s in enumerate(specs):
         alone, _ = train([s], Context("cpu", report=lambda *_: None))
-        for a, b in zip(alone.parameters(), together.parameters()): torch.testing.assert_close(a[0], b[i], atol=2e-4, rtol=1e-3)
+        for a, b in zip(alone.parameters(), together.parameters()):
+            torch.testing.assert_close(a[0], b[i], atol=2e-4, rtol=1e-3)
 
 
 def train(specs, context): return eqc.train(specs, eqc.make_task(specs[0]), context)
@@ -36,15 +40,19 @@ def test_members_stop_by_their_own_patience():
         e, epoch = Ensemble([torch.nn.Linear(1, 1) for _ in members]), [-1]
         def validate():
             epoch[0] += 1
-            return dict(accuracy=torch.tensor([accuracies[m][epoch[0]] for m in members]), loss=torch.zeros(len(members)))
-        return fit(e, lambda i, g: e.map(lambda m: m.weight.sum()), validate, 4, TrainSettings(epochs=6, patience=patience), members, report=lambda *_: None).best_epoch
+            return dict(accuracy=torch.tensor([accuracies[m][epoch[0]] for m in members]),
+                loss=torch.zeros(len(members)))
+        return fit(e, lambda i, g: e.map(lambda m: m.weight.sum()), validate, 4,
+            TrainSettings(epochs=6, patience=patience), members, report=lambda *_: None).best_epoch
     assert best([0, 1], 2) == [1, 5] == best([0], 2) + best([1], 2)
     assert best([0, 1], 6) == [4, 5]
 
 
 def test_ties_in_accuracy_go_to_the_lower_loss():
     e, losses = Ensemble([torch.nn.Linear(1, 1)]), iter([.5, .2, .3])
-    result = fit(e, lambda i, g: e.map(lambda m: m.weight.sum()), lambda: dict(accuracy=torch.ones(1), loss=torch.tensor([next(losses)])), 4, TrainSettings(epochs=3), [0], report=lambda *_: None)
+    result = fit(e, lambda i, g: e.map(lambda m: m.weight.sum()),
+        lambda: dict(accuracy=torch.ones(1), loss=torch.tensor([next(losses)])), 4, TrainSettings(epochs=3), [0],
+        report=lambda *_: None)
     assert result.best_epoch == [1]
 
 
@@ -62,7 +70,9 @@ def test_which_weights_are_left(keep, steps):
     e, accuracies = Ensemble([torch.nn.Linear(1, 1)]), iter([.9, .5, .4])
     start = e.stacked[0].item()
     settings = TrainSettings(epochs=3, batch_size=1, optimizer="sgd", lr=1., keep=keep)
-    fit(e, lambda i, g: e.map(lambda m: m.weight.sum()), lambda: dict(accuracy=torch.tensor([next(accuracies)]), loss=torch.zeros(1)), 4, settings, [0], report=lambda *_: None)
+    fit(e, lambda i, g: e.map(lambda m: m.weight.sum()),
+        lambda: dict(accuracy=torch.tensor([next(accuracies)]), loss=torch.zeros(1)), 4, settings, [0],
+        report=lambda *_: None)
     velocity, moved = 0., 0.
     for _ in range(steps): velocity = .9*velocity + 1; moved += velocity
     assert start - e.stacked[0].item() == pytest.approx(moved, rel=1e-5)
@@ -82,7 +92,8 @@ def test_reduced_precision_trains(small, precision):
 
 def test_learning_rate_schedule_reaches_the_optimiser():
     e = Ensemble([torch.nn.Linear(1, 1)])
-    r = fit(e, lambda i, g: e.map(lambda m: m.weight.sum()), lambda: dict(accuracy=torch.ones(1), loss=torch.ones(1)), 32, TrainSettings(epochs=4, lr=1., lr_schedule="linear", lr_end=.2, batch_size=8), [0], report=lambda *_: None)
+    r = fit(e, lambda i, g: e.map(lambda m: m.weight.sum()), lambda: dict(accuracy=torch.ones(1), loss=torch.ones(1)),
+        32, TrainSettings(epochs=4, lr=1., lr_schedule="linear", lr_end=.2, batch_size=8), [0], report=lambda *_: None)
     assert r.history.lr.tolist() == pytest.approx([1 - .8*(k + .75)/4 for k in range(4)])
 
 
@@ -103,7 +114,8 @@ def test_a_codebook_belongs_to_its_best_epoch():
         books.append(e.template[1].quantizer.codebook.clone())
         return dict(accuracy=torch.tensor([next(accuracies)]), loss=torch.zeros(1))
     x = torch.randn(32, 4)
-    fit(e, lambda i, g: e.map(lambda m: m(x[i[0]]).word.pow(2).mean()), validate, 32, TrainSettings(epochs=4, batch_size=8), [0], report=lambda *_: None)
+    fit(e, lambda i, g: e.map(lambda m: m(x[i[0]]).word.pow(2).mean()), validate, 32,
+        TrainSettings(epochs=4, batch_size=8), [0], report=lambda *_: None)
     assert torch.equal(e.template[1].quantizer.codebook, books[1]) and not torch.equal(books[1], books[3])
 
 
@@ -118,20 +130,31 @@ def test_a_record_does_not_depend_on_its_stack(home, small, tmp_path):
     "What a member's record holds ends where the member stopped, whoever else went on."
     specs = [small(seed=s, epochs=8, patience=1, lr=3e-2) for s in range(3)]
     together, alone = execute(specs), [execute([s], store=Store(tmp_path/str(s.seed)))[0] for s in specs]
-    for a, b in zip(together, alone): assert a.history().epoch.tolist() == b.history().epoch.tolist() and a.summary == b.summary
+    for a, b in zip(together, alone):
+        assert a.history().epoch.tolist() == b.history().epoch.tolist() and a.summary == b.summary
 
 
 @pytest.mark.parametrize("fields, says", [
-    (dict(word_lenght=3), "did you mean 'word_length'"), (dict(channel="instnt"), "did you mean 'instant'"), (dict(bottleneck="gumble"), "did you mean 'gumbel'"),
-    (dict(bottleneck="gumbel"), "does not go with"), (dict(n_values=2), "10000 candidates asked for, but only 16"), (dict(game="objects"), "did you mean 'object'"),
-    (dict(alphabets=(1, 10)), "alphabets must be at least 2, got 1"), (dict(candidates=(1, 10)), "candidates must be at least 2, got 1"), (dict(candidates=()), "candidates must be at least 2"), (dict(grid="exat"), "did you mean 'exact'"),
+    (dict(word_lenght=3), "did you mean 'word_length'"), (dict(channel="instnt"), "did you mean 'instant'"),
+    (dict(bottleneck="gumble"), "did you mean 'gumbel'"),
+    (dict(bottleneck="gumbel"), "does not go with"), (dict(n_values=2), "10000 candidates asked for, but only 16"),
+    (dict(game="objects"), "did you mean 'object'"),
+    (dict(alphabets=(1, 10)), "alphabets must be at least 2, got 1"),
+    (dict(candidates=(1, 10)), "candidates must be at least 2, got 1"),
+    (dict(candidates=()), "candidates must be at least 2"), (dict(grid="exat"), "did you mean 'exact'"),
 ])
 def test_bad_specs_are_named(fields, says):
     with pytest.raises(ConfigError, match=says): eqc.EQCSpec(**fields)
 
 
-@pytest.mark.parametrize("fields, says", [(dict(cell="gruu", channel="recurrent", message_length=2), "did you mean 'gru'"), (dict(precision="fp12"), "did you mean"), (dict(n_train=500), "but there are 256"),
-                                          (dict(epochs=0), "epochs must be at least 1"), (dict(optimizer="adamm"), "did you mean 'adam'"), (dict(n_negatives=256), "only 256 are available"), (dict(bottleneck="gumbel", alphabet_size=4, temperature=0.), "temperature must be above 0")])
+@pytest.mark.parametrize("fields, says",
+[(dict(cell="gruu", channel="recurrent", message_length=2), "did you mean 'gru'"),
+(dict(precision="fp12"), "did you mean"), (dict(n_train=500), "but there are 256"),
+                                          (dict(epochs=0), "epochs must be at least 1"),
+                                          (dict(optimizer="adamm"), "did you mean 'adam'"),
+                                          (dict(n_negatives=256), "only 256 are available"),
+                                          (dict(bottleneck="gumbel", alphabet_size=4, temperature=0.),
+                                          "temperature must be above 0")])
 def test_what_only_building_can_tell_is_named_too(home, small, fields, says):
     with pytest.raises(ConfigError, match=says): execute([small(**fields)])
     assert Store().keys() == [] and not list(Store().root.glob("eqc/*"))
@@ -140,7 +163,9 @@ def test_what_only_building_can_tell_is_named_too(home, small, fields, says):
 def test_a_checkpoint_of_other_learning_rates_is_set_aside(tmp_path):
     def run(factors):
         e = Ensemble([torch.nn.Linear(1, 1)])
-        fit(e, lambda i, g: e.map(lambda m: m.weight.sum()), lambda: dict(accuracy=torch.ones(1), loss=torch.zeros(1)), 4, TrainSettings(epochs=2), [0], checkpoint=tmp_path/"c.safetensors", report=lambda *_: None, lr_factors=factors)
+        fit(e, lambda i, g: e.map(lambda m: m.weight.sum()), lambda: dict(accuracy=torch.ones(1), loss=torch.zeros(1)),
+            4, TrainSettings(epochs=2), [0], checkpoint=tmp_path/"c.safetensors", report=lambda *_: None,
+            lr_factors=factors)
     run([("weight", .1)]), run([("weight", .1)])
     with pytest.warns(UserWarning, match="belongs to another model, data or setting: lr_factors"): run([("bias", .1)])
     assert len(list(tmp_path.glob("c.unreadable-*"))) == 1, "it is not lost"

@@ -36,7 +36,8 @@ def test_pretrained_weights_are_taken_from_the_disk(tmp_path, monkeypatch):
     from torchvision.models import ResNet18_Weights, resnet18
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(ConfigError, match=f"the weights of resnet18 are neither .* no network.* copy the folder {tmp_path}/hub here"):
+    with pytest.raises(ConfigError,
+        match=f"the weights of resnet18 are neither .* no network.* copy the folder {tmp_path}/hub here"):
         make_trunk("resnet18", pretrained=True)
     with seeded_init(5): known = resnet18()
     (folder := tmp_path/"hub"/"checkpoints").mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,8 @@ def test_pretrained_weights_are_taken_from_the_disk(tmp_path, monkeypatch):
 @given(n=st.integers(2, 6), m=st.integers(2, 6), dim=st.integers(1, 5), seed=st.integers(0, 99))
 def test_cosines_are_those_of_every_pair(n, m, dim, seed):
     a, b = (torch.randn(k, dim, generator=generator(seed, str(i))) for i, k in enumerate((n, m)))
-    torch.testing.assert_close(cosine_similarities(a, b), F.cosine_similarity(a[:, None], b[None], dim=-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cosine_similarities(a, b), F.cosine_similarity(a[:, None], b[None], dim=-1), atol=1e-5,
+        rtol=1e-5)
 
 
 @given(n=st.integers(2, 7), data=st.data())
@@ -62,7 +64,8 @@ def test_fewer_candidates_are_part_of_the_batch(n, data):
 
 def test_half_precision_is_compared_in_single():
     a = torch.randn(8, 2048, generator=generator(0))*100
-    with torch.autocast("cpu", dtype=torch.bfloat16): assert torch.equal(cosine_similarities(a, a), cosine_similarities(a.float(), a))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(cosine_similarities(a, a), cosine_similarities(a.float(), a))
     assert cosine_similarities(a.half(), a.half()).diagonal().sub(1).abs().max() < 1e-3
 
 
@@ -78,7 +81,8 @@ def tiny(norm=True, noise_temperature=5.):
     eyes = lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.Tanh())
     speak = vocabulary_head(6, 5) if norm else nn.Linear(6, 5)
     look = projector(6, 4, 7) if norm else nn.Linear(6, 4)
-    return DiscriminationGame(eyes(), Instant(GumbelSoftmax(5, noise_temperature), 6, speak, symbol_embedding(5, 4)), nn.Sequential(eyes(), look))
+    return DiscriminationGame(eyes(), Instant(GumbelSoftmax(5, noise_temperature), 6, speak, symbol_embedding(5, 4)),
+        nn.Sequential(eyes(), look))
 
 
 def test_shared_eyes_get_both_gradients():
@@ -89,7 +93,8 @@ def test_shared_eyes_get_both_gradients():
     e.map(lambda g, n: g(x, x.flip(-1), n), noise[None]).sum().backward()
     game(x, x.flip(-1), noise).backward()
     assert e.names == [n for n, _ in game.named_parameters()] and game.receiver[0] is game.sender
-    for name, p, s in zip(e.names, game.parameters(), e.parameters()): torch.testing.assert_close(p.grad, s.grad[0], msg=name)
+    for name, p, s in zip(e.names, game.parameters(), e.parameters()):
+        torch.testing.assert_close(p.grad, s.grad[0], msg=name)
     seen = game.sender.conv1.weight.grad.clone()
     game.zero_grad()
     with torch.no_grad(): sent = game.send(x, noise).word
@@ -99,7 +104,8 @@ def test_shared_eyes_get_both_gradients():
 
 def test_simclr_plays_a_game_it_was_not_trained_for():
     "Images of 16 pixels that differ in colour: with argmax symbols, it finds one of 32 far more often than chance."
-    x = torch.rand(32, 3, 1, 1, generator=generator(0)).expand(-1, -1, 16, 16) + .1*torch.rand(32, 3, 16, 16, generator=generator(1))
+    x = torch.rand(32, 3, 1, 1, generator=generator(0)).expand(-1, -1, 16, 16) + .1*torch.rand(32, 3, 16, 16,
+        generator=generator(1))
     with seeded_init(0): model = SimCLR(make_trunk("narrow", True), projector(192, 32, 64))
     optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
     for _ in range(14):
@@ -118,8 +124,10 @@ def test_simclr_plays_a_game_it_was_not_trained_for():
     (lambda: DiscriminationGame(None, None, None, temperature=-1.), "temperature must be above 0, got -1.0"),
     (lambda: DiscriminationGame(None, None, None, negatives="locl"), "unknown negatives 'locl': did you mean 'local'"),
     (lambda: SimCLR(None, None, temperature=float("nan")), "temperature must be above 0, got nan"),
-    (lambda: in_batch_scores(torch.rand(4, 2), torch.rand(4, 2), n_candidates=5), "5 candidates were asked for, but a batch has 4"),
-    (lambda: in_batch_scores(torch.rand(4, 2), torch.rand(4, 2), n_candidates=1), "n_candidates must be at least 2, got 1"),
+    (lambda: in_batch_scores(torch.rand(4, 2), torch.rand(4, 2), n_candidates=5),
+    "5 candidates were asked for, but a batch has 4"),
+    (lambda: in_batch_scores(torch.rand(4, 2), torch.rand(4, 2), n_candidates=1),
+    "n_candidates must be at least 2, got 1"),
     (lambda: nt_xent(torch.rand(1, 2), torch.rand(1, 2)), "at least 2 images, got 1"),
     (lambda: nt_xent(torch.rand(3, 2), torch.rand(3, 2), negatives="al"), "unknown negatives 'al'"),
     (lambda: join_processes(2), "2 processes were asked for, but this one was started alone: start it by torchrun"),
@@ -127,7 +135,8 @@ def test_simclr_plays_a_game_it_was_not_trained_for():
     (lambda: train(TrainSettings(precision="fp16")), "'fp16' is for GPUs"),
     (lambda: train(TrainSettings(optimizer="schedulefree")), "batch statistics do not fit"),
     (lambda: train(TrainSettings(optimizer="lars"), [plain(0), plain(1)]), "cannot train 2 stacked members"),
-    (lambda: train(TrainSettings(batch_size=999, drop_last=True)), "a batch of 999 was asked for, but there are only 52 items"),
+    (lambda: train(TrainSettings(batch_size=999, drop_last=True)),
+    "a batch of 999 was asked for, but there are only 52 items"),
     (lambda: TrainSettings(accumulate=0), "accumulate must be at least 1, got 0"),
     (lambda: TrainSettings(weight_decay=-.1), "weight_decay must be at least 0, got -0.1"),
 ])
@@ -139,7 +148,8 @@ def test_bad_input_is_one_clear_error(wrong, words, monkeypatch):
 
 def test_lars_without_timm_names_the_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.optim", None)
-    with pytest.raises(ConfigError, match=r"needs the package timm: pip install 'refcomm\[vision\]'"): OPTIMIZERS["lars"]([], 1.)
+    with pytest.raises(ConfigError, match=r"needs the package timm: pip install 'refcomm\[vision\]'"):
+        OPTIMIZERS["lars"]([], 1.)
 
 
 # training
@@ -159,7 +169,8 @@ def normed(seed=0):
 
 def validate(e):
     logits = e.map(lambda m: m(POINTS[N:]))[0]
-    return dict(accuracy=(logits.argmax(-1) == LABELS[N:]).float().mean()[None], loss=F.cross_entropy(logits, LABELS[N:])[None])
+    return dict(accuracy=(logits.argmax(-1) == LABELS[N:]).float().mean()[None],
+        loss=F.cross_entropy(logits, LABELS[N:])[None])
 
 
 def train(settings, models=None, cut=None, **kwargs):
@@ -173,7 +184,8 @@ def train(settings, models=None, cut=None, **kwargs):
     return e, fitted, played
 
 
-SETTINGS = {"adam": {}, "lars": dict(optimizer="lars", lr=20., weight_decay=1e-3, lr_schedule="cosine", lr_per_epoch=True, accumulate=2, drop_last=True)}
+SETTINGS = {"adam": {}, "lars": dict(optimizer="lars", lr=20., weight_decay=1e-3, lr_schedule="cosine",
+    lr_per_epoch=True, accumulate=2, drop_last=True)}
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -181,10 +193,12 @@ SETTINGS = {"adam": {}, "lars": dict(optimizer="lars", lr=20., weight_decay=1e-3
 def test_interrupted_equals_uninterrupted_with_batch_statistics(tmp_path, kind, cut):
     settings = TrainSettings(**{**dict(epochs=6, batch_size=8, lr=1e-2), **SETTINGS[kind]})
     whole, fitted, _ = train(settings)
-    with pytest.raises(InterruptedError): train(settings, cut=cut, checkpoint=tmp_path/"c.safetensors", checkpoint_seconds=0)
+    with pytest.raises(InterruptedError):
+        train(settings, cut=cut, checkpoint=tmp_path/"c.safetensors", checkpoint_seconds=0)
     resumed, again, played = train(settings, checkpoint=tmp_path/"c.safetensors")
     assert 0 < len(played) < 6*settings.batches(N)
-    assert again.best_epoch == fitted.best_epoch and again.history.drop(columns="seconds").equals(fitted.history.drop(columns="seconds"))
+    assert (again.best_epoch == fitted.best_epoch
+        and again.history.drop(columns="seconds").equals(fitted.history.drop(columns="seconds")))
     for (k, a), b in zip(whole.full_state().items(), resumed.full_state().values()): assert torch.equal(a, b), k
     assert whole.full_state()["buffer 1.num_batches_tracked"] == settings.batches(N)*(fitted.best_epoch[0] + 1)
 
@@ -207,7 +221,8 @@ def test_evaluation_uses_the_running_statistics():
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "lars"])
 def test_accumulated_steps_equal_those_of_the_large_batch(optimizer):
     "52 items in steps of 16: also where the last step has 4 items, in batches of 3 and 1."
-    run = lambda **kw: train(TrainSettings(epochs=3, optimizer=optimizer, lr=1e-2 if optimizer == "adam" else .1, **kw), [plain()])
+    run = lambda **kw: train(TrainSettings(epochs=3, optimizer=optimizer, lr=1e-2 if optimizer == "adam" else .1, **kw),
+        [plain()])
     (large, a, _), (parts, b, played) = run(batch_size=15), run(batch_size=3, accumulate=5)
     assert played == [3]*17 + [1] + ([3]*17 + [1])*2
     for p, q in zip(large.parameters(), parts.parameters()): torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
@@ -219,15 +234,18 @@ def test_accumulated_steps_equal_those_of_the_large_batch(optimizer):
 def test_only_matrices_decay(optimizer):
     e = Ensemble([normed()])
     start = {k: v.clone() for k, v in e.full_state().items()}
-    fit(e, lambda i, g: e.map(lambda m: sum((p*0).sum() for p in m.parameters())), lambda: dict(accuracy=torch.zeros(1), loss=-torch.ones(1)), 8,
+    fit(e, lambda i, g: e.map(lambda m: sum((p*0).sum() for p in m.parameters())),
+    lambda: dict(accuracy=torch.zeros(1), loss=-torch.ones(1)), 8,
         TrainSettings(epochs=1, lr=.1, optimizer=optimizer, weight_decay=.5), [0], **QUIET)
     for k, p in zip(e.names, e.parameters()): torch.testing.assert_close(p, start[k]*(.95 if p.dim() > 2 else 1), msg=k)
 
 
 def test_schedules_by_epoch_and_incomplete_batches():
-    _, fitted, played = train(TrainSettings(epochs=4, batch_size=8, lr=1., lr_end=1e-6, lr_schedule="cosine", lr_per_epoch=True, drop_last=True, optimizer="sgd"))
+    _, fitted, played = train(TrainSettings(epochs=4, batch_size=8, lr=1., lr_end=1e-6, lr_schedule="cosine",
+        lr_per_epoch=True, drop_last=True, optimizer="sgd"))
     reference = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.), 4, 1e-6)
-    expected = [reference.get_last_lr()[0], *(reference.optimizer.step() or reference.step() or reference.get_last_lr()[0] for _ in range(3))]
+    expected = [reference.get_last_lr()[0],
+        *(reference.optimizer.step() or reference.step() or reference.get_last_lr()[0] for _ in range(3))]
     assert fitted.history.lr.tolist() == pytest.approx(expected) and played == [8]*6*4
 
 
@@ -294,10 +312,12 @@ def one_of_two(rank, port):
         for a, b in zip(expected, got): torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-4, msg=f"{name}: gradient")
         if name == "five candidates": continue # a batch of four has no five
         local = gradients(make, "local", mine, ddp)[1]
-        assert any(not torch.allclose(a, b, rtol=.01) for a, b in zip(expected, local)), f"{name}: local negatives are other negatives"
+        assert any(not torch.allclose(a, b, rtol=.01)
+            for a, b in zip(expected, local)), f"{name}: local negatives are other negatives"
     games = [losses()["discrimination"](negatives).eval() for negatives in ("local", "global")]
     games[1].load_state_dict(games[0].state_dict())
-    assert torch.equal(*(g.play(X[mine], Y[mine]).loss for g in games)), "a validation game is played within its own batch"
+    assert torch.equal(*(g.play(X[mine], Y[mine]).loss
+        for g in games)), "a validation game is played within its own batch"
     dist.destroy_process_group()
 
 

@@ -38,7 +38,8 @@ def test_equals_a_slow_walk_on_random_pairs():
     found = path_similarity(rows, columns)
     assert found.dtype == torch.float32 and found.shape == (60, 50)
     assert torch.allclose(found, torch.tensor([[walk(a, b, hypernyms) for b in columns] for a in rows]))
-    assert torch.equal(path_similarity(rows), path_similarity(rows, rows)) and torch.equal(path_similarity(rows)[:, :3], path_similarity(rows, rows[:3]))
+    assert torch.equal(path_similarity(rows), path_similarity(rows, rows)) and torch.equal(path_similarity(rows)[:, :3],
+        path_similarity(rows, rows[:3]))
 
 
 @given(st.integers(0, 2**32), st.integers(1, 12), st.floats(0, .6))
@@ -47,13 +48,16 @@ def test_any_hierarchy(seed, n, density):
     g = random.Random(seed)
     above = {i: [j for j in range(i) if g.random() < density] for i in range(n)}
     chosen = [g.randrange(n) for _ in range(5)]
-    assert torch.allclose(path_similarity(chosen, range(n), above.get), torch.tensor([[walk(a, b, above.get) for b in range(n)] for a in chosen]))
+    assert torch.allclose(path_similarity(chosen, range(n), above.get),
+        torch.tensor([[walk(a, b, above.get) for b in range(n)] for a in chosen]))
 
 
 def test_values_known_from_nltk():
-    named = dict(dog="n02084071", cat="n02121620", house_cat="n02121808", tabby="n02123045", car="n02958343", entity="n00001740")
+    named = dict(dog="n02084071", cat="n02121620", house_cat="n02121808", tabby="n02123045", car="n02958343",
+        entity="n00001740")
     pairs = dict(zip([(a, b) for a in named for b in named], path_similarity(named.values()).flatten().tolist()))
-    for (a, b), steps in {("dog", "cat"): 4, ("dog", "house_cat"): 2, ("cat", "tabby"): 2, ("dog", "entity"): 8, ("dog", "car"): 12}.items():
+    for (a, b), steps in {("dog", "cat"): 4, ("dog", "house_cat"): 2, ("cat", "tabby"): 2, ("dog", "entity"): 8,
+        ("dog", "car"): 12}.items():
         assert pairs[a, b] == pairs[b, a] == pytest.approx(1/(1 + steps)), (a, b)
 
 
@@ -63,12 +67,15 @@ def test_equals_the_full_table():
     full = pd.read_parquet(find_data("wordnet30_noun_hypernyms.parquet"))
     wnid = lambda offset: f"n{offset:08d}"
     lemma, up = {}, {}
-    for offset, name, above in full.itertuples(index=False): lemma[wnid(offset)], up[wnid(offset)] = name, tuple(map(wnid, above))
+    for offset, name, above in full.itertuples(index=False):
+        lemma[wnid(offset)], up[wnid(offset)] = name, tuple(map(wnid, above))
     assert all(synset(w) == (lemma[w], up[w]) for w in SHIPPED)
     g = random.Random(0)
-    assert torch.equal(path_similarity(g.sample(SHIPPED, 200)), path_similarity(random.Random(0).sample(SHIPPED, 200), hypernyms=up.__getitem__))
+    assert torch.equal(path_similarity(g.sample(SHIPPED, 200)),
+        path_similarity(random.Random(0).sample(SHIPPED, 200), hypernyms=up.__getitem__))
     rows, columns = g.sample(sorted(up), 60), g.sample(sorted(up), 60)
-    assert torch.allclose(path_similarity(rows, columns, up.__getitem__), torch.tensor([[walk(a, b, up.__getitem__) for b in columns] for a in rows]))
+    assert torch.allclose(path_similarity(rows, columns, up.__getitem__),
+        torch.tensor([[walk(a, b, up.__getitem__) for b in columns] for a in rows]))
 
 
 @pytest.mark.skipif(not find_data("tiny_imagenet_core.parquet"), reason="Tiny-ImageNet lies under REFCOMM_DATA")
@@ -80,18 +87,21 @@ def test_tiny_imagenet_is_covered_and_new_to_the_ood_set():
     similarity = path_similarity(images.wnids)
     assert (similarity.diagonal() == 1).all() and (similarity > 0).all() and torch.equal(similarity, similarity.T)
     names, steps = ascents(images.wnids + ood_synsets())
-    related = [(a, b) for k, a in enumerate(images.wnids + ood_synsets()) for b in images.wnids + ood_synsets() if a != b and steps[k, names.index(b)] < 99]
+    related = [(a, b) for k, a in enumerate(images.wnids + ood_synsets()) for b in images.wnids + ood_synsets()
+        if a != b and steps[k, names.index(b)] < 99]
     assert related == [("n03162818", "n04008634")], "only dart, of the OOD set, is a projectile"
 
 
 def test_the_table_is_closed_upwards_and_has_one_root():
-    assert {h for w in SHIPPED for h in hypernyms(w)} <= set(SHIPPED) and [w for w in SHIPPED if not hypernyms(w)] == ["n00001740"]
+    assert {h for w in SHIPPED for h in hypernyms(w)} <= set(SHIPPED) and [w for w in SHIPPED
+        if not hypernyms(w)] == ["n00001740"]
     assert len(SHIPPED) == 2019 and len(set(ood_synsets())) == 80 and set(ood_synsets()) <= set(SHIPPED)
 
 
 def test_missing_and_malformed_ids_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "nltk.corpus", None)
-    with pytest.raises(ConfigError, match="n99999999 is not among the 2019 synsets shipped.*install NLTK"): path_similarity(["n02084071", "n99999999"])
+    with pytest.raises(ConfigError, match="n99999999 is not among the 2019 synsets shipped.*install NLTK"):
+        path_similarity(["n02084071", "n99999999"])
     for bad in ("dog.n.01", "2084071", "n2084071", "v02084071", 2084071, None, " n02084071", "n02084071\n"):
         with pytest.raises(ConfigError, match="is no WordNet id"): path_similarity([bad])
     for empty in ([[]], [["n02084071"], []]):
@@ -104,7 +114,8 @@ def test_a_corpus_that_does_not_help(monkeypatch, corpus):
         def get_version(self):
             if corpus == "not downloaded": raise LookupError("Resource wordnet not found")
             return "3.1" if corpus == "another version" else "3.0"
-        def synset_from_pos_and_offset(self, pos, offset): return None if corpus == "no such synset" else pytest.fail("asked")
+        def synset_from_pos_and_offset(self, pos, offset):
+            return None if corpus == "no such synset" else pytest.fail("asked")
     monkeypatch.setitem(sys.modules, "nltk", type(sys)("nltk"))
     monkeypatch.setitem(sys.modules, "nltk.corpus", type("corpus", (), dict(wordnet=Corpus())))
     with pytest.raises(ConfigError, match="n02439398 is not among"): synset("n02439398")
@@ -146,4 +157,5 @@ def test_the_licence_is_shipped_and_nothing_is_downloaded():
     from importlib import resources
     assert "WordNet 3.0 Copyright 2006 by Princeton University" in (resources.files("refcomm.data")/"WORDNET_LICENSE.txt").read_text()
     code = "import sys; from refcomm.data.wordnet import *; path_similarity(ood_synsets()); assert not {'nltk', 'pandas', 'scipy', 'sklearn'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={k: v for k, v in os.environ.items() if k != "REFCOMM_DATA"})
+    subprocess.run([sys.executable, "-c", code], check=True,
+        env={k: v for k, v in os.environ.items() if k != "REFCOMM_DATA"})

@@ -20,4 +20,5 @@ def _formula(translator, node, display):
 
 
 def setup(app): # formulas are MathML: no script of another host's
-    app.add_html_math_renderer("mathml", (lambda t, n: _formula(t, n, "inline"), None), (lambda t, n: _formula(t, n, "block"), None))
+    app.add_html_math_renderer("mathml", (lambda t, n: _formula(t, n, "inline"), None),
+        (lambda t, n: _formula(t, n, "block"), None))

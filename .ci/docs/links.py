@@ -29,7 +29,8 @@ def broken(
             url = urlsplit(link)
             if url.scheme or url.netloc: continue
             to = (path.parent/unquote(url.path)).resolve() if url.path else path
-            there = to.is_relative_to(folder) and to.is_file() and (not url.fragment or to not in pages or unquote(url.fragment) in pages[to].places)
+            there = (to.is_relative_to(folder) and to.is_file()
+                and (not url.fragment or to not in pages or unquote(url.fragment) in pages[to].places))
             if not there: wrong.append(f"{path.relative_to(folder)}: {link}")
     return wrong
 

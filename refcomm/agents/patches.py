@@ -150,8 +150,8 @@ class Speaker(nn.Module):
         symbol:PatchSymbol, # or what else maps images to [batch, n_patches, symbols_per_patch, vocab_size]
         rank:PatchRank, # maps images to [batch, n_patches]
         gate:str="hard", # see `Gate`; "soft" in the public code
-        strength:float=1., # of the soft ranks, as in the public code: ranks are hard where scores are this far apart; near 0, ranks decide from the first step on
-        budget:str="half", # "half": ranks decide, and about half of the patches are kept; "learned": each score decides for its patch (ours); "minmax", "l2": scores normalised within the image do, see `keep_by`
+        strength:float=1., # of the soft ranks, as in the public code: ranks are hard where scores are this far apart; near 0: from the first step on
+        budget:str="half", # "half": ranks decide, half of the patches are kept; "learned" (ours), "minmax", "l2": scores do, see `keep_by`
         temperatures:tuple=(5., 1.), # of the symbols, first and last
         schedule:str="cosine", # from one to the other, see core's `anneal`; "linear" in the public code
         cooled:float=.5, # share of the training after which the last temperature is reached
@@ -191,7 +191,7 @@ class Speaker(nn.Module):
         of_symbols, of_gate, of_rank = (None,)*3 if noise is None else noise.split((l*v, 2, self.rank.noise_width), -1)
         said = self.bottleneck(self.symbol(images), None if noise is None else of_symbols.unflatten(-1, (l, v)))
         scores = self.rank(images, of_rank)
-        importance, middle = ((soft_rank(scores, self.strength) / n, (n + .999)/2/n) if self.budget == "half" # equal ranks, a rounding error apart, are all kept
+        importance, middle = ((soft_rank(scores, self.strength) / n, (n + .999)/2/n) if self.budget == "half" # equal ranks are all kept
             else (keep_by(scores, self.budget), .999/n**.5 if self.budget == "l2" else .5))
         gate = self.gate(importance, of_gate, middle=middle)[..., None]
         symbols = said.symbols.squeeze(-1).where(gate > .5, -1)

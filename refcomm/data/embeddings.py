@@ -23,7 +23,9 @@ def _checked(texts, what="texts")->list:
         raise ConfigError(f"{what} must be a list of sentences, got the single string {texts[:40]!r}")
     texts = list(texts)
     blank = [i for i,t in enumerate(texts) if not t.strip()]
-    if blank or not texts: raise ConfigError(f"{what}: {len(blank)} of {len(texts)} sentences are empty (counted from 0: {', '.join(map(str, blank[:5]))}): remove them"
+    if blank or not texts:
+        where = ", ".join(map(str, blank[:5]))
+        raise ConfigError(f"{what}: {len(blank)} of {len(texts)} sentences are empty (counted from 0: {where}): remove them"
         if texts else f"{what} is an empty list: give at least one sentence")
     return texts
 

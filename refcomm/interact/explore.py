@@ -183,8 +183,10 @@ def explore_patches(
 STYLE = """<style>
 .refcomm {font: 13px/1.4 system-ui, sans-serif; margin: .5em 0}
 .refcomm code {display: inline-block; min-width: 1.6em; margin: 1px; padding: 1px 3px; border: 1px solid #888; border-radius: 3px; text-align: center}
-.refcomm code small {display: block; opacity: .6} .refcomm code.changed {border: 2px solid #d95f02; font-weight: bold} .refcomm code.dropped {border-style: dotted; opacity: .5}
-.refcomm figure {display: inline-block; vertical-align: top; width: 88px; margin: 4px; padding: 4px; border: 2px solid transparent; text-align: center; overflow-wrap: anywhere}
+.refcomm code small {display: block; opacity: .6}
+.refcomm code.changed {border: 2px solid #d95f02; font-weight: bold} .refcomm code.dropped {border-style: dotted; opacity: .5}
+.refcomm figure {display: inline-block; vertical-align: top; width: 88px; margin: 4px; padding: 4px;
+  border: 2px solid transparent; text-align: center; overflow-wrap: anywhere}
 .refcomm figure.target {border-color: #1b9e77} .refcomm figure.chosen {background: #8884}
 .refcomm img {width: 72px; image-rendering: pixelated} .refcomm meter {width: 72px} .refcomm figcaption {font-size: 11px}
 </style>"""

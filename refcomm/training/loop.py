@@ -20,12 +20,14 @@ from ..files import distrust_checkpoint, load_checkpoint, save_checkpoint
 from ..interrupts import Interruptible
 
 # %% ../../nbs/64_training.loop.ipynb #016a5ebe
+_SCHEDULEFREE = "optimizer 'schedulefree' needs the package schedulefree: pip install schedulefree"
+_TIMM = "optimizer 'lars' needs the package timm: pip install 'refcomm[vision]'"
 OPTIMIZERS = {
     "adam": lambda params, lr: torch.optim.Adam(params, lr, fused=True),
     "adamw": lambda params, lr: torch.optim.AdamW(params, lr, fused=True),
     "sgd": lambda params, lr: torch.optim.SGD(params, lr, momentum=.9, fused=params[0]["params"][0].is_cuda or None),
-    "schedulefree": lambda params, lr: need("schedulefree", "optimizer 'schedulefree' needs the package schedulefree: pip install schedulefree").AdamWScheduleFree(params, lr), # Defazio et al. 2024
-    "lars": lambda params, lr: need("timm.optim", "optimizer 'lars' needs the package timm: pip install 'refcomm[vision]'").Lars(params, lr, momentum=.9, trust_coeff=.001), # You et al. 2017
+    "schedulefree": lambda params, lr: need("schedulefree", _SCHEDULEFREE).AdamWScheduleFree(params, lr), # Defazio et al. 2024
+    "lars": lambda params, lr: need("timm.optim", _TIMM).Lars(params, lr, momentum=.9, trust_coeff=.001), # You et al. 2017
 }
 
 @spec

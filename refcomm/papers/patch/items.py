@@ -42,7 +42,8 @@ OURS, FINE = "Ours (R18, S=32)", "Ours (R18, S=16)"
 UNTRAINED = tuple(name for name, own in MODELS.items() if not own.get("trained", True))
 LEFT_OUT = {"cpu": ("PatchVAE (R18, S=16)",)} # profile → models that would take a processor half an hour
 COMPARED_EPOCHS = {"cpu": 20} # profile → epochs where models are compared, if fewer than usual
-COMPARED = (FINE, "PatchVAE (R18, S=16)", "VQ-VAE2", "PatchVAE (R18, S=32)", OURS, "MoCo-v2 (R18)", "Supervised", # the longest trainings first, so that no processor waits for one at the end
+COMPARED = ( # the longest trainings first, so that no processor waits for one at the end
+    FINE, "PatchVAE (R18, S=16)", "VQ-VAE2", "PatchVAE (R18, S=32)", OURS, "MoCo-v2 (R18)", "Supervised",
     *UNTRAINED)
 ITEMS = { # item → models, and the fields that are varied, one after the other
     "table1": (COMPARED, {}), "table2": (tuple(m for m in COMPARED if "VQ-VAE2" not in m), {}),
