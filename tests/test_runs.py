@@ -30,7 +30,7 @@ LONG = {**SMALL["object"], "lr": 1e-3, "word_length": 20, "epochs": 200, "patien
 
 def start(code, **env):
     "A process of its own that works on the store named by REFCOMM_HOME."
-    head = (f"import torch; torch.set_num_threads(1)\nfrom refcomm.papers.eqc.run import EQCSpec\nfrom refcomm.runs "
+    head = (f"import torch; torch.set_num_threads(1)\nfrom refcomm.papers.eqc.run import EQCSpec\nfrom refcomm.runs.execute "
         f"import execute as runs; from refcomm.runs import store; from refcomm.training import loop as train\nLONG = "
         f"{LONG!r}\n")
     return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE,

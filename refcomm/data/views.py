@@ -213,6 +213,7 @@ def _check_images(images):
         raise ConfigError(f"images must be uint8, got {images.dtype}: of floats in 0 … 1, give (images*255).round().to(torch.uint8)")
     if 0 in shape[2:]: raise ConfigError(f"images of shape {shape} have no pixels: at least 1 × 1 is expected")
 
+# %% ../../nbs/19_data.views.ipynb #06bb8ebb
 def apply_views(
     images:Tensor, # [n, 3, height, width] uint8
     drawn:DrawnViews, # for each of them, on the same device

@@ -88,7 +88,7 @@ class ObjectTask(Task):
         return (self.every.best(game.receiver, z) == self.values).all(-1).float().mean(), self.every.loss(game.receiver,
             z, self.ids["valid"])
 
-# %% ../../nbs/39_games.tasks.ipynb #30322788
+# %% ../../nbs/39_games.tasks.ipynb #cdd3da28
 def _without(
     order:Tensor, # [n_members, n] permutations
     targets:Tensor, # [n_members, batch] some of their numbers
@@ -98,6 +98,7 @@ def _without(
     n = order.shape[1] - targets.shape[1]
     return order.new_empty(len(order), n + 1).scatter_(1, torch.where(left, left.cumsum(1) - 1, n), order)[:, :n]
 
+# %% ../../nbs/39_games.tasks.ipynb #30322788
 class ItemTask(Task):
     "Targets and candidates are items of the same split (the Image and Sent-Ref games of Carmeli et al. 2023)."
     def __init__(self,
