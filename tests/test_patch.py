@@ -5,12 +5,11 @@ from hypothesis import given, strategies as st
 from sklearn.isotonic import isotonic_regression
 from torch import nn
 
-from refcomm.agents.patches import RANK_SIZES, SYMBOLS, Listener, Message, PatchRank, PatchSymbol, Speaker, top_patches
+from refcomm.agents.patches import RANK_SIZES, SYMBOLS, Message, PatchRank, PatchSymbol, Speaker, top_patches
 from refcomm.agents.softrank import block_means, pool_at_once, pool_violators, soft_rank
 from refcomm.agents.transformer import Transformer, ViT, cut_patches, patch_grid, projection_head
-from refcomm.agents.vision import make_trunk
 from refcomm.bottlenecks.gate import Gate
-from refcomm.core import ConfigError, RecordError, anneal, generator, seeded_init
+from refcomm.core import ConfigError, anneal, generator, seeded_init
 from refcomm.training.ensemble import Ensemble
 from refcomm.games.patchgame import PUBLIC_CODE, make_patch_game
 from refcomm.training.loop import TrainSettings, fit
@@ -479,11 +478,11 @@ def test_training_resumes_to_the_same_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [dict(vocab_size=13), dict(patch_size=16), dict(symbols_per_patch=2)])
-def test_a_checkpoint_of_another_speaker_is_refused(tmp_path, changes):
+def test_a_checkpoint_of_another_speaker_is_set_aside(tmp_path, changes):
     "Other V, S or l are other shapes."
     one = TrainSettings(epochs=1, batch_size=8, lr=1e-3)
     train(tmp_path/"c.safetensors", settings=one)
-    with pytest.raises(RecordError, match="belongs to another model, data or setting: delete it"):
+    with pytest.warns(UserWarning, match="belongs to another model, data or setting"):
         train(tmp_path/"c.safetensors", settings=one, **changes)
 
 

@@ -16,7 +16,7 @@ from .report import sections, standing
 # %% ../../nbs/98_publish.results.ipynb #ca375fb1
 HEADLINES = dict(
     eqc=("table5", "QT-RNN", "10000", "quantised words, target found among 10,000 objects", 1., ""),
-    iac=("table1", "+augmentations −shared", "ILSVRC-val", "new images, target found among 128", 1., " %"),
+    iac=("table1", "+augmentations -shared", "ILSVRC-val", "new images, target found among 128", 1., " %"),
     patch=("table1", "Ours (R18, S=32)", "Top-1", "nearest neighbours by the listener's features", 1., " %"),
     sms=("epoch30", "min|M|=2", "accuracy at L=1", "games of min|M| = 2, messages of one symbol", 1., " %"),
 ) # paper → item, row, column, what the number is, factor, unit

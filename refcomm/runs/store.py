@@ -259,6 +259,12 @@ def _read_record(store, experiment:str, key:str)->RunRecord:
         tuple(f for f in FILES if f == "record.json" or f in body["files"]))
 
 # %% ../../nbs/68_runs.store.ipynb #82177124
+def _discard(folder):
+    "Remove a folder that others may still be writing into: under another name first, where they do not find it."
+    gone = folder.with_name(f"{folder.name}-gone")
+    with contextlib.suppress(OSError): folder.rename(gone)
+    for f in (folder, gone): shutil.rmtree(f, ignore_errors=True)
+
 NAME = re.compile(rf"[a-z][a-z0-9_]*/[0-9a-f]{{16}}/({'|'.join(map(re.escape, FILES))})")
 OWN = ("locks", "set-aside", "tmp", "unfinished") # folders of a store beside those of its experiments
 MARKER = ".refcomm-store" # the file by which a store is known
@@ -297,7 +303,7 @@ class Store:
             held.callback(Path(lock.lock_file).unlink, missing_ok=True)
             with disk_errors(folder):
                 held.enter_context(lock)
-                held.callback(shutil.rmtree, folder, ignore_errors=True)
+                held.callback(_discard, folder)
                 make_folder(folder)
             return folder, held.pop_all()
 

@@ -294,9 +294,9 @@ def evaluate(
             sent, won = _play(ensemble, games, candidates, draws)
             for m, (mine, accuracy) in enumerate(zip(sent, won.float().mean(1).tolist())):
                 v, levels = (own[m], own[m]) if bottleneck is trained else (alphabet, bottleneck.alphabet_size)
-                if seen is None: # symbol 0 is the end where there is one
+                if seen is None: # −1 where a message has ended
                     name = f"alphabet_{v}" + (f"_fitted_{width}" if width else "")
-                    messages[m][name] = mine if mine.is_floating_point() else packed(mine.clamp_min(0), levels)
+                    messages[m][name] = mine if mine.is_floating_point() else packed(mine, levels)
                 about = dict(alphabet=v, fitted_width=width, seen=seen, noum=n_unique(mine), n_targets=len(mine))
                 rows[m] += [dict(about, n_candidates=n, accuracy=a) for n, a in zip(candidates, accuracy)]
     channel.bottleneck = trained
