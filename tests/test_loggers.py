@@ -130,14 +130,14 @@ def test_a_stack_killed_and_resumed_logs_each_run_whole(home, monkeypatch, calm,
         for p in home.glob("logs/*/eqc/*/*")), "what is found is not logged again"
 
 
-@pytest.mark.parametrize("spec", [patch.configure("smoke", model="random"), sms.grid("epoch30", "smoke", 1)[0]],
+@pytest.mark.parametrize("spec", [patch.configure("smoke", model="supervised", trained=False), sms.grid("epoch30", "smoke", 1)[0]],
     ids=["untrained", "sms"])
 def test_other_experiments_log(home, monkeypatch, spec):
     "Those that several processes train are in test_distributed."
     monkeypatch.setenv("REFCOMM_LOGGER", "csv")
     record, = execute([spec])
     found = read_csv(home/"logs"/"csv"/record.experiment/record.key)[0]
-    if getattr(spec, "model", "") != "random":
+    if getattr(spec, "trained", True):
         assert found["loss"] == record.history()[["epoch", "loss"]].values.tolist()
     assert found["summary/n_parameters"][0][1] == record.summary["n_parameters"] and any(n.startswith("rows/")
         for n in found)

@@ -137,7 +137,7 @@ def test_texts_are_escaped(folder):
     page = Reader(html)
     assert evil in page.texts and "<b>.json has no paper" in "".join(page.texts) and not [a for _, a in page.tags
         if "onerror" in a]
-    assert len(page.all("img")) == 3 and evil not in html and "<b>.json" not in html and "1 are untestable here" in html
+    assert len(page.all("img")) == 3 and evil not in html and "<b>.json" not in html and re.search("1 (are )?untestable here", html)
 
 
 @pytest.mark.parametrize("spoil, says", [
