@@ -166,7 +166,7 @@ def test_the_words_of_safetensors_for_a_refusal_of_the_system(home):
 @pytest.mark.parametrize("variable", ["REFCOMM_HOME", "REFCOMM_FIGURES", "REFCOMM_DATA"])
 @pytest.mark.parametrize("value, says",
     [("~nobody-of-this-name/x", "no home folder of that user"), ("/tmp/" + "x"*300, "too long|no figures in|no 'pets'"),
-    ("/dev/null/x", "cannot write|Not a directory|no figures in|no 'pets'")])
+    ("/dev/null/x", "cannot write|Not a directory|is not a folder|no figures in|no 'pets'")])
 def test_folders_that_cannot_be_are_one_line_each(home, command, monkeypatch, variable, value, says):
     from refcomm.data.images import load_images
     monkeypatch.setenv(variable, value)

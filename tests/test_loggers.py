@@ -165,7 +165,8 @@ def test_what_cannot_be_logged_with_is_named_first(home, monkeypatch, name, says
     with pytest.raises(ConfigError, match=says): execute(SPECS, logger=name)
     with pytest.raises(ConfigError, match=says): run_stack(SPECS, Store().root, logger=name)
     with pytest.raises(ConfigError, match=says):
-        cli.reproduce(["eqc/table1"], profile="smoke", jobs=1, executor=None, logger=name, parameters=[], force=False)
+        cli.reproduce(["eqc/table1"], profile="smoke", jobs=1, executor=None, logger=name, weights=None, parameters=[],
+            quick=False, into=None, force=False, dry_run=False)
     assert not home.exists(), "nothing was begun"
 
 

@@ -1,4 +1,5 @@
 "The page of results: what it shows, what it refuses to show, and how it looks in a browser."
+import re
 import base64
 import io
 import json

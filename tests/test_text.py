@@ -46,7 +46,7 @@ def test_escape_sequences_of_a_recipe_and_of_a_record_do_not_reach_the_terminal(
     from refcomm.runs.execute import execute
     from refcomm.runs.store import Store
     figures.save("eqc", "table1", pd.DataFrame(dict(a=[1])), figure(), [], "cpu", "eqc Table 1\x1b[2J", "none",
-        [dict(id="a", statement="it \x1b[31mholds", evidence="a > [b]", numbers={"\x1bk": 1.}, verdict="holds")])
+        [dict(id="a", sentence="it \x1b[31mholds", test="a > [b]", numbers={"\x1bk": 1.}, verdict="reproduced", cause="\x1b[1mmet", power="")])
     execute([small(epochs=1)])
     (experiment, key), = Store().keys()
     r = Store().read(experiment, key)

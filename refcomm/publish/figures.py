@@ -73,8 +73,8 @@ def footnote(
     *paragraphs:str, # wrapped to its width, two lines of each at most
 ):
     "Small print below everything that the figure shows; what does not fit stands in the recipe."
-    figure.draw_without_rendering() # a constrained layout is made when the figure is drawn
-    box, (w, h) = literal(figure).get_tightbbox(), figure.get_size_inches()
+    literal(figure).draw_without_rendering() # a constrained layout is made when the figure is drawn
+    box, (w, h) = figure.get_tightbbox(), figure.get_size_inches()
     cut = dict(max_lines=2, placeholder=" … (all in the .json)")
     lines = [line for p in paragraphs for line in textwrap.wrap(p, max(40, int(box.width*17)), **cut)]
     figure.text(box.x0/w, (box.y0 - .12)/h, "\n".join(lines), fontsize=7, color="#666", va="top", parse_math=False)

@@ -23,7 +23,7 @@ def records_dir()->Path: return figures_dir()/"records"
 def _reduced(record, messages)->tuple: # body, history, tensors as bytes
     "A record without weights, sound by its own checksums."
     from safetensors.torch import save
-    body = json.loads((record.path/"record.json").read_text())["body"]
+    body = json.loads((record.path/"record.json").read_text(encoding="utf-8"))["body"]
     tensors, history = record.tensors(), (record.path/"history.parquet").read_bytes()
     small = lambda name, x: not name.startswith("weights/") and (not x.is_floating_point()
         or x.numel()*x.element_size() <= LARGEST)
@@ -68,7 +68,7 @@ SHARE = 2**20 # bytes of messages an item
 def _index(folder, item)->Path: return Path(folder)/f"{item.replace('/', '_', 1)}.json"
 
 def _indices(folder)->dict: # item → index
-    found = {p: json.loads(p.read_text()) for p in sorted(Path(folder).glob("*.json"))}
+    found = {p: json.loads(p.read_text(encoding="utf-8")) for p in sorted(Path(folder).glob("*.json"))}
     return {index["item"]: index for index in found.values()}
 
 def keep_item(
@@ -89,7 +89,7 @@ def keep_item(
         spent += path.stat().st_size
     index = dict(item=item, runs=runs, parameters={k: v for k, v in parameters.items() if k != "jobs"}, stamps=stamps)
     with write_atomic(_index(folder, item)) as tmp:
-        tmp.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+        tmp.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     tidy(folder)
     return _index(folder, item)
 
@@ -119,7 +119,7 @@ def kept_store(
     folder = Path(folder or records_dir())
     if not _index(folder, item).is_file():
         raise ConfigError(f"no records of {item} in {folder}: make it with `refcomm reproduce {item}`")
-    index = json.loads(_index(folder, item).read_text())
+    index = json.loads(_index(folder, item).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as home:
         store = Store(Path(home)/"runs")
         for run in index["runs"]: unpack_run(folder/f"{run}.parquet", store)
@@ -140,7 +140,7 @@ def used_runs():
         before, os.environ["REFCOMM_USED"] = os.environ.get("REFCOMM_USED"), str(Path(d)/"used")
         try: yield runs
         finally:
-            if (Path(d)/"used").is_file(): runs += dict.fromkeys((Path(d)/"used").read_text().split())
+            if (Path(d)/"used").is_file(): runs += dict.fromkeys((Path(d)/"used").read_text(encoding="utf-8").split())
             if before is None: del os.environ["REFCOMM_USED"]
             else: os.environ["REFCOMM_USED"] = before
 
