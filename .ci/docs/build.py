@@ -256,7 +256,7 @@ class Site:
         return [cells[0], markdown("\n".join(shown), "kept"), *cells[1:]]
 
     def write(self):
-        for p in (ROOT/"figures").iterdir():
+        for p in sorted((ROOT/"figures").glob("*_*.*")):
             self.kept.add(self.folder/"figures"/p.name)
             (self.folder/"figures").mkdir(parents=True, exist_ok=True)
             shutil.copy2(p, self.folder/"figures"/p.name)
