@@ -156,6 +156,7 @@ class Site:
         for c in self.notebooks["index"]["cells"]:
             if text(c).startswith("#"): keep = not text(c).startswith("## Results")
             if keep and "hide-cell" not in c["metadata"].get("tags", ()): cells.append(c)
+        cells = [dict(c, source=text(c).replace("](../figures/README.md)", "](papers/index.md)").replace("](../figures/", "](/figures/")) for c in cells]
         links = ("[Lessons](lessons/index.md) · [Papers](papers/index.md) · [Build your own game](tutorials/index.md) · "
             "[API](api/index.md) · [Glossary](glossary.md) · [Security](security.md)")
         pages = tree(["lessons/index", "papers/index", "tutorials/index", "api/index", "glossary", "security"])
