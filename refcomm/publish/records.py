@@ -77,6 +77,7 @@ def keep_item(
     parameters:dict, # of its notebook
     folder=None, # of records; `records_dir()` when None
     store:Store|None=None, # where the runs are; the default store when None
+    redraw:bool=True, # whether they suffice to redraw it; not where weights or images are needed, or no figure is made yet
 )->Path: # the index
     "Keep the runs of an item, and drop those that no item needs any more."
     folder, store, spent, stamps = Path(folder or records_dir()), store or Store(), 0, {}
@@ -88,6 +89,7 @@ def keep_item(
         if not path.exists(): path = keep_run(record, folder, spent < SHARE)
         spent += path.stat().st_size
     index = dict(item=item, runs=runs, parameters={k: v for k, v in parameters.items() if k != "jobs"}, stamps=stamps)
+    if not redraw: index["redraw"] = False
     with write_atomic(_index(folder, item)) as tmp:
         tmp.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     tidy(folder)
@@ -107,7 +109,8 @@ def kept_items(
     folder=None, # of records; `records_dir()` when None
 )->dict: # item → parameters of its notebook
     "The items that can be redrawn."
-    return {item: index["parameters"] for item, index in _indices(folder or records_dir()).items()}
+    indices = _indices(folder or records_dir())
+    return {item: index["parameters"] for item, index in indices.items() if index.get("redraw", True)}
 
 @contextlib.contextmanager
 def kept_store(
