@@ -134,14 +134,14 @@ def test_memory_beside_the_result_is_bounded():
 
 @pytest.mark.parametrize("settings, says", [
     (dict(size=0), "size must be at least 1, got 0"),
-    (dict(size=6.5), "size must be a whole number of pixels, got 6.5"),
+    (dict(size=6.5), "size must be a whole number, got 6.5"),
     (dict(scale=(0., 1.)), "scale must be two numbers.*above 0 and at most 1: got"),
-    (dict(scale=(.5, 1.1)), "at most 1"), (dict(scale=(.9, .1)), "the lower first"), (dict(scale=.5), "two numbers"),
+    (dict(scale=(.5, 1.1)), "at most 1"), (dict(scale=(.9, .1)), "the lower first"), (dict(scale=.5), "scale must be a tuple of numbers or text, got 0.5"),
     (dict(ratio=(2, 1)), "ratio must be two numbers, the lower first"), (dict(ratio=(1,)), "ratio"),
     (dict(sigma=(0, 1)), "sigma must be two numbers, the lower first, above 0"),
     (dict(sigma=(.1, float("nan"))), "sigma"), (dict(grey=-.1), "grey is a probability, from 0 to 1: got -0.1"),
-    (dict(jitter=2), "jitter is a probability"), (dict(crop="yes"), "crop is a probability"),
-    (dict(blur=float("nan")), "blur is a probability"),
+    (dict(jitter=2), "jitter is a probability"), (dict(crop="yes"), "crop must be a finite number, got 'yes'"),
+    (dict(blur=float("nan")), "blur must be a finite number, got nan"),
     (dict(brightness=-1.), "brightness must be at least 0, got -1.0"), (dict(hue=.6), "hue must be from 0 to 0.5"),
     (dict(kernel=8), "kernel must be odd"),
     (dict(size=5, kernel=11), "kernel 11 is too wide for views of 5 pixels: at most 9"),
@@ -150,7 +150,7 @@ def test_memory_beside_the_result_is_bounded():
     (dict(colour=1), "no field 'colour'"),
 ], ids=str)
 def test_settings_that_are_none(settings, says):
-    with pytest.raises(ConfigError, match=f"{says}|{next(iter(settings))} must be a"): ViewSpec(**settings)
+    with pytest.raises(ConfigError, match=says): ViewSpec(**settings)
 
 
 def test_images_that_are_none():
