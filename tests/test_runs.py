@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import checkpoint_state
 
 from refcomm import core
 from refcomm.core import ConfigError, RecordError, StoreError
@@ -60,7 +61,7 @@ def test_kill_while_training_then_resume(home, undisturbed):
     for _ in range(3):
         p = start(work, **often)
         before = time.time()
-        while p.poll() is None and not any(f.stat().st_mtime > before and load_checkpoint(f)[1]["epoch"] > deaths
+        while p.poll() is None and not any(f.stat().st_mtime > before and checkpoint_state(f)["epoch"] > deaths
             for f in Store().root.glob("unfinished/*/training.safetensors")):
             time.sleep(.02)
         time.sleep(random.Random(deaths).random()*.1)
