@@ -1,10 +1,10 @@
 """Small trainings of every experiment, model and precision: run under a pretended GPU, and on a real one by `on_gpu.py`."""
-import importlib
 import itertools
 import re
 
 from refcomm.data.sentences import load_sentences
 from refcomm.papers.eqc.run import GAMES, EQCSpec
+from refcomm.runs.store import runner_of
 from refcomm.papers.iac.run import IACSpec
 from refcomm.papers.patch.run import PatchSpec
 from refcomm.papers.sms.run import SMSSpec
@@ -136,4 +136,4 @@ def all_specs(
 
 def experiment(specs):
     "The module that runs these Specs."
-    return importlib.import_module(type(specs[0]).__module__)
+    return runner_of(specs[0])

@@ -55,6 +55,25 @@ def test_a_process_of_its_own_says_the_same(home):
     assert r.returncode == 2 and r.stderr.startswith("refcomm: ") and len(r.stderr.strip().splitlines()) == 1
 
 
+def test_lists_and_plans_are_there_without_pytorch(home, shipped_figures):
+    "What only reads imports neither PyTorch nor pandas nor NumPy, with records in the store, too."
+    from refcomm.publish.records import unpack_run
+    for path in sorted((shipped_figures/"records").glob("*/*.parquet"))[::400]: unpack_run(path, Store())
+    assert Store().keys()
+    code = """if True:
+        import contextlib, io, sys
+        from refcomm import cli, core
+        core._CUDA_FILES = () # as on a machine without a GPU; else its name is asked of PyTorch
+        for args in (["--help"], ["list"], ["plan"], ["plan", "--profile", "paper"], ["runs", "list"], ["runs", "plan"],
+            ["runs", "verify"], ["reproduce", "--dry-run"]):
+            with contextlib.redirect_stdout(io.StringIO()) as out: cli.app(args, standalone_mode=False)
+            assert len(out.getvalue()) > 20, args
+            heavy = {"torch._C", "pandas._libs", "numpy.core", "numpy._core", "scipy._lib"}.intersection(sys.modules)
+            assert not heavy, (args, heavy)"""
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+
+
 def test_runs_commands(home, command, tmp_path):
     plan = command("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stdout
     assert len(json.loads(plan)) == 4

@@ -15,7 +15,7 @@ import lazy_loader
 
 torch = lazy_loader.load("torch")
 
-from refcomm.core import from_json, pick_device, printable
+from refcomm.core import from_json, no_cuda, pick_device, printable
 from refcomm.files import checkout
 from refcomm.runs.store import Store, digest, run_key, spec_fields
 
@@ -34,6 +34,7 @@ def kind(
 # %% ../../nbs/73_runs.costs.ipynb #2f73fbf3
 def device_name(device="auto")->str: # as in the provenance of runs; of processors, its beginning
     "What runs made here would call their device."
+    if device == "auto" and no_cuda(): return "cpu"
     d = pick_device(device)
     return torch.cuda.get_device_name(d) if d.type == "cuda" else "cpu"
 
