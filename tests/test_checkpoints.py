@@ -213,6 +213,20 @@ def test_a_list_of_members_that_is_none_is_one_warning_and_a_fresh_start(home, s
     assert not list(Store().root.glob("unfinished/*")) and len(list(Store().root.glob("set-aside/*"))) == 1
 
 
+def test_a_list_of_members_that_was_edited_is_not_believed(home, small):
+    "Its own sealed form, an older plain list, and a member that was taken out."
+    from refcomm.runs.execute import _members, _unfinished
+    specs = [small(seed=s) for s in (0, 1)]
+    folder = _unfinished(Store(), specs)
+    assert _members(Store(), folder, specs, specs) == specs == _members(Store(), folder, specs, specs[:1])
+    written = json.loads((folder/"members.json").read_text("utf-8"))
+    (folder/"members.json").write_text(json.dumps(written["members"]), encoding="utf-8")
+    assert _members(Store(), folder, specs, specs[:1]) == specs
+    (folder/"members.json").write_text(json.dumps({**written, "members": written["members"][:1]}), encoding="utf-8")
+    with pytest.warns(UserWarning, match="does not hold what was written"):
+        assert _members(Store(), folder, specs, specs[:1]) == specs[:1]
+
+
 def test_a_checkpoint_of_other_runs_is_not_continued(home, small, monkeypatch):
     "Of the same shape and seeds: copied by hand from one unfinished folder to another."
     def cut(*a): raise KeyboardInterrupt
