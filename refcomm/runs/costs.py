@@ -17,7 +17,7 @@ torch = lazy_loader.load("torch")
 
 from refcomm.core import from_json, no_cuda, pick_device, printable
 from refcomm.files import checkout
-from refcomm.runs.store import Store, digest, run_key, spec_fields
+from refcomm.runs.store import Store, digest, run_key, spec_fields, unsealed
 
 # %% ../../nbs/73_runs.costs.ipynb #fa7a64dd
 FREE = ("seed", "split_seed", "games_seed", "lr", "encoder_lr", "warmup", "weight_decay", "weight_decay_end",
@@ -67,7 +67,7 @@ def shipped(
     found = {}
     for file in sorted(folder.glob("*.json")):
         try:
-            recipe = from_json(file.read_text("utf-8"))
+            recipe = unsealed(from_json(file.read_text("utf-8")))
             if not (isinstance(recipe.get("profile"), str) and isinstance(recipe.get("costs", {}), dict)):
                 raise ValueError("a field is missing")
             found[f"{recipe['paper']}/{recipe['item']}"] = recipe

@@ -20,7 +20,8 @@ from refcomm.runs.executors import EXECUTORS, check_executor, named_deaths
 from refcomm.files import disk_errors, open_regular, write_atomic
 from refcomm.interrupts import Interruptible
 from refcomm.training.loggers import StackLogs, check_logger
-from refcomm.runs.store import Store, digest, package_commit, provenance, run_key, runner_of, spec_class, spec_fields
+from refcomm.runs.store import Store, digest, package_commit, provenance, run_key, runner_of, spec_class, spec_fields, sealed, unsealed
+from refcomm.training.loop import Checkpoint
 
 # %% ../../nbs/72_runs.execute.ipynb #9f20eda8
 class Context(NamedTuple):
@@ -37,7 +38,9 @@ def _known_members(folder, specs, missing): # Specs; None where there is nothing
     if not os.path.lexists(folder): return None
     try:
         with open_regular(folder/"members.json") as f:
-            members = [type(specs[0])(**fields) for fields in json.loads(f.read(2**26))]
+            written = json.loads(f.read(2**26))
+        listed = unsealed(written)["members"] if isinstance(written, dict) else written # older ones are lists
+        members = [type(specs[0])(**fields) for fields in listed]
         if members and len(set(members)) == len(members) and set(missing) <= set(members) <= set(specs): return members
         why = "its members.json names other runs than these"
     except FileNotFoundError: return None
@@ -50,7 +53,7 @@ def _members(store, folder, specs, missing)->list: # Specs
     if any((folder/n).exists() for n in ("members.json", "training.safetensors")): store.move_aside(folder, folder.name)
     else: shutil.rmtree(folder, ignore_errors=True)
     with write_atomic(folder/"members.json") as tmp:
-        tmp.write_text(json.dumps([spec_fields(s) for s in missing]), encoding="utf-8")
+        tmp.write_text(json.dumps(sealed(dict(members=[spec_fields(s) for s in missing]))), encoding="utf-8")
     return missing
 
 def checkpoint_interval()->float: # seconds
@@ -265,16 +268,23 @@ def load_spec(
 # %% ../../nbs/72_runs.execute.ipynb #c0bf050b
 def write_plan(specs, path):
     "Write Specs as JSON."
-    text = json.dumps([dict(experiment=s.experiment, fields=spec_fields(s)) for s in dict.fromkeys(specs)], indent=1)
+    text = json.dumps([dict(experiment=s.experiment, key=run_key(s), fields=spec_fields(s))
+        for s in dict.fromkeys(specs)], indent=1)
     if path is None: return text
     with write_atomic(path) as tmp: tmp.write_text(text, encoding="utf-8")
+
+def _planned(experiment, fields, key=None): # a Spec
+    spec = load_spec(experiment, fields)
+    if key in (None, run_key(spec)): return spec
+    raise ConfigError(f"the plan says {experiment}/{key!r:.40}, but the fields beside it make {run_key(spec)}: they were "
+        f"changed, or written by another version of refcomm; make the plan again, or take out the key if you changed them on purpose")
 
 def read_plan(path)->list: # Specs
     "Read what `write_plan` wrote."
     try:
         listed = from_json(Path(path).read_text(encoding="utf-8"))
         if not isinstance(listed, list): raise TypeError("a list of Specs is expected")
-        return [load_spec(p["experiment"], p["fields"]) for p in listed]
+        return [_planned(**p) for p in listed]
     except OSError as e: raise ConfigError(f"cannot read plan {path}: {e.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         if isinstance(e, ConfigError): raise

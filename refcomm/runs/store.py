@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILES', 'PROVENANCE_FIELDS', 'NAME', 'OWN', 'MARKER', 'spec_fields', 'digest', 'defined', 'run_key', 'runner_of',
-           'RunResult', 'packed', 'RunRecord', 'package_commit', 'provenance', 'spec_class', 'body_errors', 'Store']
+           'sealed', 'unsealed', 'RunResult', 'packed', 'RunRecord', 'package_commit', 'provenance', 'spec_class',
+           'body_errors', 'Store']
 
 # %% ../../nbs/68_runs.store.ipynb #f33d475d
 import contextlib, dataclasses, datetime, errno, functools, hashlib, importlib, io, json, math, os, platform, re, shutil, subprocess, sys, uuid, warnings
@@ -47,6 +48,23 @@ def run_key(spec)->str: # 16 hexadecimal digits
 def runner_of(spec): # a module with `run`
     "The module that makes the runs of a Spec: its `runner`, or else the one that its class is defined in."
     return importlib.import_module(getattr(spec, "runner", type(spec).__module__))
+
+# %% ../../nbs/68_runs.store.ipynb #68a00002
+def sealed(
+    content:dict, # anything that JSON can hold
+)->dict: # the same with `sha256`
+    "A dictionary with a digest of what JSON keeps of it."
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True, separators=(",", ":"))
+    return {**content, "sha256": digest(text.encode())}
+
+def unsealed(
+    content:dict, # from `sealed`, or without a digest
+)->dict: # the same without `sha256`
+    "What was sealed; a `ValueError` if it is not what it was."
+    rest = {k: v for k, v in content.items() if k != "sha256"}
+    if "sha256" in content and sealed(rest)["sha256"] != content["sha256"]:
+        raise ValueError("it does not hold what was written (its sha256 does not match): make it again, or take out its sha256 if you changed it on purpose")
+    return rest
 
 # %% ../../nbs/68_runs.store.ipynb #da7e7b61
 class RunResult(NamedTuple):
