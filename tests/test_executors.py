@@ -54,9 +54,8 @@ def cluster(name, request): return request.getfixturevalue("two_nodes") if name 
 
 def drive(code, **env):
     "A driver of its own on the store named by REFCOMM_HOME, which hears Ctrl-C even if the tests do not."
-    head = (f"from refcomm.papers.eqc.run import EQCSpec\nfrom refcomm.runs import execute as runs; from refcomm.runs.execute "
-        f"import store\nTINY, SHORT, LONG = {TINY!r}, {SHORT!r}, {LONG!r}\nSPECS = [EQCSpec(word_length=w, **TINY) for "
-        f"w in (10, 20)]\n")
+    head = (f"from refcomm.papers.eqc.run import EQCSpec\nfrom refcomm.runs import execute as runs; from refcomm.runs import store\n"
+        f"TINY, SHORT, LONG = {TINY!r}, {SHORT!r}, {LONG!r}\nSPECS = [EQCSpec(word_length=w, **TINY) for w in (10, 20)]\n")
     return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE,
         text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 

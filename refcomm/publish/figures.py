@@ -87,11 +87,11 @@ def curves(
     styles:dict|None=None, # line → matplotlib arguments, over those of `line_styles`
     ax=None,
 ):
-    "One line per value of `line`: the mean, in a band of one standard deviation."
+    "One line per value of `line`: the mean, in a band of one standard deviation; none where nothing was measured."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3.4))[1]
     looks = line_styles(rows[line].dropna().unique())
-    for name, part in rows.groupby(line, sort=False):
+    for name, part in rows.dropna(subset=[x, y]).groupby(line, sort=False):
         mean, sd = part.groupby(x)[y].mean(), part.groupby(x)[y].std().fillna(0)
         drawn, = ax.plot(mean.index, mean, label=name, **looks[str(name)] | (styles or {}).get(name, {}))
         ax.fill_between(mean.index, mean - sd, mean + sd, color=drawn.get_color(), alpha=.15, lw=0)
