@@ -15,7 +15,7 @@ import typer
 
 from . import __version__
 from .publish.catalogue import HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of, parse_parameters, title, in_short
-from .core import PROFILES, ConfigError, RefcommError, check_choice, from_json, n_cores, printable, Interrupted
+from .core import PROFILES, ConfigError, RefcommError, check_choice, from_json, n_cores, no_cuda, printable, Interrupted
 from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic, checkout, expanded
 from .interrupts import Interruptible
 from .publish.records import keep_item, kept_items, kept_store, outdated, used_runs
@@ -141,6 +141,11 @@ def list_items():
         [(i, "headline" if i in HEADLINE else "", title(p)) for i,p in notebooks().items()])
 
 # %% ../nbs/99_cli.ipynb #bf03e0b6
+def _has_cuda()->bool:
+    if no_cuda(): return False
+    import torch
+    return torch.cuda.is_available()
+
 @app.command("reproduce")
 def reproduce(
     items:list[str] = typer.Argument(None,
@@ -162,7 +167,6 @@ def reproduce(
     dry_run:bool = typer.Option(False, help="say what would be executed, and execute nothing"),
 ):
     "Make tables and figures: papermill over the reproduction notebooks."
-    import torch
     from refcomm.runs.executors import check_executor
     from refcomm.training.loggers import check_logger
     check_choice("profile", profile, PROFILES)
@@ -170,7 +174,7 @@ def reproduce(
     if executor: os.environ["REFCOMM_EXECUTOR"] = check_executor(executor) # read by `execute` in the notebook's kernel
     if logger: os.environ["REFCOMM_LOGGER"] = check_logger(logger)
     if weights is not None: os.environ["REFCOMM_WEIGHTS"] = "on" if weights else "off"
-    jobs = jobs or (1 if torch.cuda.is_available() or profile == "smoke" else n_cores())
+    jobs = jobs or (1 if profile == "smoke" or _has_cuda() else n_cores())
     chosen, named = choose(items or []), dict(parse_parameters(parameters), profile=profile, jobs=jobs)
     given = {item: {**(HEADLINE.get(item, {}) if quick else {}), **named} for item in chosen}
     for item, path in chosen.items(): check_parameters(path, given[item])

@@ -6,16 +6,15 @@
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'printable', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError',
            'WorkerDied', 'StoreError', 'Interrupted', 'nearest', 'check_choice', 'check_at_least', 'need', 'from_json',
            'integers', 'fetch_weights', 'fitted', 'spec', 'generator', 'seeded_init', 'draw_seed', 'seeded', 'anneal',
-           'device_fault', 'pick_device', 'same_device', 'n_cores', 'autocast', 'check_parameter', 'check_injected',
-           'constant', 'progress_bar']
+           'device_fault', 'no_cuda', 'pick_device', 'same_device', 'n_cores', 'autocast', 'check_parameter',
+           'check_injected', 'constant', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #94a934ea
 import ast, contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, signal, sys, types, typing, warnings
 
 import lazy_loader
-import numpy as np
 
-torch = lazy_loader.load("torch")
+np, torch = map(lazy_loader.load, ("numpy", "torch"))
 
 # %% ../nbs/00_core.ipynb #cdacdc4b
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -109,7 +108,7 @@ def integers(
     what:str, # they are, in the plural, for the message
     whole:bool=False, # take numbers with a fraction of 0, too
     fractions:bool=False, # leave numbers with a fraction as they are
-)->torch.Tensor: # int64, of the same shape and on the same device
+)->"torch.Tensor": # int64, of the same shape and on the same device
     "Whole numbers of any type as 64-bit ones, or a `ConfigError`."
     if not isinstance(x, torch.Tensor):
         try: x = np.asarray(x)
@@ -207,7 +206,7 @@ def seeded_init(
 
 # %% ../nbs/00_core.ipynb #cce292ea
 def draw_seed(
-    generator:torch.Generator, # which goes on
+    generator:"torch.Generator", # which goes on
 )->int: # below 2⁶⁰
     "A seed drawn from a generator."
     drawn = torch.randint(2**60, (), generator=generator, device=generator.device)
@@ -282,6 +281,13 @@ def _mps_computes()->bool:
 
 # %% ../nbs/00_core.ipynb #40d89392
 PRECISIONS = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
+
+_CUDA_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd") # of NVIDIA's driver, of Windows' for Linux, of AMD's
+
+def no_cuda()->bool: # True only where that is certain
+    "Whether PyTorch would find no CUDA device, without importing it: on Linux and macOS, where no driver has a file."
+    if "torch._C" in sys.modules or sys.platform not in ("linux", "darwin"): return False
+    return sys.platform == "darwin" or not any(map(os.path.exists, _CUDA_FILES))
 
 def pick_device(
     name:str="auto", # "auto", "cpu", "cuda", "cuda:1", "mps"

@@ -208,11 +208,12 @@ def files_digest(
 
 # %% ../nbs/01_files.ipynb #3ff57221
 def _stored(path)->"torch.Tensor|None":
-    "The tensor in a file, None if it is absent or damaged."
+    "The tensor in a file, None if it is absent, damaged, or another's."
     from safetensors import SafetensorError, safe_open
     try:
+        open_regular(path).close()
         with safe_open(path, "pt") as f: x, stored = f.get_tensor("x"), f.metadata()
-        return x if stored["digest"] == content_digest(x) else None
+        return x if stored["digest"] == content_digest(x) and stored.get("of", path.name) == path.name else None
     except (SafetensorError, OSError, KeyError, TypeError): return None
 
 @contextlib.contextmanager
@@ -253,7 +254,8 @@ def cached_tensor(
             aside = set_aside(path, ".damaged")
             warnings.warn(f"the stored {what} {path} are damaged: set aside as {aside.name}, and made again")
         x = compute().cpu().contiguous()
-        with write_atomic(path) as tmp, _system_errors(): save_file({"x": x}, tmp, dict(digest=content_digest(x)))
+        about = dict(digest=content_digest(x), of=path.name)
+        with write_atomic(path) as tmp, _system_errors(): save_file({"x": x}, tmp, about)
     return x
 
 # %% ../nbs/01_files.ipynb #02fa5a26

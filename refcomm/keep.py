@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'described', 'built', 'save_game', 'load_game', 'push_game', 'Kept', 'find_record', 'load']
 
 # %% ../nbs/75_keep.ipynb #c5725447
-import importlib, json, os, shutil, uuid
+import json, os, shutil, uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from .ending import Ending
 from .files import disk_errors, fsync_dir
 from .games.referential import ReferentialGame
 from .runs.execute import load_spec
-from .runs.store import RunRecord, Store
+from .runs.store import RunRecord, Store, runner_of
 
 # %% ../nbs/75_keep.ipynb #7282a215
 def _linear(m): return dict(in_features=m.in_features, out_features=m.out_features, bias=m.bias is not None)
@@ -190,7 +190,7 @@ def load(
     "The trained game of a finished run, with its task."
     record = find_record(run, store)
     spec = load_spec(record.experiment, record.spec)
-    module = importlib.import_module(type(spec).__module__)
+    module = runner_of(spec)
     task = module.make_task(spec, device) if hasattr(module, "make_task") else module.make_parts(spec)
     if hasattr(module, "load_model"): return Kept(module.load_model(record).to(device), task, spec, record)
     weights = record.weights()

@@ -1,5 +1,4 @@
 """Small trainings of every experiment, model and precision: run under a pretended GPU, and on a real one by `on_gpu.py`."""
-import importlib
 import itertools
 import re
 
@@ -9,6 +8,7 @@ from refcomm.core import generator
 from refcomm.data.scenes import SceneWorld
 from refcomm.data.sentences import load_sentences
 from refcomm.papers.eqc.run import GAMES, EQCSpec
+from refcomm.runs.store import runner_of
 from refcomm.papers.iac.run import IACSpec
 from refcomm.metrics.images import saliency
 from refcomm.metrics.representation import linear_probe
@@ -172,4 +172,4 @@ JUDGES = {"detection": detection, "saliency": seeing, "probes": probing}  # what
 
 def experiment(specs):
     "The module that runs these Specs."
-    return importlib.import_module(type(specs[0]).__module__)
+    return runner_of(specs[0])

@@ -160,3 +160,19 @@ def test_each_call_to_the_system_may_fail_while_a_record_is_written(home, monkey
         failures += failed
         if counted[0] < n: break
     assert failures >= 10
+
+
+def test_a_cached_tensor_of_another_name_is_not_believed(home):
+    first, other = (files.cached_tensor(home/"cache"/name, lambda n=n: torch.full((3,), n), "numbers")
+        for n, name in ((1., "a.safetensors"), (2., "b.safetensors")))
+    shutil.copy(home/"cache"/"b.safetensors", home/"cache"/"a.safetensors")
+    with pytest.warns(UserWarning, match="are damaged: set aside"):
+        assert torch.equal(files.cached_tensor(home/"cache"/"a.safetensors", lambda: first, "numbers"), first)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_in_a_caches_place_is_not_waited_for(home):
+    (home/"cache").mkdir(parents=True)
+    os.mkfifo(home/"cache"/"a.safetensors")
+    with pytest.warns(UserWarning, match="set aside"):
+        assert files.cached_tensor(home/"cache"/"a.safetensors", lambda: torch.ones(3), "numbers").tolist() == [1, 1, 1]

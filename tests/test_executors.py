@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import checkpoint_state
 
 from refcomm import cli
 from refcomm.core import ConfigError
@@ -54,9 +55,8 @@ def cluster(name, request): return request.getfixturevalue("two_nodes") if name 
 
 def drive(code, **env):
     "A driver of its own on the store named by REFCOMM_HOME, which hears Ctrl-C even if the tests do not."
-    head = (f"from refcomm.papers.eqc.run import EQCSpec\nfrom refcomm.runs import execute as runs; from refcomm.runs.execute "
-        f"import store\nTINY, SHORT, LONG = {TINY!r}, {SHORT!r}, {LONG!r}\nSPECS = [EQCSpec(word_length=w, **TINY) for "
-        f"w in (10, 20)]\n")
+    head = (f"from refcomm.papers.eqc.run import EQCSpec\nfrom refcomm.runs import execute as runs; from refcomm.runs import store\n"
+        f"TINY, SHORT, LONG = {TINY!r}, {SHORT!r}, {LONG!r}\nSPECS = [EQCSpec(word_length=w, **TINY) for w in (10, 20)]\n")
     return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE,
         text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
@@ -169,7 +169,7 @@ for f in [pool.submit(runs.run_stack, [EQCSpec(word_length=w, **SHORT)], {str(St
 pool.shutdown()
 """
     specs = [EQCSpec(word_length=w, **SHORT) for w in (10, 20)]
-    states = lambda: [load_checkpoint(f)[1]["epoch"] for f in Store().root.glob("unfinished/*/training.safetensors")]
+    states = lambda: [checkpoint_state(f)["epoch"] for f in Store().root.glob("unfinished/*/training.safetensors")]
     p = drive(work, **two_nodes)
     workers = wait_for(lambda: len(states()) == 2 and min(states()) > 0 and makers(*specs), p)
     assert len({parent(w) for w in workers}) == 2, "one on each node"

@@ -105,6 +105,25 @@ def test_a_plan_that_is_none(tmp_path, text):
     assert len(str(e.value)) < 1000
 
 
+def test_a_plan_whose_fields_were_changed_is_refused(tmp_path):
+    from refcomm.papers.eqc.run import EQCSpec
+    from refcomm.runs.execute import write_plan
+    path, specs = tmp_path/"plan.json", [EQCSpec(seed=s) for s in (0, 1)]
+    write_plan(specs, path)
+    whole = json.loads(path.read_text("utf-8"))
+    def read(change):
+        entries = json.loads(json.dumps(whole))
+        change(entries)
+        path.write_text(json.dumps(entries), encoding="utf-8")
+        return read_plan(path)
+    assert read(lambda e: None) == specs and read(lambda e: e.reverse()) == specs[::-1]
+    for change in (lambda e: e[1]["fields"].update(seed=7), lambda e: e[0].update(key="0"*16),
+        lambda e: e[1]["fields"].pop("seed"), lambda e: e[0].update(key=3)):
+        with pytest.raises(ConfigError, match="the fields beside it make .*take out the key"): read(change)
+    with pytest.raises(ConfigError, match="is not a plan"): read(lambda e: e[0].update(kez=e[0].pop("key")))
+    assert read(lambda e: (e[1].pop("key"), e[1]["fields"].update(seed=7)))[1].seed == 7, "an older or own plan has no keys"
+
+
 @pytest.mark.parametrize("text", DEEP)
 def test_json_that_is_nested_too_deep_elsewhere(tmp_path, home, command, text):
     with pytest.raises(ValueError, match="nested too deep"): from_json(text)

@@ -138,3 +138,21 @@ def test_a_recipe_nested_too_deep_is_one_error(tmp_path):
     with pytest.raises(ConfigError, match="no readable recipe"): figures.load_recipe(tmp_path/"a.png")
     (tmp_path/"a.json").write_bytes(json.dumps({"a": "é"}).encode("latin1").replace(b"\\u00e9", b"\xe9"))
     with pytest.raises(ConfigError, match="no readable recipe"): figures.load_recipe(tmp_path/"a.png")
+
+
+def test_a_recipe_that_was_changed_after_it_was_written_is_named(home, tmp_path):
+    from refcomm.publish.report import read_items
+    from refcomm.runs.costs import shipped
+    png = figures.save("toy", "x", pd.DataFrame(dict(a=[1])), figure(), [], "cpu", "a title", "a note")
+    recipe = png.with_suffix(".json")
+    written, kept = json.loads(recipe.read_text("utf-8")), recipe.read_text("utf-8")
+    assert figures.load_recipe(png) == {k: v for k, v in written.items() if k != "sha256"}
+    recipe.write_text(json.dumps(written, sort_keys=True), encoding="utf-8")
+    assert figures.load_recipe(png)["title"] == "a title", "another order of names says the same"
+    recipe.write_text(kept.replace("a note", "a nose"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="it does not hold what was written"): figures.load_recipe(png)
+    items, problems = read_items(png.parent)
+    assert not items and "toy_x" in problems[0] and "does not hold what was written" in problems[0]
+    with pytest.warns(UserWarning, match="is no recipe of a figure"): assert shipped(png.parent) == {}
+    recipe.write_text(json.dumps({k: v for k, v in written.items() if k != "sha256"} | dict(note="mine")), encoding="utf-8")
+    assert figures.load_recipe(png)["note"] == "mine", "without a checksum it is believed"

@@ -15,6 +15,7 @@ import pandas as pd
 from ..core import ConfigError, from_json
 from ..files import figures_dir, write_together
 from ..runs.execute import origins, spent
+from ..runs.store import sealed, unsealed
 from .style import AXES, MAP, line_styles
 
 # %% ../../nbs/94_publish.figures.ipynb #204bdcab
@@ -86,11 +87,11 @@ def curves(
     styles:dict|None=None, # line → matplotlib arguments, over those of `line_styles`
     ax=None,
 ):
-    "One line per value of `line`: the mean, in a band of one standard deviation."
+    "One line per value of `line`: the mean, in a band of one standard deviation; none where nothing was measured."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3.4))[1]
     looks = line_styles(rows[line].dropna().unique())
-    for name, part in rows.groupby(line, sort=False):
+    for name, part in rows.dropna(subset=[x, y]).groupby(line, sort=False):
         mean, sd = part.groupby(x)[y].mean(), part.groupby(x)[y].std().fillna(0)
         drawn, = ax.plot(mean.index, mean, label=name, **looks[str(name)] | (styles or {}).get(name, {}))
         ax.fill_between(mean.index, mean - sd, mean + sd, color=drawn.get_color(), alpha=.15, lw=0)
@@ -207,12 +208,14 @@ def save(
         and (k, v) != ("n_seeds", 1)))
     figure.savefig(png := io.BytesIO(), format="png", dpi=dpi, bbox_inches="tight")
     csv = numbers.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    text = json.dumps(recipe, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(sealed(recipe), indent=1, ensure_ascii=False) + "\n"
     write_together({stem.with_suffix(".csv"): csv.encode(), stem.with_suffix(".png"): png.getvalue(),
         stem.with_suffix(".json"): text.encode()})
     return stem.with_suffix(".png")
 
 def load_recipe(path)->dict: # what `save` wrote beside a picture
     "Read an item's recipe."
-    try: return from_json(Path(path).with_suffix(".json").read_text("utf-8"))
+    try:
+        recipe = from_json(Path(path).with_suffix(".json").read_text("utf-8"))
+        return unsealed(recipe) if isinstance(recipe, dict) else recipe
     except (OSError, ValueError) as e: raise ConfigError(f"no readable recipe beside {path}: {e}") from None

@@ -15,9 +15,9 @@ import lazy_loader
 
 torch = lazy_loader.load("torch")
 
-from refcomm.core import from_json, pick_device, printable
+from refcomm.core import from_json, no_cuda, pick_device, printable
 from refcomm.files import checkout
-from refcomm.runs.store import Store, digest, run_key, spec_fields
+from refcomm.runs.store import Store, digest, run_key, spec_fields, unsealed
 
 # %% ../../nbs/73_runs.costs.ipynb #fa7a64dd
 FREE = ("seed", "split_seed", "games_seed", "lr", "encoder_lr", "warmup", "weight_decay", "weight_decay_end",
@@ -34,6 +34,7 @@ def kind(
 # %% ../../nbs/73_runs.costs.ipynb #2f73fbf3
 def device_name(device="auto")->str: # as in the provenance of runs; of processors, its beginning
     "What runs made here would call their device."
+    if device == "auto" and no_cuda(): return "cpu"
     d = pick_device(device)
     return torch.cuda.get_device_name(d) if d.type == "cuda" else "cpu"
 
@@ -66,7 +67,7 @@ def shipped(
     found = {}
     for file in sorted(folder.glob("*.json")):
         try:
-            recipe = from_json(file.read_text("utf-8"))
+            recipe = unsealed(from_json(file.read_text("utf-8")))
             if not (isinstance(recipe.get("profile"), str) and isinstance(recipe.get("costs", {}), dict)):
                 raise ValueError("a field is missing")
             found[f"{recipe['paper']}/{recipe['item']}"] = recipe

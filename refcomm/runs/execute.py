@@ -11,16 +11,17 @@ import concurrent.futures, contextlib, importlib, json, os, shutil, uuid, warnin
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+import lazy_loader
 
-from ..core import ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, from_json, pick_device, progress_bar, Interrupted
-from ..distributed import agree, processes
-from .executors import EXECUTORS, check_executor, named_deaths
-from ..files import disk_errors, open_regular, write_atomic
-from ..interrupts import Interruptible
-from ..training.loggers import StackLogs, check_logger
-from .store import Store, digest, package_commit, provenance, run_key, spec_class, spec_fields
-from ..training.loop import Checkpoint
+torch = lazy_loader.load("torch")
+
+from refcomm.core import ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, from_json, pick_device, progress_bar, Interrupted
+from refcomm.runs.executors import EXECUTORS, check_executor, named_deaths
+from refcomm.files import disk_errors, open_regular, write_atomic
+from refcomm.interrupts import Interruptible
+from refcomm.training.loggers import StackLogs, check_logger
+from refcomm.runs.store import Store, digest, package_commit, provenance, run_key, runner_of, spec_class, spec_fields, sealed, unsealed
+from refcomm.training.loop import Checkpoint
 
 # %% ../../nbs/72_runs.execute.ipynb #9f20eda8
 class Context(NamedTuple):
@@ -37,7 +38,9 @@ def _known_members(folder, specs, missing): # Specs; None where there is nothing
     if not os.path.lexists(folder): return None
     try:
         with open_regular(folder/"members.json") as f:
-            members = [type(specs[0])(**fields) for fields in json.loads(f.read(2**26))]
+            written = json.loads(f.read(2**26))
+        listed = unsealed(written)["members"] if isinstance(written, dict) else written # older ones are lists
+        members = [type(specs[0])(**fields) for fields in listed]
         if members and len(set(members)) == len(members) and set(missing) <= set(members) <= set(specs): return members
         why = "its members.json names other runs than these"
     except FileNotFoundError: return None
@@ -50,7 +53,7 @@ def _members(store, folder, specs, missing)->list: # Specs
     if any((folder/n).exists() for n in ("members.json", "training.safetensors")): store.move_aside(folder, folder.name)
     else: shutil.rmtree(folder, ignore_errors=True)
     with write_atomic(folder/"members.json") as tmp:
-        tmp.write_text(json.dumps([spec_fields(s) for s in missing]), encoding="utf-8")
+        tmp.write_text(json.dumps(sealed(dict(members=[spec_fields(s) for s in missing]))), encoding="utf-8")
     return missing
 
 def checkpoint_interval()->float: # seconds
@@ -70,8 +73,9 @@ def run_stack(
     weights:bool=True, # keep the trained weights
 )->list: # keys
     "Make the runs of a stack that the store does not hold yet. This is what executors submit."
+    from refcomm.distributed import agree, processes
     store = Store(root)
-    module = importlib.import_module(type(specs[0]).__module__)
+    module = runner_of(specs[0])
     interval = checkpoint_interval() if checkpoint_seconds is None else checkpoint_seconds
     check_logger(logger)
     if processes()[0]: return _follow(specs, store, device)
@@ -104,6 +108,7 @@ def run_stack(
     return [run_key(s) for s in specs]
 
 def _checkpoint(folder, members):
+    from refcomm.training.loop import Checkpoint
     return Checkpoint(folder/"training.safetensors", digest([run_key(s) for s in members])[:16])
 
 def _unfinished(store, specs):
@@ -111,8 +116,9 @@ def _unfinished(store, specs):
 
 def _follow(specs, store, device)->list: # keys
     "Take part in what the first process makes; that one keeps checkpoints and writes the records."
+    from refcomm.distributed import agree
     if members := [s for s, wanted in zip(specs, agree([False]*len(specs))) if wanted]:
-        importlib.import_module(type(specs[0]).__module__).run(members,
+        runner_of(specs[0]).run(members,
             Context(device, _checkpoint(_unfinished(store, specs), members), lambda done, text: None))
     agree([True])
     return [run_key(s) for s in specs]
@@ -130,7 +136,7 @@ def make_stacks(specs, device="auto")->list: # lists of Specs
     "Group Specs that can be trained together, in order of first appearance."
     groups = {}
     for s in dict.fromkeys(specs):
-        key = getattr(importlib.import_module(type(s).__module__), "stack_key", lambda s, device: s)(s,
+        key = getattr(runner_of(s), "stack_key", lambda s, device: s)(s,
             pick_device(device))
         groups.setdefault((type(s), key), []).append(s)
     return list(groups.values())
@@ -256,22 +262,29 @@ def load_spec(
 ):
     "The Spec of an experiment of this package, from stored fields."
     folder = Path(importlib.import_module("refcomm.papers").__file__).parent
-    check_choice("experiment", experiment, sorted(p.parent.name for p in folder.glob("*/run.py")))
+    check_choice("experiment", experiment, sorted(p.parent.name for p in folder.glob("*/spec.py")))
     return spec_class(experiment)(**fields)
 
 # %% ../../nbs/72_runs.execute.ipynb #c0bf050b
 def write_plan(specs, path):
     "Write Specs as JSON."
-    text = json.dumps([dict(experiment=s.experiment, fields=spec_fields(s)) for s in dict.fromkeys(specs)], indent=1)
+    text = json.dumps([dict(experiment=s.experiment, key=run_key(s), fields=spec_fields(s))
+        for s in dict.fromkeys(specs)], indent=1)
     if path is None: return text
     with write_atomic(path) as tmp: tmp.write_text(text, encoding="utf-8")
+
+def _planned(experiment, fields, key=None): # a Spec
+    spec = load_spec(experiment, fields)
+    if key in (None, run_key(spec)): return spec
+    raise ConfigError(f"the plan says {experiment}/{key!r:.40}, but the fields beside it make {run_key(spec)}: they were "
+        f"changed, or written by another version of refcomm; make the plan again, or take out the key if you changed them on purpose")
 
 def read_plan(path)->list: # Specs
     "Read what `write_plan` wrote."
     try:
         listed = from_json(Path(path).read_text(encoding="utf-8"))
         if not isinstance(listed, list): raise TypeError("a list of Specs is expected")
-        return [load_spec(p["experiment"], p["fields"]) for p in listed]
+        return [_planned(**p) for p in listed]
     except OSError as e: raise ConfigError(f"cannot read plan {path}: {e.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         if isinstance(e, ConfigError): raise

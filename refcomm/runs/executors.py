@@ -11,11 +11,13 @@ import _thread, concurrent.futures, contextlib, importlib, logging, math, multip
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
+import lazy_loader
 
-from ..core import ConfigError, Interrupted, WorkerDied, check_choice, n_cores, need
-from ..files import disk_errors
-from .store import Store
+torch = lazy_loader.load("torch")
+
+from refcomm.core import ConfigError, Interrupted, WorkerDied, check_choice, n_cores, need
+from refcomm.files import disk_errors
+from refcomm.runs.store import Store
 
 # %% ../../nbs/71_runs.executors.ipynb #1f92028e
 def _start_worker(threads, stopping):

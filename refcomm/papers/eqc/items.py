@@ -13,14 +13,16 @@ __all__ = ['CONFIGS', 'BEST', 'MAP_EPOCHS', 'HEATMAP', 'TUNED', 'POOLS', 'SHORT'
 import dataclasses
 from pathlib import Path
 
-import pandas as pd
+import lazy_loader
 
-from ...core import PROFILES, check_at_least, check_choice
-from .run import GAMES, EQCSpec, source
-from ..deviations import note
-from ...metrics.statistics import Estimate, combine, estimate, paired, published_estimate
-from ..evidence import published
-from ...runs.execute import frame
+pd = lazy_loader.load("pandas")
+
+from refcomm.core import PROFILES, check_at_least, check_choice
+from refcomm.papers.eqc.spec import GAMES, EQCSpec, source
+from refcomm.papers.deviations import note
+from refcomm.metrics.statistics import Estimate, combine, estimate, paired, published_estimate
+from refcomm.papers.evidence import published
+from refcomm.runs.execute import frame
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #036444d1
 CONFIGS = { # name → what differs from the defaults (Table 5; footnote 5)
