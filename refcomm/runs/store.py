@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'PROVENANCE_FIELDS', 'NAME', 'OWN', 'MARKER', 'spec_fields', 'digest', 'defined', 'run_key', 'RunResult',
-           'packed', 'RunRecord', 'package_commit', 'provenance', 'spec_class', 'body_errors', 'Store']
+           'packed', 'RunRecord', 'package_commit', 'provenance', 'body_errors', 'Store']
 
 # %% ../../nbs/68_runs.store.ipynb #f33d475d
 import contextlib, dataclasses, datetime, errno, functools, hashlib, importlib, io, json, math, os, platform, re, shutil, subprocess, sys, uuid, warnings
@@ -17,6 +17,7 @@ torch = lazy_loader.load("torch")
 
 from refcomm.core import ConfigError, RecordError, StoreError, fitted
 from refcomm.files import disk_errors, fsync_dir, home, make_folder, open_regular
+from refcomm.runs.experiments import spec_class
 
 # %% ../../nbs/68_runs.store.ipynb #1ee1955c
 def spec_fields(spec)->dict: # JSON-able fields
@@ -179,16 +180,6 @@ def _history_bytes(history)->bytes:
 
 # %% ../../nbs/68_runs.store.ipynb #6a11c0df
 PROVENANCE_FIELDS = dict(commit=str, torch=str, device=str, seconds=(int, float), trained_together=int) # what every record says of its origin
-
-@functools.cache
-def spec_class(
-    experiment:str, # "eqc"
-): # its class; None for one that is not of this package
-    "The Spec of an experiment of this package."
-    folder = Path(importlib.import_module("refcomm.papers").__file__).parent
-    if not re.fullmatch("[a-z][a-z0-9_]*", experiment) or not (folder/experiment/"run.py").is_file(): return None
-    named = vars(importlib.import_module(f"refcomm.papers.{experiment}.run")).values()
-    return next((x for x in named if getattr(x, "experiment", None) == experiment), None)
 
 def _fits(kind, value):
     try: fitted("", kind, value); return True
