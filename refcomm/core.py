@@ -52,7 +52,9 @@ class Interrupted(KeyboardInterrupt):
         self.message, self.signum = message, int(signum)
 
     @property
-    def name(self): return signal.Signals(self.signum).name
+    def name(self)->str:
+        "The signal's name, such as SIGINT."
+        return signal.Signals(self.signum).name
     def __str__(self): return self.message
 
 # %% ../nbs/00_core.ipynb #e11634ca

@@ -20,7 +20,9 @@ class Interruptible:
     ): self.grace, self.held, self.signum, self.ended, self.heard, self.timer, self.before = grace, 0, None, False, 0., None, {}
 
     @property
-    def pending(self): return self.signum is not None and not self.ended
+    def pending(self)->bool:
+        "Whether a signal has arrived that is not yet raised."
+        return self.signum is not None and not self.ended
 
     def __enter__(self):
         if threading.current_thread() is not threading.main_thread(): return self
@@ -29,6 +31,7 @@ class Interruptible:
         return self
 
     def hear(self, signum, frame):
+        "The signal handler: raise at once, or wait for held work until `grace` is over."
         if self.signum is None: self.signum, self.heard = signum, time.monotonic()
         late = time.monotonic() - self.heard >= self.grace
         if self.ended and not late: return

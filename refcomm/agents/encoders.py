@@ -39,12 +39,14 @@ class Drawn(NamedTuple):
     index:Tensor # [batch, n_candidates] places in `items`
 
     def scores(self, receiver, z)->Tensor: # [batch, n_candidates]
+        "Dot products of the receiver's encodings with `z` `[batch, dim]`."
         return dot_scores(receiver, z, self.items).gather(-1, self.index)
 
 class Fixed:
     "The same candidates in every game, in the same order: the classes of a classification game."
     def __init__(self, items): self.items = items
     def scores(self, receiver, z)->Tensor: # [batch, n_items]
+        "Dot products of the encodings of all items with `z` `[batch, dim]`."
         return dot_scores(receiver, z, self.items)
 
 # %% ../../nbs/30_agents.encoders.ipynb #5a5b1064
@@ -67,6 +69,7 @@ class InformedSender(nn.Module):
     def forward(self,
         seen:Drawn, # the target in first place
     )->Tensor: # [batch, dim]
+        "Encode the target in the context of all candidates."
         n = seen.index.shape[-1]
         if n > self.mix.in_features:
             raise ConfigError(f"{n} candidates shown to a sender that sees at most {self.mix.in_features}: build it with n_candidates={n}")

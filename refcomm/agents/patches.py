@@ -57,6 +57,7 @@ class PatchSymbol(nn.Module):
             check_choice("norm of PatchSymbol", norm, ("batch",)), nn.init.constant_(self.norm.weight, 3.)
 
     def forward(self, images)->Tensor: # [batch, n_patches, symbols_per_patch, vocab_size]
+        "Scores of the symbols of each patch of images `[batch, 3, size, size]`."
         check_size(images, self.size)
         seen = (self.look.tokens(images)[:, 1:] if isinstance(self.look, ViT)
             else self.look(cut_patches(images, self.patch_size)) + self.positions)
@@ -84,12 +85,16 @@ class PatchRank(nn.Module):
         self.score = nn.Linear(self.feature_dim, 1)
 
     @property
-    def noise_width(self): return self.feature_dim if self.dropout else 0
+    def noise_width(self)->int:
+        "Random numbers per patch that a training pass needs."
+        return self.feature_dim if self.dropout else 0
 
     def draw_noise(self, shape, generator)->Tensor: # [*shape, noise_width]
+        "Uniform noise for the dropout."
         return torch.rand(*shape, self.noise_width, generator=generator, device=generator.device)
 
     def forward(self, images, noise=None)->Tensor: # [batch, n_patches]
+        "The importance score of each patch of images `[batch, 3, size, size]`."
         patch_grid(*images.shape[-2:], self.patch_size)
         seen = self.features(images).flatten(2).mT
         if self.training and self.dropout:
@@ -116,10 +121,14 @@ class Message(NamedTuple):
     importance:Tensor # [batch, n_patches] probability that a patch is kept: its rank as a share of the highest, or by its score alone
 
     @property
-    def sent(self)->Tensor: return self.symbols >= 0 # [batch, n_symbols] bool
+    def sent(self)->Tensor:
+        "Which symbols are sent."
+        return self.symbols >= 0 # [batch, n_symbols] bool
 
     @property
-    def length(self)->Tensor: return self.sent.sum(-1) # [batch] symbols sent
+    def length(self)->Tensor:
+        "The number of symbols sent."
+        return self.sent.sum(-1) # [batch] symbols sent
 
 def message_of(
     symbols:Tensor, # [batch, n_symbols] int64, −1 where the patch is dropped
@@ -172,7 +181,9 @@ class Speaker(nn.Module):
         self.cool(0.)
 
     @property
-    def n_symbols(self): return self.symbol.n_patches * self.symbol.symbols_per_patch
+    def n_symbols(self)->int:
+        "Symbols in a message without dropped patches."
+        return self.symbol.n_patches * self.symbol.symbols_per_patch
 
     def cool(self,
         progress:float, # share of the training done
@@ -187,6 +198,7 @@ class Speaker(nn.Module):
             self.gate.draw_noise(shape, generator), self.rank.draw_noise(shape, generator)], -1)
 
     def forward(self, images, noise=None)->Message:
+        "Symbols of the important patches of images `[batch, 3, size, size]`."
         l, v, n = self.symbol.symbols_per_patch, self.symbol.vocab_size, self.symbol.n_patches
         of_symbols, of_gate, of_rank = (None,)*3 if noise is None else noise.split((l*v, 2, self.rank.noise_width), -1)
         said = self.bottleneck(self.symbol(images), None if noise is None else of_symbols.unflatten(-1, (l, v)))

@@ -81,6 +81,7 @@ class Transformer(nn.Module):
         seen:Tensor|None=None, # [batch, n] bool, False where a token is hidden; all are seen when None
         places:Tensor|None=None, # [batch, n] whose position each token has; 0 … n−1 when None
     )->Tensor: # [batch, n+1, dim], CLS first
+        "The tokens' outputs after all layers; hidden tokens are masked."
         x, hidden = self._placed(tokens, seen, places)
         for layer in self.layers: x = layer(x, src_key_padding_mask=hidden)
         return self.norm(x)
@@ -105,7 +106,9 @@ class Transformer(nn.Module):
             + self.positions[slice(tokens.shape[1] + 1) if places is None else F.pad(places + 1, (1, 0))], hidden)
 
     @property
-    def dim(self): return self.positions.shape[1]
+    def dim(self)->int:
+        "Size of a token."
+        return self.positions.shape[1]
 
 # %% ../../nbs/33_agents.transformer.ipynb #6547b278
 def _check_keep(keep, batch, n_patches):
@@ -146,12 +149,14 @@ class ViT(nn.Module):
         return self.embed(patches)
 
     def tokens(self, images, keep=None)->Tensor: # [batch, n_patches+1, dim], or [batch, k+1, dim] of those kept; CLS first
+        "The outputs for CLS and all patches of images `[batch, 3, size, size]`."
         return self.transformer(self._embedded(images, keep), places=keep)
 
     def forward(self,
         images:Tensor, # [batch, 3, size, size]
         keep:Tensor|None=None, # [batch, k] numbers of the patches to look at, see `top_patches`; all when None
     )->Tensor: # [batch, dim]
+        "The output for CLS."
         return self.transformer.summary(self._embedded(images, keep), places=keep)
 
 # %% ../../nbs/33_agents.transformer.ipynb #81919d35
@@ -186,6 +191,7 @@ class PretrainedViT(nn.Module):
         images:Tensor, # [batch, 3, size, size] of any size
         keep:Tensor|None=None, # [batch, k] numbers of the patches to look at, see `top_patches`; all when None
     )->Tensor: # [batch, feature_dim]
+        "The output for CLS of the pretrained network."
         x = F.interpolate(images*self.std + self.mean, (self.side*self.patch_size,)*2, mode="bicubic", antialias=True)
         places = None if keep is None else F.pad(_check_keep(keep, len(images), self.side**2) + 1, (1, 0))[..., None]
         hook = self.net.embeddings.register_forward_hook(lambda module, given, tokens: tokens if places is None
@@ -197,7 +203,9 @@ class PretrainedViT(nn.Module):
 class Cosines(nn.Linear):
     "A linear layer without bias, of inputs and weights of length 1."
     def __init__(self, in_features, out_features): super().__init__(in_features, out_features, bias=False)
-    def forward(self, x): return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+    def forward(self, x)->Tensor:
+        "Cosines `[..., n_classes]` of vectors `[..., dim]` with the rows of the weight."
+        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
 
 def projection_head(
     in_dim:int, # of what is projected

@@ -123,6 +123,7 @@ class SentenceEncoder(nn.Module):
     def forward(self,
         tokens:Tensor, # [..., length] from `tokenize`
     )->Tensor: # [..., dim] unit vectors
+        "Tokens to unit vectors, without their padding."
         flat = tokens.reshape(-1, tokens.shape[-1])
         if flat.device.type == "cpu" or not torch.is_grad_enabled():
             flat = flat[:, :int((flat != self.pad).sum(-1).max())]

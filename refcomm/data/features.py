@@ -28,7 +28,9 @@ class Features(NamedTuple):
     name:str # the source and the trunk, for notes
 
     @property
-    def digest(self): return content_digest(self.x, self.labels, self.classes)
+    def digest(self)->str:
+        "A digest of features, labels and class names; the source's name does not count."
+        return content_digest(self.x, self.labels, self.classes)
 
 def check_features(
     features:Features,

@@ -34,7 +34,8 @@ class LabelledImages(NamedTuple):
     wnids:list|None=None # WordNet ids of the classes, if the source has them for all
 
     @property
-    def digest(self):
+    def digest(self)->str:
+        "A digest of images, labels and class names; the source's name does not count."
         return content_digest(self.images, self.labels, self.classes, *([self.wnids] if self.wnids else []))
 
 def number_classes(labels, names, name)->tuple: # [n] int64, list of str

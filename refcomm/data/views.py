@@ -70,7 +70,9 @@ class ViewSpec:
             raise ConfigError(f"mean and std are three numbers each, std above 0: got {self.mean!r}, {self.std!r}")
 
     @property
-    def taps(self): return self.kernel or min(max(self.size//10, 2)//2*2 + 1, 2*self.size - 1)
+    def taps(self)->int:
+        "The width of the blur's kernel in pixels."
+        return self.kernel or min(max(self.size//10, 2)//2*2 + 1, 2*self.size - 1)
 
 # %% ../../nbs/19_data.views.ipynb #03e40ba2
 _PATCH = dict(scale=(.14, 1.), interpolation="bicubic", brightness=.4, contrast=.4, saturation=.2, hue=.1)

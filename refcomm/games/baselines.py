@@ -22,11 +22,17 @@ class Baseline(nn.Module):
     "Trained like a `PatchGame`; what a method does not have is as it is here."
     trunk:nn.Module # maps images to [batch, feature_dim]
 
-    def draw_noise(self, batch, generator)->Tensor|None: return None
+    def draw_noise(self, batch, generator)->Tensor|None:
+        "The randomness of one training pass; none by default."
+        return None
 
-    def cool(self, progress): pass
+    def cool(self, progress)->None:
+        "Set temperatures at `progress` in [0, 1]; none by default."
+        pass
 
-    def symbols(self, x)->Tensor|None: return None # [batch, n_symbols] int64
+    def symbols(self, x)->Tensor|None:
+        "The symbols for images; None without a discrete code."
+        return None # [batch, n_symbols] int64
 
     def play(self, x, seen)->Played:
         "How well it does after training, in evaluation mode: here nothing is told apart, and accuracy is NaN."
@@ -40,20 +46,27 @@ class Supervised(Baseline):
         self.trunk, self.head = trunk, nn.Linear(trunk.feature_dim, n_classes)
 
     @property
-    def trunks(self): return self.trunk, self.trunk
+    def trunks(self)->tuple:
+        "The networks whose features are probed."
+        return self.trunk, self.trunk
 
-    def forward(self, x, labels, noise=None): return F.cross_entropy(self.head(self.trunk(x)), labels)
+    def forward(self, x, labels, noise=None)->Tensor:
+        "Cross-entropy of the labels `[batch]` of images `[batch, 3, size, size]`."
+        return F.cross_entropy(self.head(self.trunk(x)), labels)
 
     def play(self, x, labels)->Played:
+        "Loss and accuracy on labelled images."
         logits = self.head(self.trunk(x))
         return Played(F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).float().mean(), None)
 
 class SupervisedViT(Supervised):
     "A vision transformer that is taught the classes from as many patches as chance shows it (Liu et al. 2023): at home with any number of them."
     def draw_noise(self, batch, generator)->Tensor: # [batch, n_patches + 1]
+        "Random numbers that choose the number of patches and the patches."
         return torch.rand(batch, len(self.trunk.transformer.positions), generator=generator, device=generator.device)
 
-    def forward(self, x, labels, noise=None):
+    def forward(self, x, labels, noise=None)->Tensor:
+        "Cross-entropy of the labels; with noise, on a random subset of patches."
         if noise is None: return super().forward(x, labels)
         shown = 1 + int(noise[0, 0]*(noise.shape[1] - 1)) # as many of each image of the batch
         return F.cross_entropy(self.head(self.trunk(x, noise[:, 1:].argsort(1)[:, :shown])), labels)
@@ -95,13 +108,17 @@ class MoCo(Baseline):
         self.loss = _lightly("loss.ntx_ent_loss").NTXentLoss(temperature, (queue, dim),
             torch.distributed.is_available())
 
-    def draw_noise(self, batch, generator):
+    def draw_noise(self, batch, generator)->Tensor:
+        "None | Random numbers `[batch]` that shuffle the keys; none with one group."
         return None if self.groups == 1 else torch.rand(batch, generator=generator, device=generator.device)
 
-    def queries(self, x): return torch.cat([self.project(self.trunk(part)) for part in x.tensor_split(self.groups)]) # [batch, dim]
+    def queries(self, x)->Tensor:
+        "Projections of images by the trained network, in groups."
+        return torch.cat([self.project(self.trunk(part)) for part in x.tensor_split(self.groups)]) # [batch, dim]
 
     @torch.no_grad()
     def keys(self, seen, noise=None)->Tensor: # [batch, dim]
+        "Projections of images by the slow network, in shuffled groups."
         order = torch.arange(len(seen), device=seen.device) if noise is None else noise.argsort()
         found = torch.cat([self.slow["project"](self.slow["trunk"](part))
             for part in seen[order].tensor_split(self.groups)])
@@ -112,7 +129,8 @@ class MoCo(Baseline):
         "Move the slow weights towards the trained ones."
         for name, p in self.named_parameters(): self.slow.get_buffer(name).lerp_(p, 1 - self.momentum)
 
-    def forward(self, x, seen, noise=None):
+    def forward(self, x, seen, noise=None)->Tensor:
+        "InfoNCE of two views `[batch, 3, size, size]` against the queue, a scalar."
         if len(check_batch(x, seen)[0]) < 2*self.groups:
             raise ConfigError(f"a batch of {len(x)} cannot be split into {self.groups} groups of 2 or more: raise batch_size, or lower groups")
         if self.training:

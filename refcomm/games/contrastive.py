@@ -108,11 +108,13 @@ class SymmetricInfoNCE(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(start)) if learned else start
 
     @property
-    def scale(self):
+    def scale(self)->Tensor:
+        "float | The inverse temperature."
         return (self.log_scale.exp().clamp(max=self.most) if isinstance(self.log_scale, Tensor)
             else math.exp(self.log_scale))
 
-    def forward(self, a, b):
+    def forward(self, a, b)->Tensor:
+        "The loss of paired vectors `[batch, dim]`, a scalar."
         ways = [in_batch_scores(*pair, self.negatives) for pair in ((a, b), (b, a))]
         return sum(F.cross_entropy(self.scale*scores, own) for scores, own in ways) / 2
 
@@ -126,10 +128,12 @@ class InBatch(NamedTuple):
 
     @property
     def target(self)->Tensor: # [batch] places of the targets
+        "The index of each target among its candidates."
         own = own_places(self.seen, self.negatives)
         return own if self.n_candidates is None else torch.zeros_like(own)
 
     def scores(self, receiver, z)->Tensor: # [batch, n_candidates]
+        "Cosine similarities of `z` `[batch, dim]` with the candidates, over the temperature."
         return in_batch_scores(z, receiver(self.seen), self.negatives, self.n_candidates)[0] / self.temperature
 
 class Played(NamedTuple):
@@ -153,20 +157,26 @@ class DiscriminationGame(ReferentialGame):
         self.negatives = check_choice("negatives", negatives, NEGATIVES)
         self.n_candidates = n_candidates
 
-    def candidates(self, seen, negatives="local"): return InBatch(seen, self.temperature, negatives, self.n_candidates)
+    def candidates(self, seen, negatives="local")->InBatch:
+        "The candidates from views `[batch, 3, size, size]`."
+        return InBatch(seen, self.temperature, negatives, self.n_candidates)
 
-    def draw_noise(self, batch, generator): return self.channel.draw_noise(batch, generator)
+    def draw_noise(self, batch, generator)->Tensor:
+        "None | The channel's noise for `batch` messages."
+        return self.channel.draw_noise(batch, generator)
 
     def forward(self,
         x:Tensor, # [batch, 3, size, size] the images as the sender sees them
         seen:Tensor, # [batch, 3, size, size] the same images, in the same order, as the receiver sees them
         noise:Tensor|None=None, # from `draw_noise`
     )->Tensor: # scalar
+        "The loss of a batch of games."
         candidates = self.candidates(check_batch(x, seen)[1], self.negatives)
         return super().forward(x, candidates.target, candidates, noise)
 
     # what the receiver takes from the messages about images [batch, dim], and their symbols [batch, symbols_per_message], None when nothing is discrete
     def understand(self, x)->tuple:
+        "The receiver's vectors `[batch, dim]` for images `x`, and the symbols `[batch, n_symbols]`."
         sent = self.send(x)
         return self.channel.receive(sent.word), sent.symbols if sent.symbols is None else sent.symbols.flatten(1)
 
@@ -220,24 +230,30 @@ class SimCLR(nn.Module):
         self.negatives = check_choice("negatives", negatives, NEGATIVES)
 
     def layers(self, x)->dict: # "h", "s" and "z" → [batch, …]
+        "The trunk's output h, the projector's hidden layer s and its output z."
         s = self.projector[:-1](h := self.trunk(x))
         return dict(h=h, s=s, z=self.projector[-1](s))
 
-    def draw_noise(self, batch, generator): return None
+    def draw_noise(self, batch, generator)->None:
+        "No noise is needed."
+        return None
 
-    def forward(self, x, seen, noise=None):
+    def forward(self, x, seen, noise=None)->Tensor:
+        "NT-Xent of two views `[batch, 3, size, size]`, a scalar."
         return nt_xent(*(self.layers(v)["z"] for v in check_batch(x, seen)), self.temperature, self.negatives)
 
     def symbols(self,
         x:Tensor, # [batch, 3, size, size]
         layer:str="h", # "h", "s" or "z"
     )->Tensor: # [batch] the number of the largest entry of a layer
+        "The index of the largest entry of a layer."
         return self.layers(x)[check_choice("layer", layer, "hsz")].argmax(-1)
 
     def understand(self,
         layers:dict, # from `layers`
         layer:str="s", # "h", "s" or "z"
     )->tuple: # [batch, dim] what is taken from the largest entry of a layer alone, and its number [batch, 1]
+        "The projector's output for the one-hot argmax of a layer."
         word, symbols = one_hot_argmax(layers[check_choice("layer", layer, "hsz")])
         return dict(h=self.projector, s=self.projector[-1], z=nn.Identity())[layer](word), symbols[:, None]
 

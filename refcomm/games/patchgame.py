@@ -36,17 +36,24 @@ class PatchGame(nn.Module):
         self.n_candidates = n_candidates
         self.length_cost = length_cost
 
-    def draw_noise(self, batch, generator): return self.speaker.draw_noise(batch, generator)
+    def draw_noise(self, batch, generator)->Tensor:
+        "The speaker's noise for `batch` images."
+        return self.speaker.draw_noise(batch, generator)
 
-    def cool(self, progress): self.speaker.cool(progress)
+    def cool(self, progress):
+        "Set the temperatures at `progress` in [0, 1]."
+        self.speaker.cool(progress)
 
-    def send(self, x, noise=None)->Message: return self.speaker(x, noise)
+    def send(self, x, noise=None)->Message:
+        "Messages about images `[batch, 3, size, size]`."
+        return self.speaker(x, noise)
 
     def forward(self,
         x:Tensor, # [batch, 3, size, size] the images as the speaker sees them
         seen:Tensor, # [batch, 3, size, size] the same images, in the same order, as the listener sees them
         noise:Tensor|None=None, # from `draw_noise`
     )->Tensor: # scalar
+        "The contrastive loss of messages and images, with the cost of length."
         check_batch(x, seen)
         loss = self.loss(self.listener.read(sent := self.send(x, noise)), self.listener.see(seen))
         return loss + self.length_cost*sent.word.sum((1, 2)).mean() if self.length_cost else loss

@@ -25,13 +25,16 @@ class Attributes(NamedTuple):
     sizes:tuple # how many values each attribute has
 
     def logits(self, receiver, z)->tuple: # [..., n_values] of each attribute
+        "The receiver's logits for each attribute, from `z` `[..., dim]`."
         return receiver(z).split(self.sizes, -1)
 
     def scores(self, receiver, z)->Tensor: # [batch, n_objects] log-probabilities
+        "The log-probability of each object: the sum over its attributes."
         parts = [p.log_softmax(-1) for p in self.logits(receiver, z)]
         return sum(p[..., v] for p, v in zip(parts, self.values.T))
 
     def loss(self, receiver, z, target, reduction="mean")->Tensor: # mean, or with "none" [batch]
+        "Cross-entropy of the targets' attribute values, summed over attributes."
         each = sum(F.cross_entropy(p, self.values[target, a], reduction="none")
             for a, p in enumerate(self.logits(receiver, z)))
         return each.mean() if reduction == "mean" else each
@@ -51,16 +54,27 @@ class Reconstruction(Task):
         self.objects, self.x, self.n_train = objects, objects.one_hot(), len(self.ids["train"])
         self.every = Attributes(objects.values, tuple(map(len, objects.kinds)))
 
-    def make_receiver(self, dim): return nn.Linear(dim, sum(self.every.sizes)) # of what was understood
-    def seen(self, part): return self.x[self.ids[part]]
-    def meanings(self, part): return self.objects.values[self.ids[part]]
-    def digest(self): return content_digest(self.x, *self.ids.values(), json.dumps("reconstruction"))
-    def batch(self, idx, generators):
+    def make_receiver(self, dim)->nn.Module:
+        "A linear receiver from vectors of size `dim` to all logits."
+        return nn.Linear(dim, sum(self.every.sizes)) # of what was understood
+    def seen(self, part)->Tensor:
+        "Targets `[n, ...]` of a part."
+        return self.x[self.ids[part]]
+    def meanings(self, part)->Tensor:
+        "Attribute values `[n, n_attributes]` of a part's targets."
+        return self.objects.values[self.ids[part]]
+    def digest(self)->str:
+        "A digest of data and split."
+        return content_digest(self.x, *self.ids.values(), json.dumps("reconstruction"))
+    def batch(self, idx, generators)->Games:
+        "A training batch of all members."
         target = self.ids["train"][idx]
         return Games(self.x[target], target, self.every._replace(values=self.every.values.expand(len(idx), -1, -1)))
     def games(self, part, block=125):
+        "The games of a part, block by block."
         for target in self.ids[part].split(block): yield Games(self.x[target], target, self.every)
-    def validate(self, game):
+    def validate(self, game)->tuple:
+        "The share of targets with all attributes right, and the loss."
         target = self.ids["valid"]
         z = game.channel.receive(game.send(self.x[target]).word)
         named = torch.stack([p.argmax(-1) for p in self.every.logits(game.receiver, z)], -1)

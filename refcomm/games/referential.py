@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from ..core import ConfigError, check_at_least
 from ..agents.encoders import dot_scores
+from ..bottlenecks.continuous import Sent
 from ..bottlenecks.reinforce import score_function_loss
 from ..data.objects import ObjectWorld
 
@@ -82,6 +83,7 @@ class EveryObject:
         self.table = world.attributes(torch.arange(world.size, device=device)) if world.size <= 2**20 else None
 
     def values(self, target)->Tensor: # [batch, n_attributes] attribute values of the targets
+        "The attribute values of the targets."
         return self.world.attributes(target) if self.table is None else self.table[target]
 
     def logits(self,
@@ -94,17 +96,20 @@ class EveryObject:
         return receiver.pull_back(z).unflatten(-1, (self.world.n_attributes, self.world.n_values))
 
     def scores(self, receiver, z)->Tensor: # [batch, world.size] log-probabilities in the order of object numbers
+        "Log-probabilities of all objects, from the factorised softmax."
         parts = self.logits(receiver, z).log_softmax(-1).unbind(-2)
         total = parts[0]
         for part in parts[1:]: total = (total[..., None] + part[..., None, :]).flatten(-2)
         return total
 
     def loss(self, receiver, z, target, reduction="mean")->Tensor: # cross-entropy of the targets among all objects: its mean, or with "none" [batch]
+        "The cross-entropy of the targets among all objects."
         logits, values = self.logits(receiver, z), self.values(target)
         entropy = F.cross_entropy(logits.flatten(0, -2), values.flatten(), reduction=reduction)
         return self.world.n_attributes * entropy if reduction == "mean" else entropy.view(values.shape).sum(-1)
 
     def best(self, receiver, z)->Tensor: # [batch, n_attributes] values of the likeliest object
+        "The most probable value of each attribute."
         return self.logits(receiver, z).argmax(-1)
 
 # %% ../../nbs/38_games.referential.ipynb #ea0930f7
@@ -118,7 +123,9 @@ class ReferentialGame(nn.Module):
         super().__init__()
         self.sender, self.channel, self.receiver = sender, channel, receiver
 
-    def send(self, x, noise=None): return self.channel.send(self.sender(x), noise)
+    def send(self, x, noise=None)->Sent:
+        "The messages about targets `[batch, ...]`."
+        return self.channel.send(self.sender(x), noise)
 
     def scores(self,
         words:Tensor, # [batch, message_length, width] the message
@@ -128,6 +135,7 @@ class ReferentialGame(nn.Module):
         return self.judge(self.channel.receive(words), candidates)
 
     def judge(self, z, candidates)->Tensor: # [batch, n_candidates] scores for what was understood, [batch, dim]
+        "The candidates' scores for the received vectors `z` `[batch, dim]`."
         return (candidates.scores(self.receiver, z) if hasattr(candidates, "scores")
             else dot_scores(self.receiver, z, candidates))
 

@@ -33,17 +33,20 @@ class Task:
         idx:Tensor, # [n_members, batch] training targets
         generators, # one per member
     )->Games: # of all members, tensors [n_members, batch, ...]
+        "A training batch, with distractors if the task has any."
         raise NotImplementedError
 
     def games(self,
         part:str, # "valid" or "test"
         block:int=125, # targets at a time, so that memory does not grow with their number
     ): # iterator of Games
+        "The games of a part, block by block."
         raise NotImplementedError
 
     def seen(self,
         part:str, # "train", "valid" or "test"
     )->Tensor: # [n, ...] all targets as an uninformed sender sees them
+        "The targets of a part."
         raise ConfigError("an informed sender sees its target among candidates: there is no view of the target alone")
 
     def validate(self,
@@ -71,19 +74,24 @@ class ObjectTask(Task):
         self.inputs, self.n_train = {k: world.one_hot(v) for k,v in self.ids.items()}, len(parts["train"])
         self.values = self.every.values(self.ids["valid"])
 
-    def batch(self, idx, generators):
+    def batch(self, idx, generators)->Games:
+        "A training batch among all objects, or with drawn distractors."
         x, target = self.inputs["train"][idx], self.ids["train"][idx]
         if self.n_negatives is None: return Games(x, target, self.every)
         drawn = draw_distractors(target, self.world.size, self.n_negatives, generators)
         return Games(x, torch.zeros_like(target), self.world.one_hot(torch.cat([target[..., None], drawn], -1)))
 
-    def seen(self, part): return self.inputs[part]
+    def seen(self, part)->Tensor:
+        "Targets `[n, n_attributes*n_values]` as one-hot vectors."
+        return self.inputs[part]
 
     def games(self, part, block=125):
+        "The games of a part among all objects, block by block."
         for x, target in zip(self.inputs[part].split(block), self.ids[part].split(block)):
             yield Games(x, target, self.every)
 
-    def validate(self, game):
+    def validate(self, game)->tuple:
+        "Accuracy and loss on the validation games, by the factorised softmax."
         z = game.channel.receive(game.send(self.inputs["valid"]).word)
         return (self.every.best(game.receiver, z) == self.values).all(-1).float().mean(), self.every.loss(game.receiver,
             z, self.ids["valid"])
@@ -135,7 +143,8 @@ class ItemTask(Task):
                 else items.gather(1, index[..., :1].expand(-1, -1, items.shape[-1])))
         return Games(seen if self.informed else x, torch.zeros_like(index[..., 0]), seen)
 
-    def batch(self, idx, generators):
+    def batch(self, idx, generators)->Games:
+        "Training targets with distractors from a shuffled pool."
         if idx.shape[1] > self.pool:
             raise ConfigError(f"a batch of {idx.shape[1]} targets does not fit in a pool of {self.pool} items: make the pool larger")
         shuffled = torch.stack([torch.randperm(self.n_train, generator=g, device=g.device)
@@ -145,9 +154,12 @@ class ItemTask(Task):
         return self._games(self.x["train"][places],
             self._index(targets, self.labels["train"][places], self.n_negatives, generators))
 
-    def seen(self, part): return super().seen(part) if self.informed else self.x[part]
+    def seen(self, part)->Tensor:
+        "Targets `[n, dim]`."
+        return super().seen(part) if self.informed else self.x[part]
 
     def games(self, part, block=125, n_seen=None):
+        "The games of a part with fixed candidates, block by block."
         for index in self.index[part][:, :n_seen].split(block): yield self._games(self.x[part], index)
 
 # %% ../../nbs/39_games.tasks.ipynb #227087a3
@@ -167,7 +179,8 @@ class ClassTask(Task):
         self.every, self.n_train = Fixed(classes.to(device)), len(parts["train"])
         self.n_negatives = None if n_negatives == len(classes) - 1 else n_negatives
 
-    def batch(self, idx, generators):
+    def batch(self, idx, generators)->Games:
+        "A training batch among all classes, or with drawn distractors."
         x, target = self.x["train"][idx], self.labels["train"][idx]
         if self.n_negatives is None: return Games(x, target, self.every)
         index = torch.cat([target[..., None],
@@ -175,9 +188,12 @@ class ClassTask(Task):
         return Games(x, torch.zeros_like(target),
             Drawn(self.every.items.expand(len(idx), *self.every.items.shape), index))
 
-    def seen(self, part): return self.x[part]
+    def seen(self, part)->Tensor:
+        "Targets `[n, ...]`."
+        return self.x[part]
 
     def games(self, part, block=125):
+        "The games of a part among all classes, block by block."
         for x, target in zip(self.x[part].split(block), self.labels[part].split(block)):
             yield Games(x, target, self.every)
 
@@ -188,6 +204,7 @@ class Valued(NamedTuple):
     n_values:int # values of each attribute
 
     def scores(self, receiver, z)->Tensor: # [batch, n_candidates]
+        "Scores from attribute values, with a linear receiver."
         if not hasattr(receiver, "pull_back"):
             raise ConfigError("candidates known by their values need a linear receiver (one with `pull_back`): give "
                 "the task a stock of what agents see")
@@ -220,11 +237,16 @@ class SampledTask(Task):
         return Games(self.stock[index[..., 0]], target,
             Drawn(self.stock if index.dim() == 2 else self.stock.expand(len(index), *self.stock.shape), index))
 
-    def batch(self, idx, generators): return self._games(self.values["train"][idx])
+    def batch(self, idx, generators)->Games:
+        "A training batch of sampled games."
+        return self._games(self.values["train"][idx])
 
-    def seen(self, part): return self._games(self.values[part]).x
+    def seen(self, part)->Tensor:
+        "Targets `[n, dim]` of a part."
+        return self._games(self.values[part]).x
 
     def games(self, part, block=125):
+        "The sampled games of a part, block by block."
         for values in self.values[part].split(block): yield self._games(values)
 
 # %% ../../nbs/39_games.tasks.ipynb #49853d75

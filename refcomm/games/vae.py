@@ -61,12 +61,15 @@ class VQVAE2(Baseline):
             _double(width//2, 3))
 
     @property
-    def vocab_size(self): return 2*self.codebook_size
+    def vocab_size(self)->int:
+        "Different symbols of both levels."
+        return 2*self.codebook_size
 
     def encode(self,
         x:Tensor, # [batch, 3, height, width], multiples of 8
         learn:bool=False, # move the codebooks, in training mode
     )->tuple: # of top and bottom: vectors, symbols [batch, rows, columns], weighted commitment loss (0 in evaluation mode)
+        "Images to the quantised vectors of both levels."
         patch_grid(*x.shape[-2:], 8)
         fine = self.trunk.bottom(x)
         top = self._quantise(self.top, self.say_top(self.trunk.top(fine)), learn)
@@ -75,9 +78,12 @@ class VQVAE2(Baseline):
     def _quantise(self, codebook, said, learn):
         with torch.autocast(said.device.type, enabled=False): return codebook(said.float(), freeze_codebook=not learn)
 
-    def decode(self, top, bottom): return self.decoder(torch.cat([self.enlarge(top), bottom], 1)) # [batch, 3, height, width]
+    def decode(self, top, bottom)->Tensor:
+        "Images from the quantised vectors of both levels."
+        return self.decoder(torch.cat([self.enlarge(top), bottom], 1)) # [batch, 3, height, width]
 
     def reconstruct(self, x)->Tensor: # as `x`
+        "Encode and decode images `[batch, 3, height, width]`."
         return self.decode(*(level[0] for level in self.encode(x)))
 
     def forward(self,
@@ -85,10 +91,12 @@ class VQVAE2(Baseline):
         seen=None, # other views, not looked at
         noise=None, # nothing is drawn
     )->Tensor: # scalar
+        "Squared error of the reconstruction plus the commitment losses."
         (top, _, above), (bottom, _, below) = self.encode(x, learn=self.training)
         return F.mse_loss(self.decode(top, bottom).float(), x.float()) + above + below
 
     def symbols(self, x)->Tensor: # [batch, n_symbols] the top level's, then the bottom level's, numbered from codebook_size on
+        "The symbols of images `[batch, 3, height, width]`."
         top, bottom = (level[1].flatten(1) for level in self.encode(x))
         return torch.cat([top, bottom + self.codebook_size], 1)
 
@@ -184,7 +192,9 @@ class PatchVAE(Baseline):
         self.cool(0.)
 
     @property
-    def vocab_size(self): return self.parts
+    def vocab_size(self)->int:
+        "The number of parts."
+        return self.parts
 
     @property
     def _drawn(self): return self.parts*math.prod(self.grid)*(2 if self.occurrence == "bernoulli" else 1)
@@ -203,6 +213,7 @@ class PatchVAE(Baseline):
     def encode(self,
         x:Tensor, # [batch, 3, size, size]
     )->Parts:
+        "The distributions of occurrence and appearance."
         check_size(x, self.size)
         p, d = self.parts, self.code_dim
         logits, mean, spread = self.say(self.divide(self.trunk[:-2](x))[..., :self.grid[0],
@@ -211,12 +222,15 @@ class PatchVAE(Baseline):
         pool = lambda v, absent: ((v.unflatten(1, (p, d))*here).sum(-1) + 1e-7*absent) / (here.sum(-1) + 1e-7)
         return Parts(logits, pool(mean, 0), pool(spread.exp().clamp(1e-7, 1e7), 1))
 
-    def probability(self, logits): return logits.sigmoid() if self.occurrence == "bernoulli" else logits.softmax(1)
+    def probability(self, logits)->Tensor:
+        "Occurrence probabilities from logits, of the same shape."
+        return logits.sigmoid() if self.occurrence == "bernoulli" else logits.softmax(1)
 
     def draw(self,
         parts:Parts,
         noise:Tensor|None=None, # from `draw_noise`; None: the expected
     )->tuple: # occurrence [batch, parts, places] and appearance [batch, parts, code_dim]
+        "Samples of occurrence and appearance, or their expected values."
         if noise is None: return self.probability(parts.occurrence), parts.mean
         where, how = noise.split((self._drawn, self.parts*self.code_dim), 1)
         where = where.unflatten(1, (self.parts, parts.occurrence.shape[-1], -1))
@@ -225,12 +239,15 @@ class PatchVAE(Baseline):
             + parts.variance.sqrt()*how.view_as(parts.mean))
 
     def decode(self, occurrence, appearance)->Tensor: # [batch, 3, size, size]
+        "Images from occurrence `[batch, parts, places]` and appearance `[batch, parts, code_dim]`."
         return self.decoder((appearance[..., None]*occurrence[:, :, None]).flatten(1, 2).unflatten(-1, self.grid))
 
     def reconstruct(self, x)->Tensor: # as `x`, of what is expected without noise
+        "Encode and decode images without noise."
         return self.decode(*self.draw(self.encode(x)))
 
     def terms(self, x, noise=None)->tuple: # squared error, divergences of appearance and of occurrence, each the sum for an image, averaged over the batch
+        "The terms of the loss for images `[batch, 3, size, size]`."
         parts = self.encode(x)
         error = (self.decode(*self.draw(parts, noise)).float() - x).square()
         if self.edges: error = error*edge_weights(x, self.patch_size)
@@ -243,10 +260,12 @@ class PatchVAE(Baseline):
         seen=None, # other views, not looked at
         noise:Tensor|None=None, # from `draw_noise`
     )->Tensor: # scalar
+        "The negative evidence lower bound, with weighted divergences."
         if self.training and noise is None:
             raise ConfigError("PatchVAE trains on noise: pass noise=vae.draw_noise(batch, generator)")
         error, how, where = self.terms(x, noise)
         return error + self.weights[0]*how + self.weights[1]*where
 
     def symbols(self, x)->Tensor: # [batch, n_patches] the likeliest part of every place
+        "The symbols of images `[batch, 3, size, size]`."
         return self.encode(x).occurrence.argmax(1)

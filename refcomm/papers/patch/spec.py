@@ -65,7 +65,9 @@ class PatchSpec:
     seed:int = 0
 
     @property
-    def version(self): return 4 # one more whenever a model with the same fields would be another
+    def version(self)->int:
+        "Raised when models with equal fields would differ."
+        return 4 # one more whenever a model with the same fields would be another
 
     def __post_init__(self):
         check_choice("model", self.model, MODELS), check_choice("vision", self.vision, ("vit", "narrow", *RESNETS))
