@@ -16,7 +16,7 @@ import lazy_loader
 torch = lazy_loader.load("torch")
 
 from refcomm.core import from_json, no_cuda, pick_device, printable
-from refcomm.files import checkout
+from refcomm.files import checkout, read_text
 from refcomm.runs.store import Store, digest, run_key, spec_fields, unsealed
 
 # %% ../../nbs/73_runs.costs.ipynb #fa7a64dd
@@ -67,7 +67,7 @@ def shipped(
     found = {}
     for file in sorted(folder.glob("*.json")):
         try:
-            recipe = unsealed(from_json(file.read_text("utf-8")))
+            recipe = unsealed(from_json(read_text(file)))
             if not (isinstance(recipe.get("profile"), str) and isinstance(recipe.get("costs", {}), dict)):
                 raise ValueError("a field is missing")
             found[f"{recipe['paper']}/{recipe['item']}"] = recipe

@@ -21,7 +21,7 @@ from refcomm.files import disk_errors, open_regular, write_atomic
 from refcomm.interrupts import Interruptible
 from refcomm.training.loggers import StackLogs, check_logger
 from refcomm.runs.store import Store, digest, package_commit, provenance, run_key, runner_of, spec_class, spec_fields, sealed, unsealed
-from refcomm.training.loop import Checkpoint
+
 
 # %% ../../nbs/72_runs.execute.ipynb #9f20eda8
 class Context(NamedTuple):
