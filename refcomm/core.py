@@ -55,6 +55,7 @@ class Interrupted(KeyboardInterrupt):
     def name(self)->str:
         "The signal's name, such as SIGINT."
         return signal.Signals(self.signum).name
+
     def __str__(self): return self.message
 
 # %% ../nbs/00_core.ipynb #e11634ca

@@ -196,8 +196,8 @@ class Ending(EndingChannel):
         self.stop, self.gate = (nn.Linear(hidden, 1), Gate()) if self.gated else (None, None)
         self.listener = LISTENERS[check_choice("listener", heard, LISTENERS)](**sizes, cell=heard)
 
-    def draw_noise(self, batch, generator)->Tensor:
-        "None | Noise of the gate, or of the bottleneck where symbol 0 is the end."
+    def draw_noise(self, batch, generator)->Tensor|None:
+        "Noise of the gate, or of the bottleneck where symbol 0 is the end."
         return (self.gate.draw_noise((batch, self.message_length), generator) if self.gated
             else super().draw_noise(batch, generator))
 

@@ -199,18 +199,22 @@ class Run:
     def accuracy(self)->float:
         "Accuracy on the test games."
         return self.record.rows[0]["accuracy"] # of the test games
+
     @property
     def metrics(self)->dict:
         "All metrics by name."
         return {k: v for k, v in self.record.rows[0].items()}
+
     @property
     def history(self):
         "The training history, one row per epoch."
         return self.record.history()
+
     @property
-    def meanings(self)->Tensor:
-        "None | The attribute values of the test targets, if they have any."
+    def meanings(self)->Tensor|None:
+        "The attribute values of the test targets, if they have any."
         return self.task.meanings("test") if hasattr(self.task, "meanings") else None
+
     @property
     def messages(self)->Tensor: # [n_test, length] int64 symbols; −1 from the end on where messages end
         "The messages about the test targets."

@@ -104,18 +104,23 @@ class Elsewhere(concurrent.futures.ThreadPoolExecutor):
     def start(self, work):
         "Start a job that calls `work`."
         raise NotImplementedError # → a job that calls `work`
+
     def done(self, job):
         "Whether a job has ended."
         raise NotImplementedError # → bool
+
     def outcome(self, job):
         "The return value of a job; a `WorkerDied` with its log if it failed."
         raise NotImplementedError # what `work` returned, or a `WorkerDied` with the log
+
     def stop(self, job):
         "Ask a job to stop, with time to save its state."
         raise NotImplementedError # so that it can still save its state
+
     def kill(self, job)->None:
         "End a job at once."
         self.stop(job)
+
     def pack(self, fn, args):
         "The call in a form that another machine can run."
         return portable(fn, args)
@@ -175,12 +180,15 @@ class SlurmExecutor(Elsewhere):
     def pack(self, fn, args):
         "The call as a function for submitit."
         return portable(fn, args, self.threads, ("REFCOMM_", "CUDA_VISIBLE_DEVICES") if self.here else ("REFCOMM_",))
+
     def start(self, work):
         "Submit a job to Slurm."
         return self.queue.submit(work)
+
     def done(self, job)->bool:
         "Whether the job has ended."
         return job.done()
+
     def stop(self, job)->None:
         "Cancel the job; Slurm sends its signal first."
         job.cancel(check=False)
@@ -290,12 +298,15 @@ class RayExecutor(Elsewhere):
     def start(self, work)->tuple:
         "Start a Ray task."
         return self.task.remote(work[0]), work[1]
+
     def done(self, job)->bool:
         "Whether the task has ended."
         return bool(self.ray.wait([job[0]], timeout=0)[0])
+
     def stop(self, job)->None:
         "Cancel the task by an interrupt."
         self.ray.cancel(job[0])
+
     def kill(self, job)->None:
         "Kill the task's worker."
         self.ray.cancel(job[0], force=True)

@@ -81,6 +81,7 @@ class WandbLog:
     def log_metrics(self, metrics, step)->None:
         "Write the numbers of one epoch."
         self.run.log(dict(metrics, epoch=step))
+
     def finalize(self, status)->None:
         "Close the log."
         self.run.finish(0 if status == "success" else 1)
