@@ -47,10 +47,12 @@ class Objects:
     def __len__(self): return len(self.values)
 
     def one_hot(self)->Tensor: # [n, n_values of all attributes together]
+        "The attribute values as concatenated one-hot vectors."
         return torch.cat([nn.functional.one_hot(column, len(k)).float()
             for column, k in zip(self.values.T, self.kinds)], 1)
 
     def look(self, i:int)->str: # what object `i` is
+        "A description of object `i`."
         return ", ".join(f"{name} {k[v]}" for name, k, v in zip(self.names, self.kinds, self.values[i].tolist()))
 
     def __repr__(self):
@@ -109,9 +111,11 @@ class Referential(ItemTask):
             names=self.objects.names, kinds=self.objects.kinds), dict(values=self.objects.values)
 
     def meanings(self, part)->Tensor|None: # [n, n_attributes] int64; None where objects are features
+        "The attribute values of a part's targets."
         return self.objects.values[self.ids[part]] if isinstance(self.objects, Objects) else None
 
-    def digest(self):
+    def digest(self)->str:
+        "A digest of data, split and settings."
         return content_digest(*(x for k in ("train", "valid", "test") for x in (self.x[k].cpu(), self.ids[k])),
             json.dumps(self.given, sort_keys=True))
 
@@ -206,19 +210,33 @@ class Run:
     record:RunRecord
 
     @property
-    def accuracy(self)->float: return self.record.rows[0]["accuracy"] # of the test games
+    def accuracy(self)->float:
+        "Accuracy on the test games."
+        return self.record.rows[0]["accuracy"] # of the test games
+
     @property
-    def metrics(self)->dict: return {k: v for k, v in self.record.rows[0].items()}
+    def metrics(self)->dict:
+        "All metrics by name."
+        return {k: v for k, v in self.record.rows[0].items()}
+
     @property
-    def history(self): return self.record.history()
+    def history(self):
+        "The training history, one row per epoch."
+        return self.record.history()
+
     @property
-    def meanings(self): return self.task.meanings("test") if hasattr(self.task, "meanings") else None
+    def meanings(self)->Tensor|None:
+        "The attribute values of the test targets, if they have any."
+        return self.task.meanings("test") if hasattr(self.task, "meanings") else None
+
     @property
     def messages(self)->Tensor: # [n_test, length] int64 symbols; −1 from the end on where messages end
+        "The messages about the test targets."
         sent = self.record.tensors()["messages"]
         return sent if sent.is_floating_point() else sent.long().flatten(1)
     @property
     def lengths(self)->Tensor|None: # [n_test] symbols of each; None where all are as long
+        "The lengths of the messages."
         return self.record.tensors().get("lengths")
 
     def corpus(self)->Corpus:

@@ -26,10 +26,14 @@ class AttributeGames(NamedTuple):
     n_values:int # values of each attribute
 
     @property
-    def candidates(self): return torch.cat([self.targets[:, None], self.distractors], 1) # [n, 1 + n_distractors, n_attributes], the target first
+    def candidates(self)->Tensor:
+        "All candidates of each game, the target first."
+        return torch.cat([self.targets[:, None], self.distractors], 1) # [n, 1 + n_distractors, n_attributes], the target first
 
     @property
-    def differs(self): return self.distractors != self.targets[:, None] # [n, n_distractors, n_attributes] bool
+    def differs(self)->Tensor:
+        "In which attributes each distractor differs from its target."
+        return self.distractors != self.targets[:, None] # [n, n_distractors, n_attributes] bool
 
 def _rng(generator): return np.random.default_rng(torch.randint(2**62, (4,), generator=generator).tolist())
 
