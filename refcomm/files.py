@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['expanded', 'home', 'checkout', 'figures_dir', 'data_dir', 'data_folders', 'known_stamps', 'find_data', 'read_parquet',
-           'disk_errors', 'fsync_dir', 'open_regular', 'make_folder', 'write_atomic', 'write_together',
+           'disk_errors', 'fsync_dir', 'open_regular', 'read_text', 'make_folder', 'write_atomic', 'write_together',
            'content_digest', 'files_digest', 'set_aside', 'cached_tensor', 'save_checkpoint', 'load_checkpoint',
            'distrust_checkpoint', 'stamped', 'unstamped']
 
@@ -126,6 +126,12 @@ def open_regular(
         os.close(fd)
         raise IsADirectoryError(errno.EISDIR, "a folder, a device or a pipe, not a file", str(path))
     return os.fdopen(fd, "rb")
+
+def read_text(
+    path, # a file in UTF-8
+)->str:
+    "The text of a file, and of nothing else: see `open_regular`."
+    with open_regular(path) as f: return f.read().decode("utf-8")
 
 def make_folder(
     path, # may be there already

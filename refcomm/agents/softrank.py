@@ -61,7 +61,7 @@ PRECISE = 2**10 # scores up to here, over their strength, are ranked as they are
 
 def _apart(ordered):
     "Scores that fall, as differences from the first of their group where a row has scores beyond `PRECISE`, and the groups' ends [..., n]."
-    n, far = ordered.shape[-1], ordered[..., [0, -1]].abs().amax(-1, keepdim=True) > PRECISE
+    n, far = ordered.shape[-1], torch.maximum(ordered[..., :1].abs(), ordered[..., -1:].abs()) > PRECISE
     finite = ordered.nan_to_num(nan=torch.nan, posinf=torch.finfo(ordered.dtype).max,
         neginf=torch.finfo(ordered.dtype).min)
     split = far & (finite[..., :-1] - finite[..., 1:] > n) # blocks never reach across a gap of more than n

@@ -73,11 +73,12 @@ def train_trunk(
             conv(128, 128, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(device)
         head = nn.Linear(128, len(images.classes)).to(device)
     params, steps, g = [*trunk.parameters(), *head.parameters()], -(-n//batch_size), generator(seed, "trunk order")
+    seen, labels = images.images.to(device), images.labels.to(device)
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs*steps)
     with progress_bar(epochs*steps, "training a trunk") as bar:
-        for i in (i for _ in range(epochs) for i in torch.randperm(n, generator=g).tensor_split(steps)):
-            loss = F.cross_entropy(head(trunk(images.images[i].to(device).float()/255)), images.labels[i].to(device))
+        for i in (i for _ in range(epochs) for i in torch.randperm(n, generator=g).to(device).tensor_split(steps)):
+            loss = F.cross_entropy(head(trunk(seen[i].float()/255)), labels[i])
             optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step(); bar.update()
     return trunk.eval()
 

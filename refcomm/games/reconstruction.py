@@ -48,12 +48,16 @@ class Reconstruction(Task):
         if min(n.values()) < 1 or sum(n.values()) >= len(objects):
             raise ConfigError(f"{len(objects)} objects cannot be dealt into {n} and some to train on: change valid and test")
         self.ids = split(len(objects), dict(train=len(objects) - sum(n.values()), **n), generator(seed, "split"))
+        self.given = dict(n, seed=seed)
         self.objects, self.x, self.n_train = objects, objects.one_hot(), len(self.ids["train"])
         self.every = Attributes(objects.values, tuple(map(len, objects.kinds)))
 
     def make_receiver(self, dim): return nn.Linear(dim, sum(self.every.sizes)) # of what was understood
     def seen(self, part): return self.x[self.ids[part]]
     def meanings(self, part): return self.objects.values[self.ids[part]]
+    def about(self): # as of `own.Referential`
+        return (dict(self.given, kind="reconstruction", names=self.objects.names, kinds=self.objects.kinds),
+            dict(values=self.objects.values))
     def digest(self): return content_digest(self.x, *self.ids.values(), json.dumps("reconstruction"))
     def batch(self, idx, generators):
         target = self.ids["train"][idx]

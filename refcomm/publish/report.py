@@ -16,11 +16,11 @@ from urllib.parse import quote
 import pandas as pd
 
 import refcomm
-from .. import __version__
+from . import __version__
 from ..papers.claims import VERDICTS, counted
 from ..core import PROFILES, ConfigError, StoreError, check_choice
 from .figures import load_recipe
-from ..files import write_together
+from ..files import open_regular, write_together
 from ..papers.evidence import PAPERS, contents, published
 
 # %% ../../nbs/97_publish.report.ipynb #11a1e9df
@@ -119,6 +119,7 @@ def _read_item(png, csv):
     recipe = load_recipe(png)
     _check_recipe(recipe, png.stem)
     json.dumps(recipe, ensure_ascii=False).encode() # half a character cannot be written
+    for file in (png, csv): open_regular(file).close()
     with Image.open(png, formats=["PNG"]) as image: size = image.size; image.verify()
     files = dict(png=png.read_bytes(), csv=csv.read_bytes(),
         beside=comparison(pd.read_csv(csv, dtype=dict(row=str, column=str, note=str), encoding="utf-8")))
