@@ -384,13 +384,13 @@ def report(
     figures:Path = typer.Option(None,
     help="the folder of figures; the one that `refcomm reproduce` writes to, or the checkout's kept figures if that has none"),
 ):
-    "Write one HTML page of everything that was made: claims, pictures, paper beside ours."
+    "Write one HTML page of everything that was made, and full pictures and numbers into a folder beside it."
     from refcomm.publish.report import write_report
     out = expanded(out or "refcomm-report.html", "--out").absolute()
     folder = expanded(figures or _with_figures(), "--figures").absolute()
     items, problems = write_report(out, folder, {item: title(path) for item, path in notebooks().items()})
     for p in problems: print(f"refcomm: not shown: {p}", file=sys.stderr)
-    print(f"{len(items)} items of {folder} are in {out}")
+    print(f"{len(items)} items of {folder} are in {out}; full pictures and numbers are in {out.stem}_files beside it")
 
 # %% ../nbs/99_cli.ipynb #07791de4
 @runs_app.command("list")
