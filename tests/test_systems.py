@@ -4,11 +4,8 @@ import errno
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import pandas as pd
 import pytest
-import torch
 
 from refcomm import files
 from refcomm.core import n_cores
@@ -25,7 +22,7 @@ for name in ("SIGUSR1", "SIGKILL"): delattr(signal, name)
 for name in ("sched_getaffinity", "O_NOFOLLOW", "O_NONBLOCK", "geteuid", "getuid", "fork", "mkfifo"): delattr(os, name)
 """
 WORK = f"""
-import warnings
+import os, warnings
 warnings.filterwarnings("error", category=EncodingWarning, module="refcomm")
 import matplotlib; matplotlib.use("agg")
 import pandas as pd
@@ -49,25 +46,17 @@ assert "Größe → n" in Path("report.html").read_text("utf-8")
 """
 
 
-def works(code, tmp_path, **env):
-    r = subprocess.run([sys.executable, "-X", "warn_default_encoding", "-c", code + WORK], capture_output=True, cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+@pytest.mark.slow
+def test_what_only_linux_has_may_be_missing_and_letters_may_be_few(home, tmp_path):
+    """As on Windows: modules, signals and functions of the system are not there; training, store, archives and report work.
+    And under an ASCII locale: files are UTF-8, each that is opened as text says so, and a terminal gets what it has."""
+    ascii = "import locale\nassert locale.getpreferredencoding(False) not in ('UTF-8', 'utf-8')\n"
+    (tmp_path/"work.py").write_text(WITHOUT + ascii + WORK, encoding="utf-8")
+    r = subprocess.run([sys.executable, "-X", "warn_default_encoding", "work.py"], capture_output=True, cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
+            "PYTHONIOENCODING": "ascii:backslashreplace"})
     assert r.returncode == 0, r.stderr.decode(errors="replace")[-3000:]
-    return r.stdout + r.stderr
-
-
-@pytest.mark.slow
-def test_what_only_linux_has_may_be_missing(home, tmp_path):
-    "As on Windows: modules, signals and functions of the system are not there; training, store, archives and report work."
-    works(WITHOUT, tmp_path)
-
-
-@pytest.mark.slow
-def test_a_locale_of_few_letters_is_enough(home, tmp_path):
-    "Files are UTF-8 whatever the locale says, and each that is opened as text says so; a terminal gets what it has."
-    out = works("import os, locale\nassert locale.getpreferredencoding(False) not in ('UTF-8', 'utf-8')\n", tmp_path,
-        LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii:backslashreplace")
-    assert out.isascii()
+    assert (r.stdout + r.stderr).isascii()
 
 
 def test_folders_are_not_forced_to_the_disk_where_they_cannot_be(monkeypatch):
