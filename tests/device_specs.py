@@ -1,12 +1,19 @@
 """Small trainings of every experiment, model and precision: run under a pretended GPU, and on a real one by `on_gpu.py`."""
-import importlib
 import itertools
 import re
 
+import torch
+
+from refcomm.core import generator
+from refcomm.data.scenes import SceneWorld
 from refcomm.data.sentences import load_sentences
 from refcomm.papers.eqc.run import GAMES, EQCSpec
+from refcomm.runs.store import runner_of
 from refcomm.papers.iac.run import IACSpec
-from refcomm.papers.patch.run import PatchSpec
+from refcomm.metrics.images import saliency
+from refcomm.metrics.representation import linear_probe
+from refcomm.papers.patch.probes import detections, read_out
+from refcomm.papers.patch.run import PatchSpec, build as build_patch
 from refcomm.papers.sms.run import SMSSpec
 from refcomm.games.patchgame import PUBLIC_CODE
 from refcomm.papers.eqc import items as eqc
@@ -80,18 +87,21 @@ def eqc_specs(encoder):
     return found
 
 
+TAUGHT = dict(probes=("valid",))  # what is taught classes does not play: without a probe it has no rows
+
+
 def iac_spec(**changes):
     return IACSpec(**{**iac.SIZES["smoke"], "source": "shapes", "n_images": 240, "batch_size": 24, "n_blobs": 8,
         "n_permutations": 9, "test_candidates": (2, 8), "probes": (), **changes})
 
 
 def iac_specs():
-    models = {**iac.MODELS, "public optimiser": dict(optimizer="lars", accumulate=2, batch_size=12, lr=.01),
+    models = {**iac.MODELS, "Supervised": iac.MODELS["Supervised"] | TAUGHT, "public optimiser": dict(optimizer="lars", accumulate=2, batch_size=12, lr=.01),
     "candidates": dict(train_candidates=4), **{k: v for k, v in iac.CHANNELS.items() if v},
               "large images": dict(image_size=24, view_size=16), "probed": dict(probes=("valid",))}
     found = {f"iac {name}": [iac_spec(**own)] for name, own in models.items()}
     for name, precision in itertools.product(("SimCLR", "Supervised", iac.MAIN), PRECISIONS[1:]):
-        found[f"iac {name} {precision}"] = [iac_spec(**iac.MODELS[name], precision=precision)]
+        found[f"iac {name} {precision}"] = [iac_spec(**models[name], precision=precision)]
     return found
 
 
@@ -134,6 +144,32 @@ def all_specs(
     return eqc_specs(encoder) | iac_specs() | patch_specs() | sms_specs()
 
 
+def detection(device):
+    "Rows of a detector that begins with a game's trunk."
+    s = patch_spec(trained=False, epochs=1)
+    return detections({"game": build_patch(s, 10).eval()}, "scenes", 32, 8, 8, 1, 0, device)
+
+
+def seeing(device):
+    "Maps of where a small classifier looks, and how well a read-out of a trunk does."
+    s, world = patch_spec(trained=False, model="supervised"), SceneWorld(32)
+    drawn = world.draw(16, generator(0, "seen"))
+    images, labels = drawn.images.to(device), drawn.labels.to(device)
+    taught = read_out(build_patch(s, len(world.shapes)).trunk.to(device).eval(), images.float()/255, labels, len(world.shapes), 8)
+    return saliency(torch.nn.Sequential(taught.trunk, taught.head), images.float()/255, labels)
+
+
+def probing(device):
+    "A linear probe of random features, of classes and of several labels at once."
+    x, draws = torch.rand(120, 8, generator=generator(0, "x")).to(device), generator(0, "probe")
+    one = (x[:, 0] > .5).long()
+    several = torch.stack([one, (x[:, 1] > .5).long()], 1)
+    return [linear_probe(x[:80], y[:80], x[80:], y[80:], draws).score for y in (one, several)]
+
+
+JUDGES = {"detection": detection, "saliency": seeing, "probes": probing}  # what else computes on a device
+
+
 def experiment(specs):
     "The module that runs these Specs."
-    return importlib.import_module(type(specs[0]).__module__)
+    return runner_of(specs[0])

@@ -55,6 +55,25 @@ def test_a_process_of_its_own_says_the_same(home):
     assert r.returncode == 2 and r.stderr.startswith("refcomm: ") and len(r.stderr.strip().splitlines()) == 1
 
 
+def test_lists_and_plans_are_there_without_pytorch(home, shipped_figures):
+    "What only reads imports neither PyTorch nor pandas nor NumPy, with records in the store, too."
+    from refcomm.publish.records import unpack_run
+    for path in sorted((shipped_figures/"records").glob("*/*.parquet"))[::400]: unpack_run(path, Store())
+    assert Store().keys()
+    code = """if True:
+        import contextlib, io, sys
+        from refcomm import cli, core
+        core._CUDA_FILES = () # as on a machine without a GPU; else its name is asked of PyTorch
+        for args in (["--help"], ["list"], ["plan"], ["plan", "--profile", "paper"], ["runs", "list"], ["runs", "plan"],
+            ["runs", "verify"], ["reproduce", "--dry-run"]):
+            with contextlib.redirect_stdout(io.StringIO()) as out: cli.app(args, standalone_mode=False)
+            assert len(out.getvalue()) > 20, args
+            heavy = {"torch._C", "pandas._libs", "numpy.core", "numpy._core", "scipy._lib"}.intersection(sys.modules)
+            assert not heavy, (args, heavy)"""
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+
+
 def test_runs_commands(home, command, tmp_path):
     plan = command("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stdout
     assert len(json.loads(plan)) == 4
@@ -110,26 +129,43 @@ def test_a_plan_of_costs(home, shipped_figures, monkeypatch):
     assert sorted(p for p in home.rglob("*")) == before, "looking changes nothing"
 
 
-@pytest.mark.parametrize("paper", sorted({item.split("/")[0] for item in catalogue.notebooks()}))
-def test_every_notebook_at_smoke_and_nothing_twice(home, paper):
-    r = shell("reproduce", paper, "--profile", "smoke")
+@pytest.fixture
+def smoke_home(tmp_path_factory, monkeypatch):
+    "One REFCOMM_HOME for all workers: what one has trained another finds."
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ: place = place.parent
+    monkeypatch.setenv("REFCOMM_HOME", str(place/"smoke"))
+    monkeypatch.delenv("REFCOMM_FIGURES", raising=False)
+    return place/"smoke"
+
+
+def some_at_a_time(items, n=4):
+    "The items of each paper, n by n."
+    papers = {}
+    for item in items: papers.setdefault(item.split("/")[0], []).append(item)
+    return [part[i:i + n] for part in papers.values() for i in range(0, len(part), n)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("items", some_at_a_time(catalogue.notebooks()), ids=" ".join)
+def test_notebooks_at_smoke_and_nothing_twice(smoke_home, command, items):
+    r = command("reproduce", *items, "--profile", "smoke")
     assert r.returncode == 0, r.stdout + r.stderr
-    figures, items = home/"smoke-figures", [item for item in catalogue.notebooks() if item.startswith(f"{paper}/")]
-    for item in items:
-        stem = item.replace("/", "_")
-        recipe = json.loads((figures/f"{stem}.json").read_text())
-        assert (figures/f"{stem}.png").stat().st_size > 5000 and len(pd.read_csv(figures/f"{stem}.csv"))
-        assert recipe["profile"] == "smoke" and recipe["note"] and all(c["verdict"] == "untestable here"
-            for c in recipe["claims"])
-        executed = json.loads((home/"executed"/"smoke"/f"{item}.ipynb").read_text())
-        assert all(c["execution_count"] for c in executed["cells"] if c["cell_type"] == "code")
-    seen = {p: p.stat().st_mtime_ns for p in home.rglob("*") if p.is_file()}
-    total = [row.split() for row in shell("plan", paper, "--profile", "smoke").stdout.splitlines()
-        if row.startswith("total")][0]
+    files_of = {item: [smoke_home/"smoke-figures"/f"{item.replace('/', '_')}.{end}" for end in ("png", "csv", "json")]
+        + [smoke_home/"executed"/"smoke"/f"{item}.ipynb"] for item in items}
+    for png, csv, about, executed in files_of.values():
+        recipe, notebook = json.loads(about.read_text()), json.loads(executed.read_text())
+        assert png.stat().st_size > 5000 and len(pd.read_csv(csv))
+        assert recipe["profile"] == "smoke" and recipe["note"]
+        assert all(c["verdict"] == "untestable here" for c in recipe["claims"])
+        assert all(c["execution_count"] for c in notebook["cells"] if c["cell_type"] == "code")
+    made = [*sum(files_of.values(), []), *Store().root.glob("*/*/record.json")]
+    seen = {p: p.stat().st_mtime_ns for p in made}
+    total, = [row.split() for row in command("plan", *items, "--profile", "smoke").stdout.splitlines()
+        if row.startswith("total")]
     assert total[1] == total[2] and total[3:5] == ["0", "0"], "the grid of every item is what its notebook makes"
-    again = shell("reproduce", paper, "--profile", "smoke")
-    assert again.stdout.count("found done") == len(items)
-    assert seen == {p: p.stat().st_mtime_ns for p in home.rglob("*") if p.is_file()}, "finished work is not touched"
+    assert command("reproduce", *items, "--profile", "smoke").stdout.count("found done") == len(items)
+    assert seen == {p: p.stat().st_mtime_ns for p in made}, "finished work is not touched"
 
 
 SAVE = "import pandas as pd, matplotlib.pyplot as plt\nfrom refcomm.publish import figures\nfigures.save('toy', 'x', pd.DataFrame(dict(a=[1])), plt.figure(), [], profile, 'Toy', 'none')"

@@ -1,7 +1,7 @@
 "Every experiment, model and precision on a pretended GPU: nothing mixes devices, and a training step waits for the device no more often than is said here."
 import pytest
 import torch
-from device_specs import all_specs, eqc_spec, experiment, patch_spec, tiny_distilbert
+from device_specs import JUDGES, all_specs, eqc_spec, experiment, patch_spec, tiny_distilbert
 from pretend_gpu import PretendGPU
 
 from refcomm.core import generator, pick_device, same_device
@@ -35,16 +35,31 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory): return str(tmp_path_factory.mktemp("home"))  # features of images are extracted once
+
+
 def context(device="cuda", checkpoint=None, report=lambda *a: None, seconds=60.):
     return Context(device, checkpoint, report, seconds)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_runs_on_a_gpu(name, home, encoder):
+def test_runs_on_a_gpu(name, kept, monkeypatch, encoder):
+    monkeypatch.setenv("REFCOMM_HOME", kept)
     specs = all_specs(encoder)[name]
     with PretendGPU() as gpu: results = experiment(specs).run(specs, context())
     assert len(results) == len(specs) and all(r.rows for r in results)
-    if name != "patch Random": assert gpu.usual().syncs.total() <= most_waits(name), gpu.report()
+    assert bool(gpu.steps) == (len(results[0].history.columns) > 1)  # what is not trained has seconds alone
+    if gpu.steps: assert gpu.usual().syncs.total() <= most_waits(name), gpu.report()
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_judges_run_on_a_gpu(name, home):
+    here = JUDGES[name]("cpu")
+    with PretendGPU(): there = JUDGES[name]("cuda")
+    if isinstance(here, torch.Tensor): torch.testing.assert_close(there, here, atol=1e-3, rtol=0)
+    elif name == "probes": assert there == pytest.approx(here, abs=.05)
+    assert len(there) == len(here)
 
 
 class Cut(Exception): pass

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import checkpoint_state
 
 from refcomm import cli
 from refcomm.core import ConfigError
@@ -168,7 +169,7 @@ for f in [pool.submit(runs.run_stack, [EQCSpec(word_length=w, **SHORT)], {str(St
 pool.shutdown()
 """
     specs = [EQCSpec(word_length=w, **SHORT) for w in (10, 20)]
-    states = lambda: [load_checkpoint(f)[1]["epoch"] for f in Store().root.glob("unfinished/*/training.safetensors")]
+    states = lambda: [checkpoint_state(f)["epoch"] for f in Store().root.glob("unfinished/*/training.safetensors")]
     p = drive(work, **two_nodes)
     workers = wait_for(lambda: len(states()) == 2 and min(states()) > 0 and makers(*specs), p)
     assert len({parent(w) for w in workers}) == 2, "one on each node"

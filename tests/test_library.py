@@ -183,3 +183,58 @@ def test_files_of_both_kinds_hold_the_same_objects(tmp_path):
     a, b, c = (load_objects(tmp_path/n) for n in ("t.csv", "t.parquet", "s.csv"))
     assert torch.equal(a.values, b.values) and torch.equal(a.values, c.values) and [k for k in a.kinds] == [k
         for k in b.kinds]
+
+OWN = """
+import itertools, pandas as pd, torch
+from refcomm import *
+objects = load_objects(pd.DataFrame(itertools.product("abcd", "xyz", "1234"), columns=["letter", "end", "number"]))
+class Eye(torch.nn.Module):
+    def __init__(self): super().__init__(); self.net = torch.nn.Linear(11, 8)
+    def forward(self, x): return self.net(x).relu()
+def even(messages, meanings): return float((messages % 2 == 0).float().mean())
+@experiment
+def mine(alphabet_size:int=6, epochs:int=1, seed:int=0):
+    task = referential(objects, distractors=4, valid=8, test=12)
+    game = make_game(task, alphabet_size=alphabet_size, sender=Eye(), hidden=8, seed=seed)
+    return trial(game, task, epochs=epochs, lr=1e-2, metrics=[topsim, even], seed=seed)
+"""
+
+def test_a_worker_needs_nothing_but_the_spec(tmp_path):
+    "What a notebook's cell defines is made in a process that has never seen it, and is then loaded, planned and found here."
+    import pickle
+    from refcomm.runs.costs import recorded
+    from refcomm.runs.execute import read_plan, run_stack, spent, write_plan
+    cell = {"__name__": "__main__"}
+    exec(OWN, cell)
+    mine, store = cell["mine"], Store(tmp_path/"runs")
+    specs = [mine(seed=s) for s in (0, 1)]
+    (tmp_path/"job").write_bytes(pickle.dumps((run_stack, (specs, str(store.root), "cpu"))))
+    code = f"import pickle; fn, args = pickle.load(open({str(tmp_path/'job')!r}, 'rb')); fn(*args)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    records = execute(specs, store=store)
+    assert [r.provenance["trained_together"] for r in records] == [2, 2]
+    table = sweep(mine, dict(seed=[0, 1]), store=Store(tmp_path/"here"))
+    assert table.key.tolist() == [r.key for r in records]
+    assert [r.rows[0]["accuracy"] for r in records] == table.accuracy.tolist()
+    kept = load(records[0])
+    assert torch.equal(kept.game.send(kept.task.seen("test")).symbols.flatten(1), records[0].tensors()["messages"].long().flatten(1))
+    write_plan(specs, tmp_path/"plan.json")
+    assert read_plan(tmp_path/"plan.json") == specs and recorded(store).keys == {("mine", r.key) for r in records}
+    assert spent(records)["epochs"] == 2
+    exec(OWN.replace("lr=1e-2", "lr=1e-3"), cell)
+    with pytest.warns(UserWarning, match="before its code changed"): execute([cell["mine"](seed=0)], store=store)
+
+def test_sweeps_of_several_shapes_equal_single_runs(tmp_path):
+    t = task()
+    def make(bottleneck, seed): return refcomm.trial(make_game(t, bottleneck=bottleneck, alphabet_size=3, word_length=4, hidden=8, seed=seed), t, epochs=2, lr=1e-2, seed=seed)
+    found = sweep(make, dict(bottleneck=["quantized", "vq"], seed=[0, 1]), store=Store(tmp_path/"a"))
+    for row in found.itertuples():
+        alone = train(*make(row.bottleneck, row.seed)[:2], epochs=2, lr=1e-2, seed=row.seed, store=Store(tmp_path/"b"))
+        assert alone.record.key == row.key and alone.accuracy == row.accuracy
+
+def test_a_grid_is_a_file(tmp_path, capsys):
+    from refcomm import cli
+    (tmp_path/"own.py").write_text(OWN)
+    (tmp_path/"grid.json").write_text(json.dumps(dict(experiment=f"{tmp_path/'own.py'}:mine", grid=dict(alphabet_size=[3, 6]))))
+    cli.sweep(tmp_path/"grid.json", 1, "cpu", None, None, False, None, None, "accuracy", None)
+    assert len(pd.read_csv(tmp_path/"grid.csv")) == 2 and (tmp_path/"grid.png").stat().st_size > 1000

@@ -14,7 +14,7 @@ from nbdev.process import Processor
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = { # number of the first notebook → what they are about
-    0: "Foundations", 10: "Data", 22: "Bottlenecks and channels", 30: "Agents", 38: "Games", 50: "Metrics",
+    0: "Foundations", 10: "Data", 22: "Bottlenecks and channels", 30: "Agents", 38: "Games", 45: "Settings of the papers' runs", 50: "Metrics",
     58: "Symbolic complexity",
     64: "Training", 68: "Runs, corpora and play", 80: "Papers", 93: "Publishing and the command line",
 }

@@ -65,7 +65,9 @@ class Explorer:
 
     def __len__(self): return len(self.symbols)
 
-    def look(self, item:int): return self.looks(item) if callable(self.looks) else self.looks[item]
+    def look(self, item:int):
+        "How item `item` is displayed."
+        return self.looks(item) if callable(self.looks) else self.looks[item]
 
     def change(self,
         game:int,
@@ -81,7 +83,9 @@ class Explorer:
         "How well each candidate fits the message, as it is sent or changed."
         with torch.no_grad(): return self.respond(game, self.change(game, changes)).log_softmax(-1).cpu()
 
-    def choice(self, game:int, changes:dict={})->int: return self.scores(game, changes).argmax().item() # a place among the candidates
+    def choice(self, game:int, changes:dict={})->int:
+        "The receiver's choice in a game after changes of the message."
+        return self.scores(game, changes).argmax().item() # a place among the candidates
 
     def _repr_html_(self): return game_html(self, 0)
 

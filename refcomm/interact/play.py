@@ -50,10 +50,12 @@ class Match:
 
     @property
     def score(self)->dict: # rounds played, targets found by person and agent, and by chance on average
+        "The score so far."
         person, agent = (sum(r[i] for r in self.rounds) for i in (1, 2))
         return dict(rounds=len(self.rounds), person=person, agent=agent, chance=len(self.rounds)/self.n_candidates)
 
     def examples(self)->list: # numbers of games about other items, the most similar messages first
+        "Games with similar messages about other items."
         e, own = self.explorer, self.explorer.index[self.game, self.explorer.target[self.game]]
         about = e.index.gather(1, e.target[:, None]).squeeze(1)
         apart = (e.symbols != e.symbols[self.game]).sum(-1).where(about != own, e.symbols.shape[1] + 1)

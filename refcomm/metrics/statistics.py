@@ -10,10 +10,11 @@ __all__ = ['share_interval', 'Estimate', 'as_estimate', 'estimate', 'combine', '
 import math
 from typing import NamedTuple
 
-import numpy as np
-from scipy.stats import binomtest, norm, sem, t as student
+import lazy_loader
 
-from ..core import ConfigError
+np, scipy = map(lazy_loader.load, ("numpy", "scipy"))
+
+from refcomm.core import ConfigError
 
 # %% ../../nbs/56_metrics.statistics.ipynb #af25ece4
 def share_interval(
@@ -24,7 +25,7 @@ def share_interval(
 )->tuple: # low, high
     "Interval of a share of independent targets, with a width at 0 and 1, too."
     if not 0 <= share <= 1: raise ConfigError(f"a share lies between 0 and 1, got {share!r}: divide percentages by 100")
-    return tuple(map(float, binomtest(round(share*n_targets), int(n_targets)).proportion_ci(level, method)))
+    return tuple(map(float, scipy.stats.binomtest(round(share*n_targets), int(n_targets)).proportion_ci(level, method)))
 
 # %% ../../nbs/56_metrics.statistics.ipynb #ece363db
 class Estimate(NamedTuple):
@@ -37,7 +38,9 @@ class Estimate(NamedTuple):
     lone:int=0 # how many single runs are in it, whose spread over seeds is unknown
 
     @property
-    def sd(self): return self.se*math.sqrt(self.n_seeds) # over seeds
+    def sd(self)->float:
+        "The standard deviation over seeds."
+        return self.se*math.sqrt(self.n_seeds) # over seeds
 
 def as_estimate(x)->Estimate:
     "An `Estimate` as it is, a number as an exact one."
@@ -57,9 +60,9 @@ def estimate(
     if n_targets is not None and not np.isnan(n_targets):
         share = min(abs(mean)/whole, 1.)
         low, high = share_interval(share, n_targets, method="wilson")
-        targets = whole*max(high - share, share - low)/norm.ppf(.975)
+        targets = whole*max(high - share, share - low)/scipy.stats.norm.ppf(.975)
     if n == 1: return Estimate(mean, 0., math.inf, targets, 1, 1)
-    return Estimate(mean, float(sem(values)), n - 1, targets, n)
+    return Estimate(mean, float(scipy.stats.sem(values)), n - 1, targets, n)
 
 # %% ../../nbs/56_metrics.statistics.ipynb #87f1868e
 def combine(
@@ -91,7 +94,7 @@ def interval(
     "Interval of an estimate: Student's t over seeds, normal over targets."
     if e.lone > 1 or (e.lone and not e.targets and not e.se): return math.nan, math.nan
     tail = (1 + level)/2
-    half = math.hypot(student.ppf(tail, e.df)*e.se if e.se else 0., norm.ppf(tail)*e.targets)
+    half = math.hypot(scipy.stats.t.ppf(tail, e.df)*e.se if e.se else 0., scipy.stats.norm.ppf(tail)*e.targets)
     return e.value - half, e.value + half
 
 def mean_interval(
@@ -105,7 +108,7 @@ def mean_interval(
     if math.isnan(e.value) or not e.targets: return interval(e, level)
     share = e.value/whole
     low, high = share_interval(share, n_targets, level)
-    seeds = student.ppf((1 + level)/2, e.df)*e.se/whole if e.se else 0.
+    seeds = scipy.stats.t.ppf((1 + level)/2, e.df)*e.se/whole if e.se else 0.
     return whole*max(0., share - math.hypot(seeds, share - low)), whole*min(1., share + math.hypot(seeds, high - share))
 
 def detectable(
@@ -115,8 +118,8 @@ def detectable(
 )->float: # NaN where the spread is unknown
     "The smallest effect that so precise a comparison sees that often."
     if math.isnan(interval(e, level)[0]): return math.nan
-    seeds = (student.ppf((1 + level)/2, e.df) + student.ppf(power, e.df))*e.se if e.se else 0.
-    return math.hypot(seeds, (norm.ppf((1 + level)/2) + norm.ppf(power))*e.targets)
+    seeds = (scipy.stats.t.ppf((1 + level)/2, e.df) + scipy.stats.t.ppf(power, e.df))*e.se if e.se else 0.
+    return math.hypot(seeds, (scipy.stats.norm.ppf((1 + level)/2) + scipy.stats.norm.ppf(power))*e.targets)
 
 # %% ../../nbs/56_metrics.statistics.ipynb #39d401e2
 def published_estimate(

@@ -10,12 +10,14 @@ __all__ = ['COLUMNS', 'VERDICTS', 'claims', 'Part', 'Answer', 'answer', 'verdict
 import ast, math
 from typing import NamedTuple
 
-import pandas as pd
+import lazy_loader
 
-from ..core import ConfigError
-from .deviations import reach
-from ..metrics.statistics import Estimate, as_estimate, combine, detectable, interval
-from .evidence import paper_table
+pd = lazy_loader.load("pandas")
+
+from refcomm.core import ConfigError
+from refcomm.papers.deviations import reach
+from refcomm.metrics.statistics import Estimate, as_estimate, combine, detectable, interval
+from refcomm.papers.evidence import paper_table
 
 # %% ../../nbs/82_papers.claims.ipynb #daa77528
 COLUMNS = ("id", "item", "game", "sentence", "test", "source", "ours", "kind", "explanation", "decide")
@@ -24,7 +26,7 @@ VERDICTS = ("reproduced", "refuted", "not seen at this scale", "undecided", "unt
 def claims(
     paper:str, # a name in `PAPERS`, or "beyond"
     item:str|None=None, # "table5"; every claim when None
-)->pd.DataFrame: # a row per claim, with the columns `COLUMNS`
+)->"pd.DataFrame": # a row per claim, with the columns `COLUMNS`
     "What is claimed about the items of a paper."
     table = paper_table(paper, "claims")
     table["ours"] = table.ours == "yes"
@@ -208,7 +210,7 @@ def check_claims(
 
 def show(
     checked, # from `check_claims`
-)->pd.DataFrame:
+)->"pd.DataFrame":
     "Verdicts as a table."
     return pd.DataFrame(checked, columns=["id", "sentence", "verdict", "cause", "power"]).set_index("id")
 

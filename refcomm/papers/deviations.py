@@ -8,10 +8,12 @@ __all__ = ['COLUMNS', 'KINDS', 'SIDES', 'deviations', 'paper_value', 'applies', 
 # %% ../../nbs/81_papers.deviations.ipynb #423dd320
 import ast
 
-import pandas as pd
+import lazy_loader
 
-from ..core import PROFILES
-from .evidence import paper_table
+pd = lazy_loader.load("pandas")
+
+from refcomm.core import PROFILES
+from refcomm.papers.evidence import paper_table
 
 # %% ../../nbs/81_papers.deviations.ipynb #832e00cc
 COLUMNS = ("field", "when", "kind", "origin", "paper", "ours", "profiles", "why")
@@ -19,7 +21,7 @@ KINDS = ("size", "data", "method", "schedule", "unstated", "design", "fact")
 
 def deviations(
     paper:str, # a name in `PAPERS`, or "beyond", which has eqc's
-)->pd.DataFrame: # a row per field or fact, with the columns `COLUMNS`
+)->"pd.DataFrame": # a row per field or fact, with the columns `COLUMNS`
     "Where this library is not the paper."
     return paper_table("eqc" if paper == "beyond" else paper, "deviations")
 

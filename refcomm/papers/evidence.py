@@ -9,11 +9,12 @@ __all__ = ['PAPERS', 'RUNS', 'paper_table', 'published', 'contents', 'summarize'
 import math
 from importlib import resources
 
-import numpy as np
-import pandas as pd
+import lazy_loader
 
-from ..core import ConfigError, check_choice
-from ..metrics.statistics import combine, detectable, estimate, interval, mean_interval, published_estimate
+pd = lazy_loader.load("pandas")
+
+from refcomm.core import ConfigError, check_choice
+from refcomm.metrics.statistics import combine, detectable, estimate, interval, mean_interval, published_estimate
 
 # %% ../../nbs/80_papers.evidence.ipynb #478ddbb3
 PAPERS = {
@@ -27,7 +28,7 @@ RUNS = {"eqc": 3, "iac": 1, "patch": 1, "sms": 1} # of the paper, behind a print
 def paper_table(
     paper:str, # a name in `PAPERS`, or "beyond" for claims
     kind:str, # "published", "claims" or "deviations"
-)->pd.DataFrame: # columns of text, but for numbers where `kind` is "published"
+)->"pd.DataFrame": # columns of text, but for numbers where `kind` is "published"
     "One of a paper's tables of data; every reader of them goes through here."
     (check_choice("paper", paper, [*PAPERS, "beyond"]),
         check_choice("kind of table", kind, ("published", "claims", "deviations")))
@@ -40,7 +41,7 @@ def paper_table(
 def published(
     paper:str, # a name in `PAPERS`
     item:str|None=None, # "table5", "text" …; everything when None
-)->pd.DataFrame: # item, row, column, mean, sd, printed, note
+)->"pd.DataFrame": # item, row, column, mean, sd, printed, note
     "The numbers that a paper printed."
     table = paper_table(check_choice("paper", paper, PAPERS), "published")
     if item is None: return table
@@ -50,26 +51,26 @@ def published(
 # %% ../../nbs/80_papers.evidence.ipynb #418e9633
 def contents(
     paper:str, # a name in `PAPERS`
-)->pd.DataFrame: # item, kind ("result" or "drawing"), title
+)->"pd.DataFrame": # item, kind ("result" or "drawing"), title
     "The tables and figures of a paper, in its order of figures, then tables."
     with (resources.files("refcomm.papers")/"items.csv").open(encoding="utf-8") as f: table = pd.read_csv(f)
     return table[table["paper"] == check_choice("paper", paper, PAPERS)].drop(columns="paper").reset_index(drop=True)
 
 # %% ../../nbs/80_papers.evidence.ipynb #a3158034
-def _half_digit(printed:pd.Series)->pd.Series:
+def _half_digit(printed:"pd.Series")->"pd.Series":
     "Half a unit of the last digit printed."
     digits = printed.str.extract(r"^\s*-?\d+\.?(\d*)")[0].fillna("").str.len()
     return .5 * 10.**-digits
 
-def _sd_bound(note:pd.Series)->pd.Series: # missing where the note tells none
+def _sd_bound(note:"pd.Series")->"pd.Series": # missing where the note tells none
     "A bound of the standard deviation that a note tells, as in 'sd under 0.02'."
     return note.str.extract(r"sd under ([\d.]+)")[0].astype(float)
 
 def summarize(
-    rows:pd.DataFrame, # columns row, column, seed, `value` and, with `whole`, n_targets, of how many targets a value is the share; missing where it is no share
+    rows:"pd.DataFrame", # columns row, column, seed, `value` and, with `whole`, n_targets, of how many targets a value is the share; missing where it is none
     value:str="accuracy", # the column to average
     whole:float|None=None, # the value where every target is found, 1 or 100 (%); None: no share of targets
-)->pd.DataFrame: # row, column, ours, ours_sd, low, high, n_seeds, n_targets, whole
+)->"pd.DataFrame": # row, column, ours, ours_sd, low, high, n_seeds, n_targets, whole
     "Mean, standard deviation over seeds (dividing by n − 1; missing for a single seed), and 95 % interval of the mean."
     cells = rows.astype({"column": str}).groupby(["row", "column"], sort=False)
     targets = [part.n_targets.iloc[0] if whole else None for _, part in cells]
@@ -90,11 +91,11 @@ def _difference(c, paper):
 
 # %% ../../nbs/80_papers.evidence.ipynb #a3158035
 def compare(
-    ours:pd.DataFrame, # row, column, ours, ours_sd (from `summarize`), and low, high, n_seeds, n_targets, whole if there are any
+    ours:"pd.DataFrame", # row, column, ours, ours_sd (from `summarize`), and low, high, n_seeds, n_targets, whole if there are any
     paper:str,
     item:str, # of the published numbers
     shown_in:str|None=None, # the item that shows them, if another: its cells are not counted again
-)->pd.DataFrame: # with published, published_sd, difference and its ends, detectable, within (True, False or None: not counted), note
+)->"pd.DataFrame": # with published, published_sd, difference and its ends, detectable, within (True, False or None: not counted), note
     "Put our numbers beside the published ones of the same row and column."
     theirs = published(paper, item).rename(columns=dict(mean="published", sd="published_sd"))
     t = ours.merge(theirs.drop(columns="item"), "left", ["row", "column"])
@@ -116,10 +117,10 @@ def compare(
 
 # %% ../../nbs/80_papers.evidence.ipynb #83196e13
 def side_by_side(
-    comparison:pd.DataFrame, # from `compare`
+    comparison:"pd.DataFrame", # from `compare`
     digits:int=3,
     intervals:bool=False, # a third line with ours' interval, if there is any
-)->pd.DataFrame: # two lines a row: paper and ours; a star marks a difference whose interval leaves out 0
+)->"pd.DataFrame": # two lines a row: paper and ours; a star marks a difference whose interval leaves out 0
     "A comparison laid out like the paper's table."
     def cell(mean, sd, star=""):
         if pd.isna(mean): return "–"

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from ..core import ConfigError, RecordError, StoreError
 from ..files import disk_errors, make_folder, most_unpacked, open_regular, write_atomic
-from .store import FILES, NAME, Store, spec_class
+from .experiments import spec_class
+from .store import FILES, NAME, Store
 
 # %% ../../nbs/69_runs.archives.ipynb #86a00007
 MANIFEST = "refcomm-archive.json" # the first file of an archive: what follows

@@ -15,7 +15,7 @@ import lazy_loader
 
 torch = lazy_loader.load("torch")
 
-from refcomm.core import from_json, pick_device, printable
+from refcomm.core import from_json, no_cuda, pick_device, printable
 from refcomm.files import checkout, read_text
 from refcomm.runs.store import Store, digest, run_key, spec_fields, unsealed
 
@@ -34,6 +34,7 @@ def kind(
 # %% ../../nbs/73_runs.costs.ipynb #2f73fbf3
 def device_name(device="auto")->str: # as in the provenance of runs; of processors, its beginning
     "What runs made here would call their device."
+    if device == "auto" and no_cuda(): return "cpu"
     d = pick_device(device)
     return torch.cuda.get_device_name(d) if d.type == "cuda" else "cpu"
 
@@ -54,7 +55,7 @@ def recorded(
         k = kind(r.experiment, r.spec)
         sizes[k].append(r.bytes())
         if r.provenance["device"].startswith(here):
-            seconds[k].append(r.provenance["seconds"] / r.provenance["trained_together"] / r.spec["epochs"])
+            seconds[k].append(r.provenance["seconds"] / r.provenance["trained_together"] / r.spec.get("epochs", 1))
     return Recorded({(r.experiment, r.key) for r in sound}, seconds, sizes)
 
 # %% ../../nbs/73_runs.costs.ipynb #437b41de
@@ -99,7 +100,7 @@ def estimate(
         basis = (f"as shipped runs of {of} ({', '.join(sorted({r['costs']['device'] for r in own}))}; "
             f"{', '.join(sorted({r['data'] for r in own}))})")
     if not sizes: sizes = [r["costs"]["bytes"]/r["costs"]["runs"] for r in own if "bytes" in r["costs"]]
-    return Cost(statistics.median(seconds)*spec.epochs if seconds else None, statistics.median(sizes) if sizes
+    return Cost(statistics.median(seconds)*getattr(spec, "epochs", 1) if seconds else None, statistics.median(sizes) if sizes
         else None, basis if seconds else "unknown")
 
 # %% ../../nbs/73_runs.costs.ipynb #fa0cbf6a

@@ -11,7 +11,7 @@ __all__ = ['MODELS', 'MAIN', 'GAMES', 'BASE', 'ITEMS', 'CHANNELS', 'SIZES', 'EMB
 import dataclasses, itertools, math
 
 from ...core import PROFILES, ConfigError, check_at_least, check_choice
-from .run import IACSpec
+from .spec import IACSpec
 from ...files import data_dir, find_data, stamped
 from ..deviations import note
 from ...metrics.statistics import Estimate, combine, estimate, published_estimate

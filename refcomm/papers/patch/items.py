@@ -13,9 +13,8 @@ import dataclasses, itertools, math
 from pathlib import Path
 
 from ...core import PROFILES, ConfigError, check_at_least, check_choice
-from .run import PatchSpec
-from .probes import boxed_by
-from ...games.patchgame import PUBLIC_CODE
+from .spec import PatchSpec
+from ...names import PUBLIC_CODE
 from ...files import data_dir, find_data, stamped
 from ..deviations import note
 from ...metrics.statistics import Estimate, combine, estimate
@@ -98,6 +97,7 @@ def boxes_of(
     profile:str, # a name in core's `PROFILES`
 )->str: # one sentence
     "What detectors are trained on."
+    from refcomm.papers.patch.probes import boxed_by
     own = DETECTION[check_choice("profile", profile, PROFILES)]
     boxes = ("Pascal VOC 2007" if boxed_by(own["boxes"]) == "voc07"
         else f"{own['n_train']} rendered scenes, tested on {own['n_test']}")

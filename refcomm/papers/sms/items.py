@@ -10,7 +10,7 @@ __all__ = ['ITEMS', 'SIZES', 'SEEN', 'PICTURES', 'grid', 'epochs_of', 'fidelity'
 import dataclasses, itertools
 
 from ...core import PROFILES, check_at_least, check_choice
-from .run import SMSSpec
+from .spec import SMSSpec
 from ..deviations import note
 from ...metrics.statistics import Estimate, combine, estimate, published_estimate
 
