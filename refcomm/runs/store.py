@@ -125,7 +125,7 @@ class RunRecord:
 def package_commit()->str: # short hash, with "+" when the package has changes; "" outside a checkout
     "The commit of the checkout that this package runs from, as it was when this process first asked."
     here = Path(importlib.import_module("refcomm").__file__).parent
-    git = lambda *a: subprocess.run(["git", "-C", str(here), *a], capture_output=True, text=True)
+    git = lambda *a: subprocess.run(["git", "-C", str(here), *a], capture_output=True, encoding="utf-8", errors="replace")
     try: head = git("rev-parse", "--short=10", "HEAD")
     except OSError: return ""
     tracked = head.returncode == 0 and git("ls-files", "--error-unmatch", "__init__.py").returncode == 0
