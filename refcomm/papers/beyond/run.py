@@ -72,7 +72,7 @@ def sizes(s:BeyondSpec)->dict: # arguments of `make_game`
         if s.bottleneck == "straight-through": own |= dict(bottleneck="gumbel", straight_through=True)
     elif s.bottleneck == "vq": own = dict(alphabet_size=16, word_length=b//4, symbol_width=8)
     elif s.bottleneck == "learned": own = dict(alphabet_size=4, word_length=b//2, symbol_width=2)
-    else: own = dict(alphabet_size=2, word_length=b)
+    else: own = dict(word_length=b) | ({} if s.bottleneck == "continuous" else dict(alphabet_size=2))
     cell = {} if s.channel == "instant" else dict(message_length=words, cell=s.cell)
     channel = dict(channel="recurrent", ends=True) if s.channel == "ending" else dict(channel=s.channel)
     return dict(bottleneck=s.bottleneck, hidden=s.hidden, embedding=s.embedding) | own | cell | channel
