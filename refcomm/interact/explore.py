@@ -216,7 +216,8 @@ def explorer_of(
     kept = load(run, store, device)
     if not hasattr(kept.task, "games"):
         if kept.spec.model != "game":
-            raise ConfigError(f"run {kept.record.experiment}/{kept.record.key} is of the model {kept.spec.model!r}, which sends no messages: name one of a game")
+            raise ConfigError(f"run {kept.record.experiment}/{kept.record.key} is of the model {kept.spec.model!r}, which "
+                f"sends no messages: name one of a game")
         pictures = kept.task.valid.images[:n]
         plain = random_views(pictures.to(device), view_spec("plain", size=kept.spec.view_size), generator(0))
         return (explore_patches if hasattr(kept.game, "speaker") else explore_views)(kept.game, plain, plain, pictures)

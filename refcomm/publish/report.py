@@ -16,7 +16,6 @@ from urllib.parse import quote
 import pandas as pd
 
 import refcomm
-from . import __version__
 from ..papers.claims import VERDICTS, counted
 from ..core import PROFILES, ConfigError, StoreError, check_choice
 from .figures import load_recipe

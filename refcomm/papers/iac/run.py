@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...agents.vision import make_trunk, projector
 from ...channels import Instant, Recurrent, make_bottleneck
-from ...core import generator, pick_device, seeded_init
+from ...core import check_choice, generator, pick_device, seeded_init
 from ...data.parts import ImageParts, image_parts, probe_set
 from ...data.views import ViewSpec, gaussian_blobs, view_spec, random_views
 from ...distributed import share_statistics
