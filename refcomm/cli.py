@@ -15,7 +15,7 @@ import typer
 
 from . import __version__
 from .publish.catalogue import HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of, parse_parameters, title, in_short
-from .core import PROFILES, ConfigError, RefcommError, check_choice, from_json, n_cores, no_cuda, printable, Interrupted
+from .core import PROFILES, ConfigError, RecordError, RefcommError, check_choice, from_json, n_cores, no_cuda, printable, Interrupted
 from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic, checkout, expanded
 from .interrupts import Interruptible
 from .publish.records import keep_item, kept_items, kept_store, outdated, used_runs
@@ -354,7 +354,7 @@ def redraw(
                 with kept_store(item, into=into and into.expanduser().absolute()) as given:
                     status, _, message = reproduce_item(item, path, dict(given, jobs=1), force=True)
                 results.append((item, status.replace("done", "redrawn"), message))
-        except ConfigError as e:
+        except (ConfigError, RecordError) as e:
             results.append((item, "no records" if str(e).startswith("no records") else "failed", str(e)))
     print_table(None, ("item", "", ""), results)
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)

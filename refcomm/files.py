@@ -105,7 +105,7 @@ def read_parquet(
     import pyarrow as pa, pyarrow.parquet as pq
     if not Path(path).is_file(): raise ConfigError(f"no file {path}" + (f": make it with {made_by}" if made_by else ""))
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file: # of files that have them
             names = file.schema_arrow.names
             if twice := sorted({c for c in names if names.count(c) > 1}):
                 raise ConfigError(f"{path} has several columns called {twice[0]!r}: rename them")

@@ -524,14 +524,10 @@ def main(argv=None):
     write_plan(wanted, root/"plan.json"), write_plan(few, root/"few.json")
     calm, calm_few = Place(root, "calm", root/"plan.json"), Place(root, "calm-few", root/"few.json")
     try:
-        other = damaged_files(root/"damage", o.damages, rng)
-        after(f"{o.damages} damaged files")
         for place, notebooks in ((calm, True), (calm_few, False)):
             if place.start(notebooks).wait():
                 raise SystemExit(f"the undisturbed reproduction failed: {place.said()[-2000:]}")
             after(f"undisturbed: {len(place.store.keys())} records")
-        table = mutated(calm, root, o.mutations, rng)
-        after(f"{o.mutations} mutations")
         lines = two_drivers(root, root/"few.json", calm_few, rng)
         after("two drivers")
         lines.append(crowd(root, root/"few.json", calm_few, rng))
@@ -540,6 +536,10 @@ def main(argv=None):
         after("memory")
         places, done = disturbed(root, root/"plan.json", o.stops, rng)
         equal = sum(compare(p, calm) for p in places)
+        table = mutated(calm, root, o.mutations, rng)
+        after(f"{o.mutations} damaged records")
+        other = damaged_files(root/"damage", o.damages, rng)
+        after(f"{o.damages} other damaged files")
         events = lambda what: sum(len(p.events(what)) for p in places)
         facts = dict(command=" ".join(["python tests/soak.py", *(sys.argv[1:] if argv is None else argv)]), seed=o.seed,
             done=done, rounds=len(places), begun=events("begin"), resumed=events("resume"), stored=events("store"),
