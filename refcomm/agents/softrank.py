@@ -106,7 +106,7 @@ def _tables(*tensors): return [x.contiguous().view(-1, x.shape[-1]).numpy() for 
 
 def _by_rows(ordered, order):
     "Ranks, the order and blocks (int32), as `_SoftRank` returns them."
-    ranks, block, n = torch.empty_like(ordered), torch.empty_like(order, dtype=torch.int32), ordered.shape[-1]
+    n, ranks, block = ordered.shape[-1], torch.empty(ordered.shape, dtype=ordered.dtype), torch.empty(order.shape, dtype=torch.int32)
     _compiled()["_pool_rows"](*_tables(ordered.detach(), order, ranks, block), np.empty(n + 1), np.empty(n + 1, np.int64))
     return ranks, order, block
 
