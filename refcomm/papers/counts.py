@@ -21,7 +21,7 @@ from refcomm.runs.costs import SPEEDS, Cost, Counts, Speed, kind, memory_bytes, 
 from refcomm.runs.store import digest, runner_of, spec_fields
 
 # %% ../../nbs/92_papers.counts.ipynb #06dd9e8f
-def operations()->"Operations": # counts while it is entered: products, convolutions, bytes, kernels, peak
+def operations(): # a context; while it is entered it counts: products, convolutions, bytes, kernels, peak
     "A context that counts what is computed within it."
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves

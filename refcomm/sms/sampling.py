@@ -13,7 +13,7 @@ import numpy as np, torch
 from torch import Tensor
 
 from ..core import ConfigError, check_at_least, check_choice, progress_bar, compile_loops, have_numba
-from .backends import _compiled, _deep, _near, compile_loops
+from .backends import _compiled, _deep, _near
 from .complexity import identifying_set, min_symbols
 from .theory import feasible, uniform_law
 

@@ -18,7 +18,7 @@ import lazy_loader
 pd = lazy_loader.load("pandas")
 
 from refcomm.core import PROFILES, check_at_least, check_choice
-from refcomm.papers.eqc.spec import GAMES, EQCSpec, source
+from refcomm.papers.eqc.spec import GAMES, SOURCES, EQCSpec, source
 from refcomm.papers.deviations import note
 from refcomm.metrics.statistics import Estimate, combine, estimate, paired, published_estimate
 from refcomm.papers.evidence import published
