@@ -23,6 +23,7 @@ from .channels import Instant, Recurrent
 from .core import ConfigError, RecordError, generator, nearest, need, seeded_init
 from .ending import Ending
 from .files import disk_errors, fsync_dir
+from .games.contrastive import DiscriminationGame
 from .games.referential import ReferentialGame
 from .games.tasks import ObjectTask, SampledTask
 from .metrics.representation import linear_probe
@@ -49,6 +50,7 @@ def _ending(c):
 PARTS = { # class → the arguments that build one like it
     nn.Linear: _linear, LinearEncoder: _linear, nn.ReLU: lambda m: {}, nn.Tanh: lambda m: {}, nn.GELU: lambda m: {},
     nn.Sigmoid: lambda m: {}, nn.Identity: lambda m: {}, nn.Flatten: lambda m: {},
+    nn.RMSNorm: lambda m: dict(normalized_shape=list(m.normalized_shape), elementwise_affine=m.elementwise_affine),
     nn.LayerNorm: lambda m: dict(normalized_shape=list(m.normalized_shape)),
     nn.BatchNorm1d: lambda m: dict(num_features=m.num_features), nn.Dropout: lambda m: dict(p=m.p),
     InformedSender: lambda m: dict(in_features=m.embed.in_features, dim=m.encode.out_features,
@@ -65,6 +67,8 @@ PARTS = { # class → the arguments that build one like it
     Instant: lambda c: dict(bottleneck=c.bottleneck, dim=c.dim, speak=c.speak, listen=c.listen), Recurrent: _recurrent,
     Ending: _ending,
     ReferentialGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver),
+    DiscriminationGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver, temperature=g.temperature,
+    negatives=g.negatives, n_candidates=g.n_candidates),
 }
 
 def described(

@@ -98,8 +98,8 @@ def _stock(game, n)->tuple: # inputs [n, ...], labels [n], what else
         world = ObjectWorld(4, 8)
         return world, draw_distinct(world.size, n, draws) if n < world.size else torch.arange(world.size), None
     if game == "images":
-        f = load_features("shapes", n=n)
-        return nn.functional.normalize(f.x, dim=-1) * f.x.shape[-1]**.5, f.labels, None
+        f = load_features("shapes", n=max(n, 1152)) # two of each class at least
+        return nn.functional.normalize(f.x, dim=-1)[:n] * f.x.shape[-1]**.5, f.labels[:n], None
     if game == "discrimination":
         images = load_images("shapes", 32, n)
         views = torch.stack([random_views(images.images, view_spec("listener", size=8), draws).flatten(1) for _ in range(6)], 1)
