@@ -282,7 +282,8 @@ def sweep(
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     plot_sweep(table, x or next(iter(values)), y, by, plt.figure(figsize=(6, 4)).gca())
-    with disk_errors(out), write_atomic(out.with_suffix(".png")) as tmp: plt.savefig(tmp, format="png", bbox_inches="tight", dpi=150)
+    with disk_errors(out), write_atomic(out.with_suffix(".png")) as tmp:
+        plt.savefig(tmp, format="png", bbox_inches="tight", dpi=150)
     numbers = [c for c in table if c in values or (c != "key" and table[c].dtype.kind in "fi")]
     show = lambda v: f"{v:.4g}" if isinstance(v, float) else v
     print_table(f"{table.key.nunique()} runs: {out}, {out.with_suffix('.png')}", numbers,
