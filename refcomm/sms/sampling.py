@@ -223,7 +223,7 @@ def covariates(
     h = games.differs.sum(-1)
     code = torch.unique(games.distractors.flatten(0, 1), dim=0, return_inverse=True)[1].view(h.shape).sort(1).values
     everyone = games.candidates
-    alike = sum((everyone == v).sum(1, keepdim=True) * (everyone == v) for v in range(games.n_values)).sum(-1) # number of values that other candidates share with each candidate
+    alike = sum((everyone == v).sum(1, keepdim=True) * (everyone == v) for v in range(games.n_values)).sum(-1) # values shared with other candidates
     central = (alike[:, 0] > alike[:, 1:].amax(1)).double().mean()
     return dict(hamming=h.double().mean().item(), singletons=(h == 1).double().mean().item(),
         repeated=(code.diff(dim=1) == 0).double().mean().item(), central=central.item())
