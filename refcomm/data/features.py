@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from ..core import ConfigError, check_at_least, check_choice, fetch_weights, generator, need, pick_device, progress_bar, seeded_init
-from ..files import cached_tensor, content_digest, find_data, home
+from ..files import cached_tensor, check_unpacked, content_digest, find_data, home, zip_size
 from .images import LabelledImages, load_images, missing_data, number_classes
 
 # %% ../../nbs/16_data.features.ipynb #11b0cb11
@@ -236,10 +236,12 @@ def _read_labels(path)->list:
 def _npz(path)->Features:
     "Features from an .npz: `x` or `features`, or `q*scale + lo`, with `label` or `labels`."
     try:
+        check_unpacked(path, zip_size(path))
         with np.load(path, allow_pickle=False) as file:
             stored = {k: torch.from_numpy(file[k]) if file[k].dtype.kind in "biuf" else file[k].tolist()
                 for k in file.files}
     except Exception as e:
+        if isinstance(e, ConfigError): raise
         raise ConfigError(f"{path} cannot be read as .npz ({type(e).__name__}: {e}): fetch or write it again") from None
     among = lambda *keys: next((stored[k] for k in keys if k in stored), None)
     x = among("x", "features")
@@ -268,10 +270,12 @@ def _h5(path)->Features:
             raise ValueError(f"{key} is a link to another place or file")
         if not isinstance(file[key], h5py.Dataset): raise ValueError(f"{key} is no table")
         if file[key].external or file[key].is_virtual: raise ValueError(f"{key} takes its numbers from other files")
+        check_unpacked(path, file[key].nbytes)
         return torch.from_numpy(file[key][:]).float()
     try:
         with h5py.File(path) as file: x, = (table(file, key) for key in file)
     except Exception as e:
+        if isinstance(e, ConfigError): raise
         raise ConfigError(f"{path} cannot be read as .h5 with one table ({type(e).__name__}: {e}): fetch or write it again") from None
     beside = next((p for p in (path.with_suffix(".txt"), path.with_suffix(".objects")) if p.exists()), None)
     if not beside:

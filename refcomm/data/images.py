@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_PIXELS', 'BACKGROUND', 'LabelledImages', 'number_classes', 'class_wnids', 'upright', 'as_rgb',
-           'square', 'missing_data', 'load_images']
+           'square', 'bounded', 'missing_data', 'load_images']
 
 # %% ../../nbs/14_data.images.ipynb #dd116f42
 import contextlib, functools, inspect, io, os, re, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FunctionType, SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -226,6 +227,23 @@ def _class_names(table, column)->list: # of text; empty where there are none
     except (KeyError, TypeError, ValueError): return []
     return names if isinstance(names, list) and all(isinstance(n, str) for n in names) else []
 
+# %% ../../nbs/14_data.images.ipynb #14a00002
+def bounded(
+    kind, # a class of `torchvision.datasets`
+): # a class like it
+    "A set that opens its images as all others are opened: of the formats in `FORMATS`, up to `MAX_PIXELS`."
+    import PIL
+    from PIL import Image
+    image = SimpleNamespace(**{**vars(Image), "open": lambda file, *_, **__: _open(Path(file))})
+    ours, methods = dict(Image=image, PIL=SimpleNamespace(**{**vars(PIL), "Image": image})), {}
+    for name in dir(kind):
+        f = inspect.getattr_static(kind, name)
+        if not isinstance(f, FunctionType) or not {"Image", "PIL"} & set(f.__code__.co_names): continue
+        names = f.__globals__ | {k: v for k, v in ours.items() if k in f.__globals__}
+        methods[name] = FunctionType(f.__code__, names, name, f.__defaults__, f.__closure__)
+        methods[name].__kwdefaults__ = f.__kwdefaults__
+    return type(kind.__name__, (kind,), methods)
+
 # %% ../../nbs/14_data.images.ipynb #03187f20
 def _hub(name, split, image_column, label_column)->_Source:
     "An image set on the Hugging Face hub."
@@ -252,7 +270,7 @@ def _torchvision(name, split)->_Source:
     which = dict(train=split == "train") if "train" in takes else dict(split=split) if "split" in takes else {}
     try:
         if not data_dir(): raise FileNotFoundError("REFCOMM_DATA is not set")
-        data = kind(str(data_dir()), **which)
+        data = bounded(kind)(str(data_dir()), **which)
         if hasattr(data, "loader"): data.loader = lambda path: _open(Path(path)) # of sets that are folders
         labels = next((getattr(data, a) for a in ("targets", "labels", "_labels") if hasattr(data, a)), None)
         labels = [int(l) for l in (labels if labels is not None else (y for _, y in data))]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..core import ConfigError, check_at_least, generator
 from ..files import find_data
-from .images import LabelledImages, load_images, square
+from .images import LabelledImages, bounded, load_images, square
 from .objects import split
 from .shapes import ShapeWorld
 from .wordnet import class_disjoint_split, path_similarity
@@ -105,7 +105,7 @@ def voc07_items(
             f"torchvision.datasets.VOCDetection(REFCOMM_DATA, '2007', download=True) fetches it; or leave it out")
     from torchvision.datasets import VOCDetection
     for part, name in (("train", "trainval"), ("test", "test")):
-        for image, about in VOCDetection(str(root.parent), "2007", name):
+        for image, about in bounded(VOCDetection)(str(root.parent), "2007", name):
             yield part, image, about["annotation"]["object"]
 
 def _voc07(size):

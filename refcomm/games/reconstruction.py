@@ -51,6 +51,7 @@ class Reconstruction(Task):
         if min(n.values()) < 1 or sum(n.values()) >= len(objects):
             raise ConfigError(f"{len(objects)} objects cannot be dealt into {n} and some to train on: change valid and test")
         self.ids = split(len(objects), dict(train=len(objects) - sum(n.values()), **n), generator(seed, "split"))
+        self.given = dict(n, seed=seed)
         self.objects, self.x, self.n_train = objects, objects.one_hot(), len(self.ids["train"])
         self.every = Attributes(objects.values, tuple(map(len, objects.kinds)))
 
@@ -65,6 +66,11 @@ class Reconstruction(Task):
     def meanings(self, part)->Tensor:
         "Attribute values `[n, n_attributes]` of a part's targets."
         return self.objects.values[self.ids[part]]
+
+    def about(self)->tuple:
+        "What `save_game` keeps of this task: its settings, and its tensors."
+        return (dict(self.given, kind="reconstruction", names=self.objects.names, kinds=self.objects.kinds),
+            dict(values=self.objects.values))
 
     def digest(self)->str:
         "A digest of data and split."

@@ -6,12 +6,13 @@
 __all__ = ['Games', 'Task', 'ObjectTask', 'ItemTask', 'ClassTask', 'Valued', 'SampledTask', 'objectives']
 
 # %% ../../nbs/39_games.tasks.ipynb #ce710973
-import contextlib
+import contextlib, copy
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
 from ..agents.encoders import Drawn, Fixed
 from ..core import ConfigError, check_at_least, draw_seed, seeded
@@ -24,6 +25,13 @@ class Games(NamedTuple):
     x:object # the targets as the sender sees them: [batch, ...], or `Drawn` for an informed sender
     target:Tensor # [batch] indices of the targets among the candidates
     candidates:object # features, or an object with `scores(receiver, z)`
+
+def _moved(x, device): # tensors, and what of this package holds tensors
+    if isinstance(x, Tensor): return x.to(device)
+    if not type(x).__module__.startswith("refcomm.") or isinstance(x, tuple): return x
+    new = copy.copy(x)
+    vars(new).update({k: tree_map(lambda v: _moved(v, device), v) for k, v in vars(x).items()})
+    return new
 
 class Task:
     "Base of all tasks."
@@ -48,6 +56,10 @@ class Task:
     )->Tensor: # [n, ...] all targets, as the input of an uninformed sender
         "The targets of a part."
         raise ConfigError("an informed sender sees its target among candidates: there is no view of the target alone")
+
+    def to(self, device)->"Task":
+        "The same games on another device."
+        return _moved(self, device)
 
     def validate(self,
         game, # a `ReferentialGame`

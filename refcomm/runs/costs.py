@@ -55,7 +55,7 @@ def recorded(
         k = kind(r.experiment, r.spec)
         sizes[k].append(r.bytes())
         if r.provenance["device"].startswith(here):
-            seconds[k].append(r.provenance["seconds"] / r.provenance["trained_together"] / r.spec["epochs"])
+            seconds[k].append(r.provenance["seconds"] / r.provenance["trained_together"] / r.spec.get("epochs", 1))
     return Recorded({(r.experiment, r.key) for r in sound}, seconds, sizes)
 
 # %% ../../nbs/73_runs.costs.ipynb #437b41de
@@ -100,7 +100,7 @@ def estimate(
         basis = (f"as shipped runs of {of} ({', '.join(sorted({r['costs']['device'] for r in own}))}; "
             f"{', '.join(sorted({r['data'] for r in own}))})")
     if not sizes: sizes = [r["costs"]["bytes"]/r["costs"]["runs"] for r in own if "bytes" in r["costs"]]
-    return Cost(statistics.median(seconds)*spec.epochs if seconds else None, statistics.median(sizes) if sizes
+    return Cost(statistics.median(seconds)*getattr(spec, "epochs", 1) if seconds else None, statistics.median(sizes) if sizes
         else None, basis if seconds else "unknown")
 
 # %% ../../nbs/73_runs.costs.ipynb #fa0cbf6a
