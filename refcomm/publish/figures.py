@@ -51,8 +51,8 @@ def aligned(
         for c in text)
     longest = [max((m[k] or "" for m in parts if m and m[1]), key=len, default="") for k in range(1, 5)]
     def padded(m):
-        left, *right = [(m[k] or "", blank(longest[k-1][len(m[k] or ""):])) for k in range(1, 5)]
-        return left[1] + left[0] + "".join(text + gap for text, gap in right)
+        gaps = [blank(longest[k-1][len(m[k] or ""):]) for k in range(1, 5)]
+        return gaps[0] + m[0] + "".join(gaps[1:])
     return [padded(m) if m and m[1] else c for m, c in zip(parts, cells)]
 
 def draw_table(
@@ -107,14 +107,15 @@ def curves(
     "One line per value of `line`: the mean, in a band of one standard deviation; none where nothing was measured."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3.4))[1]
-    looks = line_styles(rows[line].dropna().unique())
+    looks, banded = line_styles(rows[line].dropna().unique()), False
     for name, part in rows.dropna(subset=[x, y]).groupby(line, sort=False):
         mean = part.groupby(x)[y].mean()
         spread = (part.groupby(x)[sd].mean() if sd else part.groupby(x)[y].std()).fillna(0)
+        banded |= bool(spread.any())
         drawn, = ax.plot(mean.index, mean, label=name, **looks[str(name)] | (styles or {}).get(name, {}))
         ax.fill_between(mean.index, mean - spread, mean + spread, color=drawn.get_color(), alpha=.15, lw=0)
     ax.set(xlabel=AXES.get(x, x.replace("_", " ")), ylabel=AXES.get(y, y.replace("_", " ")))
-    ax.grid(alpha=.3); ax.legend(fontsize=8)
+    ax.grid(alpha=.3); ax.legend(fontsize=8, title="bands: ±1 sd" if banded else None, title_fontsize=7)
     literal(ax.figure)
     return ax
 
@@ -148,6 +149,7 @@ def heatmap(
         ax.xaxis.reset_ticks(), ax.yaxis.reset_ticks()
         sns.heatmap(grid, annot=True, fmt=fmt, cmap=MAP, cbar=False, annot_kws=dict(size=7.5), ax=ax, **kwargs)
     ax.set_title(title, fontsize=9)
+    ax.grid(False)
     literal(ax.figure)
     return ax
 
@@ -164,7 +166,7 @@ def capacity_maps(
     fig, axes = plt.subplots(2, len(modes), figsize=(5*len(modes), 7.2), squeeze=False)
     for j, mode in enumerate(modes):
         for i, (value, name, fmt, top) in enumerate((("accuracy", "accuracy", ".2f", 1),
-            ("noum", "unique messages among test targets (NoUM)", ".0f", rows.noum.max()))):
+            ("noum", "unique messages (NoUM)", ".0f", rows.noum.max()))):
             cells = rows[rows.quantised == mode].pivot_table(index="alphabet", columns="word_length",
                 values=value).rename(index=int)
             heatmap(cells, f"{name}, {mode}", fmt, axes[i, j], vmin=0, vmax=top).set(xlabel=AXES["word_length"],
