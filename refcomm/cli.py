@@ -333,6 +333,8 @@ def redraw(
     help="items or papers, e.g. eqc/table5 or eqc; all that have records when none is named"),
     from_store:bool = typer.Option(False, "--from-store",
     help="read the runs of your store and keep them as records, in place of reading records"),
+    from_numbers:bool = typer.Option(False, "--from-numbers",
+    help="draw pictures alone again, from the .csv kept beside each; for notebooks whose drawing cells are tagged `draw`"),
     profile:str = typer.Option("cpu", help="with --from-store: cpu | gpu | paper"),
     parameters:list[str] = typer.Option([], "-p",
     help="with --from-store: name=value, for the notebook's parameters cell"),
@@ -343,7 +345,8 @@ def redraw(
 ):
     "Make figures, statistics and claims again from kept runs, without training."
     known, have = notebooks(), kept_items()
-    chosen = choose(items) if items else {i: known[i] for i in known if i in have or from_store}
+    chosen = choose(items) if items else {i: known[i] for i in known if i in have or from_store or from_numbers}
+    if from_numbers and from_store: raise ConfigError("--from-numbers reads no runs: give one of --from-numbers and --from-store")
     if check:
         old = outdated()
         rows = [(i, old.get(i, "" if i in have else "no records")) for i in (items and chosen or known)]
@@ -353,7 +356,8 @@ def redraw(
     for item, path in chosen.items():
         print(f"{item}: {title(path)}", flush=True)
         try:
-            if from_store:
+            if from_numbers: results.append((item, *_from_numbers(item, path, into and into.expanduser().absolute())))
+            elif from_store:
                 results.append((item, *_from_store(item, path,
                     dict(parse_parameters(parameters), profile=check_choice("profile", profile, PROFILES), jobs=1))))
             else:
@@ -364,6 +368,15 @@ def redraw(
             results.append((item, "no records" if str(e).startswith("no records") else "failed", str(e)))
     print_table(None, ("item", "", ""), results)
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
+
+def _from_numbers(item, path, into)->tuple: # status, message
+    "Draw an item's picture again from its numbers."
+    from refcomm.publish.figures import redraw_from_numbers
+    kept = _with_figures()/f"{item.replace('/', '_', 1)}.png"
+    if not kept.with_suffix(".csv").is_file(): return "no numbers", ""
+    if not any("draw" in c["metadata"].get("tags", []) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        return "needs its runs", "no cell of its notebook is tagged `draw`"
+    return "redrawn", str(redraw_from_numbers(path, kept, into))
 
 def _from_store(item, path, parameters)->tuple: # status, message
     "Execute an item with the runs of the store alone, and keep them."
