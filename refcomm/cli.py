@@ -294,8 +294,12 @@ def plan(
     items:list[str] = typer.Argument(None, help="items or papers; everything when none is named"),
     profile:str = typer.Option("cpu", help="smoke | cpu | gpu | paper"),
     parameters:list[str] = typer.Option([], "-p", help="name=value, as for `refcomm reproduce`"),
+    device:str = typer.Option("auto",
+    help="where they would be made: auto, cpu, cuda, or H200; at gpu and paper without a GPU here, auto is H200"),
+    steps:Path = typer.Option(None, help="times of real steps, a file from tests/on_gpu.py"),
 ):
-    "Show which runs are to be made and which are there, and estimate time and disk. Makes nothing."
+    "Show which runs are to be made and which are there, and estimate time, disk and memory. Makes nothing."
+    from refcomm.papers.counts import plan_model
     from refcomm.runs.costs import duration, plan_costs, recorded, shipped, size
     check_choice("profile", profile, PROFILES)
     given, recipes, wanted, without = parse_parameters(parameters), shipped(), {}, {}
@@ -311,11 +315,12 @@ def plan(
             else:
                 without[item] = ("trains nothing" if recipes.get(item, {}).get("runs") == "no training"
                     else "only its notebook knows its runs, if it has any")
-    *lines, total = plan_costs(wanted, profile, recorded(), recipes)
+    model = plan_model(wanted, profile, device, steps)
+    *lines, total = plan_costs(wanted, profile, recorded(device="auto" if model.nominal else device), recipes, model)
     cells = {l.item: (l.item, l.runs, l.cached, l.runs - l.cached, duration(l.seconds, l.untimed),
-        size(l.bytes, l.unsized), l.basis) for l in (*lines, total)}
-    rows = sorted([*(cells[l.item] for l in lines), *((i, "", "", "", "", "", why) for i, why in without.items())])
-    print_table(f"Profile {profile}", ("item", "runs", "cached", "to do", "time", "disk", "time estimated"),
+        size(l.bytes, l.unsized), size(l.memory) if l.memory else "", l.basis) for l in (*lines, total)}
+    rows = sorted([*(cells[l.item] for l in lines), *((i, *[""]*6, why) for i, why in without.items())])
+    print_table(f"Profile {profile}", ("item", "runs", "cached", "to do", "time", "disk", "memory", "time estimated"),
         [*rows, cells["total"]])
     print("A run shared by several items counts once in the total. Time is of training, one run after the other on "
         "this machine; evaluation, data and figures come on top.")
@@ -384,13 +389,13 @@ def report(
     figures:Path = typer.Option(None,
     help="the folder of figures; the one that `refcomm reproduce` writes to, or the checkout's kept figures if that has none"),
 ):
-    "Write one HTML page of everything that was made: claims, pictures, paper beside ours."
+    "Write one HTML page of everything that was made, and full pictures and numbers into a folder beside it."
     from refcomm.publish.report import write_report
     out = expanded(out or "refcomm-report.html", "--out").absolute()
     folder = expanded(figures or _with_figures(), "--figures").absolute()
     items, problems = write_report(out, folder, {item: title(path) for item, path in notebooks().items()})
     for p in problems: print(f"refcomm: not shown: {p}", file=sys.stderr)
-    print(f"{len(items)} items of {folder} are in {out}")
+    print(f"{len(items)} items of {folder} are in {out}; full pictures and numbers are in {out.stem}_files beside it")
 
 # %% ../nbs/99_cli.ipynb #07791de4
 @runs_app.command("list")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'PROFILES', 'PRECISIONS', 'printable', 'RefcommError', 'ConfigError', 'TrainingDiverged', 'RecordError',
-           'WorkerDied', 'StoreError', 'Interrupted', 'nearest', 'check_choice', 'check_at_least', 'need', 'from_json',
-           'integers', 'fetch_weights', 'fitted', 'spec', 'generator', 'seeded_init', 'draw_seed', 'seeded', 'anneal',
-           'device_fault', 'no_cuda', 'pick_device', 'same_device', 'n_cores', 'autocast', 'check_parameter',
-           'check_injected', 'constant', 'progress_bar']
+           'WorkerDied', 'StoreError', 'Interrupted', 'nearest', 'check_choice', 'check_at_least', 'need', 'say_once',
+           'from_json', 'integers', 'fetch_weights', 'fitted', 'spec', 'generator', 'seeded_init', 'draw_seed',
+           'seeded', 'anneal', 'device_fault', 'no_cuda', 'pick_device', 'same_device', 'n_cores', 'autocast',
+           'check_parameter', 'check_injected', 'constant', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #94a934ea
 import ast, contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, signal, sys, types, typing, warnings
@@ -96,6 +96,13 @@ def need(
     "Import an optional module, or raise a `ConfigError` that says how to install it."
     try: return importlib.import_module(module)
     except ImportError: raise ConfigError(message) from None
+
+@functools.lru_cache(1024)
+def say_once(
+    text:str, # one line
+):
+    "Tell whoever watches, on standard error, and once in a process."
+    print(printable(f"refcomm: {text}"), file=sys.stderr)
 
 # %% ../nbs/00_core.ipynb #57c1e5a3
 def from_json(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['topsim', 'TASKS', 'Objects', 'load_objects', 'Referential', 'referential', 'make_game', 'OwnSpec', 'Run', 'Trial',
-           'trial', 'train', 'sweep', 'plot_sweep', 'page', 'make_task', 'kept']
+           'trial', 'train', 'sweep', 'plot_sweep', 'page', 'make_task', 'kept', 'task_of']
 
 # %% ../nbs/76_own.ipynb #3b1a4058
 import copy, dataclasses, inspect, itertools, json, math, warnings
@@ -517,10 +517,15 @@ def kept(
     parts:dict={}, # see `load_game`
 )->tuple: # the game in evaluation mode, and its task; None where that is of features or of one's own
     "What `refcomm.load` gives of a run of one's own."
-    about, game = record.summary.get("task"), restored(json.loads(record.spec["game"]), record.weights(), parts)
-    if not about: return game, None
+    return restored(json.loads(record.spec["game"]), record.weights(), parts), task_of(record)
+
+def task_of(
+    record:RunRecord, # of `train`
+): # its `Task`; None where that is of features or of one's own
+    "The games of a run of one's own, dealt again."
+    if not (about := record.summary.get("task")): return None
     objects = Objects(record.tensors()["task/values"], about["names"], about["kinds"])
     task = make_task(about["kind"], objects, about.get("distractors"), about["valid"], about["test"], about["seed"])
     if task.digest() != record.spec["task"]:
         raise RecordError(f"the games of run own/{record.key} cannot be dealt again: it was made by another version of refcomm")
-    return game, task
+    return task

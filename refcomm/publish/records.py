@@ -107,7 +107,7 @@ def keep_item(
     parameters:dict, # of its notebook
     folder=None, # of records; `records_dir()` when None
     store:Store|None=None, # where the runs are; the default store when None
-    redraw:bool=True, # whether they suffice to redraw it; not where weights or images are needed, or no figure is made yet
+    redraw:bool|None=None, # whether they suffice to redraw it; not where weights or images are needed, or no figure is made yet; None: as before
 )->Path: # the index
     "Keep the runs of an item, and drop those that no item needs any more."
     folder, store, spent, stamps = Path(folder or records_dir()), store or Store(), 0, {}
@@ -115,11 +115,14 @@ def keep_item(
     for run in runs:
         experiment, key = run.split("/")
         record, path = store.read(experiment, key), folder/experiment/f"{key}.parquet"
-        stamps |= dict(v.split("#", 1) for v in record.spec.values() if isinstance(v, str) and "#" in v)
+        texts = [x for v in record.spec.values() for x in (v if isinstance(v, (list, tuple)) else [v])]
+        stamps |= dict(x.split("#", 1) for x in texts if isinstance(x, str) and "#" in x)
         if not path.exists(): path = keep_run(record, folder, spent < SHARE)
         spent += path.stat().st_size
     index = dict(item=item, runs=runs, parameters={k: v for k, v in parameters.items() if k != "jobs"}, stamps=stamps)
-    if not redraw: index["redraw"] = False
+    known = _index(folder, item)
+    if redraw is None and known.is_file(): redraw = json.loads(known.read_text(encoding="utf-8")).get("redraw", True)
+    if redraw is False: index["redraw"] = False
     with write_atomic(_index(folder, item)) as tmp:
         tmp.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     tidy(folder)

@@ -14,7 +14,7 @@ import numpy as np, torch
 from torch import Tensor
 
 from ..core import ConfigError, check_at_least, check_choice, progress_bar
-from .backends import _compiled, compile_loops
+from .backends import _compiled, _deep, _near, compile_loops
 from .complexity import identifying_set, min_symbols
 from .theory import feasible, uniform_law
 
