@@ -503,7 +503,7 @@ def damaged_files(root, n, rng): # kind of file → what became of it → how of
     return table
 
 
-def main(argv=None):
+def options():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stops", type=int, default=28, help="kill −9, SIGTERM and SIGINT")
     parser.add_argument("--mutations", type=int, default=1000, help="of records")
@@ -512,7 +512,11 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1., help="of the usual training time")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
-    o = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    o = options().parse_args(argv)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2]) # two workers share two cores: one thread each
     import torch
     from refcomm.runs.execute import make_stacks, write_plan
