@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import warnings
-from pathlib import Path
 
 
 def leaf(rng, node):

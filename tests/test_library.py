@@ -1,17 +1,28 @@
 """What people build on: agents that are kept, data of one's own, channels × games × bottlenecks × agents."""
-import itertools, json, subprocess, sys
+import dataclasses, itertools, json, subprocess, sys
 from pathlib import Path
 
 import pandas as pd, pytest, torch
 from torch import nn
 
 import refcomm
-from refcomm.core import ConfigError
+from refcomm.core import ConfigError, generator
+from refcomm.corpora import from_record
+from refcomm.interact.explore import explore, explorer_of, game_html
+from refcomm.interact.play import Match, play
 from refcomm.training.populations import Paired, Population, cross_play
 from refcomm.games.reconstruction import Reconstruction
-from refcomm.games.tasks import SampledTask
-from refcomm.keep import described, load, load_game, push_game, save_game
+from refcomm.agents.encoders import InformedSender
+from refcomm.games.contrastive import DiscriminationGame
+from refcomm.games.patchgame import make_patch_game
+from refcomm.games.tasks import ClassTask, ItemTask, SampledTask
+from refcomm.sms.sampling import sample_games
+from refcomm.keep import cross_play_of, described, ease_of, load, load_game, probe_of, push_game, save_game
 from refcomm.own import load_objects, make_game, posdis, referential, sweep, topsim, train
+from refcomm.papers.eqc.run import EQCSpec
+from refcomm.papers.iac import items as iac_items
+from refcomm.papers.patch import items as patch_items
+from refcomm.papers.sms.run import SMSSpec
 from refcomm.runs.execute import execute
 from refcomm.runs.store import Store
 from refcomm.training.ensemble import Ensemble
@@ -29,24 +40,34 @@ GAMES = {
     "reconstruction": lambda: Reconstruction(objects(), valid=6, test=6),
     "symbolic": lambda: SampledTask({k: torch.randint(3, (n, 5, 4), generator=torch.Generator().manual_seed(n))
     for k, n in dict(train=40, valid=12, test=12).items()}, 3),
+    "min|M|": lambda: SampledTask({k: sample_games(n, 2, "tilted", 4, 3, 4, generator=generator(n)).candidates
+    for k, n in dict(train=40, valid=12, test=12).items()}, 3),
+    "image": lambda: ItemTask(NOISE, torch.arange(60) % 6, PARTS_OF_60, 3, 4, informed=True, other_classes=True, generator=generator(0)),
+    "sentence": lambda: ItemTask(NOISE, torch.arange(60) % 6, PARTS_OF_60, 3, 4, pool=24, generator=generator(0)),
+    "classes": lambda: ClassTask(NOISE, torch.arange(60) % 6, NOISE[:6], PARTS_OF_60, 3),
 }
+NOISE, PARTS_OF_60 = torch.randn(60, 6, generator=generator(1)), dict(zip(("train", "valid", "test"), torch.arange(60).split((40, 10, 10))))
 CHANNELS = {"instant": dict(channel="instant"), "recurrent": dict(), "ending": dict(length_cost=.1)}
 BOTTLENECKS = {"continuous": {}, "gumbel": {}, "straight-through": dict(bottleneck="gumbel", straight_through=True),
     "reinforce": {}, "quantized": dict(alphabet_size=3), "fsq": dict(alphabet_size=3), "vq": dict(alphabet_size=3),
     "learned": dict(alphabet_size=3)}
 AGENTS = {"rnn": {}, "lstm": {}, "transformer": {}}
 
-@pytest.mark.slow
-@pytest.mark.parametrize("game", GAMES)
-@pytest.mark.parametrize("channel", CHANNELS)
-@pytest.mark.parametrize("bottleneck", BOTTLENECKS)
-@pytest.mark.parametrize("cell", AGENTS)
+def _cases(): # every pair of game, channel, bottleneck and agents; all four of them together for two games
+    for game, channel, bottleneck, cell in itertools.product(GAMES, CHANNELS, BOTTLENECKS, AGENTS):
+        if channel == "instant" and cell != "rnn": continue # which has no cell
+        if game in ("objects", "reconstruction") or cell == "rnn" or (channel, bottleneck) == ("ending", "gumbel"):
+            yield game, channel, bottleneck, cell
+
+@pytest.mark.parametrize("game, channel, bottleneck, cell", _cases())
 def test_every_combination_trains_saves_and_plays_again(tmp_path, game, channel, bottleneck, cell):
-    if channel == "instant" and cell != "rnn": pytest.skip("an instant channel has no cell")
     t = GAMES[game]()
     sizes = (dict(bottleneck=bottleneck, alphabet_size=6, word_length=4, message_length=3, hidden=8, embedding=4,
         cell=cell) | BOTTLENECKS[bottleneck] | CHANNELS[channel])
     if channel == "recurrent" and cell == "transformer": sizes |= dict(ends=False)
+    if game == "image":
+        wide = 8 if channel != "instant" else 6 if bottleneck in ("gumbel", "straight-through", "reinforce") else 4
+        sizes["sender"] = InformedSender(6, wide, 4, 5, 3)
     try: g = make_game(t, **sizes)
     except ConfigError as e:
         assert (channel, cell) == ("recurrent", "transformer") and "unknown cell 'transformer'" in str(e)
@@ -58,6 +79,31 @@ def test_every_combination_trains_saves_and_plays_again(tmp_path, game, channel,
     again = load_game(save_game(tmp_path/"game", trained))
     with torch.no_grad(): one, two = (m.scores(m.send(seen.x).word, seen.candidates) for m in (trained, again))
     assert torch.equal(one, two)
+
+@pytest.mark.parametrize("channel", CHANNELS)
+@pytest.mark.parametrize("bottleneck", BOTTLENECKS)
+def test_discrimination_takes_every_channel_and_bottleneck(tmp_path, channel, bottleneck):
+    sizes = dict(bottleneck=bottleneck, alphabet_size=6, word_length=4, message_length=3, hidden=8, embedding=4) | BOTTLENECKS[bottleneck]
+    c = make_game(task(), **sizes | CHANNELS[channel]).channel
+    eye = lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, c.dim))
+    game, x = DiscriminationGame(eye(), c, eye(), n_candidates=4), torch.rand(2, 16, 3, 2, 2, generator=generator(0))
+    opt, draws = torch.optim.SGD(game.parameters(), .1), generator(1)
+    before = [p.detach().clone() for p in game.parameters()]
+    for _ in range(2): opt.zero_grad(), game(*x, game.draw_noise(16, draws)).backward(), opt.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, game.parameters()))
+    again = load_game(save_game(tmp_path/"game", game.eval()))
+    with torch.no_grad(): one, two = (g.play(*x) for g in (game, again))
+    assert one.loss == two.loss and one.accuracy == two.accuracy
+
+def test_a_patch_game_is_kept_and_takes_no_other_channel(tmp_path):
+    sizes = dict(size=32, patch_size=16, vocab_size=6, symbol_width=8, rank="thin", vision="vit",
+        width=12, layers=1, heads=3, hidden=8, narrow=4, dim=16, negatives="local")
+    game, x = make_patch_game(**sizes), torch.rand(2, 4, 3, 32, 32, generator=generator(0))
+    opt = torch.optim.SGD(game.parameters(), .1)
+    for _ in range(2): opt.zero_grad(), game(*x, game.draw_noise(4, generator(1))).backward(), opt.step()
+    again = load_game(save_game(tmp_path/"game", game.eval()), dict(PatchGame=lambda: make_patch_game(**sizes)))
+    with torch.no_grad(): assert torch.equal(game.send(x[0]).symbols, again.send(x[0]).symbols)
+    with pytest.raises(ConfigError, match="unknown channel 'patch'"): make_game(task(), channel="patch")
 
 @pytest.mark.slow
 def test_importing_needs_no_torch():
@@ -243,3 +289,39 @@ def test_a_grid_is_a_file(tmp_path, capsys):
     (tmp_path/"grid.json").write_text(json.dumps(dict(experiment=f"{tmp_path/'own.py'}:mine", grid=dict(alphabet_size=[3, 6]))))
     cli.sweep(tmp_path/"grid.json", 1, "cpu", None, None, False, None, None, "accuracy", None)
     assert len(pd.read_csv(tmp_path/"grid.csv")) == 2 and (tmp_path/"grid.png").stat().st_size > 1000
+
+FINISHED = {
+    "eqc": lambda: [EQCSpec(n_attributes=2, n_values=4, n_train=10, n_valid=3, n_test=3, bottleneck="gumbel", alphabet_size=5,
+        word_length=1, channel="ending", message_length=3, hidden=8, embedding=4, candidates=(2, 3), alphabets=(), epochs=1, seed=s) for s in (0, 1)],
+    "sms": lambda: [SMSSpec(n_attributes=4, n_values=3, n_distractors=3, n_train=64, n_valid=32, hidden=16, embedding=8,
+        alphabet_size=6, epochs=1, seed=s) for s in (0, 1)],
+    "iac": lambda: [dataclasses.replace(iac_items.grid("table1", "smoke", 1)[3], n_blobs=8, n_permutations=9, epochs=1)],
+    "patch": lambda: [patch_items.grid("figure9", "smoke", 1)[0]],
+    "own": lambda: [],
+}
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", FINISHED)
+def test_a_finished_run_is_explored_played_probed_and_written_without_training(tmp_path, experiment, monkeypatch):
+    store = Store(tmp_path)
+    if experiment == "own": records = [train(make_game(task(), hidden=8, seed=s), task(), epochs=1, seed=s, store=store).record for s in (0, 1)]
+    else: records = execute(FINISHED[experiment](), store=store)
+    monkeypatch.setattr("refcomm.training.loop.fit", None)
+    key = f"{experiment}/{records[0].key}"
+    e, m = explorer_of(key, 4, store), None
+    corpus = from_record(records[0], "game/valid" if experiment == "iac" else None)
+    if experiment == "patch": # dropped patches are no symbols of a corpus
+        assert [[s for s in row if s >= 0] for row in e.symbols.tolist()] == [row[:n] for row, n in zip(corpus.messages[:4].tolist(), corpus.lengths[:4].tolist())]
+    else:
+        n = corpus.messages.shape[1]
+        assert torch.equal(e.symbols[:, :n], corpus.messages[:4]) and (e.symbols[:, n:] == -1).all()
+    assert len(corpus.meanings) == len(corpus.messages) and e.look(0) is not None
+    assert "Game 0" in game_html(e, 0) and explore(e).children and play(Match(e, 2, generator=generator(0))).children
+    assert probe_of(key, store)
+    if experiment in ("iac", "patch"):
+        with pytest.raises(ConfigError, match="within batches of images"): cross_play_of([key], store)
+    else:
+        matrix = cross_play_of(records, store)
+        assert matrix.shape == (2, 2)
+        accuracy = [next(row["accuracy"] for row in reversed(r.rows) if row.get("position") is None) for r in records]
+        torch.testing.assert_close(matrix.diag(), torch.tensor(accuracy))

@@ -1,7 +1,5 @@
 "A seeded part of the soak test: damage to each kind of file that refcomm writes, none of it believed, none of it a traceback."
 import random
-import re
-from pathlib import Path
 
 import pytest
 
@@ -26,12 +24,3 @@ def test_no_damage_is_believed_and_none_is_a_traceback(found):
     assert set(BYTES) | set(PLACES) <= set(found["archive"].kinds) and set(TEXT) <= set(found["recipe"].kinds)
     for name, c in table.items():
         assert c["refused in one line"] + c["set aside, made anew"] >= 9, (name, c)
-
-
-def test_the_report_of_the_soak_is_of_a_run_that_passed():
-    text = Path(__file__).with_name("soak.md").read_text("utf-8")
-    assert "Passed: nothing was lost, doubled or believed." in text and "FAILED" not in text
-    assert all(f"| {kind} |" in text for kind in KINDS)
-    n, accepted, tracebacks = map(int, re.search(r"(\d+) damaged files of six kinds: (\d+) accepted, (\d+) tracebacks", text).groups())
-    assert n >= 1000 and accepted == tracebacks == 0
-    for words in ("SIGTERM", "SIGINT", "Four drivers", "a clean", "an import", "MiB"): assert words in text

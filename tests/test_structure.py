@@ -168,7 +168,7 @@ def test_a_sample_drawn_again_is_that_of_its_pairs(options):
     kept = kept[kept >= 0]
     x = distances(meant, options.get("meaning_distance", "hamming"))
     y = distances(said, options.get("message_distance", "edit"))
-    assert float(ready.drawn(drawn.bincount(minlength=30))) == pytest.approx(spearmanr(x[kept],
+    assert float(ready.resampled(drawn.bincount(minlength=30))) == pytest.approx(spearmanr(x[kept],
         y[kept].round(decimals=12)).statistic, abs=1e-9)
 
 
@@ -177,11 +177,11 @@ def test_deals_and_draws_are_of_the_same_statistic(statistic):
     said, meant = protocol(n=300)
     alone = dict(topsim=topographic_similarity, posdis=posdis, bosdis=bosdis)[statistic]
     ready, order = STATISTICS[statistic](said, meant), torch.randperm(300, generator=generator(4))
-    assert float(ready.dealt(order)) == pytest.approx(alone(said, meant[order]), abs=1e-6)
-    assert float(ready.drawn(torch.ones(300, dtype=torch.long))) == pytest.approx(alone(said, meant), abs=1e-9)
+    assert float(ready.permuted(order)) == pytest.approx(alone(said, meant[order]), abs=1e-6)
+    assert float(ready.resampled(torch.ones(300, dtype=torch.long))) == pytest.approx(alone(said, meant), abs=1e-9)
     if statistic != "topsim":
         weights = torch.randint(3, (300,), generator=generator(5))
-        assert float(ready.drawn(weights)) == pytest.approx(alone(said.repeat_interleave(weights, 0),
+        assert float(ready.resampled(weights)) == pytest.approx(alone(said.repeat_interleave(weights, 0),
             meant.repeat_interleave(weights, 0)), abs=1e-9)
 
 

@@ -101,14 +101,17 @@ class RunRecord:
     files:tuple = FILES[:3] # that it consists of
 
     def tensors(self)->dict:
+        "The stored tensors, by name."
         from safetensors.torch import load_file
         return load_file(self.path/"tensors.safetensors")
 
     def weights(self)->dict: # name → tensor; empty where none were kept
+        "The stored weights."
         from safetensors.torch import load_file
         return load_file(self.path/"weights.safetensors") if "weights.safetensors" in self.files else {}
 
     def history(self): # DataFrame: one row per epoch
+        "The training history."
         import pandas as pd
         return pd.read_parquet(self.path/"history.parquet")
 
@@ -122,7 +125,7 @@ class RunRecord:
 def package_commit()->str: # short hash, with "+" when the package has changes; "" outside a checkout
     "The commit of the checkout that this package runs from, as it was when this process first asked."
     here = Path(importlib.import_module("refcomm").__file__).parent
-    git = lambda *a: subprocess.run(["git", "-C", str(here), *a], capture_output=True, text=True)
+    git = lambda *a: subprocess.run(["git", "-C", str(here), *a], capture_output=True, encoding="utf-8", errors="replace")
     try: head = git("rev-parse", "--short=10", "HEAD")
     except OSError: return ""
     tracked = head.returncode == 0 and git("ls-files", "--error-unmatch", "__init__.py").returncode == 0
@@ -288,7 +291,9 @@ class Store:
         root=None, # folder; `home()/runs` when None
     ): self.root = Path(root) if root else home()/"runs"
 
-    def path(self, experiment, key): return self.root/experiment/key
+    def path(self, experiment, key)->Path:
+        "The folder of a record."
+        return self.root/experiment/key
 
     def make(self):
         "Make the store's folder, and mark it as a store, unless that has been done."
@@ -303,6 +308,7 @@ class Store:
         return self.named_lock(f"{experiment}-{key}")
 
     def named_lock(self, name, **options):
+        "A file lock of the store."
         from filelock import FileLock
         self.make()
         with disk_errors(self.root): (self.root/"locks").mkdir(exist_ok=True)
@@ -368,9 +374,11 @@ class Store:
                 warnings.warn(f"{e}; moved to {aside}, the run will be made again")
 
     def set_aside(self, experiment, key)->Path:
+        "Move a damaged record out of the way."
         return self.move_aside(self.path(experiment, key), f"{experiment}-{key}")
 
     def move_aside(self, path, name)->Path:
+        "Move a file or folder to `set-aside`, under a unique name."
         aside = self.root/"set-aside"/f"{name}-{uuid.uuid4().hex[:6]}"
         with disk_errors(aside):
             aside.parent.mkdir(parents=True, exist_ok=True)
