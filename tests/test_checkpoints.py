@@ -165,6 +165,7 @@ FORGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORGED)
 def test_what_cannot_be_loaded_is_one_warning_and_a_fresh_start(half, kind):
     import re
@@ -205,6 +206,7 @@ def test_a_cpus_state_goes_on_on_a_gpu(half):
 def test_a_checkpoint_says_its_device(half): assert load_checkpoint(half[0])[1]["device"] == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["[]", "[", "null", '[{"seed": 9}]', '[{"sed": 0}]', '{"a": 1}', "["*100_000,
     '[{"seed": 0}, {"seed": 0}]'], ids=lambda t: t[:16])
 def test_a_list_of_members_that_is_none_is_one_warning_and_a_fresh_start(home, small, monkeypatch, text):
@@ -308,6 +310,7 @@ def plan(tmp_path, n=1):
 signals = pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
 @signals
 def test_a_signal_keeps_what_was_learnt(home, tmp_path, signum):
@@ -327,6 +330,7 @@ def test_a_signal_keeps_what_was_learnt(home, tmp_path, signum):
     assert load_checkpoint(state)[1]["epoch"] >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
 @pytest.mark.parametrize("signum, whom", [(signal.SIGINT, "driver"), (signal.SIGTERM, "all")],
     ids=lambda x: getattr(x, "name", x))
@@ -349,6 +353,7 @@ def test_a_signal_to_a_driver_with_two_workers(home, tmp_path, signum, whom):
     assert not list(Store().root.glob("tmp/*"))
 
 
+@pytest.mark.slow
 def test_interrupted_and_continued_is_undisturbed(home, tmp_path):
     spec = EQCSpec(**{**LONG, "epochs": 150})
     work = "runs.execute([EQCSpec(**{**LONG, 'epochs': 150})], device='cpu')"
@@ -369,6 +374,7 @@ def test_interrupted_and_continued_is_undisturbed(home, tmp_path):
         and again.history().drop(columns="seconds").equals(calm.history().drop(columns="seconds")))
 
 
+@pytest.mark.slow
 def test_a_notebook_that_trains_is_stopped_too(home, tmp_path):
     "`refcomm reproduce` tells the kernel, which keeps the state, and no kernel is left."
     code = "from refcomm.cli import main\nsys.argv[1:] = ['reproduce', 'eqc/table5', '--profile', 'cpu', '--jobs', '1']; main()"

@@ -105,6 +105,7 @@ def test_a_patch_game_is_kept_and_takes_no_other_channel(tmp_path):
     with torch.no_grad(): assert torch.equal(game.send(x[0]).symbols, again.send(x[0]).symbols)
     with pytest.raises(ConfigError, match="unknown channel 'patch'"): make_game(task(), channel="patch")
 
+@pytest.mark.slow
 def test_importing_needs_no_torch():
     code = "import sys, refcomm; assert 'torch' not in sys.modules and 'train' in dir(refcomm); from refcomm import train, load_objects, topsim; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -112,6 +113,7 @@ def test_importing_needs_no_torch():
 def test_all_names_are_there():
     for name in refcomm.__all__: assert getattr(refcomm, name) is not None, name
 
+@pytest.mark.slow
 def test_a_game_plays_the_same_in_another_process(tmp_path):
     t = task()
     run = train(make_game(t, hidden=8, length_cost=.01), t, epochs=2, store=Store(tmp_path/"runs"))
@@ -246,6 +248,7 @@ def mine(alphabet_size:int=6, epochs:int=1, seed:int=0):
     return trial(game, task, epochs=epochs, lr=1e-2, metrics=[topsim, even], seed=seed)
 """
 
+@pytest.mark.slow
 def test_a_worker_needs_nothing_but_the_spec(tmp_path):
     "What a notebook's cell defines is made in a process that has never seen it, and is then loaded, planned and found here."
     import pickle
@@ -271,6 +274,7 @@ def test_a_worker_needs_nothing_but_the_spec(tmp_path):
     exec(OWN.replace("lr=1e-2", "lr=1e-3"), cell)
     with pytest.warns(UserWarning, match="before its code changed"): execute([cell["mine"](seed=0)], store=store)
 
+@pytest.mark.slow
 def test_sweeps_of_several_shapes_equal_single_runs(tmp_path):
     t = task()
     def make(bottleneck, seed): return refcomm.trial(make_game(t, bottleneck=bottleneck, alphabet_size=3, word_length=4, hidden=8, seed=seed), t, epochs=2, lr=1e-2, seed=seed)

@@ -73,7 +73,7 @@ def draw_table(
     t = ax.table(cells, colLabels=names, colWidths=[c/sum(chars) for c in chars], bbox=[0, 0, 1, 1], cellLoc="center")
     t.auto_set_font_size(False); t.set_fontsize(8.5)
     groups = pd.factorize(flat.iloc[:, 0])[0]
-    for (i, j), c in t.get_celld().items(): # a header stands above its column, numbers below each other
+    for (i, j), c in t.get_celld().items():
         c.set_linewidth(0)
         c.set_facecolor("#dfe4ea" if i == 0 else "#f4f6f8" if groups[i-1] % 2 else "white")
         if j < table.index.nlevels: c.set_text_props(ha="left")
@@ -87,8 +87,8 @@ def footnote(
     figure, # matplotlib figure
     *paragraphs:str, # wrapped to its width
 ):
-    "Small print below everything that the figure shows, three lines at most; what does not fit stands in the recipe."
-    literal(figure).draw_without_rendering() # a constrained layout is made when the figure is drawn
+    "Small print at the bottom of a figure, at most three lines; longer text is in the recipe."
+    literal(figure).draw_without_rendering() # a constrained layout is computed when the figure is drawn
     box, (w, h) = figure.get_tightbbox(), figure.get_size_inches()
     width, lines = max(40, int(box.width*17)), []
     for n, paragraph in enumerate(reversed(paragraphs)): # the last one, on what made it, is given its lines first
@@ -239,7 +239,7 @@ def save(
     claims=(), # verdicts from `claims.check_claims`
     data:str="embedded", # where the data came from
     dpi:int=DPI,
-    options:dict|None=None, # the notebook's parameters that the command should repeat; defaults (0, "auto", one seed) are left out
+    options:dict|None=None, # the notebook's parameters for the command; defaults (0, "auto", one seed) are omitted
 )->Path: # the picture
     "Write `<paper>_<item>.png`, `.csv` and `.json` to the figures folder of the profile: all three or none."
     stem = figures_dir(profile)/f"{paper}_{item}"
