@@ -69,8 +69,8 @@ def find_data(
 )->Path|None: # the file or folder, None if there is none
     "Find a file or folder: an absolute path as given, a relative one in `data_folders`."
     paths = [expanded(f"{name}{suffix}", "a source") for suffix in suffixes]
-    tried = [p for path in paths for p in ([path] if path.is_absolute()
-        else [folder/path for folder in data_folders()])]
+    tried = [p for path in paths
+        for p in ([path] if path.is_absolute() else [folder/path for folder in data_folders()])]
     return next((p for p in tried if os.path.exists(p)), Path(name) if str(name) in known_stamps() else None)
 
 # %% ../nbs/01_files.ipynb #01a00002

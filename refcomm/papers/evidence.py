@@ -129,10 +129,10 @@ def side_by_side(
     lines = ["paper", "ours "] + ["95 %"]*(intervals and "low" in comparison and bool(comparison.low.notna().any()))
     c = comparison.assign(paper=[cell(m, s) for m,s in zip(comparison.published, comparison.published_sd)],
                           **{"ours ": [cell(m, s, "*" if w is False else "")
-                          for m,s,w in zip(comparison.ours, comparison.ours_sd, comparison.within)],
+                              for m,s,w in zip(comparison.ours, comparison.ours_sd, comparison.within)],
                              "95 %": ["" if pd.isna(a) else f"{cell(a, None)} … {cell(b, None)}"
-                             for a,b in zip(comparison.get("low", comparison.ours),
-                             comparison.get("high", comparison.ours))]})
+                                 for a,b in zip(comparison.get("low", comparison.ours),
+                                     comparison.get("high", comparison.ours))]})
     wide = c.melt(["row", "column"], lines, "source").pivot(index=["row", "source"], columns="column", values="value")
     order = [(r, s) for r in dict.fromkeys(c.row) for s in lines]
     return wide.reindex(order)[list(dict.fromkeys(c.column))].fillna("").rename(index=lambda name: str(name).strip())

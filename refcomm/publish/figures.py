@@ -126,8 +126,8 @@ def capacity_maps(
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(2, len(modes), figsize=(5*len(modes), 7.2), squeeze=False)
     for j, mode in enumerate(modes):
-        for i, (value, name, fmt, top) in enumerate((("accuracy", "accuracy", ".2f", 1),
-            ("noum", "NoUM", ".0f", rows.n_targets.max()))):
+        for i, (value, name, fmt,
+            top) in enumerate((("accuracy", "accuracy", ".2f", 1), ("noum", "NoUM", ".0f", rows.n_targets.max()))):
             cells = rows[rows.quantised == mode].pivot_table(index="alphabet", columns="word_length",
                 values=value).rename(index=int)
             heatmap(cells, f"{name}, {mode}", fmt, axes[i, j], vmin=0, vmax=top).set(xlabel="word length",
@@ -205,7 +205,7 @@ def save(
         costs=spent(records) if records else {}, seeds=seeds, claims=list(claims),
         command=f"refcomm reproduce {paper}/{item} --profile {profile}"
         + "".join(f" -p {k}={v}" for k, v in (options or {}).items() if v not in (0, "auto")
-        and (k, v) != ("n_seeds", 1)))
+            and (k, v) != ("n_seeds", 1)))
     figure.savefig(png := io.BytesIO(), format="png", dpi=dpi, bbox_inches="tight")
     csv = numbers.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     text = json.dumps(sealed(recipe), indent=1, ensure_ascii=False) + "\n"
