@@ -149,20 +149,20 @@ def _has_cuda()->bool:
 @app.command("reproduce")
 def reproduce(
     items:list[str] = typer.Argument(None,
-    help="items or papers, e.g. eqc/table5 or eqc; the headline items when none is named"),
+        help="items or papers, e.g. eqc/table5 or eqc; the headline items when none is named"),
     profile:str = typer.Option("cpu", help="smoke | cpu | gpu | paper"),
     jobs:int = typer.Option(0, help="runs made at a time; 0: one a core, or one on a GPU"),
     executor:str = typer.Option(None,
-    help="where they are made: local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
+        help="where they are made: local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
     logger:str = typer.Option(None,
-    help="to watch them: csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
+        help="to watch them: csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
     weights:bool = typer.Option(None,
-    help="keep the trained weights in the store; unless REFCOMM_WEIGHTS is off when not said"),
+        help="keep the trained weights in the store; unless REFCOMM_WEIGHTS is off when not said"),
     parameters:list[str] = typer.Option([], "-p", help="name=value, for the notebook's parameters cell"),
     quick:bool = typer.Option(False,
-    help="a first look: headline items with one seed, embedded data and short trainings"),
+        help="a first look: headline items with one seed, embedded data and short trainings"),
     into:Path = typer.Option(None,
-    help="the folder for tables and figures; REFCOMM_FIGURES or results/ when none is named"),
+        help="the folder for tables and figures; REFCOMM_FIGURES or results/ when none is named"),
     force:bool = typer.Option(False, help="execute notebooks again even when nothing has changed"),
     dry_run:bool = typer.Option(False, help="say what would be executed, and execute nothing"),
 ):
@@ -193,7 +193,7 @@ def reproduce(
     written = (lambda i, s, e: f"{e}" if s == "failed"
         else f"{figures_dir(profile)/i.replace('/', '_')}.{{png,csv,json}}\n{e}")
     print_table("\nReproduced" + (" (smoke: the path was checked, no number is a result)" if profile == "smoke"
-    else ""), ("item", "status", "time", "written"),
+        else ""), ("item", "status", "time", "written"),
         [(i, f"failed: {m}" if s == "failed" else s, f"{t:.0f} s", written(i, s, e)) for i,s,e,m,t in results])
     made = {i for i, s, *_ in results if s != "failed" and profile != "smoke"}.intersection(HEADLINE)
     if made: print("\n" + "\n".join(map(_in_short, sorted(made), [profile]*len(made))))
@@ -330,18 +330,18 @@ def plan(
 @app.command("redraw")
 def redraw(
     items:list[str] = typer.Argument(None,
-    help="items or papers, e.g. eqc/table5 or eqc; all that have records when none is named"),
+        help="items or papers, e.g. eqc/table5 or eqc; all that have records when none is named"),
     from_store:bool = typer.Option(False, "--from-store",
     help="read the runs of your store and keep them as records, in place of reading records"),
     from_numbers:bool = typer.Option(False, "--from-numbers",
     help="draw pictures alone again, from the .csv kept beside each; for notebooks whose drawing cells are tagged `draw`"),
     profile:str = typer.Option("cpu", help="with --from-store: cpu | gpu | paper"),
     parameters:list[str] = typer.Option([], "-p",
-    help="with --from-store: name=value, for the notebook's parameters cell"),
+        help="with --from-store: name=value, for the notebook's parameters cell"),
     into:Path = typer.Option(None,
-    help="the folder for what is redrawn; the one that has the records when none is named"),
+        help="the folder for what is redrawn; the one that has the records when none is named"),
     check:bool = typer.Option(False, "--check",
-    help="only say which items have no records, or older ones than the code"),
+        help="only say which items have no records, or older ones than the code"),
 ):
     "Make figures, statistics and claims again from kept runs, without training."
     known, have = notebooks(), kept_items()
@@ -399,9 +399,9 @@ def _with_figures()->Path:
 @app.command("report")
 def report(
     out:Path = typer.Option(None,
-    help="the file to write; refcomm-report.html in the working folder when none is named"),
+        help="the file to write; refcomm-report.html in the working folder when none is named"),
     figures:Path = typer.Option(None,
-    help="the folder of figures; the one that `refcomm reproduce` writes to, or the checkout's kept figures if that has none"),
+        help="the folder of figures; the one that `refcomm reproduce` writes to, or the checkout's kept figures if that has none"),
 ):
     "Write one HTML page of everything that was made, and full pictures and numbers into a folder beside it."
     from refcomm.publish.report import write_report
@@ -475,7 +475,7 @@ device:str = typer.Option("auto", help="auto, cpu, cuda …"),
     executor:str = typer.Option(None, help="local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
     logger:str = typer.Option(None, help="csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
     weights:bool = typer.Option(None,
-    help="keep the trained weights in the store; unless REFCOMM_WEIGHTS is off when not said")):
+        help="keep the trained weights in the store; unless REFCOMM_WEIGHTS is off when not said")):
     "Make the runs of a plan; those that are in the store are not made again."
     from refcomm.distributed import join_processes, processes
     from refcomm.runs.execute import execute, read_plan
@@ -494,10 +494,10 @@ def runs_export(archive:Path, force:bool = typer.Option(False, help="replace a f
     print(f"{n} runs written to {archive}")
 
 @runs_app.command("import")
-def runs_import(archive:Path, partial:bool = typer.Option(False,
-help="take the sound runs of an archive that is not whole"),
+def runs_import(archive:Path,
+    partial:bool = typer.Option(False, help="take the sound runs of an archive that is not whole"),
     experiments:list[str] = typer.Option([], "--experiment",
-    help="accept the runs of an experiment that refcomm does not know")):
+        help="accept the runs of an experiment that refcomm does not know")):
     "Take over the runs of an archive, each checked first."
     from refcomm.runs.archives import import_runs
     done = import_runs(archive, partial=partial, also=experiments)
@@ -509,7 +509,7 @@ help="take the sound runs of an archive that is not whole"),
 def runs_clean(everything:bool = typer.Option(False, "--all", help="finished runs too"),
 yes:bool = typer.Option(False, "--yes", help="do not ask"),
     adopt:bool = typer.Option(False,
-    help="the folder is a store, though it has no marker and holds other things, which are left")):
+        help="the folder is a store, though it has no marker and holds other things, which are left")):
     "Remove what is set aside, unfinished or temporary, and not in use."
     from refcomm.runs.cleaning import clean, recognise
     from refcomm.runs.store import Store

@@ -140,10 +140,10 @@ def save_corpus(
     "Write a corpus to a parquet file, atomically."
     import pyarrow as pa, pyarrow.parquet as pq
     corpus = make_corpus(*corpus)
-    columns = {name: _column(x, ends) for name, x, ends in zip(("message", "meaning"), corpus[:2],
-        (corpus.lengths, None)) if x is not None}
-    table = pa.table(columns).replace_schema_metadata({"refcomm.corpus": json.dumps(dict(about=corpus.about,
-        digest=_digest(corpus)))})
+    columns = {name: _column(x, ends) for name, x, ends
+        in zip(("message", "meaning"), corpus[:2], (corpus.lengths, None)) if x is not None}
+    about = json.dumps(dict(about=corpus.about, digest=_digest(corpus)))
+    table = pa.table(columns).replace_schema_metadata({"refcomm.corpus": about})
     with write_atomic(path) as tmp: pq.write_table(table, tmp, compression="zstd")
     return Path(path)
 
@@ -221,8 +221,8 @@ def save_elcc(
     numbers = {v: describe(c) for v, c in corpora.items()}
     tmp = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     files = {"metadata.yml": yaml.safe_dump(dict(origin=dict(name=name, source=source, upstream_source="", paper=paper),
-    system=SYSTEM | system | dict(variants={v: c.about for v, c in corpora.items()})), sort_keys=False,
-    allow_unicode=True),
+        system=SYSTEM | system | dict(variants={v: c.about for v, c in corpora.items()})), sort_keys=False,
+        allow_unicode=True),
              "README.md": _card(name, corpora, numbers, license)}
     for v, c in corpora.items():
         files[f"data/{v}/corpus.jsonl"] = "".join(json.dumps(m) + "\n" for m in _lists(c))

@@ -39,15 +39,15 @@ class CellSpeaker(nn.Module):
 
     def forward(self,
         u:Tensor, # [batch, hidden] the sender's encoding
-        say, # (hidden [batch, hidden], place) → word [batch, width]
+        emit, # (hidden [batch, hidden], place) → word [batch, width]
         n:int, # number of words
     ):
-        "Call `say` for `n` words; each word is the input of the next step."
+        "Call `emit` for `n` words; each word is the input of the next step."
         weight, bias, first = self.words.fold(self.first)
         gates, state = first.expand(len(u), -1), self.words.start(u)
         for i in range(n):
             state = self.words.step(gates, state)
-            gates = F.linear(say(state[0], i), weight, bias)
+            gates = F.linear(emit(state[0], i), weight, bias)
 
 class CellListener(nn.Module):
     "A recurrent cell reads the words; its states are the outputs."
@@ -100,13 +100,13 @@ class TransformerSpeaker(nn.Module):
         self.layers = nn.ModuleList(CausalLayer(hidden, heads) for _ in range(check_at_least("layers", layers, 1)))
         self.norm = nn.LayerNorm(hidden)
 
-    def forward(self, u, say, n):
-        "Call `say` for `n` words, as `CellSpeaker` does."
+    def forward(self, u, emit, n):
+        "Call `emit` for `n` words, as `CellSpeaker` does."
         x, past = u, [None]*len(self.layers)
         for i in range(n):
             h = (x + self.positions[i])[:, None]
             for j, layer in enumerate(self.layers): h, past[j] = layer(h, past[j])
-            x = self.embed(say(self.norm(h)[:, 0], i))
+            x = self.embed(emit(self.norm(h)[:, 0], i))
 
 class TransformerListener(nn.Module):
     "A causal transformer reads the words; its outputs are those at each word."
@@ -204,7 +204,7 @@ class Ending(EndingChannel):
     def utter(self, u, noise=None)->tuple: # [batch, T, width] words with their ends, the bottleneck's `Sent`s, and scores [batch, T, ...]
         "Produce all `message_length` words, also those after the end."
         words, parts, scores = [], [], []
-        def say(h, i):
+        def emit(h, i):
             x, here = self.speak(h), None if noise is None else noise[:, i]
             sent = self.bottleneck(x, None if self.gated else here)
             word = sent.word
@@ -213,7 +213,7 @@ class Ending(EndingChannel):
                 word = torch.cat([word*(1 - end), end], -1)
             words.append(word), parts.append(sent), scores.append(x)
             return word
-        self.speaker(u, say, self.message_length)
+        self.speaker(u, emit, self.message_length)
         return torch.stack(words, 1), parts, torch.stack(scores, 1)
 
     def send(self, u, noise=None)->Sent: # `symbols` are −1 from the end on; `lengths` is the number of words before it
@@ -241,7 +241,7 @@ class Ending(EndingChannel):
         "The weight with which each message ends at each place."
         return end_shares(words[..., -1 if self.gated else 0])
 
-    def weigh(self,
+    def prefix_loss(self,
         sent:Sent, # from `send`
         loss, # (receiver's output [batch, hidden]) → [batch]
     )->Tensor: # [batch]

@@ -94,6 +94,7 @@ def find_any(
     "Which of several sources is at hand."
     return next((n for n in ([names] if isinstance(names, str) else names) if find_data(n, suffixes)), None)
 
+
 # %% ../nbs/01_files.ipynb #01a00002
 def most_unpacked(
     path, # a file that holds packed data

@@ -54,14 +54,14 @@ PARTS = { # class → function that returns the constructor arguments
     nn.LayerNorm: lambda m: dict(normalized_shape=list(m.normalized_shape)),
     nn.BatchNorm1d: lambda m: dict(num_features=m.num_features), nn.Dropout: lambda m: dict(p=m.p),
     InformedSender: lambda m: dict(in_features=m.embed.in_features, dim=m.encode.out_features,
-    n_candidates=m.mix.in_features, embedding=m.embed.out_features, n_filters=m.mix.out_features),
+        n_candidates=m.mix.in_features, embedding=m.embed.out_features, n_filters=m.mix.out_features),
     Continuous: lambda b: dict(word_length=b.width, normalize=b.normalize),
     GumbelSoftmax: lambda b: dict(alphabet_size=b.alphabet_size, temperature=b.temperature,
-    straight_through=b.straight_through),
+        straight_through=b.straight_through),
     Reinforce: lambda b: dict(alphabet_size=b.alphabet_size, entropy_weight=b.entropy_weight),
     FSQ: lambda b: dict(_words(b), when=b.when),
     UniformQuantizer: lambda b: dict(alphabet_size=b.steps + 1, word_length=b.width, when=b.when, gradient=b.gradient,
-    normalize=b.normalize),
+        normalize=b.normalize),
     VQ: lambda b: dict(_words(b), symbol_width=b.symbol_width),
     LearnedQuantizer: lambda b: dict(_words(b), symbol_width=b.levels.shape[1]),
     Instant: lambda c: dict(bottleneck=c.bottleneck, dim=c.dim, speak=c.speak, listen=c.listen), Recurrent: _recurrent,
@@ -103,7 +103,7 @@ def _card(words, about)->str:
     front = yaml.safe_dump(dict(library_name="refcomm", tags=["emergent communication", "referential game", "refcomm"]),
         sort_keys=False).strip()
     return "\n".join(["---", front, "---", "# Agents of a referential game", "",
-    "A sender and a receiver, trained with [refcomm](https://pypi.org/project/refcomm/).", "",
+        "A sender and a receiver, trained with [refcomm](https://pypi.org/project/refcomm/).", "",
         "```python", "import refcomm", 'game = refcomm.load_game("path/to/this/folder")', "```", "", "## What they are",
         "", "```json", json.dumps(words, indent=1, ensure_ascii=False), "```", "",
         "## How they were made", "", "```json", json.dumps(about, indent=1, ensure_ascii=False), "```", ""])
@@ -198,7 +198,7 @@ def find_record(
     if len(found) == 1: return store.read(*found[0])
     raise ConfigError(f"{len(found) or 'no'} runs in {store.root} have a key like {run!r}: "
         + ("name one in full: " + ", ".join("/".join(k) for k in found[:5]) if found
-        else "`refcomm runs list` shows them"))
+            else "`refcomm runs list` shows them"))
 
 def load(
     run, # a record or a key, see `find_record`; a `Run` or a `Kept`

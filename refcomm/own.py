@@ -290,8 +290,8 @@ def _digest_of(task)->str:
 def _spec_of(t)->OwnSpec:
     weights = content_digest(*(v.detach().cpu() for v in t.game.state_dict().values()),
         json.dumps(list(t.game.state_dict())))
-    words = json.dumps(described(t.game) | (dict(text=repr(t.game)) if "foreign" in json.dumps(described(t.game))
-        else {}), sort_keys=True)
+    words = json.dumps(described(t.game)
+        | (dict(text=repr(t.game)) if "foreign" in json.dumps(described(t.game)) else {}), sort_keys=True)
     s = OwnSpec(name=t.name, game=words, weights=weights, task=_digest_of(t.task),
         settings=json.dumps([repr(t.settings), [_short(m) for m in t.metrics]]), seed=t.seed)
     object.__setattr__(s, "trial", t)

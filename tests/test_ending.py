@@ -78,7 +78,7 @@ def test_equals_egg_where_symbols_are_drawn():
     torch.testing.assert_close(sent.log_prob, n["log_prob"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(game.scores(sent.word, n["seen"]), n["output"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sent.loss, -.5*(n["entropy"] / n["length"].clamp(max=3)).mean()) # per word drawn; EGG counts the certain end, too
-    losses = game.channel.weigh(sent, lambda z: F.cross_entropy(game.judge(z, n["seen"]), n["labels"],
+    losses = game.channel.prefix_loss(sent, lambda z: F.cross_entropy(game.judge(z, n["seen"]), n["labels"],
         reduction="none"))
     torch.testing.assert_close(losses, F.cross_entropy(n["output"], n["labels"], reduction="none")
         + .3*(n["length"] - 1), rtol=1e-4, atol=1e-5)

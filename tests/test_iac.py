@@ -95,7 +95,7 @@ def test_accuracy_is_that_of_the_game(parts):
     rows, sent = iac.play(game, s, parts)
     reported = {(r["data"], r["n_candidates"]): r["accuracy"] for r in rows if r["kind"] == "play"
         and not r["augmented"]}
-    projected, understood, symbols = iac.look(iac.players(game, s, parts)[1], parts.valid.images, s)
+    projected, understood, symbols = iac.map_images(iac.players(game, s, parts)[1], parts.valid.images, s)
     assert torch.equal(symbols.int(), sent["game/valid"].int())
     draws, right = generator(1), []
     for _ in range(300):
@@ -111,10 +111,10 @@ def test_simclr_speaks_in_all_its_ways(parts):
     names, say = iac.players(model, s, parts)
     known = len(parts.train.labels.unique())
     assert names == ["disc h", "disc s", "disc z", f"kmeans {known}", f"kmeans {2*known}", "kmeans 16"]
-    projected, *told = iac.look(say, parts.valid.images[:20], s)
+    projected, *told = iac.map_images(say, parts.valid.images[:20], s)
     for name, symbols in zip(names[:3], told[1::2]):
         assert torch.equal(symbols[:, 0],
-            iac.look(lambda x, _: (model.symbols(x, name[-1]),), parts.valid.images[:20], s)[0])
+            iac.map_images(lambda x, _: (model.symbols(x, name[-1]),), parts.valid.images[:20], s)[0])
     assert told[2*names.index("kmeans 16") + 1].max() < 16
 
 

@@ -37,27 +37,27 @@ def test_nobody_is_held_out_and_images_keep_their_order(parts):
 
 def test_a_message_read_from_its_symbols_is_the_message_sent(parts, game):
     s = tiny()
-    symbols, importance = patch.say(game, parts.valid.images, s)
-    direct, = patch.look(lambda x: (game.listener.read(game.send(x)),), parts.valid.images, s)
-    assert torch.allclose(patch.read(game, symbols), direct, atol=1e-4)
-    assert torch.allclose(patch.read(game, symbols.view(2, -1, 49)).flatten(0, 1), direct, atol=1e-4)
+    symbols, importance = patch.encode_messages(game, parts.valid.images, s)
+    direct, = patch.map_images(lambda x: (game.listener.read(game.send(x)),), parts.valid.images, s)
+    assert torch.allclose(patch.decode_messages(game, symbols), direct, atol=1e-4)
+    assert torch.allclose(patch.decode_messages(game, symbols.view(2, -1, 49)).flatten(0, 1), direct, atol=1e-4)
     assert torch.equal(symbols < 0, importance < (49 + .999)/2/49), "what ranks below the middle is dropped"
 
 
 def test_a_message_through_a_soft_gate_is_read_with_its_weights(parts):
     s = tiny(gate="soft")
     game = patch.build(s).eval()
-    said, direct, seen = patch.look(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1),
+    said, direct, seen = patch.map_images(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1),
         game.listener.read(game.send(x)), game.listener.see(x)), parts.valid.images, s)
-    weights = patch.weigh(game, parts.valid.images, s)
+    weights = patch.gate_weights(game, parts.valid.images, s)
     assert 0 < weights.min() < weights.max() < 1
-    assert torch.allclose(patch.read(game, said, weights), direct,
-        atol=1e-4) and not torch.allclose(patch.read(game, said), direct, atol=1e-2)
-    assert {r["n_candidates"]: r["accuracy"] for r in patch.play(game, parts.valid.images, s)} == patch.found(direct,
+    assert torch.allclose(patch.decode_messages(game, said, weights), direct,
+        atol=1e-4) and not torch.allclose(patch.decode_messages(game, said), direct, atol=1e-2)
+    assert {r["n_candidates"]: r["accuracy"] for r in patch.play(game, parts.valid.images, s)} == patch.retrieval_accuracy(direct,
         seen, s)
     told, = {r["accuracy"] for r in patch_probes.top_k_play(game, parts.valid.images,
         dict(flat=torch.zeros(len(said), 49)), [49], s) if r["n_candidates"] == 2}
-    assert told == pytest.approx(patch.found(direct, seen, s)[2])
+    assert told == pytest.approx(patch.retrieval_accuracy(direct, seen, s)[2])
 
 
 @pytest.mark.parametrize("k", [1, 5, 49])
@@ -72,12 +72,12 @@ def test_the_most_important_symbols_against_a_loop(k):
 def test_how_many_suffice_against_a_loop(parts, game):
     s = tiny()
     images = parts.valid.images[:16]
-    symbols, importance = patch.say(game, images, s)
+    symbols, importance = patch.encode_messages(game, images, s)
     rows = patch_probes.suffice(game, images, symbols, importance, s)
-    seen, = patch.look(lambda x: (game.listener.see(x),), images, s)
+    seen, = patch.map_images(lambda x: (game.listener.see(x),), images, s)
     own, longest = torch.arange(16), int((symbols >= 0).sum(1).max())
     with torch.no_grad():
-        won = [hits(cosine_similarities(patch.read(game, patch_probes.most_important(symbols, importance, k)), seen),
+        won = [hits(cosine_similarities(patch.decode_messages(game, patch_probes.most_important(symbols, importance, k)), seen),
             own, [2, 16], generator(0, "distractors")) for k in range(1, longest + 1)]
     for c, n in enumerate((2, 16)):
         needed = []
@@ -146,14 +146,14 @@ def test_bad_settings_are_one_clear_error(changes, says):
 def test_more_patches_than_there_are(parts):
     s = tiny("ViT (S=32)")
     vit = patch.build(s, 10).eval()
-    x, = patch.look(lambda x: (x,), parts.valid.images, s)
+    x, = patch.map_images(lambda x: (x,), parts.valid.images, s)
     with pytest.raises(ConfigError, match="the 50 best patches were asked for, but an image has 49"):
         patch_probes.top_k_accuracy(vit, x, parts.valid.labels, torch.rand(len(x), 49), [50])
 
 
 def test_untrained_ranks_differ(parts, game):
     several = patch.untrained_importance(tiny(), parts.valid.images, 3)
-    assert torch.equal(several[0], patch.say(game, parts.valid.images, tiny())[1])
+    assert torch.equal(several[0], patch.encode_messages(game, parts.valid.images, tiny())[1])
     assert several.shape == (3, len(parts.valid.images), 49) and len({a.sum().item() for a in several.argmax(-1)}) == 3
     with pytest.raises(ConfigError, match="n must be at least 1, got 0"):
         patch.untrained_importance(tiny(), parts.valid.images, 0)

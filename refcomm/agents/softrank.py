@@ -29,8 +29,8 @@ def pool_violators(
         if ends.all(): break
         into, last = ends.cumsum(0) - ends.long(), last[ends]
         total, size = (x.new_zeros(len(last)).index_add_(0, into, x) for x in (total, size))
-    return (torch.arange(len(size), device=y.device).repeat_interleave(size.long(),
-        output_size=y.numel()).view(y.shape), size)
+    block = torch.arange(len(size), device=y.device).repeat_interleave(size.long(), output_size=y.numel())
+    return block.view(y.shape), size
 
 def block_means(
     x:Tensor, # [..., n]

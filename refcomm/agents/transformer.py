@@ -144,8 +144,8 @@ class ViT(nn.Module):
     def _embedded(self, images, keep): # [batch, n_patches, dim], or [batch, k, dim] of those kept
         patches = cut_patches(check_size(images, self.size), self.patch_size)
         if keep is not None:
-            patches = patches.gather(1, _check_keep(keep, *patches.shape[:2])[..., None].expand(-1, -1,
-                patches.shape[2]))
+            places = _check_keep(keep, *patches.shape[:2])[..., None]
+            patches = patches.gather(1, places.expand(-1, -1, patches.shape[2]))
         return self.embed(patches)
 
     def tokens(self, images, keep=None)->Tensor: # [batch, n_patches+1, dim], or [batch, k+1, dim] of those kept; CLS first

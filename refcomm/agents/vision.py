@@ -24,7 +24,7 @@ def _narrow(widths=(24, 48, 96, 192)):
         return BasicBlock(i, o, stride, shortcut)
     stages = {f"layer{k+1}": stage(widths[max(k-1, 0)], w, 1 if k == 0 else 2) for k, w in enumerate(widths)}
     net = nn.Sequential(OrderedDict(conv1=conv(3, widths[0], 7, 2), bn1=nn.BatchNorm2d(widths[0]), relu=nn.ReLU(),
-    maxpool=nn.MaxPool2d(3, 2, 1),
+        maxpool=nn.MaxPool2d(3, 2, 1),
                                     **stages, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
                                     fc=nn.Linear(widths[-1], 1)))
     for m in net.modules():

@@ -28,8 +28,8 @@ def _from_nltk(wnid)->tuple|None: # lemma, hypernyms
         from nltk.corpus import wordnet
         if wordnet.get_version() != "3.0": return None
         found = wordnet.synset_from_pos_and_offset("n", int(wnid[1:]))
-        return (found.lemma_names()[0], tuple(f"n{h.offset():08d}" for h in found.hypernyms()
-            + found.instance_hypernyms()))
+        return (found.lemma_names()[0],
+            tuple(f"n{h.offset():08d}" for h in found.hypernyms() + found.instance_hypernyms()))
     except Exception: return None
 
 def synset(

@@ -150,7 +150,7 @@ class ReferentialGame(nn.Module):
             if hasattr(candidates, "loss"): return candidates.loss(self.receiver, z, target, reduction)
             return F.cross_entropy(self.judge(z, candidates), target, reduction=reduction)
         sent = self.send(x, noise)
-        if sent.lengths is not None: loss = self.channel.weigh(sent, lose)
+        if sent.lengths is not None: loss = self.channel.prefix_loss(sent, lose)
         else: loss = lose(self.channel.receive(sent.word), "mean" if sent.log_prob is None else "none")
         loss = loss.mean() if sent.log_prob is None else loss.mean() + score_function_loss(loss, sent.log_prob)
         return loss if sent.loss is None else loss + sent.loss

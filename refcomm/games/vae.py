@@ -130,8 +130,8 @@ def edge_weights(
 )->Tensor: # as `x`, with mean 1 for every image and channel
     "The weight of each pixel, equal within a patch; 1 for images without edges."
     around = F.pad(x, (1, 1, 1, 1), "replicate")
-    edges = (4*x - around[..., :-2, 1:-1] - around[..., 2:, 1:-1] - around[..., 1:-1, :-2] - around[..., 1:-1,
-        2:]).abs()
+    edges = (4*x - around[..., :-2, 1:-1] - around[..., 2:, 1:-1]
+        - around[..., 1:-1, :-2] - around[..., 1:-1, 2:]).abs()
     found = F.avg_pool2d(edges, patch_size) + 1e-7
     return F.interpolate(found / found.mean((2, 3), keepdim=True), scale_factor=patch_size)
 
@@ -216,8 +216,8 @@ class PatchVAE(Baseline):
         "The distributions of occurrence and appearance."
         check_size(x, self.size)
         p, d = self.parts, self.code_dim
-        logits, mean, spread = self.say(self.divide(self.trunk[:-2](x))[..., :self.grid[0],
-            :self.grid[1]]).float().flatten(2).split((p, p*d, p*d), 1)
+        maps = self.divide(self.trunk[:-2](x))[..., :self.grid[0], :self.grid[1]]
+        logits, mean, spread = self.say(maps).float().flatten(2).split((p, p*d, p*d), 1)
         here = self.probability(logits).detach()[:, :, None]
         pool = lambda v, absent: ((v.unflatten(1, (p, d))*here).sum(-1) + 1e-7*absent) / (here.sum(-1) + 1e-7)
         return Parts(logits, pool(mean, 0), pool(spread.exp().clamp(1e-7, 1e7), 1))

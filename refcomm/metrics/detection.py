@@ -38,8 +38,8 @@ def check_boxes(
     for i, (boxes, labels) in enumerate(zip(data.boxes, data.labels)):
         if boxes.shape != (len(labels), 4):
             raise ConfigError(f"image {i} has boxes of shape {list(boxes.shape)} and {len(labels)} labels: [k, 4] and k are expected")
-        wrong = (boxes < 0).any(1) | (boxes > size).any(1) | (boxes[:, :2] >= boxes[:,
-            2:]).any(1) | ~boxes.isfinite().all(1)
+        wrong = ((boxes < 0).any(1) | (boxes > size).any(1)
+            | (boxes[:, :2] >= boxes[:, 2:]).any(1) | ~boxes.isfinite().all(1))
         if wrong.any():
             raise ConfigError(f"image {i} has the box {boxes[wrong][0].tolist()}: expected are 0 ≤ left < right ≤ "
                 f"{size} and 0 ≤ top < bottom ≤ {size}")
@@ -95,8 +95,8 @@ def mean_average_precision50(
     metric.update(detections, [dict(boxes=b, labels=l) for b, l in zip(data.boxes, data.labels)])
     result = metric.compute()
     occur = {int(l) for labels in data.labels for l in labels}
-    each = {data.classes[c]: ap for c, ap in zip(result["classes"].view(-1).tolist(),
-        result["map_per_class"].view(-1).tolist()) if c in occur}
+    each = {data.classes[c]: ap for c,
+        ap in zip(result["classes"].view(-1).tolist(), result["map_per_class"].view(-1).tolist()) if c in occur}
     return Precision(sum(each.values()) / len(each), each)
 
 # %% ../../nbs/54_metrics.detection.ipynb #29306b19

@@ -155,8 +155,8 @@ def saliency(
             else "a classifier without modules has no layer")
     sides = {}
     for name in stages:
-        net.get_submodule(name).register_forward_hook(lambda module, given, out, name=name: sides.update({name: min(out.shape[2:],
-            default=0)}))
+        net.get_submodule(name).register_forward_hook(
+            lambda module, given, out, name=name: sides.update({name: min(out.shape[2:], default=0)}))
     with torch.no_grad(): n_classes = net(images[:1]).shape[-1]
     fine = [name for name in stages if sides.get(name, 0) >= places]
     if not fine:

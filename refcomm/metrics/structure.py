@@ -322,8 +322,8 @@ def class_pairs(
     order = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
     members = order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
     pairs = [torch.combinations(some[:n_images]) for some in members]
-    return (torch.cat(pairs), torch.arange(len(pairs),
-        device=labels.device).repeat_interleave(torch.tensor([len(p) for p in pairs], device=labels.device)))
+    repeats = torch.tensor([len(p) for p in pairs], device=labels.device)
+    return torch.cat(pairs), torch.arange(len(pairs), device=labels.device).repeat_interleave(repeats)
 
 def class_correlations(
     similarity:Tensor, # [n_pairs] of messages

@@ -149,8 +149,8 @@ def incomplete(
         and r.kind != "unstated"]
     for profile in PROFILES:
         for s in specs.get(profile, ()):
-            for r in rows[rows.kind.isin(["size", "data", "method",
-                "schedule"]) & (rows.origin != "nobody")].itertuples():
+            checked = rows.kind.isin(["size", "data", "method", "schedule"]) & (rows.origin != "nobody")
+            for r in rows[checked].itertuples():
                 want = paper_value(r.paper.partition("; varies:")[0], _fields(s))
                 if r.field in defaults(s) and applies(r.when, [_fields(s)]) and want not in ("*", defaults(s)[r.field]):
                     wrong.append(f"{r.field}: the entry says the paper has {want!r}, the Spec {defaults(s)[r.field]!r}")

@@ -68,8 +68,8 @@ def _free(store, name): # whether the lock is free; if so, acquire it
 
 def _queued(folder)->bool:
     "Whether jobs submitted through this folder still wait or run."
-    jobs = ({p.name.split("_")[0] for p in folder.glob("*_submitted.pkl")} - {p.name.split("_")[0]
-        for p in folder.glob("*_result.pkl")})
+    jobs = ({p.name.split("_")[0] for p in folder.glob("*_submitted.pkl")}
+        - {p.name.split("_")[0] for p in folder.glob("*_result.pkl")})
     if not jobs: return False
     if shutil.which("squeue"):
         return bool(jobs & set(subprocess.run(["squeue", "-h", "-o", "%A"], capture_output=True,

@@ -96,8 +96,8 @@ def run_stack(
             if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
             with StackLogs(logger, [(s.experiment, run_key(s), spec_fields(s)) for s in members]) as logs:
                 try:
-                    results = module.run(members, Context(device, _checkpoint(folder, members), say, interval,
-                        logs.epochs, weights))
+                    results = module.run(members,
+                        Context(device, _checkpoint(folder, members), say, interval, logs.epochs, weights))
                 except (ConfigError, TrainingDiverged): shutil.rmtree(folder, ignore_errors=True); raise
                 with stop.hold():
                     for s, result in zip(members, results):

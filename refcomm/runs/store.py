@@ -429,8 +429,9 @@ class Store:
     def ready(self, specs):
         "Find out before training whether its results can be written: the Specs' fields, the packages, the disk."
         for s in specs: digest(spec_fields(s))
-        empty = dict(files={k: digest(v) for k, v in {"tensors.safetensors": _tensor_bytes(dict(x=torch.zeros(1)),
-            "tensors"), "history.parquet": _history_bytes(dict(epoch=[0]))}.items()})
+        files = {"tensors.safetensors": _tensor_bytes(dict(x=torch.zeros(1)), "tensors"),
+            "history.parquet": _history_bytes(dict(epoch=[0]))}
+        empty = dict(files={k: digest(v) for k, v in files.items()})
         probe = self.root/"tmp"/f"{run_key(specs[0])}-{uuid.uuid4().hex}"
         self.make()
         with disk_errors(self.root):

@@ -348,8 +348,8 @@ def fit(
         lr_factors=[list(f) for f in lr_factors], parameters=[list(p.shape) for p in ensemble.parameters()])
     t = resume(lambda: Training(ensemble, settings, seeds, n_items, device, lr_factors), path, shape)
     bar = None if report else progress_bar(settings.epochs, "epochs", initial=t.epoch)
-    say = (report or (lambda done, text: (bar.set_postfix_str(text, refresh=False),
-        bar.update(round(done*settings.epochs) - bar.n))))
+    say = (report or (lambda done,
+        text: (bar.set_postfix_str(text, refresh=False), bar.update(round(done*settings.epochs) - bar.n))))
     tell = lambda rows: log and log([r for r in rows if r["epoch"] <= t.best.epoch[r["member"]] + settings.patience])
     save = lambda: keep(t, path, shape)
     tell(t.history)
@@ -443,9 +443,9 @@ def finish_epoch(t, validate, stop=None)->dict: # means over members, for the pr
         better = t.best.update(t.ensemble, t.epoch, valid["accuracy"], valid["loss"], t.settings.patience)
         seconds = time.monotonic() - t.started
         rows = [dict(epoch=t.epoch, member=i, seed=s, loss=l, accuracy=a, valid_loss=v, lr=t.lr, improved=b,
-        seconds=seconds)
+            seconds=seconds)
                 for i, (s, l, a, v, b) in enumerate(zip(t.seeds, losses.tolist(), valid["accuracy"].tolist(),
-                valid["loss"].tolist(), better.tolist()))]
+                    valid["loss"].tolist(), better.tolist()))]
         t.history += rows
         t.epoch, t.step, t.whole = t.epoch + 1, 0, True
     if stop.pending and t.size == 1: stop.end()

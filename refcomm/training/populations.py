@@ -28,7 +28,7 @@ class _Between:
         self.bottleneck = speaking.bottleneck
         self.draw_noise = speaking.draw_noise
         self.send = speaking.send
-        self.receive, self.weigh = listening.receive, getattr(listening, "weigh", None)
+        self.receive, self.prefix_loss = listening.receive, getattr(listening, "prefix_loss", None)
 
 class Paired(ReferentialGame):
     "One game's sender with another's receiver."

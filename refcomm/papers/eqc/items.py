@@ -35,7 +35,7 @@ CONFIGS = { # name → what differs from the defaults (Table 5; footnote 5)
     "GS-Inst": dict(bottleneck="gumbel", alphabet_size=100, word_length=1),
     "QT-Inst train+inf": dict(bottleneck="quantized", alphabet_size=10),
     "QT-RNN no gradient": dict(channel="recurrent", bottleneck="quantized", alphabet_size=10, message_length=6,
-    gradient="none"),
+        gradient="none"),
     "QT-Inst no gradient": dict(bottleneck="quantized", alphabet_size=10, gradient="none"),
 }
 BEST = { # game → configuration → its best-tuned channel (footnote 5; Tables 6–8)
@@ -60,7 +60,7 @@ SHORT = { # at cpu, tuned: game → channel or configuration → fewer epochs
     "object": {"": dict(epochs=20), "GS-Inst": dict(epochs=50), "recurrent": dict(epochs=3), "GS-RNN": dict(epochs=8)},
     "image": {"": dict(epochs=12, **POOLS["image"]), "recurrent": dict(epochs=20)},
     "sent-ref": {"": dict(epochs=6, **POOLS["sent-ref"]), "GS-Inst": dict(epochs=12), "recurrent": dict(epochs=2),
-    "GS-RNN": dict(epochs=4)},
+        "GS-RNN": dict(epochs=4)},
     "sent-cls": {"": dict(epochs=10), "GS-Inst": dict(epochs=20), "recurrent": dict(epochs=3), "GS-RNN": dict(epochs=5),
                  "CN-RNN for QT": dict(epochs=6), "QT-RNN train+inf": dict(epochs=6)}, # slower training with words of 10 than with words of 100
 }
@@ -106,14 +106,14 @@ CURVES, EARLY = ("GS-RNN", "CN-RNN", "GS-Inst", "CN-Inst"), ("QT-RNN train+inf",
 _GS = dict(hidden=128, embedding=128, lr=1e-3, epochs=12) # narrow, for many trials
 TRIALS = { # item → (game, configuration, setting, changes) of each line
     "gumbel": [("object", "GS-Inst", "tuned", dict(epochs=20) | c)
-    for c in ({}, *(dict(alphabet_size=v) for v in (10, 30, 300)), *(dict(temperature=t) for t in (.5, 2.)),
-    dict(straight_through=True))]
+        for c in ({}, *(dict(alphabet_size=v) for v in (10, 30, 300)), *(dict(temperature=t) for t in (.5, 2.)),
+            dict(straight_through=True))]
             + [("object", "GS-RNN", "tuned", _GS | c)
-            for c in ({}, *(dict(alphabet_size=v) for v in (5, 50)), *(dict(message_length=n) for n in (4, 8)),
-            *(dict(temperature=t) for t in (.5, 2.)), dict(straight_through=True))],
+                for c in ({}, *(dict(alphabet_size=v) for v in (5, 50)), *(dict(message_length=n) for n in (4, 8)),
+                    *(dict(temperature=t) for t in (.5, 2.)), dict(straight_through=True))],
     "normalisation": [(game, name, setting, dict(normalize=n))
-    for game, setting in (("object", "printed"), ("image", "tuned"), ("sent-cls", "tuned"))
-    for name in ("CN-Inst", "QT-Inst train+inf") for n in (True, False)],
+        for game, setting in (("object", "printed"), ("image", "tuned"), ("sent-cls", "tuned"))
+        for name in ("CN-Inst", "QT-Inst train+inf") for n in (True, False)],
     "distractors": [("object", "CN-Inst", "printed", dict(n_negatives=n)) for n in (1, 9, 99, None)]
     + [("sent-cls", "CN-Inst", "tuned", dict(n_negatives=n)) for n in (1, 9, 76)],
     "protocol": [("object", "CN-Inst", "tuned", dict(word_length=w)) for w in HEATMAP["word_lengths"]],
@@ -127,8 +127,8 @@ ITEMS = { # item → games, configurations; Figures 4–7 and `TRIALS` have thei
     "table2": (tuple(GAMES), EARLY + ("CN-RNN", "CN-Inst")),
     **{f"table{n}_printed": ((game,), CURVES + ("GS-RNN EGG",)*(n == "5")) for n, game in zip("5678", GAMES)},
     "table8_finetuned": (("sent-cls",), ("CN-Inst",)),
-    "table2_gradient": (tuple(GAMES), ("QT-Inst no gradient", "QT-Inst train+inf", "QT-RNN no gradient",
-    "QT-RNN train+inf")),
+    "table2_gradient": (tuple(GAMES),
+        ("QT-Inst no gradient", "QT-Inst train+inf", "QT-RNN no gradient", "QT-RNN train+inf")),
     "figure4": (("object",), ()), "figure5": (("image",), ()), "figure6": (("sent-ref",), ()),
     "figure7": (("sent-cls",), ()),
 }
@@ -202,8 +202,8 @@ def printed_rows(
     "The rows of the best-tuned channels: 10 symbols for QT, and words of 10 for recurrent QT in Sent-Cls (footnote 5)."
     short = (rows.game == "sent-cls") & (rows.channel == "recurrent") & (rows.bottleneck == "continuous")
     length = rows.word_length == (short & (rows.row == "QT-RNN")).map({True: 10, False: 100})
-    kept = rows[rows.seen.isna() & ((rows.bottleneck == "gumbel") | length) & ((rows.row.str[:2] != "QT")
-        | (rows.alphabet == 10)) & rows.quantised.isin(["", "inference only"])]
+    kept = rows[rows.seen.isna() & ((rows.bottleneck == "gumbel") | length)
+        & ((rows.row.str[:2] != "QT") | (rows.alphabet == 10)) & rows.quantised.isin(["", "inference only"])]
     return kept.sort_values("row", key=lambda r: r.map([*ORDER, "GS-RNN EGG"].index), kind="stable")
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #0efbb8eb
@@ -240,7 +240,7 @@ def table_values(
     values = {
         "on-par": dict(gain=both(lambda s: _ahead(at[f"QT-{s}"], at[f"CN-{s}"])), margin=both(spread)),
         "gs-falls": dict(gap=both(lambda s: _ahead(at[f"CN-{s}"], at[f"GS-{s}"])),
-        printed=both(lambda s: combine([(1, theirs[f"CN-{s}"]), (-1, theirs[f"GS-{s}"])]))),
+            printed=both(lambda s: combine([(1, theirs[f"CN-{s}"]), (-1, theirs[f"GS-{s}"])]))),
         "gs-inst" if game == "image" else "gs-rnn": dict(recurrent=_mean(at["GS-RNN"]), instant=_mean(at["GS-Inst"])),
     }
     if game == "object":
@@ -272,7 +272,7 @@ def printed_rate_values(
     most, noum = max(rows.n_candidates), _row(rows[rows.n_candidates == 2], "GS-Inst")
     sent = _mean(noum, "noum")
     return {"eqc.object.printed-lr": dict(cn_inst=_mean(_row(rows[rows.n_candidates == most], "CN-Inst")),
-    printed=_printed("table5", "CN-Inst", most)),
+        printed=_printed("table5", "CN-Inst", most)),
             "eqc.object.printed-noum": dict(noum=sent, printed=published_estimate(58., n_runs=3, like=sent))}
 
 def fine_tuned_values(
@@ -297,11 +297,11 @@ def modes_values(
     cost = lambda game: {c: _ahead(at(game, c, "inference only"), at(game, c, both)) for c in channels}
     return {
         "eqc.object.train+inf": dict(accuracy={f"{c}, {('2', 'most')[end]}": _mean(at("object", c, both, end))
-        for c in channels for end in (0, 1)}),
+            for c in channels for end in (0, 1)}),
         "eqc.sent-ref.train+inf": dict(cost=cost("sent-ref")), "eqc.sent-cls.train+inf": dict(cost=cost("sent-cls")),
         "eqc.image.train+inf": dict(accuracy={c: _mean(at("image", c, both)) for c in channels}),
         "eqc.sentences.train-recurrent": dict(gain={g: _ahead(at(g, "recurrent", both), at(g, "instant", both))
-        for g in ("sent-ref", "sent-cls")}),
+            for g in ("sent-ref", "sent-cls")}),
     }
 
 def noum_values(
@@ -330,13 +330,13 @@ def map_values(
     by_alphabet = lambda m: sum(m[most, w] - m[alphabets[0], w] for w in usual)/len(usual)
     values = {
         "capacity": dict(step={f"{mode}, {b[0]:g} symbols": estimate(m[b] - m[a], n) for mode, m in maps.items()
-        for a, b in zip(diagonal, diagonal[1:])} or {"none": Estimate(float("nan"))},
+            for a, b in zip(diagonal, diagonal[1:])} or {"none": Estimate(float("nan"))},
                          whole=each(lambda m: m[most, long] - m[alphabets[0], lengths[0]])),
         "length-first": dict(more_by_length=each(lambda m: by_length(m) - by_alphabet(m))),
-        "binary": dict(loss=each(lambda m: m[m.xs(long, axis=1, level=1).mean().idxmax(), long] - m[alphabets[0],
-        long])),
+        "binary": dict(loss=each(
+            lambda m: m[m.xs(long, axis=1, level=1).mean().idxmax(), long] - m[alphabets[0], long])),
         "training-hurts": dict(cost=combine([(1, estimate(maps["inference only"].mean(axis=1))),
-        (-1, estimate(maps["train+inference"].mean(axis=1)))])),
+            (-1, estimate(maps["train+inference"].mean(axis=1)))])),
     }
     perfect = lambda mode, above: dict(accuracy={f"{v:g} × {w}": estimate(maps[mode][v, w], n) for v in alphabets
         if v > above for w in lengths if w >= 50} or {"none": Estimate(float("nan"))})

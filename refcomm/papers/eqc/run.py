@@ -85,10 +85,10 @@ def build(
         "continuous": dict(word_length=s.word_length, normalize=s.normalize),
         "gumbel": dict(alphabet_size=s.alphabet_size, temperature=s.temperature, straight_through=s.straight_through),
         "quantized": dict(alphabet_size=s.alphabet_size, word_length=s.word_length, grid=s.grid, when=s.when,
-        gradient=s.gradient, normalize=s.normalize),
+            gradient=s.gradient, normalize=s.normalize),
         "fsq": dict(alphabet_size=s.alphabet_size, word_length=s.word_length, when=s.when),
         **dict.fromkeys(("vq", "learned"),
-        dict(alphabet_size=s.alphabet_size, word_length=s.word_length // s.symbol_width, symbol_width=s.symbol_width)),
+            dict(alphabet_size=s.alphabet_size, word_length=s.word_length // s.symbol_width, symbol_width=s.symbol_width)),
     }[s.bottleneck]
     extra = (dict(message_length=s.message_length, hidden=s.hidden, embedding=s.embedding, cell=s.cell)
         if s.channel != "instant" else {})
@@ -143,8 +143,8 @@ def _quantizers(ensemble, s, task)->dict: # (alphabet, symbol width if fitted) ‚
     "The trained bottleneck, and for a continuous run the quantisers tried at inference; a symbol of width k has alphabet·µè levels."
     trained = ensemble.template.channel.bottleneck
     if s.bottleneck != "continuous": return {(trained.alphabet_size, None): trained}
-    tried = {(None, None): trained, **{(v, None): UniformQuantizer(v, s.word_length, grid=s.grid, normalize=s.normalize)
-        for v in s.alphabets}}
+    tried = {(None, None): trained,
+        **{(v, None): UniformQuantizer(v, s.word_length, grid=s.grid, normalize=s.normalize) for v in s.alphabets}}
     if s.fitted: words = ensemble.map(lambda g: g.send(task.seen("train")).word)[0]
     for width in s.fitted:
         for v in s.alphabets:

@@ -102,11 +102,11 @@ class EQCSpec:
 GAMES = { # game → what differs from the Spec's defaults (Tables 1 and 4, App. A.4)
     "object": {},
     "image": dict(n_train=8032, n_valid=1024, n_test=1024, n_negatives=99, hidden=20, embedding=50, lr=1e-3,
-    feature_scale="length", candidates=(2, 10, 20, 50, 100)),
+        feature_scale="length", candidates=(2, 10, 20, 50, 100)),
     "sent-ref": dict(n_train=7997, n_valid=1001, n_test=1001, n_negatives=76, hidden=768, embedding=768,
-    candidates=(2, 8, 16, 32, 64, 77)),
+        candidates=(2, 8, 16, 32, 64, 77)),
     "sent-cls": dict(n_train=7953, n_valid=1004, n_test=1042, n_negatives=76, hidden=768, embedding=768,
-    candidates=(2, 8, 16, 32, 64, 77)),
+        candidates=(2, 8, 16, 32, 64, 77)),
 }
 
 # %% ../../../nbs/45_papers.eqc.spec.ipynb #b0cd56c6

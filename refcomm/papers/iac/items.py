@@ -50,7 +50,7 @@ _SMALL = dict(ood_source=None, trunk="narrow", accumulate=1, optimizer="adamw", 
     weight_decay=.01, precision="fp32", clusters_share=1.)
 SIZES = { # profile → smaller sizes than published
     "smoke": _SMALL | dict(n_images=500, n_ood=20, image_size=16, view_size=16, alphabet_size=16, dim=16, batch_size=32,
-    epochs=1, test_candidates=(2, 32), n_blobs=64, n_permutations=99, probes=("digits",)),
+        epochs=1, test_candidates=(2, 32), n_blobs=64, n_permutations=99, probes=("digits",)),
     "cpu": _SMALL | dict(n_images=8000, n_ood=40, image_size=64, view_size=64, alphabet_size=512, dim=256, epochs=6,
     n_blobs=5120, probes=("valid", "shapes", "digits")),
     # ten minutes an item on one large GPU: 512 images a step as published, but seen at once; 128 of them are a game's candidates
@@ -214,13 +214,13 @@ def play_values(
         "iac.above-chance": half(GAMES, "valid"), "iac.above-chance-ood": half(GAMES, "ood"),
         "iac.blobs-plain": half(plain, "blobs"),
         "iac.robust": dict(less_lost={m: combine([(1, lost("SimCLR_disc", "ood")), (-1, lost(m, "ood"))])
-        for m in GAMES}),
+            for m in GAMES}),
         "iac.augmentations-cost": dict(cost=both(lambda k: combine([(1, at(plain[k], "valid")),
-        (-1, at(augmented[k], "valid"))]))),
+            (-1, at(augmented[k], "valid"))]))),
         "iac.blobs-shared": dict(lost=lost(plain[1], "blobs")),
         "iac.blobs-augmented": dict(accuracy={m: at(m, "blobs") for m in (*augmented, "SimCLR_disc")}, chance=chance),
         "iac.shared-little": dict(difference={name: combine([(1, at(pair[0], "valid")), (-1, at(pair[1], "valid"))])
-        for name, pair in (("-augmentations", plain), ("+augmentations", augmented))}),
+            for name, pair in (("-augmentations", plain), ("+augmentations", augmented))}),
     }
 
 # %% ../../../nbs/86_papers.iac.items.ipynb #f5ae7a31
@@ -240,9 +240,9 @@ def protocol_values(
         "iac.nothing-said": dict(significant={SETS[d]: named(silent, d) for d in sets}),
         "iac.something-said": dict(significant={f"{m}, {SETS[d]}": named(m, d) for m in other for d in sets}),
         "iac.near-kmeans": dict(behind={SETS[d]: combine([(1, at("SimCLR_kmeans", d, "nmi")), (-1, at(MAIN, d, "nmi"))])
-        for d in sets}),
+            for d in sets}),
         "iac.augmentations-help": dict(gain={f"{m}, {name}": gain(m, measure) for m in GAMES[2:4]
-        for measure, name in (("nmi", "nMI"), ("wnsim", "WNSim"))}),
+            for measure, name in (("nmi", "nMI"), ("wnsim", "WNSim"))}),
     }
 
 # %% ../../../nbs/86_papers.iac.items.ipynb #9d34d260
@@ -259,12 +259,12 @@ def probe_values(
     sets = list(dict.fromkeys(probes.data))
     return {
         "iac.features": dict(behind={f"{m}, {d}": gap("SimCLR", m, d) for m in GAMES[2:4] for d in sets},
-        gained={f"{m}, {d}": gap("SimCLR", "Untrained", d) for m in GAMES[2:4] for d in sets}),
+            gained={f"{m}, {d}": gap("SimCLR", "Untrained", d) for m in GAMES[2:4] for d in sets}),
         "iac.supervised": dict(gain=gap("Supervised", "SimCLR", "valid")),
         "iac.plain-poor": dict(plain={m: at(m, "valid") for m in GAMES[:2]},
-        augmented={m: at(GAMES[2], "valid") for m in GAMES[:2]}),
+            augmented={m: at(GAMES[2], "valid") for m in GAMES[:2]}),
         "iac.alike": dict(correlation={f"{row}, {d}": estimate(part.correlation)
-        for (row, d), part in similarity.groupby(["row", "data"])}),
+            for (row, d), part in similarity.groupby(["row", "data"])}),
     }
 
 def seeds_values(

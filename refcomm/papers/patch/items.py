@@ -78,11 +78,11 @@ _SMALL = _EARLY | dict(precision="fp32", rank="thin", symbol_width=192, vision="
     weight_decay=.04, warmup=.1)
 SIZES = { # profile → smaller sizes than published
     "smoke": _SMALL | dict(source="scenes", n_images=120, image_size=56, view_size=56, vocab_size=16, width=24,
-    layers=1, heads=2, hidden=32, narrow=16, dim=32, queue=64, autoencoder_width=8, batch_size=32, lr=1e-3, epochs=1,
-    test_candidates=(2, 16)),
+        layers=1, heads=2, hidden=32, narrow=16, dim=32, queue=64, autoencoder_width=8, batch_size=32, lr=1e-3, epochs=1,
+        test_candidates=(2, 16)),
     "cpu": _SMALL | dict(source="scenes", n_images=1800, image_size=64, view_size=56, width=64, layers=2, heads=2,
-    hidden=256, narrow=128, dim=1024, queue=1024, momentum=.99, autoencoder_width=32, batch_size=128, lr=5e-4,
-    epochs=30, test_candidates=(2, 16, 128)),
+        hidden=256, narrow=128, dim=1024, queue=1024, momentum=.99, autoencoder_width=32, batch_size=128, lr=5e-4,
+        epochs=30, test_candidates=(2, 16, 128)),
     "gpu": _EARLY | dict(source="scenes", layers=6, dim=8192, queue=4096, momentum=.99, batch_size=256,
     optimizer="adamw", lr=5e-4, weight_decay=.04, warmup=.1, epochs=50, precision="bf16", test_candidates=(2, 16, 128, 512)),
     "paper": {},
@@ -132,8 +132,8 @@ def configure(
     **fields, # Spec fields that differ
 )->PatchSpec:
     "One Spec at the sizes of a profile."
-    base = VARIANTS[check_choice("variant", variant, VARIANTS)] | SIZES[check_choice("profile", profile,
-        PROFILES)] | images_of(profile, "embedded" if profile == "smoke" else images)
+    base = (VARIANTS[check_choice("variant", variant, VARIANTS)] | SIZES[check_choice("profile", profile, PROFILES)]
+        | images_of(profile, "embedded" if profile == "smoke" else images))
     usual = PatchSpec(**base)
     share = 1 if profile == "paper" else (7/side)**2 # smaller, because more ranks are closer together
     return dataclasses.replace(usual, patch_size=usual.view_size//side, strength=usual.strength*share, **fields)
@@ -177,8 +177,8 @@ def rows_of(
     t = frame(records)
     t = t[t["kind"] == kind].dropna(axis=1, how="all").copy()
     names = {(m.get("model", "game"), m.get("side"), m.get("trained", True)): name for name, m in MODELS.items()}
-    side = (t.view_size // t.patch_size).where(t.model.isin(("game", "patchvae",
-        "vit")) & (t.view_size // t.patch_size == 14))
+    side = t.view_size // t.patch_size
+    side = side.where(t.model.isin(("game", "patchvae", "vit")) & (side == 14))
     t["row"] = [names[m, None if s != s else int(s), trained] for m, s, trained in zip(t.model, side, t.trained)]
     t = t.sort_values("row", key=lambda row: row.map(list(MODELS).index), kind="stable")
     if "accuracy" in t: t["accuracy"], t["n_targets"] = 100*t.accuracy, t.n_valid

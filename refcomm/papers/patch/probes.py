@@ -15,7 +15,7 @@ from ...agents.patches import top_patches
 from ...core import check_choice, generator, pick_device
 from ...data.features import effnet_lite0
 from ...data.scenes import SceneWorld
-from .run import PatchSpec, eyes, found, look, read, weigh
+from .run import PatchSpec, image_trunk, retrieval_accuracy, map_images, decode_messages, gate_weights
 from ...runs.executors import local_executor, named_deaths
 from ...files import find_data
 from ...games.baselines import Supervised
@@ -59,11 +59,11 @@ def suffice(
     device="cpu",
 )->list: # rows: accuracy at every length, and the fewest symbols that suffice
     "Accuracy with truncated messages."
-    seen, = look(lambda x: (game.listener.see(x),), images, s, device)
-    weights = weigh(game, images, s, device)
+    seen, = map_images(lambda x: (game.listener.see(x),), images, s, device)
+    weights = gate_weights(game, images, s, device)
     counts, own = [n for n in s.test_candidates if n <= len(images)], torch.arange(len(images), device=seen.device)
     lengths = list(range(1, int((symbols >= 0).sum(1).max()) + 1))
-    won = torch.stack([hits(cosine_similarities(read(game, most_important(symbols, importance, k), weights), seen), own,
+    won = torch.stack([hits(cosine_similarities(decode_messages(game, most_important(symbols, importance, k), weights), seen), own,
         counts, generator(0, "distractors", seen.device)) for k in lengths])
     rows = [dict(kind="kept", n_symbols=k, n_candidates=n, accuracy=a)
         for k, each in zip(lengths, won.double().mean(1).tolist()) for n, a in zip(counts, each)]
@@ -121,11 +121,11 @@ def top_k_play(
     device="cpu",
 )->list: # rows: order, k, n_candidates, accuracy
     "The listener's accuracy with the symbols of `k` patches."
-    weights = weigh(game, images, s, device)
-    whole, seen = look(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1), game.listener.see(x)), images, s,
+    weights = gate_weights(game, images, s, device)
+    whole, seen = map_images(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1), game.listener.see(x)), images, s,
         device)
     return [dict(order=name, k=k, n_candidates=n, accuracy=a) for name, scores in orders.items() for k in ks
-            for n, a in found(read(game, most_important(whole, scores.to(whole.device), k), weights), seen, s).items()]
+            for n, a in retrieval_accuracy(decode_messages(game, most_important(whole, scores.to(whole.device), k), weights), seen, s).items()]
 
 # %% ../../../nbs/88_papers.patch.probes.ipynb #6ab0afe4
 class LiteTrunk(nn.Module):
@@ -137,8 +137,8 @@ class LiteTrunk(nn.Module):
 
     def forward(self, images)->Tensor: # [batch, 3, height, width] from 0 to 255 → [batch, feature_dim]
         "Features of images."
-        return self.net.extract_features((F.interpolate(images.float(), 224, mode="bicubic", antialias=True).clamp(0,
-            255) - 127)/128).mean((2, 3))
+        x = F.interpolate(images.float(), 224, mode="bicubic", antialias=True).clamp(0, 255)
+        return self.net.extract_features((x - 127)/128).mean((2, 3))
 
 def known_saliency(
     taught_on:tuple, # images [n, 3, height, width] uint8, labels [n]
@@ -184,5 +184,5 @@ def detections(
         world = SceneWorld(size)
         train, test = (boxed(world.draw(n, generator(0, name)), world.shapes)
             for n, name in ((n_train, "train scenes"), (n_test, "test scenes")))
-    return [dict(row=name, seed=seed, map50=detect(eyes(model).to(pick_device(device)), train, test,
+    return [dict(row=name, seed=seed, map50=detect(image_trunk(model).to(pick_device(device)), train, test,
         generator(seed, "detect"), epochs).map50) for name, model in models.items()]

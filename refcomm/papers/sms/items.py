@@ -27,7 +27,7 @@ ITEMS = { # item → games and message lengths
 }
 SIZES = { # profile → smaller sizes than published
     "smoke": dict(n_attributes=6, n_values=3, n_distractors=9, n_train=200, n_valid=60, alphabet_size=18, hidden=16,
-    embedding=8, epochs=2),
+        embedding=8, epochs=2),
     "cpu": dict(hidden=128, epochs=15),
     "gpu": {}, "paper": {},
 }
@@ -66,7 +66,7 @@ def fidelity(
     specs, # SMSSpecs of one item
 )->str: # sentences
     "The deviations from the paper and its unstated settings, from the table of deviations and the Specs."
-    return note("sms", specs) + " Symbols at work are those of the best epoch."
+    return note("sms", specs) + " The effective number of symbols is that of the best epoch."
 
 # %% ../../../nbs/91_papers.sms.items.ipynb #93ce1a31
 def _last(epochs): return epochs[epochs.epoch == epochs.epoch.max()]
@@ -91,7 +91,7 @@ def length_values(
     once = lambda x, like: published_estimate(x, like=like) # the paper's one run
     values = {f"sms.gap-{m}": dict(gap=gap, printed=once({2: .25, 3: .5}[m], gap)),
               f"sms.longer-{m}": dict(gain=combine([*((1/len(longer), _at(last, L)) for L in longer),
-              (-1, _at(last, m))] if longer else [(1, Estimate(float("nan")))]))}
+                  (-1, _at(last, m))] if longer else [(1, Estimate(float("nan")))]))}
     return (values | {f"sms.short-{m}-{L}": dict(accuracy=(x := _at(last, L)), printed=once(.35, x))
         for L in range(1, m)})
 
@@ -118,7 +118,7 @@ def complexity_values(
     return {"sms.more-symbols": dict(step=used.get("2 to 3", nan["none"])),
             "sms.more-symbols-8": dict(step={k: v for k, v in used.items() if k != "2 to 3"} or nan),
             "sms.at-least-needed": dict(margin={f"{m}": combine([(1, estimate(p.n_used)), (-m, Estimate(1.))])
-            for m, p in parts if m < longest.message_length.max()} or nan),
+                for m, p in parts if m < longest.message_length.max()} or nan),
             "sms.harder": dict(step=_steps(parts, "accuracy", longest.n_valid.iloc[0]))}
 
 def pictures_values(
@@ -128,9 +128,9 @@ def pictures_values(
     long, n = whole.message_length.max(), whole.n_valid.iloc[0]
     mean = lambda m, L: estimate(whole[(whole.min_symbols == m) & (whole.message_length == L)].accuracy, n)
     return {"sms.pictures-longer": dict(gain={f"{m}": combine([(1, mean(m, long)), (-1, mean(m, 1))])
-    for m in sorted(set(whole.min_symbols))}),
+        for m in sorted(set(whole.min_symbols))}),
             "sms.pictures-symbols": dict(step=_steps(list(whole[whole.message_length == long].groupby("min_symbols")),
-            "n_used"))}
+                "n_used"))}
 
 # %% ../../../nbs/91_papers.sms.items.ipynb #d075f746
 def rates_values(
