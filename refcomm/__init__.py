@@ -3,7 +3,8 @@ __version__ = "0.1.0"
 import lazy_loader as _lazy
 
 __getattr__, __dir__, __all__ = _lazy.attach(__name__, submod_attrs={
-    "own": ["Objects", "Run", "load_objects", "make_game", "referential", "sweep", "topsim", "train"],
+    "own": ["Objects", "Run", "Trial", "load_objects", "make_game", "page", "plot_sweep", "referential", "sweep", "topsim",
+        "train", "trial"],
     "keep": ["find_record", "load", "load_game", "push_game", "save_game"],
     "metrics.structure": ["bosdis", "entropy", "measure", "posdis", "topographic_similarity"],
     "metrics.task": ["n_unique"],
@@ -12,4 +13,5 @@ __getattr__, __dir__, __all__ = _lazy.attach(__name__, submod_attrs={
     "games.referential": ["ReferentialGame"],
     "interact.explore": ["explore", "explore_games"],
     "runs.execute": ["execute"],
+    "runs.experiments": ["experiment"],
 })

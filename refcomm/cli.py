@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'runs_app', 'found_done', 'reproduce_item', 'options', 'print_table', 'list_items', 'reproduce',
-           'print_comparison', 'plan', 'redraw', 'report', 'runs_list', 'runs_show', 'runs_verify', 'runs_plan',
-           'runs_execute', 'runs_export', 'runs_import', 'runs_clean', 'main']
+           'print_comparison', 'read_grid', 'sweep', 'plan', 'redraw', 'report', 'runs_list', 'runs_show',
+           'runs_verify', 'runs_plan', 'runs_execute', 'runs_export', 'runs_import', 'runs_clean', 'main']
 
 # %% ../nbs/99_cli.ipynb #13e5a072
 import contextlib, json, os, signal, sys, threading, time
@@ -15,7 +15,7 @@ import typer
 
 from . import __version__
 from .publish.catalogue import HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of, parse_parameters, title, in_short
-from .core import PROFILES, ConfigError, RefcommError, check_choice, from_json, n_cores, no_cuda, printable, Interrupted
+from .core import PROFILES, ConfigError, RecordError, RefcommError, check_choice, from_json, n_cores, no_cuda, printable, Interrupted
 from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic, checkout, expanded
 from .interrupts import Interruptible
 from .publish.records import keep_item, kept_items, kept_store, outdated, used_runs
@@ -226,6 +226,68 @@ def print_comparison(item, profile):
         for c in recipe["claims"]:
             print(printable(f"  {c['verdict']:22} {c['sentence']}\n{'':25}{c['cause']} {c['power']}"))
 
+# %% ../nbs/99_cli.ipynb #b084b1c6
+def _experiment_named(name):
+    "An experiment, or the Spec's class of one of this package, by name or as file.py:name."
+    import importlib.util
+    from refcomm.runs.experiments import EXPERIMENTS, home_of, packaged, spec_class
+    file, _, own = str(name).rpartition(":")
+    if file:
+        path = expanded(file, "an experiment").absolute()
+        if not path.is_file(): raise ConfigError(f"no file {path}: name an experiment of your own as file.py:name")
+        found = importlib.util.spec_from_file_location(path.stem, path)
+        sys.modules[path.stem] = module = importlib.util.module_from_spec(found)
+        sys.path.insert(0, str(path.parent))
+        found.loader.exec_module(module)
+        check_choice(f"experiment in {path.name}", own, EXPERIMENTS)
+        return EXPERIMENTS[own]
+    check_choice("experiment", own, [n for n in packaged() if n != "own"])
+    return EXPERIMENTS.get(own) if home_of(own) is EXPERIMENTS.get(own) else spec_class(own)
+
+def read_grid(
+    path, # a JSON file
+)->tuple: # an experiment, fixed fields, grid
+    "What `refcomm sweep` is to do."
+    try: said = from_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as e: raise ConfigError(f"cannot read {path}: {e.strerror}") from None
+    except ValueError as e: raise ConfigError(f"{path} is no JSON: {e}") from None
+    kinds = dict(experiment=str, fields=dict, grid=dict)
+    if not isinstance(said, dict) or not said.get("grid"):
+        raise ConfigError(f"{path} is to hold a grid, such as {{\"grid\": {{\"seed\": [0, 1, 2]}}}}")
+    for k, v in said.items():
+        if not isinstance(v, kinds[check_choice(f"entry of {Path(path).name}", k, kinds)]):
+            raise ConfigError(f"{k!r} in {path} is {type(v).__name__}, {kinds[k].__name__} is expected")
+    return _experiment_named(said.get("experiment", "page")), said.get("fields", {}), said["grid"]
+
+@app.command("sweep")
+def sweep(
+    grid:Path = typer.Argument(..., help="a JSON file with experiment, fields and grid"),
+    jobs:int = typer.Option(1, help="trainings at a time"),
+    device:str = typer.Option("auto", help="auto, cpu, cuda …"),
+    executor:str = typer.Option(None, help="local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
+    logger:str = typer.Option(None, help="csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
+    weights:bool = typer.Option(False, help="keep the trained weights in the store"),
+    out:Path = typer.Option(None, help="the .csv file to write; beside the grid when none is named"),
+    x:str = typer.Option(None, help="the field along the plot's axis; the first of the grid when none is named"),
+    y:str = typer.Option("accuracy", help="the metric to plot"),
+    by:str = typer.Option(None, help="the field that lines differ in"),
+):
+    "Make the runs of a grid, and write a table and a plot of them."
+    from refcomm.own import plot_sweep, sweep as made
+    make, fixed, values = read_grid(grid)
+    with _stopped_in_one_line(): table = made(make, values, jobs, executor, device, None, logger, weights, **fixed)
+    out = expanded(out or grid.with_suffix(".csv"), "--out")
+    with disk_errors(out), write_atomic(out) as tmp: table.to_csv(tmp, index=False)
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    plot_sweep(table, x or next(iter(values)), y, by, plt.figure(figsize=(6, 4)).gca())
+    with disk_errors(out), write_atomic(out.with_suffix(".png")) as tmp: plt.savefig(tmp, format="png", bbox_inches="tight", dpi=150)
+    numbers = [c for c in table if c in values or (c != "key" and table[c].dtype.kind in "fi")]
+    show = lambda v: f"{v:.4g}" if isinstance(v, float) else v
+    print_table(f"{table.key.nunique()} runs: {out}, {out.with_suffix('.png')}", numbers,
+        [[show(v) for v in row] for row in table[numbers].head(40).itertuples(index=False)])
+
 # %% ../nbs/99_cli.ipynb #71aa0c05
 @app.command("plan")
 def plan(
@@ -297,7 +359,7 @@ def redraw(
                 with kept_store(item, into=into and into.expanduser().absolute()) as given:
                     status, _, message = reproduce_item(item, path, dict(given, jobs=1), force=True)
                 results.append((item, status.replace("done", "redrawn"), message))
-        except ConfigError as e:
+        except (ConfigError, RecordError) as e:
             results.append((item, "no records" if str(e).startswith("no records") else "failed", str(e)))
     print_table(None, ("item", "", ""), results)
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
@@ -327,13 +389,13 @@ def report(
     figures:Path = typer.Option(None,
     help="the folder of figures; the one that `refcomm reproduce` writes to, or the checkout's kept figures if that has none"),
 ):
-    "Write one HTML page of everything that was made: claims, pictures, paper beside ours."
+    "Write one HTML page of everything that was made, and full pictures and numbers into a folder beside it."
     from refcomm.publish.report import write_report
     out = expanded(out or "refcomm-report.html", "--out").absolute()
     folder = expanded(figures or _with_figures(), "--figures").absolute()
     items, problems = write_report(out, folder, {item: title(path) for item, path in notebooks().items()})
     for p in problems: print(f"refcomm: not shown: {p}", file=sys.stderr)
-    print(f"{len(items)} items of {folder} are in {out}")
+    print(f"{len(items)} items of {folder} are in {out}; full pictures and numbers are in {out.stem}_files beside it")
 
 # %% ../nbs/99_cli.ipynb #07791de4
 @runs_app.command("list")

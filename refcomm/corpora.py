@@ -6,7 +6,7 @@
 __all__ = ['SYSTEM', 'Corpus', 'make_corpus', 'describe', 'save_corpus', 'load_corpus', 'save_elcc', 'load_elcc', 'from_record']
 
 # %% ../nbs/74_corpora.ipynb #098a0849
-import importlib, json, os, re, shutil, uuid
+import json, os, re, shutil, uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from .files import content_digest, disk_errors, fsync_dir, read_parquet, write_a
 from .metrics.protocol import symbol_counts
 from .metrics.structure import bosdis, ended, entropy, posdis
 from .runs.execute import load_spec
+from .runs.experiments import Experiment, home_of
 from .runs.store import RunRecord, defined
 
 # %% ../nbs/74_corpora.ipynb #50c74455
@@ -277,19 +278,32 @@ def from_record(
     name:str|None=None, # which of its messages; those there are if only one kind is made of symbols
 )->Corpus:
     "The messages of a finished run, with their meanings."
-    module = importlib.import_module(f"refcomm.papers.{record.experiment}.run")
-    if not hasattr(module, "meanings"):
+    home = home_of(record.experiment)
+    about, tensors = _about(home), record.tensors()
+    if about is None:
         raise ConfigError(f"what messages of {record.experiment} runs are about is not in their Spec: use "
             f"make_corpus(record.tensors()[…], meanings)")
-    tensors = record.tensors()
-    kinds = sorted(k for k, v in tensors.items() if not v.is_floating_point())
+    kinds = sorted(k for k, v in tensors.items() if not v.is_floating_point() and k != "lengths"
+        and not k.startswith(("weights/", "task/")))
     if not kinds:
         raise ConfigError(f"run {record.experiment}/{record.key} sent no symbols, only real numbers "
             f"({', '.join(sorted(tensors))}): quantise them first")
     if name is None and len(kinds) > 1:
         raise ConfigError(f"run {record.experiment}/{record.key} has messages of {len(kinds)} kinds: name one of {', '.join(kinds)}")
     sent = tensors[check_choice("messages", name or kinds[0], kinds)].flatten(1).long()
-    lengths = (sent >= 0).sum(1) if int(sent.min()) < 0 else None
+    dropped = int(sent.min()) < 0 and bool((sent[:, 1:][sent[:, :-1] < 0] >= 0).any()) # in the middle, as patches are
+    if dropped: sent = [row[row >= 0].tolist() for row in sent]
+    lengths = (sent >= 0).sum(1) if not dropped and int(sent.min()) < 0 else None
     origin = dict(experiment=record.experiment, run=record.key, messages=name or kinds[0], spec=record.spec,
         made=record.provenance)
-    return make_corpus(sent, module.meanings(load_spec(record.experiment, record.spec)), origin, lengths)
+    return make_corpus(sent, about(record, name or kinds[0]), origin, lengths)
+
+def _about(home): # (record, which of its messages) → meanings; None where it is not known
+    if isinstance(home, Experiment): return lambda record, name: _said(home.made(load_spec(record.experiment, record.spec)))
+    if hasattr(home, "kept"): return lambda record, name: _said(home.task_of(record))
+    if hasattr(home, "meanings"): return lambda record, name: home.meanings(load_spec(record.experiment, record.spec))
+    if hasattr(home, "labels_of"): return lambda record, name: home.labels_of(load_spec(record.experiment, record.spec), name)
+
+def _said(made): # what a trial's or a task's test messages are about; None where it is not known
+    task = getattr(made, "task", made)
+    return task.meanings("test") if hasattr(task, "meanings") else None

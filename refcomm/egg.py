@@ -7,11 +7,13 @@ __all__ = ['load_egg']
 
 # %% ../nbs/79_egg.ipynb #ac743345
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 
 from .core import ConfigError
 from .corpora import Corpus, make_corpus
+from .files import check_unpacked, zip_size
 
 # %% ../nbs/79_egg.ipynb #ad2555d4
 class _Interaction: pass # stands for EGG's class
@@ -23,9 +25,11 @@ def load_egg(
     "The messages of an interaction dump of EGG, up to their ends, with what they are about."
     known = [(_Interaction, f"egg.core.{name}") for name in ("interaction.Interaction", "Interaction")]
     try:
+        if is_zipfile(path): check_unpacked(path, zip_size(path))
         with torch.serialization.safe_globals(known): dump = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"no file {Path(path).absolute()}: name a dump of EGG's InteractionSaver") from None
+    except ConfigError: raise
     except Exception as e:
         raise ConfigError(f"{path} is no interaction dump of EGG, or holds what is not read safely: {str(e).splitlines()[0]}") from None
     message, seen = getattr(dump, "message", None), getattr(dump, "sender_input", None)

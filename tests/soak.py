@@ -1,7 +1,8 @@
 """Kill, damage, compete: what tests/test_runs.py does in small, for some ten minutes. `make soak` writes tests/soak.md and fails if anything was lost, doubled or believed.
 
-A reproduction is a plan of long runs and then two notebooks. It is killed at random until it has died often enough, and resumed each time; what it leaves must equal,
-bit by bit, what an undisturbed one leaves. Then stored records are damaged in many ways, none of which may pass unnoticed, and two drivers work on one store."""
+A reproduction is a plan of long runs and then two notebooks. It is killed and told to stop at random until that has happened often enough, and continued each time,
+sometimes after what it left was damaged; what it leaves must equal, bit by bit, what an undisturbed one leaves. Then stored records, checkpoints, lists of members, caches,
+recipes, plans and archives are damaged in many ways, none of which may pass unnoticed, and two and four drivers work on one store."""
 import argparse
 import collections
 import contextlib
@@ -9,7 +10,6 @@ import dataclasses
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +19,8 @@ import time
 import uuid
 import warnings
 from pathlib import Path
+
+from damage import BYTES, change_leaf, damaged, mutated as changed, not_a_number, repeat_key, subjects
 
 LOG = os.environ.get("SOAK_LOG") # drivers and their workers write here what they begin and what they store
 
@@ -79,9 +81,15 @@ class Place:
         self.env.pop("REFCOMM_DATA", None), self.env.pop("REFCOMM_EXECUTOR", None)
 
     def start(self, notebooks=True):
-        command = [sys.executable, __file__, "drive", str(self.plan), *(ITEMS if notebooks else ())]
-        return subprocess.Popen(command, env=self.env, stdout=subprocess.DEVNULL, stderr=open(self.root/"stderr", "a"),
-            start_new_session=True)
+        return self.run(__file__, "drive", str(self.plan), *(ITEMS if notebooks else ()))
+
+    def command(self, *args): return self.run("-c", "from refcomm.cli import main; main()", *map(str, args))
+
+    def run(self, *args):
+        return subprocess.Popen([sys.executable, *args], env=self.env, stdout=subprocess.DEVNULL,
+            stderr=open(self.root/"stderr", "a"), start_new_session=True)
+
+    def said(self): return (self.root/"stderr").read_text(errors="replace") if (self.root/"stderr").exists() else ""
 
     def processes(self): # pid → command line
         "All that a driver of this place has started, kernels and workers included."
@@ -117,10 +125,22 @@ def drive(plan, items):
     "One reproduction, as a user would type it."
     from refcomm import cli
     try:
-        cli.app(["runs", "execute", plan, "--jobs", "2", "--device", "cpu"], standalone_mode=False)
-        if items:
-            sys.exit(cli.app(["reproduce", *items, "--profile", "smoke", "--jobs", "2"], standalone_mode=False) or 0)
+        code = cli.app(["runs", "execute", plan, "--jobs", "2", "--device", "cpu"], standalone_mode=False)
+        if items and not code:
+            code = cli.app(["reproduce", *items, "--profile", "smoke", "--jobs", "2"], standalone_mode=False)
+        sys.exit(code or 0)
     except cli.RefcommError as e: sys.exit(f"refcomm: {e}")
+    except KeyboardInterrupt: sys.exit(128 + signal.SIGINT) # between two works
+
+
+def remember(item, times):
+    "One driver that makes an item again and again: what it takes of the memory goes into the log."
+    import psutil
+    from refcomm import cli
+    for _ in range(int(times)):
+        code = cli.app(["reproduce", item, "--profile", "smoke", "--jobs", "1", "--force"], standalone_mode=False)
+        if code: sys.exit(code)
+        log("memory", psutil.Process().memory_info().rss / 2**20)
 
 
 failures = []
@@ -136,44 +156,80 @@ def kill(pid):
     except ProcessLookupError: return False
 
 
-def strike(place, driver, rng): # what was killed
-    "Kill −9: the driver alone, the driver with all its processes, or one worker."
-    what, found = rng.choice(("driver", "driver and all its processes", "worker")), place.processes()
-    workers = [pid for pid, line in found.items() if "spawn_main" in line]
-    if what == "worker" and not workers: what = "driver"
-    pids = {"driver": [driver.pid], "driver and all its processes": list(found), "worker": [rng.choice(workers)]
-        if what == "worker" else []}[what]
-    return what if any([kill(pid) for pid in pids]) else None
+def strike(place, driver, rng): # the signal, what got it; None where nothing was left to stop
+    "Kill −9 (the driver alone, with all its processes, or one worker), or SIGTERM and SIGINT to the driver or to its process group."
+    how, found = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)), place.processes()
+    if how == signal.SIGKILL:
+        what = rng.choice(("driver", "driver and all its processes", "worker"))
+        workers = [pid for pid, line in found.items() if "spawn_main" in line]
+        if what == "worker" and not workers: what = "driver"
+        pids = {"driver": [driver.pid], "driver and all its processes": list(found), "worker": [rng.choice(workers)]
+            if what == "worker" else []}[what]
+        return (how, what) if any([kill(pid) for pid in pids]) else None
+    what = rng.choice(("driver", "its process group"))
+    try: os.kill(driver.pid, how) if what == "driver" else os.killpg(driver.pid, how)
+    except ProcessLookupError: return None
+    return how, what
 
 
-def disturbed(root, plan, n_kills, rng):
-    "Reproductions that die: places, deaths by kind, deaths that left a checkpoint."
-    places, deaths, left = [], collections.Counter(), 0
-    while sum(deaths.values()) < n_kills:
+def told_to_stop(place, driver, how, before): # whether it said what is kept
+    "A driver that got SIGTERM or SIGINT ends within seconds, in one line, with its processes."
+    try: driver.wait(60)
+    except subprocess.TimeoutExpired:
+        check(False, f"{place.root.name}: {how.name} did not stop the driver within a minute")
+        kill(driver.pid)
+        driver.wait()
+    lines = [line for line in place.said()[before:].splitlines() if line.startswith("refcomm: stopped by ")]
+    check(driver.returncode in (128 + how, -how, 0), f"{place.root.name}: exit {driver.returncode} after {how.name}: {place.said()[before:][-600:]}")
+    check(len(lines) <= 1 and all("the same command continues" in line for line in lines), f"{place.root.name}: {lines}")
+    return bool(lines)
+
+
+def spoil(place, rng): # what was damaged; None where nothing is left
+    "Damage one thing that a stopped driver has left: a checkpoint, or the list of its members."
+    left = [f for f in place.store.root.glob("unfinished/*/*") if f.name in ("training.safetensors", "members.json")]
+    if not left: return None
+    path, kind = rng.choice(left), rng.choice(sorted(BYTES))
+    path.write_bytes(changed(rng, kind, path.read_bytes()))
+    return path.name
+
+
+def disturbed(root, plan, n_stops, rng):
+    "Reproductions that are stopped: places, and what was done to them."
+    places, done = [], collections.Counter()
+    while done["stops"] < n_stops:
         place = Place(root, f"disturbed-{len(places)}", plan)
         places.append(place)
         while True:
-            driver = place.start()
+            driver, before, struck = place.start(), len(place.said()), None
             try:
-                if sum(deaths.values()) < n_kills:
+                if done["stops"] < n_stops:
                     if rng.random() < .8: place.wait_for_work(driver)
                     driver.wait(rng.uniform(0, 12))
                 else: driver.wait()
             except subprocess.TimeoutExpired:
-                what = strike(place, driver, rng)
-                if what:
-                    deaths[what] += 1
-                    left += bool(list(place.store.root.glob("unfinished/*/training.safetensors")))
+                if struck := strike(place, driver, rng):
+                    how, what = struck
+                    done["stops"] += 1
+                    done[f"{how.name} to {what}"] += 1
+                    if how != signal.SIGKILL: done["said"] += told_to_stop(place, driver, how, before)
+                    done["left"] += bool(list(place.store.root.glob("unfinished/*/training.safetensors")))
                 driver.wait()
-                print(f"kill {sum(deaths.values())}: {what}; {len(place.store.keys())} records, exit {driver.returncode}",
+                print(f"stop {done['stops']}: {struck and f'{struck[0].name} to {struck[1]}'}; {len(place.store.keys())} records, exit {driver.returncode}",
                     flush=True)
-                if driver.returncode: continue
+                if driver.returncode:
+                    if rng.random() < .3:
+                        place.ended()
+                        if hit := spoil(place, rng): done["spoilt"] += 1; done[f"spoilt {hit}"] += 1
+                    continue
             if check(driver.returncode == 0,
-                f"{place.root.name}: the driver ended with {driver.returncode}: {(place.root/'stderr').read_text()[-600:]}"):
+                f"{place.root.name}: the driver ended with {driver.returncode}: {place.said()[-600:]}"):
                 break
-            raise SystemExit("a reproduction that nobody killed has failed")
+            raise SystemExit("a reproduction that nobody stopped has failed")
         place.ended()
-    return places, deaths, left
+        done["aside"] += len(list(place.store.root.glob("set-aside/*")))
+        shutil.rmtree(place.store.root/"set-aside", ignore_errors=True)
+    return places, done
 
 
 def content(record):
@@ -200,12 +256,6 @@ def compare(place, calm): # how many records were equal
     return equal
 
 
-def leaf(rng, node):
-    "A random place in nested JSON: its container and its key."
-    key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
-    return leaf(rng, node[key]) if isinstance(node[key], (dict, list)) and node[key] else (node, key)
-
-
 def edit(change):
     "A mutation of record.json as data; the checksum stays."
     def mutate(rng, files, other):
@@ -215,24 +265,13 @@ def edit(change):
     return mutate
 
 
-def change_leaf(rng, raw):
-    node, key = leaf(rng, raw["body"])
-    v = node[key]
-    node[key] = not v if isinstance(v, bool) else v + 1 if isinstance(v, (int, float)) else f"{v}."
-
-
-def not_a_number(rng, raw):
-    node, key = leaf(rng, raw["body"])
-    node[key] = float("nan")
-
-
 def forged_spec(rng, raw):
     from refcomm.runs.store import digest
     raw["body"]["spec"]["seed"] += 1 + rng.randrange(1000)
     raw["sha256"] = digest(raw["body"])
 
 
-def lose_key(rng, raw):
+def lose_record_key(rng, raw):
     node = rng.choice([raw, raw["body"], raw["body"]["spec"]])
     del node[rng.choice(list(node))]
 
@@ -250,30 +289,8 @@ def on_bytes(change):
     return mutate
 
 
-def stretch(rng, data, n=4096):
-    at = rng.randrange(len(data))
-    return slice(at, at + rng.randrange(1, n))
-
-
-def flip(rng, data, n=1):
-    for at in rng.sample(range(8*len(data)), n): data[at//8] ^= 1 << at % 8
-
-
-def zeros(rng, data): data[s] = bytes(len(data[s := stretch(rng, data)]))
-
-
-def insert(rng, data): data[(at := rng.randrange(len(data))):at] = rng.randbytes(rng.randrange(1, 64))
-
-
-def lose(rng, data): del data[stretch(rng, data, 64)]
-
-
 def duplicate_key(rng, files, other):
-    "A key named twice: first with another value, then with its own, which is the one that Python keeps."
-    text = files["record.json"].decode()
-    at = rng.choice(list(re.finditer(r'"(\w+)": ', text)))
-    return {**files, "record.json": (text[:at.start()] + f'"{at[1]}": {rng.choice(["0", "[]", "null"])}, '
-        + text[at.start():]).encode()}
+    return {**files, "record.json": repeat_key(rng, files["record.json"].decode()).encode()}
 
 
 def respace(rng, files, other):
@@ -294,7 +311,9 @@ def drop(rng, files, other):
     return {k: v for k, v in files.items() if k != gone}
 
 
-def swap_one(rng, files, other): return {**files, (name := rng.choice(sorted(files))): other[name]}
+def swap_one(rng, files, other):
+    name = rng.choice(sorted(set(files) & set(other)))
+    return {**files, name: other[name]}
 
 
 def swap_within(rng, files, other):
@@ -306,17 +325,13 @@ def folder_for_file(rng, files, other): return {**files, rng.choice(sorted(files
 
 
 MUTATIONS = {
-    "one bit flipped": on_bytes(flip),
-    "up to 64 bits flipped": on_bytes(lambda rng, data: flip(rng, data, rng.randrange(2, 65))),
-    "file cut short": on_bytes(lambda rng, data: data.__delitem__(slice(rng.randrange(len(data)), None))),
-    "file emptied": on_bytes(lambda rng, data: data.clear()),
-    "a stretch of zeros": on_bytes(zeros), "bytes inserted": on_bytes(insert), "bytes lost": on_bytes(lose),
-    "bytes appended": on_bytes(lambda rng, data: data.extend(rng.randbytes(8))),
+    **{kind: on_bytes(change) for kind, change in BYTES.items()},
     "file deleted": drop, "all files deleted": lambda rng, files, other: {},
     "folder in a file's place": folder_for_file,
     "file of another run": swap_one, "all files of another run": lambda rng, files, other: dict(other),
     "two files swapped": swap_within,
-    "value edited": edit(change_leaf), "value made NaN": edit(not_a_number), "key removed": edit(lose_key),
+    "value edited": edit(lambda rng, raw: change_leaf(rng, raw["body"])),
+    "value made NaN": edit(lambda rng, raw: not_a_number(rng, raw["body"])), "key removed": edit(lose_record_key),
     "checksum edited": edit(new_checksum),
     "Spec edited, checksum made anew": edit(forged_spec), "key duplicated": duplicate_key,
     "white space changed": respace, "nested too deeply": nest, "other encoding": recode,
@@ -388,80 +403,154 @@ def two_drivers(root, plan, calm, rng):
         f"checkpoint of the dead one; {len(stored)} records written, {n} equal."]
 
 
-def report(facts, table, lines):
+def crowd(root, plan, calm, rng):
+    "Four drivers, a clean again and again, and an import, on one store. A line for the report."
+    from refcomm.runs.archives import export_runs
+    alone = [k for k in sorted(calm.store.keys()) if calm.store.read(*k).provenance["trained_together"] == 1]
+    some = rng.sample(alone, max(1, len(alone)//3)) # whole stacks: others would be trained without their neighbours
+    export_runs(root/"some.tar", calm.store, some)
+    place = Place(root, "crowd", plan)
+    drivers = [place.start(notebooks=False) for _ in range(4)]
+    imports, cleans = [place.command("runs", "import", root/"some.tar")], []
+    while any(d.poll() is None for d in drivers):
+        cleans.append(place.command("runs", "clean", "--yes").wait())
+        time.sleep(rng.uniform(0, 2))
+    codes = [p.wait() for p in (*drivers, *imports)]
+    check(not any(codes) and not any(cleans), f"crowd: exit codes {codes}, of the cleans {set(cleans)}: {place.said()[-600:]}")
+    place.ended()
+    n, stored = compare(place, calm), place.events("store")
+    begun = place.events("begin") + place.events("resume")
+    check(len(begun) == len(set(begun)), f"crowd: {len(begun) - len(set(begun))} stacks were begun twice")
+    check(len(stored) == len(set(stored)), "crowd: a record was written twice")
+    return (f"Four drivers with two workers each, an import of {len(some)} runs, and a clean {len(cleans)} times in a row, "
+        f"on one store: {len(begun)} stacks begun, none of them twice; {len(stored)} records written and "
+        f"{len(place.store.keys()) - len(stored)} imported, {n} equal to those of one driver.")
+
+
+def memory(root, plan, item, times):
+    "What one driver takes while it reproduces an item again and again. A line for the report."
+    place = Place(root, "memory", plan)
+    check(place.run(__file__, "remember", item, str(times)).wait() == 0, f"memory: the driver failed: {place.said()[-600:]}")
+    mib = [float(m) for m in place.events("memory")]
+    early, late = mib[2:5], mib[-3:]
+    check(sum(late) <= 1.05*sum(early), f"memory: {mib}")
+    return (f"One driver made {item} at smoke {times} times in a row. It took {sum(early)/3:.0f} MiB after the third to "
+        f"the fifth time, {sum(late)/3:.0f} MiB after the last three (allowed: 5 % more).")
+
+
+def columns(table): # every way in which damage was caught, as columns of a table
+    hows = list(dict.fromkeys(h for c in table.values() for h in sorted(c)))
+    return ["| damaged | " + " | ".join(hows) + " |", "|---|" + "---:|"*len(hows),
+        *(f"| {kind} | " + " | ".join(str(c[h] or "") for h in hows) + " |" for kind, c in table.items())]
+
+
+def tracebacks(): # of drivers and whatever they started
+    return sum(p.said().count("Traceback (most recent call last)") for p in Place.every)
+
+
+def report(facts, table, other, lines):
     from refcomm.runs.store import package_commit
     import torch
-    hows = [h for h in (*CAUGHT.values(), *sorted({h for c in table.values() for h in c} - set(CAUGHT.values())))
-        if any(c[h] for c in table.values())]
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")), "")
-    n = sum(sum(c.values()) for c in table.values())
+    count = lambda t, *hows: sum(v for c in t.values() for h, v in c.items() if not hows or h in hows)
+    done, (n, m) = facts["done"], (count(table), count(other))
     rest = ("What does not hold is under FAILED, above; " if failures
-        else "So do the notebooks' tables of numbers. Nothing unfinished, half-written or set aside stays behind; ")
-    accepted = sum(v for c in table.values() for h, v in c.items() if h not in CAUGHT.values())
+        else "So do the notebooks' tables of numbers. Nothing unfinished or half-written stays behind; ")
+    what = ", ".join(f"{v} × {k}" for k, v in done.items() if " to " in k)
     return "\n".join([
         "# Soak test", "",
         f"`{facts['command']}` · commit {package_commit() or 'none'} · torch {torch.__version__} · {model}, 2 cores, "
         f"one thread per process · {facts['minutes']:.0f} minutes · seed {facts['seed']}", "",
         "Passed: nothing was lost, doubled or believed." if not failures else "FAILED:", "",
         *(f"- {f}" for f in failures),
-        "## Killed and resumed", "",
+        "## Stopped and resumed", "",
         f"A reproduction is a plan of {facts['stacks']} stacks ({facts['runs']} runs of all four papers at smoke's "
         f"sizes, trained for longer) and the notebooks {', '.join(ITEMS)} at smoke, with two workers and a checkpoint "
         f"every two seconds.",
-        f"It got {facts['kills']} kill −9 at random moments: "
-        f"{', '.join(f'{v} × {k}' for k, v in facts['deaths'].items())}; {facts['left']} of them left a checkpoint "
-        f"behind.",
+        f"It was stopped {done['stops']} times at random moments: {what}. {done['left']} of them left a checkpoint behind. "
+        f"Each SIGTERM and SIGINT ended the driver and its processes within a minute; {done['said']} of these hit "
+        f"work, and one line said what is kept. After {done['spoilt']} of the stops a checkpoint or a list of "
+        f"members that was left ({done['spoilt training.safetensors']} and {done['spoilt members.json']}) was damaged.",
         f"{facts['rounds']} reproduction{'s' * (facts['rounds'] > 1)} came to the end. Of the plan's trainings "
         f"{facts['begun']} were begun and {facts['resumed']} resumed from a checkpoint, for {facts['stored']} records.",
         f"{facts['equal']} of {facts['records']} records equal those of an undisturbed reproduction: Spec, rows, "
-        f"summary and history (its seconds left out), tensors to the byte. {rest}tmp/ keeps {facts['progress']} "
-        f"folders in which drivers that were killed watched their workers, until `refcomm runs clean`.", "",
+        f"summary and history (its seconds left out), tensors to the byte. {rest}set-aside/ kept {done['aside']} folders "
+        f"of damaged lists, and tmp/ {facts['progress']} in which drivers that were killed watched their workers, "
+        f"until `refcomm runs clean`. All processes together printed {facts['tracebacks']} tracebacks.", "",
         "## Damaged records", "",
-        f"{n} damaged copies of {facts['originals']} records, looked up by their Spec: {accepted} accepted. What was "
-        f"not refused by the system was set aside as it was, with a warning. Not damage: another order of keys, which "
-        f"reads the same. Not detectable: an edit whose author computes all checksums anew; they guard against "
-        f"accidents.", "",
-        "| damage | " + " | ".join(hows) + " |", "|---|" + "---:|"*len(hows),
-        *(f"| {kind} | " + " | ".join(str(c[h] or "") for h in hows) + " |" for kind, c in table.items()), "",
-        "## Two drivers on one store", "", *(f"- {line}" for line in lines), ""])
+        f"{n} damaged copies of {facts['originals']} records, looked up by their Spec: {n - count(table, *CAUGHT.values())} "
+        f"accepted. What was not refused by the system was set aside as it was, with a warning. Not damage: another order "
+        f"of keys, which reads the same. Not detectable: an edit whose author computes all checksums anew; they guard "
+        f"against accidents.", "", *columns(table), "",
+        "## Other damaged files", "",
+        f"{m} damaged files of six kinds: {count(other, 'ACCEPTED')} accepted, {count(other, 'TRACEBACK')} tracebacks. "
+        f"Each was read as refcomm reads it: a checkpoint by training on, a recipe by the report and by the estimate "
+        f"of costs, an archive by an import. *Reads the same* is damage that changes no meaning: white space, a key twice "
+        f"with the same value in the end, the padding of a file.", "", *columns(other), "",
+        "## Several drivers on one store, and one for long", "", *(f"- {line}" for line in lines), ""])
+
+
+def damaged_files(root, n, rng): # kind of file → what became of it → how often
+    "Damage what refcomm writes besides records."
+    before = {k: os.environ.get(k) for k in ("REFCOMM_HOME", "REFCOMM_FIGURES")}
+    os.environ |= dict(REFCOMM_HOME=str(root), REFCOMM_FIGURES=str(root/"figures"), MPLBACKEND="agg")
+    root.mkdir()
+    try: table, wrong = damaged(subjects(root), n, rng)
+    finally:
+        for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+    for w in wrong: check(False, w)
+    return table
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20); parser.add_argument("--mutations", type=int, default=1000)
+    parser.add_argument("--stops", type=int, default=28, help="kill −9, SIGTERM and SIGINT")
+    parser.add_argument("--mutations", type=int, default=1000, help="of records")
+    parser.add_argument("--damages", type=int, default=1200, help="of other files")
+    parser.add_argument("--times", type=int, default=12, help="that one driver makes a notebook")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1., help="of the usual training time")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     o = parser.parse_args(argv)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2]) # two workers share two cores: one thread each
+    import torch
     from refcomm.runs.execute import make_stacks, write_plan
+    torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *a: sys.exit("stopped"))
     start, rng, root = time.time(), random.Random(o.seed), Path(tempfile.mkdtemp(prefix="soak-"))
+    after = lambda what: print(f"{what} after {time.time() - start:.0f} s", flush=True)
     wanted, few = specs(o.share), specs(o.share/10)
     write_plan(wanted, root/"plan.json"), write_plan(few, root/"few.json")
     calm, calm_few = Place(root, "calm", root/"plan.json"), Place(root, "calm-few", root/"few.json")
     try:
         for place, notebooks in ((calm, True), (calm_few, False)):
             if place.start(notebooks).wait():
-                raise SystemExit(f"the undisturbed reproduction failed: {(place.root/'stderr').read_text()[-2000:]}")
-            print(f"undisturbed: {len(place.store.keys())} records after {time.time() - start:.0f} s", flush=True)
-        table = mutated(calm, root, o.mutations, rng)
-        print(f"{o.mutations} mutations after {time.time() - start:.0f} s", flush=True)
+                raise SystemExit(f"the undisturbed reproduction failed: {place.said()[-2000:]}")
+            after(f"undisturbed: {len(place.store.keys())} records")
         lines = two_drivers(root, root/"few.json", calm_few, rng)
-        print(f"two drivers after {time.time() - start:.0f} s", flush=True)
-        places, deaths, left = disturbed(root, root/"plan.json", o.kills, rng)
+        after("two drivers")
+        lines.append(crowd(root, root/"few.json", calm_few, rng))
+        after("four drivers")
+        lines.append(memory(root, root/"few.json", ITEMS[0], o.times))
+        after("memory")
+        places, done = disturbed(root, root/"plan.json", o.stops, rng)
         equal = sum(compare(p, calm) for p in places)
+        table = mutated(calm, root, o.mutations, rng)
+        after(f"{o.mutations} damaged records")
+        other = damaged_files(root/"damage", o.damages, rng)
+        after(f"{o.damages} other damaged files")
         events = lambda what: sum(len(p.events(what)) for p in places)
         facts = dict(command=" ".join(["python tests/soak.py", *(sys.argv[1:] if argv is None else argv)]), seed=o.seed,
-        kills=sum(deaths.values()), deaths=deaths, left=left, rounds=len(places), begun=events("begin"),
-        resumed=events("resume"), stored=events("store"), equal=equal,
-                     progress=sum(len(list(p.store.root.glob("tmp/progress-*"))) for p in places),
-                     records=len(places)*len(calm.store.keys()), originals=len(calm.store.keys()),
-                     stacks=len(make_stacks(wanted, "cpu")), runs=len(wanted), minutes=(time.time() - start)/60)
-        check(facts["resumed"] > 0, "no kill hit a training with a checkpoint")
-        o.out.write_text(text := report(facts, table, lines))
+            done=done, rounds=len(places), begun=events("begin"), resumed=events("resume"), stored=events("store"),
+            equal=equal, progress=sum(len(list(p.store.root.glob("tmp/progress-*"))) for p in places),
+            records=len(places)*len(calm.store.keys()), originals=len(calm.store.keys()), tracebacks=tracebacks(),
+            stacks=len(make_stacks(wanted, "cpu")), runs=len(wanted), minutes=(time.time() - start)/60)
+        check(facts["resumed"] > 0, "no stop hit a training with a checkpoint")
+        check(not facts["tracebacks"], f"{facts['tracebacks']} tracebacks")
+        o.out.write_text(text := report(facts, table, other, lines), encoding="utf-8")
         print(text)
+        if facts["tracebacks"]: print(*(p.said()[-20_000:] for p in Place.every if "Traceback" in p.said()), sep="\n---\n")
     finally:
         for pid in [pid for p in Place.every for pid in p.processes()]: kill(pid)
         shutil.rmtree(root, ignore_errors=True)
@@ -470,4 +559,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["drive"]: drive(sys.argv[2], sys.argv[3:])
+    elif sys.argv[1:2] == ["remember"]: remember(*sys.argv[2:])
     else: main()

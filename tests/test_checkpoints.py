@@ -34,11 +34,11 @@ def train(path=None, cut=None, seeds=(0, 1), settings=TrainSettings(epochs=4, ba
     members = []
     for s in seeds:
         with seeded_init(s): members.append(torch.nn.Linear(4, 2))
-    e, steps = Ensemble(members), iter(range(cut if cut is not None else 10**6))
+    e, steps, x = Ensemble(members).to(device), iter(range(cut if cut is not None else 10**6)), X.to(device)
     def loss(i, gs):
         if next(steps, None) is None: raise Cut
-        noise = torch.stack([torch.rand(i.shape[1], generator=g) for g in gs])
-        return e.map(lambda m, x, n: ((m(x)[:, 0] - x[:, 0] + n)**2).mean(), X[i], noise)
+        noise = torch.stack([torch.rand(i.shape[1], generator=g, device=device) for g in gs])
+        return e.map(lambda m, x, n: ((m(x)[:, 0] - x[:, 0] + n)**2).mean(), x[i], noise)
     def validate():
         return dict(accuracy=e.map(lambda m: -m.weight.abs().sum()).detach(),
             loss=e.map(lambda m: m.bias.sum()).detach())
@@ -189,6 +189,17 @@ def test_a_state_of_another_kind_of_device_is_continued_and_said(half):
     path.write_bytes(kept)
     with pytest.warns(UserWarning, match="begun on cuda"):
         assert same(train(path), found), "the new noise depends on seed and step alone"
+
+
+def test_a_cpus_state_goes_on_on_a_gpu(half):
+    "The other way round, on a GPU that is pretended."
+    from pretend_gpu import PretendGPU
+    path, whole = half
+    with PretendGPU(), pytest.warns(UserWarning, match="begun on cpu goes on on cuda: noise is drawn anew"):
+        history, _ = train(path, device="cuda")
+        assert load_checkpoint(path)[1]["device"] == "cuda"
+    assert history.epoch.tolist() == whole[0].epoch.tolist() and history[:4].equals(whole[0][:4]), "what was learnt is kept"
+    assert not history.equals(whole[0])
 
 
 def test_a_checkpoint_says_its_device(half): assert load_checkpoint(half[0])[1]["device"] == "cpu"

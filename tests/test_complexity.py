@@ -184,19 +184,50 @@ def test_on_a_gpu():
 
 
 def test_auto_takes_numba_for_much_work(monkeypatch):
+    "At once, or one game after the other once numpy has spent what numba takes to load; which set is found does not depend on that."
     taken = []
     for name in BACKENDS:
         monkeypatch.setitem(complexity.BACKENDS, name, lambda t, d, name=name: taken.append(name)
             or (np.ones(t.shape, bool), np.zeros(len(t), bool)))
+    monkeypatch.setattr(complexity, "_auto", auto := complexity._Auto())
     few, many = draw(0, 2, 63, 20), (np.zeros((7000, 20), np.uint8), np.ones((7000, 63, 20), np.uint8))
     min_symbols(*few), min_symbols(*many)
-    monkeypatch.setattr(complexity.importlib.util, "find_spec", lambda name: None)
+    auto.spent = auto.load
+    min_symbols(*few), identifying_set(*few)
+    monkeypatch.setattr(complexity, "_have_numba", lambda: False)
     min_symbols(*many)
-    assert taken == ["numpy", "numba", "numpy"]
+    assert taken == ["numpy", "numba", "numba", "numpy", "numpy"]
+
+
+@pytest.mark.parametrize("n_attributes, n_distractors, differs", [(1, 3, .5), (7, 0, .5), (12, 200, .3), (33, 70, .12),
+    (63, 65, .06), (64, 64, .05), (20, 300, .45)])
+def test_compiled_loops_find_what_numpy_finds(n_attributes, n_distractors, differs):
+    targets, distractors = draw(5, 30, n_distractors, n_attributes, differs)
+    a, b = (identifying_set(targets, distractors, "drop", backend) for backend in ("numpy", "numba"))
+    assert (a.sum(1) == b.sum(1)).all()
+    apart = distractors != targets[:, None]
+    for sets in (a, b): assert ((apart & sets[:, None]).any(2) | ~apart.any(2)).all()
+    bounds = complexity.symbol_bounds(targets[:5], distractors[:5], "drop", 60)
+    assert (bounds.low == a[:5].sum(1)).all() and (bounds.high == bounds.low).all()
+    assert ((apart[:5] & bounds.sets[:, None]).any(2) | ~apart[:5].any(2)).all()
+
+
+@pytest.mark.parametrize("numba", [True, False])
+def test_bounds_hold_whenever_the_time_is_over(monkeypatch, numba):
+    if not numba: monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    targets, distractors = draw(1, 3, 150, 24, .25)
+    truth = min_symbols(targets, distractors, "drop", "numba")
+    for seconds in (0, 1e-3, 60):
+        low, high, sets = complexity.symbol_bounds(targets, distractors, "drop", seconds)
+        assert (low <= truth).all() and (truth <= high).all() and (sets.sum(1) == high).all()
+        apart = distractors != targets[:, None]
+        assert ((apart & sets[:, None]).any(2) | ~apart.any(2)).all()
+    assert (low == high).all()
 
 
 def test_numba_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(complexity, "_auto", complexity._Auto())
     backends._compiled.cache_clear()
     with pytest.raises(ConfigError, match=r"backend 'numba' needs numba: pip install 'refcomm\[fast\]'"):
         min_symbols(*draw(0, 2, 3, 4), backend="numba")

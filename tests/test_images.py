@@ -390,6 +390,51 @@ FUZZED = ([encoded(size=(9, 7), format=f) for f in ("PNG", "JPEG", "WEBP", "BMP"
     + [saved(Image.fromarray(RAMP[:64].reshape(8, 8)), format="TIFF"), encoded(mode="LA", size=(9, 7))])
 
 
+# sets of torchvision that call PIL themselves
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_every_set_of_torchvision_opens_its_images_here():
+    import inspect
+    import types
+    import torchvision.datasets as sets
+    seen = []
+    for name in sets.__all__:
+        kind = getattr(sets, name)
+        if not inspect.isclass(kind): continue
+        for place in dir(module.bounded(kind)):
+            f = inspect.getattr_static(module.bounded(kind), place)
+            if not isinstance(f, types.FunctionType) or "open" not in f.__code__.co_names: continue
+            found = f.__globals__.get("Image") or getattr(f.__globals__.get("PIL"), "Image", None)
+            if found is None or not {"Image", "PIL"} & set(f.__code__.co_names): continue
+            assert found.open is not Image.open, (name, place)
+            seen.append(name)
+    assert {"CelebA", "OxfordIIITPet", "VOCDetection", "CocoDetection", "Caltech101", "GTSRB"} <= set(seen)
+    assert sets.VOCDetection.__getitem__.__globals__["Image"].open is Image.open, "torchvision itself is as it was"
+
+
+def test_a_set_that_calls_pil_itself_starts_no_program(data, monkeypatch):
+    put(data/"oxford-iiit-pet", {"annotations/trainval.txt": b"a_1 1 1 1\nb_1 2 1 2\n", "images/a_1.jpg": encoded(0, format="JPEG"),
+        "images/b_1.jpg": encoded(1, format="JPEG")})
+    assert load_images("torchvision:OxfordIIITPet", size=8, split="trainval").classes == ["A", "B"]
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a program was started"))
+    monkeypatch.setattr(subprocess, "check_call", lambda *a, **k: pytest.fail("a program was started"))
+    put(data/"oxford-iiit-pet", {"images/b_1.jpg": EPS})
+    with pytest.raises(ConfigError, match=r"1 of 2 images cannot be decoded: item 1 \(UnidentifiedImageError\)"):
+        load_images("torchvision:OxfordIIITPet", size=8, split="trainval")
+
+
+def test_the_images_of_voc_start_no_program(data, monkeypatch):
+    from refcomm.data.parts import voc07_items
+    xml = b"<annotation><object><name>cat</name></object></annotation>"
+    put(data/"VOCdevkit"/"VOC2007", {"JPEGImages/1.jpg": encoded(0, format="JPEG"), "JPEGImages/2.jpg": EPS, "Annotations/1.xml": xml,
+        "Annotations/2.xml": xml, "ImageSets/Main/trainval.txt": b"1\n2\n", "ImageSets/Main/test.txt": b"1\n"})
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a program was started"))
+    items = voc07_items("a test")
+    assert next(items)[0] == "train"
+    with pytest.raises(OSError, match="cannot identify"): next(items)
+
+
 def test_a_set_that_is_cut_into_files(tmp_path, monkeypatch):
     "A pattern stands for its files; their names say which part they are, and what is expected and absent is said."
     from refcomm.core import say_once
@@ -411,3 +456,5 @@ def test_a_set_that_is_cut_into_files(tmp_path, monkeypatch):
     assert said.getvalue().count("rendered ones stand in") == 2 and len(said.getvalue().splitlines()) == 2
     with pytest.raises(ConfigError, match="there is no 'tiny_imagenet_x"): load_images("tiny_imagenet_x*.parquet", 8)
     assert "not at hand" in iac.fidelity([iac.configure("cpu")]) and "not at hand" not in iac.fidelity([iac.configure("gpu")])
+
+

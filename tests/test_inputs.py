@@ -263,6 +263,7 @@ def test_text_files_have_one_encoding(tmp_path):
                 bare.append((p.name, ast.unparse(n)[:80]))
             if name == "open" and "encoding" not in keys and not any("b" in m for m in positional if len(m) <= 3):
                 bare.append((p.name, ast.unparse(n)[:80]))
+            if name.startswith("subprocess.") and {"text", "universal_newlines"} & keys and "encoding" not in keys: bare.append((p.name, ast.unparse(n)[:80]))
     assert not bare
 
 
@@ -322,3 +323,47 @@ def test_the_version(command, tmp_path):
     assert command("--version").stdout == f"refcomm {refcomm.__version__}\n"
     r = subprocess.run([sys.executable, "-m", "refcomm", "--version"], capture_output=True, text=True, cwd=tmp_path)
     assert r.returncode == 0 and r.stdout == f"refcomm {refcomm.__version__}\n"
+
+
+# bombs: few bytes on the disk, many in memory
+def says_four_gibibytes(path):
+    "Change the size of a zip file's last member as the file's directory has it."
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"PK\x01\x02")
+    data[at + 24:at + 28] = (2**32 - 2).to_bytes(4, "little")
+    path.write_bytes(data)
+
+
+def test_packed_features_that_would_fill_the_memory_are_refused(tmp_path):
+    import zipfile
+    with zipfile.ZipFile(tmp_path/"x.npz", "w", zipfile.ZIP_DEFLATED) as file: file.writestr("x.npy", b"\x93NUMPY\x01\x00")
+    says_four_gibibytes(tmp_path/"x.npz")
+    with pytest.raises(ConfigError, match="would unpack to 4,294,967,294 bytes, more than a hundred times its own size"):
+        load_features(tmp_path/"x.npz")
+
+
+def test_an_h5_that_would_fill_the_memory_is_refused(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path/"x.h5", "w") as f: f.create_dataset("x", (2**29, 1), "f8", chunks=(2**20, 1), compression="gzip")
+    (tmp_path/"x.txt").write_text("a\nb\n", encoding="utf-8")
+    assert (tmp_path/"x.h5").stat().st_size < 2**20
+    with pytest.raises(ConfigError, match="would unpack to 4,294,967,296 bytes"): load_features(tmp_path/"x.h5")
+
+
+def test_a_parquet_file_of_few_bytes_and_many_rows_is_refused(tmp_path, monkeypatch):
+    from refcomm.corpora import load_corpus
+    from refcomm.data.images import load_images
+    monkeypatch.setattr(files, "most_unpacked", lambda path: 100*path.stat().st_size) # two million rows in place of two thousand million
+    table = pa.table({k: pa.nulls(2_000_000, pa.int8()) for k in ("text", "category", "image", "label")})
+    pq.write_table(table, tmp_path/"x.parquet")
+    assert (tmp_path/"x.parquet").stat().st_size < 20_000
+    for load in (load_sentences, load_corpus, load_images):
+        with pytest.raises(ConfigError, match="would unpack to .* more than a hundred times"): load(tmp_path/"x.parquet")
+
+
+def test_a_dump_that_would_fill_the_memory_is_refused(tmp_path):
+    import zipfile
+    from refcomm.egg import load_egg
+    with zipfile.ZipFile(tmp_path/"x.pt", "w", zipfile.ZIP_DEFLATED) as file: file.writestr("archive/data.pkl", b"")
+    says_four_gibibytes(tmp_path/"x.pt")
+    with pytest.raises(ConfigError, match="would unpack to 4,294,967,294 bytes"): load_egg(tmp_path/"x.pt")

@@ -1,17 +1,24 @@
 """What people build on: agents that are kept, data of one's own, channels × games × bottlenecks × agents."""
-import itertools, json, subprocess, sys
+import dataclasses, itertools, json, subprocess, sys
 from pathlib import Path
 
 import pandas as pd, pytest, torch
 from torch import nn
 
 import refcomm
-from refcomm.core import ConfigError
+from refcomm.core import ConfigError, generator
+from refcomm.corpora import from_record
+from refcomm.interact.explore import explore, explorer_of, game_html
+from refcomm.interact.play import Match, play
 from refcomm.training.populations import Paired, Population, cross_play
 from refcomm.games.reconstruction import Reconstruction
 from refcomm.games.tasks import SampledTask
-from refcomm.keep import described, load, load_game, push_game, save_game
+from refcomm.keep import cross_play_of, described, ease_of, load, load_game, probe_of, push_game, save_game
 from refcomm.own import load_objects, make_game, posdis, referential, sweep, topsim, train
+from refcomm.papers.eqc.run import EQCSpec
+from refcomm.papers.iac import items as iac_items
+from refcomm.papers.patch import items as patch_items
+from refcomm.papers.sms.run import SMSSpec
 from refcomm.runs.execute import execute
 from refcomm.runs.store import Store
 from refcomm.training.ensemble import Ensemble
@@ -183,3 +190,94 @@ def test_files_of_both_kinds_hold_the_same_objects(tmp_path):
     a, b, c = (load_objects(tmp_path/n) for n in ("t.csv", "t.parquet", "s.csv"))
     assert torch.equal(a.values, b.values) and torch.equal(a.values, c.values) and [k for k in a.kinds] == [k
         for k in b.kinds]
+
+OWN = """
+import itertools, pandas as pd, torch
+from refcomm import *
+objects = load_objects(pd.DataFrame(itertools.product("abcd", "xyz", "1234"), columns=["letter", "end", "number"]))
+class Eye(torch.nn.Module):
+    def __init__(self): super().__init__(); self.net = torch.nn.Linear(11, 8)
+    def forward(self, x): return self.net(x).relu()
+def even(messages, meanings): return float((messages % 2 == 0).float().mean())
+@experiment
+def mine(alphabet_size:int=6, epochs:int=1, seed:int=0):
+    task = referential(objects, distractors=4, valid=8, test=12)
+    game = make_game(task, alphabet_size=alphabet_size, sender=Eye(), hidden=8, seed=seed)
+    return trial(game, task, epochs=epochs, lr=1e-2, metrics=[topsim, even], seed=seed)
+"""
+
+def test_a_worker_needs_nothing_but_the_spec(tmp_path):
+    "What a notebook's cell defines is made in a process that has never seen it, and is then loaded, planned and found here."
+    import pickle
+    from refcomm.runs.costs import recorded
+    from refcomm.runs.execute import read_plan, run_stack, spent, write_plan
+    cell = {"__name__": "__main__"}
+    exec(OWN, cell)
+    mine, store = cell["mine"], Store(tmp_path/"runs")
+    specs = [mine(seed=s) for s in (0, 1)]
+    (tmp_path/"job").write_bytes(pickle.dumps((run_stack, (specs, str(store.root), "cpu"))))
+    code = f"import pickle; fn, args = pickle.load(open({str(tmp_path/'job')!r}, 'rb')); fn(*args)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    records = execute(specs, store=store)
+    assert [r.provenance["trained_together"] for r in records] == [2, 2]
+    table = sweep(mine, dict(seed=[0, 1]), store=Store(tmp_path/"here"))
+    assert table.key.tolist() == [r.key for r in records]
+    assert [r.rows[0]["accuracy"] for r in records] == table.accuracy.tolist()
+    kept = load(records[0])
+    assert torch.equal(kept.game.send(kept.task.seen("test")).symbols.flatten(1), records[0].tensors()["messages"].long().flatten(1))
+    write_plan(specs, tmp_path/"plan.json")
+    assert read_plan(tmp_path/"plan.json") == specs and recorded(store).keys == {("mine", r.key) for r in records}
+    assert spent(records)["epochs"] == 2
+    exec(OWN.replace("lr=1e-2", "lr=1e-3"), cell)
+    with pytest.warns(UserWarning, match="before its code changed"): execute([cell["mine"](seed=0)], store=store)
+
+def test_sweeps_of_several_shapes_equal_single_runs(tmp_path):
+    t = task()
+    def make(bottleneck, seed): return refcomm.trial(make_game(t, bottleneck=bottleneck, alphabet_size=3, word_length=4, hidden=8, seed=seed), t, epochs=2, lr=1e-2, seed=seed)
+    found = sweep(make, dict(bottleneck=["quantized", "vq"], seed=[0, 1]), store=Store(tmp_path/"a"))
+    for row in found.itertuples():
+        alone = train(*make(row.bottleneck, row.seed)[:2], epochs=2, lr=1e-2, seed=row.seed, store=Store(tmp_path/"b"))
+        assert alone.record.key == row.key and alone.accuracy == row.accuracy
+
+def test_a_grid_is_a_file(tmp_path, capsys):
+    from refcomm import cli
+    (tmp_path/"own.py").write_text(OWN)
+    (tmp_path/"grid.json").write_text(json.dumps(dict(experiment=f"{tmp_path/'own.py'}:mine", grid=dict(alphabet_size=[3, 6]))))
+    cli.sweep(tmp_path/"grid.json", 1, "cpu", None, None, False, None, None, "accuracy", None)
+    assert len(pd.read_csv(tmp_path/"grid.csv")) == 2 and (tmp_path/"grid.png").stat().st_size > 1000
+
+FINISHED = {
+    "eqc": lambda: [EQCSpec(n_attributes=2, n_values=4, n_train=10, n_valid=3, n_test=3, bottleneck="gumbel", alphabet_size=5,
+        word_length=1, channel="ending", message_length=3, hidden=8, embedding=4, candidates=(2, 3), alphabets=(), epochs=1, seed=s) for s in (0, 1)],
+    "sms": lambda: [SMSSpec(n_attributes=4, n_values=3, n_distractors=3, n_train=64, n_valid=32, hidden=16, embedding=8,
+        alphabet_size=6, epochs=1, seed=s) for s in (0, 1)],
+    "iac": lambda: [dataclasses.replace(iac_items.grid("table1", "smoke", 1)[3], n_blobs=8, n_permutations=9, epochs=1)],
+    "patch": lambda: [patch_items.grid("figure9", "smoke", 1)[0]],
+    "own": lambda: [],
+}
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", FINISHED)
+def test_a_finished_run_is_explored_played_probed_and_written_without_training(tmp_path, experiment, monkeypatch):
+    store = Store(tmp_path)
+    if experiment == "own": records = [train(make_game(task(), hidden=8, seed=s), task(), epochs=1, seed=s, store=store).record for s in (0, 1)]
+    else: records = execute(FINISHED[experiment](), store=store)
+    monkeypatch.setattr("refcomm.training.loop.fit", None)
+    key = f"{experiment}/{records[0].key}"
+    e, m = explorer_of(key, 4, store), None
+    corpus = from_record(records[0], "game/valid" if experiment == "iac" else None)
+    if experiment == "patch": # dropped patches are no symbols of a corpus
+        assert [[s for s in row if s >= 0] for row in e.symbols.tolist()] == [row[:n] for row, n in zip(corpus.messages[:4].tolist(), corpus.lengths[:4].tolist())]
+    else:
+        n = corpus.messages.shape[1]
+        assert torch.equal(e.symbols[:, :n], corpus.messages[:4]) and (e.symbols[:, n:] == -1).all()
+    assert len(corpus.meanings) == len(corpus.messages) and e.look(0) is not None
+    assert "Game 0" in game_html(e, 0) and explore(e).children and play(Match(e, 2, generator=generator(0))).children
+    assert probe_of(key, store)
+    if experiment in ("iac", "patch"):
+        with pytest.raises(ConfigError, match="within batches of images"): cross_play_of([key], store)
+    else:
+        matrix = cross_play_of(records, store)
+        assert matrix.shape == (2, 2)
+        accuracy = [next(row["accuracy"] for row in reversed(r.rows) if row.get("position") is None) for r in records]
+        torch.testing.assert_close(matrix.diag(), torch.tensor(accuracy))

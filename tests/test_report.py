@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import pandas as pd
 import pytest
@@ -94,22 +95,51 @@ def test_what_is_not_made_is_listed(html):
         for _, _, title in missing) and text.count("not made yet") == html.count('<tr class="missing">')
 
 
-def test_pictures_and_numbers_are_in_the_page(html):
-    page = Reader(html)
-    for a in page.all("img"):
+def test_the_page_is_light(html, tmp_path):
+    "The page holds small pictures, however many items there are; the folder beside it holds the files themselves."
+    assert len(html.encode()) <= 2_000_000
+    for a in Reader(html).all("img"):
         kind, data = a["src"].split(",", 1)
-        assert kind == "data:image/png;base64" and a["alt"]
-        assert Image.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=["PNG"]).size == (int(a["width"]),
-            int(a["height"]))
-    saved = {a["download"]: base64.b64decode(a["href"].split(",", 1)[1]) for a in page.all("a") if "download" in a}
-    assert saved == {p.name: p.read_bytes() for p in FIGURES.glob("*.csv")} and len(page.all("img")) == len(saved)
+        data = base64.b64decode(data, validate=True)
+        assert kind == "data:image/webp;base64" and a["alt"] and len(data) <= 30_000
+        assert Image.open(io.BytesIO(data), formats=["WEBP"]).size == (int(a["width"]), int(a["height"]))
+    large = (FIGURES/"iac_figure3.png").read_bytes()
+    for room in (10**6, 20_000, 4_000):
+        data, size = report.thumbnail(large, room)
+        assert len(data) <= room and (size[0] == report.WIDEST) == (room == 10**6)
+
+
+def test_pictures_and_numbers_lie_beside_the_page(folder, tmp_path):
+    out = tmp_path/"my results #1.html"
+    items, _ = report.write_report(out, folder, KNOWN)
+    page = Reader(out.read_text(encoding="utf-8"))
+    links = {unquote(a["href"]) for a in page.all("a") if not a["href"].startswith("#")}
+    made = {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in (tmp_path/"my results #1_files").iterdir()}
+    assert links == set(made) and len(links) == 2*len(items)
+    assert all(data == (folder/os.path.basename(name)).read_bytes() for name, data in made.items())
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path/"my results #1_files").iterdir()}
+    report.write_report(out, folder, KNOWN)
+    assert times == {p: p.stat().st_mtime_ns for p in times}, "what is there already is not written again"
+
+
+def test_what_lies_in_the_way_of_the_files_is_named(folder, tmp_path):
+    (tmp_path/"report_files").write_text("mine")
+    with pytest.raises(StoreError, match="name another file with --out"): report.write_report(tmp_path/"report.html", folder)
+    assert (tmp_path/"report_files").read_text() == "mine" and not (tmp_path/"report.html").exists()
+
+
+def test_contents_lead_to_every_item(html):
+    page = Reader(html)
+    listed = [a["data-item"] for a in page.all("li") if "data-item" in a]
+    assert sorted(listed) == sorted(a["id"] for a in page.all("article")) and len(page.all("input", type="search")) == 1
+    assert {f"#{i}" for i in listed} <= {a["href"] for a in page.all("a")}
 
 
 def test_nothing_is_fetched(html):
     page = Reader(html)
     for tag, a in page.tags:
-        for k in ("src", "href", "srcset", "action", "data"):
-            assert a.get(k, "#").startswith(("#", "data:")), (tag, a[k][:80])
+        for k in ("src", "srcset", "action", "data"): assert a.get(k, "data:").startswith("data:"), (tag, a[k][:80])
+        assert a.get("href", "#").startswith(("#", "data:") + (("refcomm-report_files/",) if tag == "a" else ())), (tag, a["href"][:80])
     style = html[html.index("<style>"):html.index("</style>")]
     assert "url(" not in style and "@import" not in style
     assert "default-src 'none'" in page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
@@ -184,29 +214,30 @@ def test_smoke_is_never_a_result(home, command):
     assert command("report", "--out", home/"none.html").returncode == 2, "the folder for results is empty"
 
 
+@pytest.mark.slow
 def test_the_command(home, tmp_path, command, html):
-    a, b = tmp_path/"a.html", tmp_path/"new"/"b.html"
+    a, b = tmp_path/"a.html", tmp_path/"new"/"refcomm-report.html"
     r = command("report", "--figures", FIGURES, "--out", a)
     assert r.returncode == 0 and str(a) in r.stdout and not r.stderr
-    assert command("report", "--figures", FIGURES, "--out", b).returncode == 0 and a.read_bytes() == b.read_bytes()
-    assert a.read_text(encoding="utf-8") == html
+    assert command("report", "--figures", FIGURES, "--out", b).returncode == 0 and b.read_text(encoding="utf-8") == html
+    assert a.read_text(encoding="utf-8") == html.replace("refcomm-report_files/", "a_files/")
     here = subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", "report"], cwd=tmp_path,
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "REFCOMM_FIGURES": str(FIGURES)})
-    assert here.returncode == 0 and (tmp_path/"refcomm-report.html").read_bytes() == a.read_bytes(), here.stderr
+    assert here.returncode == 0 and (tmp_path/"refcomm-report.html").read_bytes() == b.read_bytes(), here.stderr
 
 
-def test_bad_input_is_one_line(home, tmp_path, command):
+def test_bad_input_is_one_line(folder, home, tmp_path, command):
     (tmp_path/"file").write_text("")
     for args, says in ((["--out", tmp_path/"a.html"], "no figures in"),
     (["--figures", tmp_path/"none", "--out", tmp_path/"a.html"], "name another folder with --figures"),
-                       (["--figures", FIGURES, "--out", tmp_path/"file"/"a.html"], "name another file with --out"),
-                       (["--figures", FIGURES, "--out", tmp_path], "name another file with --out")):
+                       (["--figures", folder, "--out", tmp_path/"file"/"a.html"], "name another file with --out"),
+                       (["--figures", folder, "--out", tmp_path], "name another file with --out")):
         r = command("report", *args)
         assert (r.returncode == 2 and says in r.stderr and not r.stdout
             and len(r.stderr.strip().splitlines()) == 1), r.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"], "nothing half-written is left"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "some"], "nothing half-written is left"
     with pytest.raises(ConfigError, match="no figures in"): report.write_report(tmp_path/"a.html", tmp_path/"none")
-    with pytest.raises(StoreError, match="Is a directory; name another file"): report.write_report(tmp_path, FIGURES)
+    with pytest.raises(StoreError, match="Is a directory; name another file"): report.write_report(tmp_path, folder)
 
 
 def test_differences_are_those_of_the_numbers(html):
@@ -321,20 +352,37 @@ def test_in_a_browser(opened, html, scheme, width):
     assert not said and not [u for u in asked if not u.startswith(("file:", "data:"))], (said, asked)
 
 
+def test_search_and_contents_in_a_browser(opened, html):
+    page = opened(html, viewport=dict(width=1440, height=900))
+    assert page.evaluate("document.documentElement.scrollHeight") <= 20_000
+    shown = lambda what: page.locator(f"{what}:visible").count()
+    items, claims = shown("article"), shown("tr.claim")
+    page.locator("#search").fill("gumbel table")
+    assert 0 < shown("article") < items and 0 <= shown("tr.claim") < claims
+    assert shown(".contents [data-item]") == shown("article")
+    assert page.locator(".search p").inner_text().startswith(f"{shown('article')} of {items} items, ")
+    page.locator("#search").fill("")
+    assert shown("article") == items and shown("tr.claim") == claims
+    page.locator(".contents a[href='#eqc-table5']").click()
+    assert page.locator("#eqc-table5 .facts").is_visible() and page.locator("article > details[open]").count() == 1
+
+
 def test_in_a_browser_without_script(opened, few):
     page = opened(few, java_script_enabled=False)
-    assert not page.locator(".filters").is_visible() and page.locator("tr.claim").first.is_visible()
+    assert not page.locator(".filters").is_visible() and not page.locator(".search").is_visible()
+    assert page.locator("tr.claim").first.is_visible() and page.locator("article summary").first.is_visible()
 
 
 def test_printed(opened, few):
     "On paper the numbers are shown and the filter is not."
     page = opened(few, color_scheme="dark")
     page.evaluate("dispatchEvent(new Event('beforeprint'))"); page.emulate_media(media="print")
-    assert (page.locator("details").count() == page.locator("details[open] .pairs:visible").count() > 0
-        and not page.locator(".filters").is_visible())
+    assert page.locator("details").count() == page.locator("details[open]").count() > 0
+    assert page.locator(".pairs").count() == page.locator(".pairs:visible").count() > 0
+    assert not page.locator(".filters").is_visible() and not page.locator(".contents").is_visible()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     page.evaluate("dispatchEvent(new Event('afterprint'))")
-    assert page.locator("details[open]").count() == 0
+    assert page.locator("main details[open]").count() == 0
 
 
 def change(folder, name, **fields):

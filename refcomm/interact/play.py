@@ -8,8 +8,8 @@ __all__ = ['Match', 'match_html', 'play']
 # %% ../../nbs/78_interact.play.ipynb #cf6d0d68
 import torch
 
-from ..core import ConfigError, check_at_least
-from .explore import STYLE, Explorer, look_html, message_html, widgets, within
+from ..core import ConfigError, check_at_least, generator
+from .explore import STYLE, Explorer, explorer_of, look_html, message_html, widgets, within
 
 # %% ../../nbs/78_interact.play.ipynb #c240b5b7
 class Match:
@@ -50,10 +50,12 @@ class Match:
 
     @property
     def score(self)->dict: # rounds played, targets found by person and agent, and by chance on average
+        "The score so far."
         person, agent = (sum(r[i] for r in self.rounds) for i in (1, 2))
         return dict(rounds=len(self.rounds), person=person, agent=agent, chance=len(self.rounds)/self.n_candidates)
 
     def examples(self)->list: # numbers of games about other items, the most similar messages first
+        "Games with similar messages about other items."
         e, own = self.explorer, self.explorer.index[self.game, self.explorer.target[self.game]]
         about = e.index.gather(1, e.target[:, None]).squeeze(1)
         apart = (e.symbols != e.symbols[self.game]).sum(-1).where(about != own, e.symbols.shape[1] + 1)
@@ -82,10 +84,10 @@ def match_html(
         f'what they are about</summary><table>{examples}</table></details><div>{score}</div></div>')
 
 def play(
-    m:Match,
+    m, # a `Match`; or a finished run, see `explorer_of`
 ): # an ipywidgets box
     "Take the receiver's place."
-    w = widgets()
+    m, w = m if isinstance(m, Match) else Match(explorer_of(m), generator=generator(0)), widgets()
     shown, following = w.HTML(), w.Button(description="next")
     choices = [w.Button(description=str(k + 1), layout=w.Layout(width="60px")) for k in range(m.n_candidates)]
     def draw():

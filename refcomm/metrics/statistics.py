@@ -38,7 +38,9 @@ class Estimate(NamedTuple):
     lone:int=0 # how many single runs are in it, whose spread over seeds is unknown
 
     @property
-    def sd(self): return self.se*math.sqrt(self.n_seeds) # over seeds
+    def sd(self)->float:
+        "The standard deviation over seeds."
+        return self.se*math.sqrt(self.n_seeds) # over seeds
 
 def as_estimate(x)->Estimate:
     "An `Estimate` as it is, a number as an exact one."

@@ -20,8 +20,8 @@ from refcomm.files import find_data, home, matches, write_atomic
 from refcomm.runs.costs import SPEEDS, Cost, Counts, Speed, kind, memory_bytes, run_seconds, speed_of, timed
 from refcomm.runs.store import digest, runner_of, spec_fields
 
-# %% ../../nbs/92_papers.counts.ipynb #06dd9e8f
-def operations()->"Operations": # counts while it is entered: products, convolutions, bytes, kernels, peak
+# %% ../../nbs/92_papers.counts.ipynb #693290ca
+def operations(): # a context that counts while it is entered: products, convolutions, bytes, kernels, peak
     "A context that counts what is computed within it."
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -288,7 +288,7 @@ def disk_bytes(
     else: messages = n*4*s.message_length
     return 4*c.parameters + messages + 30_000
 
-# %% ../../nbs/92_papers.counts.ipynb #aa0cc7e0
+# %% ../../nbs/92_papers.counts.ipynb #a2da63f1
 class Model:
     "Estimates what runs cost on a device, from what they compute and how fast it is; it is measured when it is needed."
     def __init__(self,
@@ -309,6 +309,7 @@ class Model:
         return {s: len(g) for g in groups.values() for s in g}
 
     def __call__(self, s)->Cost|None: # None where nothing can be counted
+        if s.experiment not in FREE: return None
         if not trains(s): return Cost(0., 30_000., "without training", 0.)
         try: c, (n, new) = counted(s, self.speed.overlaps), training_items(s)
         except (ConfigError, ImportError): return None

@@ -84,8 +84,10 @@ def item_runs(
 )->list|None: # Specs; None where only the notebook knows them
     "The runs that an item needs."
     paper, name = item.split("/")
-    if not (importlib.resources.files("refcomm.papers")/paper/"items.py").is_file(): return None
-    module = importlib.import_module(f"refcomm.papers.{paper}.items")
+    folder = importlib.resources.files("refcomm.papers")/paper
+    home = next((m for m in ("items", "run") if (folder/f"{m}.py").is_file()), None)
+    if home is None: return None
+    module = importlib.import_module(f"refcomm.papers.{paper}.{home}")
     if name not in module.ITEMS: return None
     known = inspect.signature(module.grid).parameters
     return module.grid(name, **{k: v for k, v in parameters.items() if k in known})

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import ConfigError, from_json
-from ..files import figures_dir, write_together
+from ..files import figures_dir, read_text, write_together
 from ..runs.execute import origins, spent
 from ..runs.store import sealed, unsealed
 from .style import AXES, MAP, line_styles
@@ -216,6 +216,6 @@ def save(
 def load_recipe(path)->dict: # what `save` wrote beside a picture
     "Read an item's recipe."
     try:
-        recipe = from_json(Path(path).with_suffix(".json").read_text("utf-8"))
+        recipe = from_json(read_text(Path(path).with_suffix(".json")))
         return unsealed(recipe) if isinstance(recipe, dict) else recipe
     except (OSError, ValueError) as e: raise ConfigError(f"no readable recipe beside {path}: {e}") from None

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core import ConfigError, RecordError, StoreError
-from ..files import disk_errors, make_folder, open_regular, write_atomic
-from .store import FILES, NAME, Store, spec_class
+from ..files import disk_errors, make_folder, most_unpacked, open_regular, write_atomic
+from .experiments import spec_class
+from .store import FILES, NAME, Store
 
 # %% ../../nbs/69_runs.archives.ipynb #86a00007
 MANIFEST = "refcomm-archive.json" # the first file of an archive: what follows
@@ -134,8 +135,7 @@ def _check_member(name, size):
         raise RecordError(f"{name} would have {size} bytes, more than such a file may have")
 
 def _check_room(total, path, folder):
-    most = max(2**30, 100*Path(path).stat().st_size)
-    if total > most: raise RecordError(f"it unpacks to {total} bytes, more than a hundred times its own size")
+    if total > most_unpacked(path): raise RecordError(f"it unpacks to {total} bytes, more than a hundred times its own size")
     if total > .9*shutil.disk_usage(folder).free:
         raise StoreError(f"the {total} bytes of {path} do not fit on the disk: free some space, or set REFCOMM_HOME to another disk")
 

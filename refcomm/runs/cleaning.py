@@ -73,7 +73,8 @@ def _queued(folder)->bool:
     if not jobs: return False
     if shutil.which("squeue"):
         return bool(jobs & set(subprocess.run(["squeue", "-h", "-o", "%A"], capture_output=True,
-            text=True).stdout.split()))
+            encoding="utf-8").stdout.split()))
+    if os.name == "nt": return True # signal 0 would end a process there
     def alive(job):
         try: os.kill(int(job), 0)
         except (ValueError, ProcessLookupError): return False

@@ -16,8 +16,8 @@ import lazy_loader
 
 torch = lazy_loader.load("torch")
 
-from refcomm.core import ConfigError, from_json, no_cuda, pick_device, printable
-from refcomm.files import checkout, home, write_atomic
+from refcomm.core import from_json, no_cuda, pick_device, printable, ConfigError
+from refcomm.files import checkout, read_text, home, write_atomic
 from refcomm.runs.store import Store, digest, run_key, spec_fields, unsealed
 
 # %% ../../nbs/73_runs.costs.ipynb #fa7a64dd
@@ -56,7 +56,7 @@ def recorded(
         k = kind(r.experiment, r.spec)
         sizes[k].append(r.bytes())
         if r.provenance["device"].startswith(here):
-            seconds[k].append(r.provenance["seconds"] / r.provenance["trained_together"] / r.spec["epochs"])
+            seconds[k].append(r.provenance["seconds"] / r.provenance["trained_together"] / r.spec.get("epochs", 1))
     return Recorded({(r.experiment, r.key) for r in sound}, seconds, sizes)
 
 # %% ../../nbs/73_runs.costs.ipynb #437b41de
@@ -68,7 +68,7 @@ def shipped(
     found = {}
     for file in sorted(folder.glob("*.json")):
         try:
-            recipe = unsealed(from_json(file.read_text("utf-8")))
+            recipe = unsealed(from_json(read_text(file)))
             if not (isinstance(recipe.get("profile"), str) and isinstance(recipe.get("costs", {}), dict)):
                 raise ValueError("a field is missing")
             found[f"{recipe['paper']}/{recipe['item']}"] = recipe
@@ -107,7 +107,7 @@ def estimate(
         basis = (f"as shipped runs of {of} ({', '.join(sorted({r['costs']['device'] for r in own}))}; "
             f"{', '.join(sorted({r['data'] for r in own}))})")
     if not sizes: sizes = [r["costs"]["bytes"]/r["costs"]["runs"] for r in own if "bytes" in r["costs"]]
-    return Cost(statistics.median(seconds)*spec.epochs if seconds else None, statistics.median(sizes) if sizes
+    return Cost(statistics.median(seconds)*getattr(spec, "epochs", 1) if seconds else None, statistics.median(sizes) if sizes
         else None, basis if seconds else "unknown")
 
 # %% ../../nbs/73_runs.costs.ipynb #c0de0003

@@ -15,13 +15,13 @@ import lazy_loader
 
 torch = lazy_loader.load("torch")
 
-from refcomm.core import ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, from_json, pick_device, progress_bar, Interrupted
+from refcomm.core import ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, from_json, pick_device, progress_bar, Interrupted, nearest
 from refcomm.runs.executors import EXECUTORS, cards_of, check_executor, named_deaths
 from refcomm.files import disk_errors, open_regular, write_atomic
 from refcomm.interrupts import Interruptible
 from refcomm.training.loggers import StackLogs, check_logger
-from refcomm.runs.store import Store, digest, package_commit, provenance, run_key, runner_of, spec_class, spec_fields, sealed, unsealed
-from refcomm.training.loop import Checkpoint
+from refcomm.runs.store import Store, digest, package_commit, provenance, run_key, runner_of, spec_fields, sealed, unsealed
+from refcomm.runs.experiments import EXPERIMENTS, Experiment, packaged, spec_class
 
 # %% ../../nbs/72_runs.execute.ipynb #9f20eda8
 class Context(NamedTuple):
@@ -41,7 +41,9 @@ def _known_members(folder, specs, missing): # Specs; None where there is nothing
             written = json.loads(f.read(2**26))
         listed = unsealed(written)["members"] if isinstance(written, dict) else written # older ones are lists
         members = [type(specs[0])(**fields) for fields in listed]
-        if members and len(set(members)) == len(members) and set(missing) <= set(members) <= set(specs): return members
+        given = {s: s for s in specs} # a Spec may carry more than its fields
+        if members and len(set(members)) == len(members) and set(missing) <= set(members) <= set(specs):
+            return [given[s] for s in members]
         why = "its members.json names other runs than these"
     except FileNotFoundError: return None
     except Exception as e: why = f"its members.json cannot be read: {type(e).__name__}: {e}"
@@ -98,14 +100,17 @@ def run_stack(
                         logs.epochs, weights))
                 except (ConfigError, TrainingDiverged): shutil.rmtree(folder, ignore_errors=True); raise
                 with stop.hold():
-                    origin = provenance(pick_device(device), float(results[0].history["seconds"].sum()), len(members))
                     for s, result in zip(members, results):
-                        if s in missing: store.put(s, result, origin, weights)
+                        if s in missing: store.put(s, result, _origin(device, result, results[0], len(members)), weights)
                     logs.finish(results)
         with stop.hold(): shutil.rmtree(folder, ignore_errors=True) # if nothing is missing, too: who made it may have died right here
         agree([True]) # that the records are there
     say(1., "done")
     return [run_key(s) for s in specs]
+
+def _origin(device, result, first, n): # a stack may hold groups that are trained one after the other
+    alone = result.summary.get("trained_together")
+    return provenance(pick_device(device), float((result if alone else first).history["seconds"].sum()), alone or n)
 
 def _checkpoint(folder, members):
     from refcomm.training.loop import Checkpoint
@@ -164,6 +169,8 @@ def execute(
     if weights is None:
         weights = check_choice("REFCOMM_WEIGHTS", os.environ.get("REFCOMM_WEIGHTS") or "on", ("on", "off")) == "on"
     found = {s: store.get(s) for s in dict.fromkeys(specs)}
+    for home in {h for s in found if isinstance(h := runner_of(s), Experiment)}:
+        home.check([r for s, r in found.items() if r and runner_of(s) is home])
     every = make_stacks(found, device if executor == "local" or device == "auto" else torch.device(device))
     _refuse_training([s for s, record in found.items() if record is None])
     stacks = [stack for stack in every if None in map(found.get, stack) or _unfinished(store, stack).exists()]
@@ -250,7 +257,7 @@ def _seconds(records): # of training, each record counted once
 def spent(records)->dict: # runs, epochs, seconds of training, bytes on disk, device
     "What the records have cost, each counted once."
     once = {r.key: r for r in records}.values()
-    return dict(runs=len(once), epochs=sum(r.spec["epochs"] for r in once), seconds=round(_seconds(records), 1),
+    return dict(runs=len(once), epochs=sum(r.spec.get("epochs", 1) for r in once), seconds=round(_seconds(records), 1),
                 bytes=sum(r.bytes() for r in once), device=", ".join(sorted({r.provenance["device"] for r in once})))
 
 def origins(records)->str: # one line
@@ -266,10 +273,12 @@ def load_spec(
     experiment:str, # "eqc"
     fields:dict, # as in a plan or a record
 ):
-    "The Spec of an experiment of this package, from stored fields."
-    folder = Path(importlib.import_module("refcomm.papers").__file__).parent
-    check_choice("experiment", experiment, sorted(p.parent.name for p in folder.glob("*/spec.py")))
-    return spec_class(experiment)(**fields)
+    "The Spec of an experiment, from stored fields."
+    if not (cls := spec_class(experiment)):
+        known = sorted({*packaged(), *EXPERIMENTS})
+        raise ConfigError(f"unknown experiment {experiment!r}: {nearest(experiment, known)}; one of your own is known "
+            f"once the code that registers it has run")
+    return cls(**fields)
 
 # %% ../../nbs/72_runs.execute.ipynb #c0bf050b
 def write_plan(specs, path):

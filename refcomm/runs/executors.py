@@ -51,10 +51,12 @@ class LocalExecutor(concurrent.futures.ProcessPoolExecutor):
             (max(1, n_cores() // jobs), self.stopping, context.Value("i", 0), tuple(cards)))
 
     def submit(self, fn, *args):
+        "Start a call in a worker process; returns its future."
         self.submitted.append(super().submit(_unless_stopped, fn, *args))
         return self.submitted[-1]
 
-    def shutdown(self, wait=True, *, cancel_futures=False):
+    def shutdown(self, wait=True, *, cancel_futures=False)->None:
+        "Wait for the workers; with `cancel_futures` stop them."
         if cancel_futures and not all(f.done() for f in self.submitted): self.stopping.set()
         super().shutdown(wait, cancel_futures=cancel_futures)
 
@@ -118,16 +120,36 @@ class Elsewhere(concurrent.futures.ThreadPoolExecutor):
         super().__init__(jobs)
         self.one, self.stopping = threading.Lock(), threading.Event()
 
-    def start(self, work): raise NotImplementedError # → a job that calls `work`
-    def done(self, job): raise NotImplementedError # → bool
-    def outcome(self, job): raise NotImplementedError # what `work` returned, or a `WorkerDied` with the log
-    def stop(self, job): raise NotImplementedError # so that it can still save its state
-    def kill(self, job): self.stop(job)
-    def pack(self, fn, args): return portable(fn, args)
+    def start(self, work):
+        "Start a job that calls `work`."
+        raise NotImplementedError # → a job that calls `work`
 
-    def submit(self, fn, *args): return super().submit(self._keep, self.pack(fn, args))
+    def done(self, job):
+        "Whether a job has ended."
+        raise NotImplementedError # → bool
 
-    def shutdown(self, wait=True, *, cancel_futures=False):
+    def outcome(self, job):
+        "The return value of a job; a `WorkerDied` with its log if it failed."
+        raise NotImplementedError # what `work` returned, or a `WorkerDied` with the log
+
+    def stop(self, job):
+        "Ask a job to stop, with time to save its state."
+        raise NotImplementedError # so that it can still save its state
+
+    def kill(self, job)->None:
+        "End a job at once."
+        self.stop(job)
+
+    def pack(self, fn, args):
+        "The call in a form that another machine can run."
+        return portable(fn, args)
+
+    def submit(self, fn, *args):
+        "Submit a call; returns its future."
+        return super().submit(self._keep, self.pack(fn, args))
+
+    def shutdown(self, wait=True, *, cancel_futures=False)->None:
+        "Wait for the jobs; with `cancel_futures` stop them."
         if cancel_futures: self.stopping.set()
         super().shutdown(wait, cancel_futures=cancel_futures)
 
@@ -186,17 +208,29 @@ class SlurmExecutor(Elsewhere):
         self.threads = max(1, n_cores() // jobs) if self.here else 0
 
     def pack(self, fn, args):
+        "The call as a function for submitit."
         return portable(fn, args, self.threads, ("REFCOMM_", "CUDA_VISIBLE_DEVICES") if self.here else ("REFCOMM_",))
-    def start(self, work): return self.queue.submit(work)
-    def done(self, job): return job.done()
-    def stop(self, job): job.cancel(check=False)
+
+    def start(self, work):
+        "Submit a job to Slurm."
+        return self.queue.submit(work)
+
+    def done(self, job)->bool:
+        "Whether the job has ended."
+        return job.done()
+
+    def stop(self, job)->None:
+        "Cancel the job; Slurm sends its signal first."
+        job.cancel(check=False)
 
     def outcome(self, job):
+        "The job's return value, or a `WorkerDied` with its log."
         lost = self.here and not job.paths.result_pickle.exists() # elsewhere the file may be late
         if not lost and job.exception() is None: return job.result()
         raise WorkerDied(job.stderr() or job.stdout() or "it is empty: the worker was killed")
 
-    def shutdown(self, wait=True, *, cancel_futures=False):
+    def shutdown(self, wait=True, *, cancel_futures=False)->None:
+        "Wait for the jobs and release the folder."
         super().shutdown(wait, cancel_futures=cancel_futures)
         if wait: self.held.close()
 
@@ -281,7 +315,8 @@ class RayExecutor(Elsewhere):
             with _loopback(): self.ray.init(node.gcs_address, **quiet)
         opened.callback(self.ray.shutdown)
 
-    def pack(self, fn, args):
+    def pack(self, fn, args)->tuple:
+        "The call and the path of its log."
         work, log = portable(fn, args, self.threads), str(self.folder/uuid.uuid4().hex)
         def logged():
             import os
@@ -290,17 +325,30 @@ class RayExecutor(Elsewhere):
             return work()
         return logged, Path(log)
 
-    def start(self, work): return self.task.remote(work[0]), work[1]
-    def done(self, job): return bool(self.ray.wait([job[0]], timeout=0)[0])
-    def stop(self, job): self.ray.cancel(job[0])
-    def kill(self, job): self.ray.cancel(job[0], force=True)
+    def start(self, work)->tuple:
+        "Start a Ray task."
+        return self.task.remote(work[0]), work[1]
+
+    def done(self, job)->bool:
+        "Whether the task has ended."
+        return bool(self.ray.wait([job[0]], timeout=0)[0])
+
+    def stop(self, job)->None:
+        "Cancel the task by an interrupt."
+        self.ray.cancel(job[0])
+
+    def kill(self, job)->None:
+        "Kill the task's worker."
+        self.ray.cancel(job[0], force=True)
 
     def outcome(self, job):
+        "The task's return value, or a `WorkerDied` with its log."
         try: return self.ray.get(job[0])
         except self.ray.exceptions.RayError as e:
             raise WorkerDied((job[1].exists() and job[1].read_text(encoding="utf-8", errors="replace")) or e) from None
 
-    def shutdown(self, wait=True, *, cancel_futures=False):
+    def shutdown(self, wait=True, *, cancel_futures=False)->None:
+        "Wait for the tasks and leave Ray."
         super().shutdown(wait, cancel_futures=cancel_futures)
         if wait: self.opened.close()
 

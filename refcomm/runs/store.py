@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILES', 'PROVENANCE_FIELDS', 'NAME', 'OWN', 'MARKER', 'spec_fields', 'digest', 'defined', 'run_key', 'runner_of',
-           'sealed', 'unsealed', 'RunResult', 'packed', 'RunRecord', 'package_commit', 'provenance', 'spec_class',
-           'body_errors', 'Store']
+           'sealed', 'unsealed', 'RunResult', 'packed', 'RunRecord', 'package_commit', 'provenance', 'body_errors',
+           'Store']
 
 # %% ../../nbs/68_runs.store.ipynb #f33d475d
 import contextlib, dataclasses, datetime, errno, functools, hashlib, importlib, io, json, math, os, platform, re, shutil, subprocess, sys, uuid, warnings
@@ -18,6 +18,7 @@ torch = lazy_loader.load("torch")
 
 from refcomm.core import ConfigError, RecordError, StoreError, fitted
 from refcomm.files import disk_errors, fsync_dir, home, make_folder, open_regular
+from refcomm.runs.experiments import spec_class
 
 # %% ../../nbs/68_runs.store.ipynb #1ee1955c
 def spec_fields(spec)->dict: # JSON-able fields
@@ -45,9 +46,9 @@ def run_key(spec)->str: # 16 hexadecimal digits
     "The name of a run: equal Specs have equal keys, on any machine."
     return digest([spec.experiment, spec.version, spec_fields(spec)])[:16]
 
-def runner_of(spec): # a module with `run`
-    "The module that makes the runs of a Spec: its `runner`, or else the one that its class is defined in."
-    return importlib.import_module(getattr(spec, "runner", type(spec).__module__))
+def runner_of(spec): # a module with `run`, or an `Experiment`
+    "What makes the runs of a Spec: its `home`, the module named by its `runner`, or else the one that its class is defined in."
+    return getattr(type(spec), "home", None) or importlib.import_module(getattr(spec, "runner", type(spec).__module__))
 
 # %% ../../nbs/68_runs.store.ipynb #68a00002
 def sealed(
@@ -100,14 +101,17 @@ class RunRecord:
     files:tuple = FILES[:3] # that it consists of
 
     def tensors(self)->dict:
+        "The stored tensors, by name."
         from safetensors.torch import load_file
         return load_file(self.path/"tensors.safetensors")
 
     def weights(self)->dict: # name → tensor; empty where none were kept
+        "The stored weights."
         from safetensors.torch import load_file
         return load_file(self.path/"weights.safetensors") if "weights.safetensors" in self.files else {}
 
     def history(self): # DataFrame: one row per epoch
+        "The training history."
         import pandas as pd
         return pd.read_parquet(self.path/"history.parquet")
 
@@ -121,7 +125,7 @@ class RunRecord:
 def package_commit()->str: # short hash, with "+" when the package has changes; "" outside a checkout
     "The commit of the checkout that this package runs from, as it was when this process first asked."
     here = Path(importlib.import_module("refcomm").__file__).parent
-    git = lambda *a: subprocess.run(["git", "-C", str(here), *a], capture_output=True, text=True)
+    git = lambda *a: subprocess.run(["git", "-C", str(here), *a], capture_output=True, encoding="utf-8", errors="replace")
     try: head = git("rev-parse", "--short=10", "HEAD")
     except OSError: return ""
     tracked = head.returncode == 0 and git("ls-files", "--error-unmatch", "__init__.py").returncode == 0
@@ -201,16 +205,6 @@ def _history_bytes(history)->bytes:
 
 # %% ../../nbs/68_runs.store.ipynb #6a11c0df
 PROVENANCE_FIELDS = dict(commit=str, torch=str, device=str, seconds=(int, float), trained_together=int) # what every record says of its origin
-
-@functools.cache
-def spec_class(
-    experiment:str, # "eqc"
-): # its class; None for one that is not of this package
-    "The Spec of an experiment of this package."
-    folder = Path(importlib.import_module("refcomm.papers").__file__).parent
-    if not re.fullmatch("[a-z][a-z0-9_]*", experiment) or not (folder/experiment/"spec.py").is_file(): return None
-    named = vars(importlib.import_module(f"refcomm.papers.{experiment}.spec")).values()
-    return next((x for x in named if getattr(x, "experiment", None) == experiment), None)
 
 def _fits(kind, value):
     try: fitted("", kind, value); return True
@@ -297,7 +291,9 @@ class Store:
         root=None, # folder; `home()/runs` when None
     ): self.root = Path(root) if root else home()/"runs"
 
-    def path(self, experiment, key): return self.root/experiment/key
+    def path(self, experiment, key)->Path:
+        "The folder of a record."
+        return self.root/experiment/key
 
     def make(self):
         "Make the store's folder, and mark it as a store, unless that has been done."
@@ -312,6 +308,7 @@ class Store:
         return self.named_lock(f"{experiment}-{key}")
 
     def named_lock(self, name, **options):
+        "A file lock of the store."
         from filelock import FileLock
         self.make()
         with disk_errors(self.root): (self.root/"locks").mkdir(exist_ok=True)
@@ -377,9 +374,11 @@ class Store:
                 warnings.warn(f"{e}; moved to {aside}, the run will be made again")
 
     def set_aside(self, experiment, key)->Path:
+        "Move a damaged record out of the way."
         return self.move_aside(self.path(experiment, key), f"{experiment}-{key}")
 
     def move_aside(self, path, name)->Path:
+        "Move a file or folder to `set-aside`, under a unique name."
         aside = self.root/"set-aside"/f"{name}-{uuid.uuid4().hex[:6]}"
         with disk_errors(aside):
             aside.parent.mkdir(parents=True, exist_ok=True)

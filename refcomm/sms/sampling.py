@@ -7,12 +7,14 @@ __all__ = ['METHODS', 'AttributeGames', 'controlled_games', 'tilt', 'sample_game
 
 # %% ../../nbs/61_sms.sampling.ipynb #23047091
 import functools, inspect
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np, torch
 from torch import Tensor
 
 from ..core import ConfigError, check_at_least, check_choice, progress_bar
+from .backends import _compiled, _deep, _near, compile_loops
 from .complexity import identifying_set, min_symbols
 from .theory import feasible, uniform_law
 
@@ -24,10 +26,14 @@ class AttributeGames(NamedTuple):
     n_values:int # values of each attribute
 
     @property
-    def candidates(self): return torch.cat([self.targets[:, None], self.distractors], 1) # [n, 1 + n_distractors, n_attributes], the target first
+    def candidates(self)->Tensor:
+        "All candidates of each game, the target first."
+        return torch.cat([self.targets[:, None], self.distractors], 1) # [n, 1 + n_distractors, n_attributes], the target first
 
     @property
-    def differs(self): return self.distractors != self.targets[:, None] # [n, n_distractors, n_attributes] bool
+    def differs(self)->Tensor:
+        "In which attributes each distractor differs from its target."
+        return self.distractors != self.targets[:, None] # [n, n_distractors, n_attributes] bool
 
 def _rng(generator): return np.random.default_rng(torch.randint(2**62, (4,), generator=generator).tolist())
 
@@ -181,12 +187,59 @@ def _step(differs, sets, packed, m, n_values, rng):
     kept = found.sum(1) == m
     differs[ask[kept]], sets[ask[kept]], packed[ask[kept]] = trial[kept], found[kept], _packed(trial[kept], m)
 
+# %% ../../nbs/61_sms.sampling.ipynb #0c5603f6
+def _pack(differs, m, packed):
+    "As `_packed`, for one game (compiled)."
+    used, count, taken = np.zeros(differs.shape[1], np.bool_), 0, np.zeros(len(differs), np.bool_)
+    degrees = np.zeros(len(differs), np.int64)
+    for d in range(len(differs)): degrees[d] = differs[d].sum()
+    for d in np.argsort(degrees):
+        free = True
+        for a in range(len(used)): free = free and not (used[a] and differs[d, a])
+        if free:
+            taken[d], count = True, count + 1
+            for a in range(len(used)): used[a] |= differs[d, a] > 0
+    for d in range(len(differs)): packed[d] = taken[d] or count < m
+
+# %% ../../nbs/61_sms.sampling.ipynb #6735b932
+def _keep(differs, sets, packed, m, new, allowed, which):
+    "The rest of `_step`: take the proposals that leave min|M| as it is (compiled)."
+    no, found, copied, one = np.zeros_like(differs[0, :1]), np.zeros_like(sets[:1]), np.zeros(1, np.bool_), np.zeros(1, np.int64)
+    for g in range(len(differs)):
+        if not allowed[g]: continue
+        d, hit, failed = which[g], False, True
+        for a in range(differs.shape[2]): hit |= sets[g, a] and new[g, a] > 0
+        for k in range(len(packed[g])): failed &= packed[g, k]
+        old = differs[g, d].copy()
+        differs[g, d] = new[g]
+        if hit and not packed[g, d]: continue
+        found[:] = False
+        _near(no, differs[g:g+1], found, copied)
+        if not found.any() and not (hit and m == 3): _deep(no, differs[g:g+1], one, found)
+        size = found.sum()
+        if size == m or size == 0: # 0: the set of three still does, and no pair does
+            if size == m: sets[g] = found[0]
+            if not failed: _pack(differs[g], m, packed[g])
+        else: differs[g, d] = old
+
+# %% ../../nbs/61_sms.sampling.ipynb #32663b81
+@functools.cache
+def _compiled_keep(): return compile_loops([_pack, _keep], _compiled())["_keep"]
+
+def _step_compiled(differs, sets, packed, m, n_values, rng):
+    "As `_step`."
+    rows, d = np.arange(len(differs)), rng.integers(differs.shape[1], size=len(differs))
+    new, allowed = _propose(differs[rows, d], n_values, rng)
+    _compiled_keep()(differs.view(np.uint8), sets, packed, m, new.view(np.uint8), allowed, d)
+
 def _metropolis(n, m, n_attributes, n_values, n_distractors, rng, sweeps=200):
     differs, packed = _plant(n, m, n_attributes, n_values, n_distractors, rng)
     sets = np.tile(np.arange(n_attributes) < m, (n, 1))
-    with progress_bar(sweeps * n_distractors, "steps") as bar:
-        for _ in range(check_at_least("sweeps", sweeps, 1) * n_distractors):
-            _step(differs, sets, packed, m, n_values, rng)
+    steps = check_at_least("sweeps", sweeps, 1) * n_distractors
+    step = _step_compiled if n*steps >= 10**5 and n_attributes <= 64 and find_spec("numba") else _step
+    with progress_bar(steps, "steps") as bar:
+        for _ in range(steps):
+            step(differs, sets, packed, m, n_values, rng)
             bar.update()
     return _shuffled(differs, rng)
 

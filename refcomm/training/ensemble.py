@@ -60,10 +60,14 @@ class Ensemble(nn.Module):
         self._places = [(name, number[id(p)]) for name, p in _places(self._call[0])]
 
     @property
-    def template(self): return self._call[0].module
+    def template(self)->nn.Module:
+        "The module whose forward pass all members share."
+        return self._call[0].module
 
     @property
-    def n_parameters(self): return sum(p[0].numel() for p in self.stacked) # of one member
+    def n_parameters(self)->int:
+        "Parameters of one member."
+        return sum(p[0].numel() for p in self.stacked) # of one member
 
     def map(self,
         fn, # (member, *args) -> tensor or tuple of tensors
@@ -103,6 +107,7 @@ class Ensemble(nn.Module):
         return {k: v.detach().cpu().clone() for k, v in self.member(i).state_dict().items()}
 
     def train(self, mode:bool=True):
+        "Set training or evaluation mode of all members."
         self.template.train(mode)
         return super().train(mode)
 
@@ -110,9 +115,11 @@ class Ensemble(nn.Module):
         self.template._apply(fn)
         return super()._apply(fn, recurse)
 
-    def full_state(self):
+    def full_state(self)->dict:
+        "Stacked parameters and buffers by name."
         return {**dict(zip(self.names, self.stacked)), **{f"buffer {k}": b for k,b in self.template.named_buffers()}}
 
     @torch.no_grad()
-    def load_full_state(self, state):
+    def load_full_state(self, state)->None:
+        "Copy a `full_state` into the members."
         for k,v in self.full_state().items(): v.copy_(state[k])

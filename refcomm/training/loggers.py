@@ -31,7 +31,8 @@ class CSVLog:
     def log_metrics(self,
         metrics:dict, # name → number
         step:int, # the epoch
-    ):
+    )->None:
+        "Append a row."
         self.rows.append(dict(step=step, **metrics))
         new = [n for n in metrics if n not in self.names]
         self.names += new
@@ -42,7 +43,9 @@ class CSVLog:
 
     def finalize(self,
         status:str, # "success" or "failed"
-    ): pass
+    )->None:
+        "Nothing to close."
+        pass
 
 # %% ../../nbs/66_training.loggers.ipynb #d74dc131
 class TensorBoardLog:
@@ -55,11 +58,14 @@ class TensorBoardLog:
         for part in hparams(plain, dict.fromkeys(("accuracy", "valid_loss"), 0.)):
             self.writer.file_writer.add_summary(part)
 
-    def log_metrics(self, metrics, step):
+    def log_metrics(self, metrics, step)->None:
+        "Write the numbers of one epoch."
         for k,v in metrics.items(): self.writer.add_scalar(k, v, step)
         self.writer.flush()
 
-    def finalize(self, status): self.writer.close()
+    def finalize(self, status)->None:
+        "Close the log."
+        self.writer.close()
 
 class WandbLog:
     "An offline run of Weights & Biases, for `wandb sync`."
@@ -72,8 +78,13 @@ class WandbLog:
             name=folder.name, id=folder.name, config=fields, reinit="create_new", settings=quiet)
         self.run.define_metric("*", step_metric="epoch")
 
-    def log_metrics(self, metrics, step): self.run.log(dict(metrics, epoch=step))
-    def finalize(self, status): self.run.finish(0 if status == "success" else 1)
+    def log_metrics(self, metrics, step)->None:
+        "Write the numbers of one epoch."
+        self.run.log(dict(metrics, epoch=step))
+
+    def finalize(self, status)->None:
+        "Close the log."
+        self.run.finish(0 if status == "success" else 1)
 
 class MLflowLog:
     "A run in the SQLite database `mlflow.db`, two folders up."
@@ -94,11 +105,14 @@ class MLflowLog:
         self.run = self.client.create_run(experiment, run_name=folder.name).info.run_id
         self.client.log_batch(self.run, params=[Param(k, str(v)[:500]) for k,v in fields.items()])
 
-    def log_metrics(self, metrics, step):
+    def log_metrics(self, metrics, step)->None:
+        "Write the numbers of one epoch."
         from mlflow.entities import Metric
         self.client.log_batch(self.run, [Metric(k, float(v), int(time.time()*1000), step) for k,v in metrics.items()])
 
-    def finalize(self, status): self.client.set_terminated(self.run, "FINISHED" if status == "success" else "FAILED")
+    def finalize(self, status)->None:
+        "Close the log."
+        self.client.set_terminated(self.run, "FINISHED" if status == "success" else "FAILED")
 
 # %% ../../nbs/66_training.loggers.ipynb #7da37ae2
 LOGGERS = {"csv": CSVLog, "tensorboard": TensorBoardLog, "wandb": WandbLog, "mlflow": MLflowLog}
@@ -135,12 +149,14 @@ class StackLogs:
 
     def epochs(self,
         rows, # of `fit`'s history: dictionaries
-    ):
+    )->None:
+        "Write rows of the history, each to its member's log."
         self._write(lambda: [self.logs[r["member"]].log_metrics({k: r[k] for k in MEASURED}, r["epoch"]) for r in rows])
 
     def finish(self,
         results, # a `RunResult` per member
-    ):
+    )->None:
+        "Write the final results and close the logs."
         def write():
             for log, result in zip(self.logs, results):
                 for metrics, step in final_metrics(result): log.log_metrics(metrics, step)

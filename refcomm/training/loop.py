@@ -61,6 +61,7 @@ class TrainSettings:
                 f"{self.weight_decay_end!r} and {self.weight_decay!r}")
 
     def batches(self, n_items:int)->int: # batches in an epoch
+        "The number of batches for `n_items` training items."
         whole, rest = divmod(check_at_least("n_items", n_items, 1), self.batch_size)
         if self.drop_last and not whole:
             raise ConfigError(f"a batch of {self.batch_size} was asked for, but there are only {n_items} items: lower "
@@ -114,9 +115,12 @@ class Best:
         self.accuracy, self.loss = torch.full((n,), -torch.inf), torch.full((n,), torch.inf)
         self.epoch = torch.full((n,), -1)
 
-    def active(self, epoch, patience): return epoch - self.epoch.clamp_min(0) < patience
+    def active(self, epoch, patience)->Tensor:
+        "Which members are still within `patience` epochs of their best, `[n_members]`."
+        return epoch - self.epoch.clamp_min(0) < patience
 
     def update(self, ensemble, epoch:int, accuracy:Tensor, loss:Tensor, patience:int)->Tensor: # which members improved
+        "Keep the weights of the members that improved."
         accuracy, loss = accuracy.detach().float().cpu(), loss.detach().float().cpu()
         better = (accuracy > self.accuracy) | ((accuracy == self.accuracy) & (loss < self.loss))
         better &= self.active(epoch - 1, patience)
@@ -128,7 +132,9 @@ class Best:
         self.epoch = torch.where(better, epoch, self.epoch)
         return better
 
-    def restore(self, ensemble): ensemble.load_full_state(self.weights)
+    def restore(self, ensemble)->None:
+        "Load each member's best weights."
+        ensemble.load_full_state(self.weights)
 
 # %% ../../nbs/64_training.loop.ipynb #19773f0c
 def _resume_generator(g, state, meta, seed, name):
@@ -161,7 +167,8 @@ class Training:
         self.started, self.saved, self.kept, self.whole = time.monotonic(), time.monotonic(), False, True
         self.order, self.total = torch.empty(0), torch.zeros(len(self.seeds), device=device)
 
-    def tensors(self):
+    def tensors(self)->dict:
+        "The tensors of a checkpoint: weights, optimiser, generators, best weights."
         opt = {f"optimizer.{i}.{k}": v for i, s in self.optimizer.state_dict()["state"].items() for k,v in s.items()}
         streams = {f"{name}.{i}": g.get_state() for name in ("order_generators", "noise_generators")
             for i,g in enumerate(getattr(self, name))}
@@ -170,7 +177,8 @@ class Training:
         kept = {f"best_{k}": getattr(self.best, k) for k in ("accuracy", "loss", "epoch")}
         return {**opt, **streams, **best, **state, **kept, "order": self.order, "total": self.total}
 
-    def of_others(self): # what differs between processes, of all but the first; all of them call it
+    def of_others(self)->dict: # what differs between processes, of all but the first; all of them call it
+        "The generators and totals of the other processes; a collective call."
         if self.size == 1: return {}
         states = gather_batches(torch.stack([g.get_state()
             for g in self.noise_generators]).to(self.total.device)).cpu().split(len(self.seeds))
@@ -178,7 +186,8 @@ class Training:
             if rank}
         return noise | {f"total of {rank}": own for rank, own in enumerate(gather_batches(self.total[None])) if rank}
 
-    def meta(self, shape):
+    def meta(self, shape)->dict:
+        "The part of a checkpoint that is JSON."
         groups = [{k: v for k,v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         return dict(epoch=self.epoch, step=self.step, lr=self.lr, history=self.history, scaler=self.scaler.state_dict(),
             groups=groups, shape=shape, device=self.total.device.type)
@@ -190,7 +199,8 @@ class Training:
         getattr(self.ensemble, name)()
         getattr(self.optimizer, name, lambda: None)()
 
-    def load(self, tensors, meta):
+    def load(self, tensors, meta)->None:
+        "Restore the state from a checkpoint."
         state, groups = {}, self.optimizer.state_dict()["param_groups"]
         for k,v in tensors.items():
             if k.startswith("optimizer."):

@@ -49,7 +49,9 @@ class Population(nn.Module):
         self.pairs = [(i, j) for i in range(len(games)) for j in range(len(games)) if alone or i != j]
         if not self.pairs: raise ConfigError(f"{len(games)} games make no pair: give at least {1 if alone else 2}")
 
-    def pair(self, i:int, j:int)->Paired: return Paired(self.games[i], self.games[j])
+    def pair(self, i:int, j:int)->Paired:
+        "The game of sender `i` with receiver `j`."
+        return Paired(self.games[i], self.games[j])
 
 def train_population(
     population:Population, # trained in place

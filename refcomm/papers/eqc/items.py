@@ -6,8 +6,8 @@
 __all__ = ['CONFIGS', 'BEST', 'TUNED_EPOCHS', 'FROZEN', 'MAP_EPOCHS', 'HEATMAP', 'TUNED', 'POOLS', 'SHORT', 'TINY', 'SMALL',
            'CURVES', 'EARLY', 'TRIALS', 'ITEMS', 'ORDER', 'TITLES', 'PUBLISHED_TABLES', 'SOURCE_NAMES', 'configure',
            'grid', 'rows_of', 'printed_rows', 'table_values', 'graceful_values', 'printed_rate_values',
-           'fine_tuned_values', 'modes_values', 'noum_values', 'map_values', 'fidelity', 'data_names', 'stopped_early',
-           'daggered', 'unfinished']
+           'fine_tuned_values', 'modes_values', 'noum_values', 'map_values', 'gradient_values', 'order_values',
+           'trial_values', 'fidelity', 'data_names', 'stopped_early', 'daggered', 'unfinished']
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #bfc00e02
 import dataclasses
@@ -18,7 +18,7 @@ import lazy_loader
 pd = lazy_loader.load("pandas")
 
 from refcomm.core import PROFILES, check_at_least, check_choice
-from refcomm.papers.eqc.spec import GAMES, EQCSpec, source
+from refcomm.papers.eqc.spec import GAMES, SOURCES, EQCSpec, source
 from refcomm.papers.deviations import note
 from refcomm.metrics.statistics import Estimate, combine, estimate, paired, published_estimate
 from refcomm.papers.evidence import published
@@ -349,6 +349,46 @@ def map_values(
         longest = (rows.alphabet == most) & (rows.word_length == long) & (rows.quantised == "inference only")
         values["noum-targets"] = dict(share=estimate(rows[longest].sort_values("seed").noum/n))
     return {f"eqc.{game}.{name}": v for name, v in values.items()}
+
+# %% ../../../nbs/84_papers.eqc.items.ipynb #c1a0f00d
+def gradient_values(
+    rows, # from `rows_of`: QT quantised in training, with and without a gradient
+)->dict: # claim → its values
+    "What decides our statements about a rounding that passes no gradient."
+    rows, values = rows[rows.quantised == "no gradient"], {}
+    printed = published("eqc", "table2").set_index(["row", "column"])["mean"]
+    for game, title in TITLES.items():
+        own, accuracy, theirs = rows[rows.game == game], {}, {}
+        for (channel, n), part in own.groupby(["channel", "n_candidates"]):
+            if n not in (2, max(own.n_candidates)): continue
+            key = f"{channel}, {n} candidates"
+            accuracy[key] = _mean(part.sort_values("seed"))
+            theirs[key] = published_estimate(float(printed[title,
+                f"{channel.capitalize()}/train+inference/{'2' if n == 2 else 'max'}"]), half_digit=.005, like=accuracy[key])
+        values[f"eqc.{game}.no-gradient"] = dict(accuracy=accuracy or {"none": Estimate(float("nan"))})
+        if game != "object": values[f"eqc.{game}.no-gradient"]["printed"] = theirs or {"none": Estimate(float("nan"))}
+    return values
+
+def order_values(
+    cells, # a row per seed, alphabet size and word length: seed, accuracy, noum, topsim
+)->dict: # claim → its values
+    "What decides the claims about what goes with accuracy: rank correlations over cells, one a seed."
+    from scipy.stats import spearmanr
+    def correlation(value):
+        each = [spearmanr(part.accuracy, part[value]).statistic for _, part in cells.groupby("seed") if len(part) > 3]
+        return estimate(each)._replace(targets=1/max(cells.groupby("seed").size().min() - 3, 1)**.5)
+    return {"eqc.object.noum-accuracy": dict(correlation=correlation("noum")),
+        "eqc.object.topsim-accuracy": dict(noum=correlation("noum"), topsim=correlation("topsim"))}
+
+def trial_values(
+    claim:str, # its id
+    name:str, # of the value in its test
+    rows, # from `rows_of`
+    pairs, # what is compared → rows that should be above, rows that should be below
+)->dict: # claim → its values
+    "What decides a claim that one setting does better than another."
+    ahead = {key: _ahead(*(part.sort_values("seed") for part in both)) for key, both in pairs.items()}
+    return {claim: {name: ahead or {"none": Estimate(float("nan"))}}}
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #332d5d74
 SOURCE_NAMES = {"shapes": "rendered shapes", "synthetic": "synthetic intents", "banking77": "Banking77",

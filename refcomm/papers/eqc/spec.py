@@ -17,23 +17,23 @@ from ...names import CHANNELS
 class EQCSpec:
     "One training of one configuration with one seed."
     experiment:ClassVar = "eqc"
-    runner:ClassVar = "refcomm.papers.eqc.run" # the module that makes its runs
+    runner:ClassVar = "refcomm.papers.eqc.run" # the module that executes its runs
     version:ClassVar = 2
     later:ClassVar = ("gradient", "normalize") # see `spec_fields`
     game:str = "object" # a name in `GAMES`
-    data:str = "" # a source of `load_features` or `load_sentences`; "#…" is the content that was meant
+    data:str = "" # a source of `load_features` or `load_sentences`; "#…" is the digest of its content
     encoder:str = "" # a trunk or a sentence encoder
-    feature_scale:str = "rms" # features of an item have mean square 1; "length": their vector has length 1
-    fine_tune:bool = False # the sentence encoder learns, too
+    feature_scale:str = "rms" # scale features to mean square 1; "length": to vectors of length 1
+    fine_tune:bool = False # train the sentence encoder, too
     encoder_lr:float = 1. # its learning rate, as a factor on `lr`
-    n_attributes:int = 4 # Object game only, as n_values
+    n_attributes:int = 4 # Object game only, like n_values
     n_values:int = 10
     n_train:int = 8000
     n_valid:int = 1000
     n_test:int = 1000
     split_seed:int = 0 # one split and one set of evaluation draws for all seeds
     bottleneck:str = "continuous" # continuous (CN), gumbel (GS), quantized (QT in training and at inference)
-    channel:str = "instant" # instant, recurrent, or ending: recurrent words up to an end, as in EGG, whose loss is summed over the prefixes
+    channel:str = "instant" # instant, recurrent, or ending: recurrent words up to an end symbol, with the loss summed over prefixes as in EGG
     alphabet_size:int|None = None
     word_length:int = 100
     message_length:int = 1
@@ -46,11 +46,11 @@ class EQCSpec:
     straight_through:bool = False
     grid:str = "exact"
     when:str = "always" # of "quantized" and FSQ: "always", or rounded at "inference" only
-    gradient:str = "straight-through" # of "quantized", through the rounding; "none": the sender stays as initialised
+    gradient:str = "straight-through" # of "quantized", through the rounding; "none": the sender is not trained
     normalize:bool = True # of "continuous" and "quantized": each word is scaled to [0, 1]
-    symbol_width:int = 1 # of VQ and learned levels: numbers that one symbol stands for
+    symbol_width:int = 1 # of VQ and learned levels: numbers per symbol
     n_negatives:int|None = None # distractors in training; None: every other object
-    pool:int|None = None # items that a training batch draws its games from; None: all
+    pool:int|None = None # items from which a training batch draws its games; None: all
     optimizer:str = "adam"
     lr:float = 1e-5
     batch_size:int = 32
@@ -59,7 +59,7 @@ class EQCSpec:
     precision:str = "fp32"
     candidates:tuple = (2, 10, 100, 500, 1000, 2000, 5000, 10000)
     alphabets:tuple = (2, 4, 8, 10, 16, 32, 64, 128) # uniform quantisers tried at inference on a continuous run
-    fitted:tuple = () # symbol widths of quantisers whose levels are fitted to a continuous run's training messages and tried, too
+    fitted:tuple = () # symbol widths of quantisers with levels fitted to a continuous run's training messages
     seed:int = 0
 
     def __post_init__(self):
@@ -116,14 +116,14 @@ SOURCES = { # game → "embedded" or "real" → data and encoder
     "sent-cls": dict(embedded=("synthetic", "lsa"), real=("banking77", "minilm")),
 }
 
-SUFFIXES = (".parquet", ".csv", "") # that a source's name may lack
+SUFFIXES = (".parquet", ".csv", "") # endings that a source's name may omit
 
 def source(
     game:str, # a name in `GAMES`
     data:str="auto", # "auto" (real if it is there), "embedded", "real", or a source of your own
-    encoder:str="", # a trunk or sentence encoder of your own choice
+    encoder:str="", # a trunk or sentence encoder; None: the game's own
 )->dict: # the Spec's `data` and `encoder`
-    "Which data a game is played with."
+    "The data and encoder of a game."
     if game not in SOURCES: return {}
     have = SOURCES[game]
     if data == "auto":

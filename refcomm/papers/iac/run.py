@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_parts', 'Thumbnail', 'Untrained', 'build', 'views_of', 'pair_of_views', 'look', 'objectives', 'features',
-           'players', 'play', 'probe', 'run']
+           'players', 'play', 'probe', 'run', 'labels_of']
 
 # %% ../../../nbs/85_papers.iac.run.ipynb #b79033ac
 import pandas as pd, torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...agents.vision import make_trunk, projector
 from ...channels import Instant, Recurrent, make_bottleneck
-from ...core import generator, pick_device, seeded_init
+from ...core import check_choice, generator, pick_device, seeded_init
 from ...data.parts import ImageParts, image_parts, probe_set
 from ...data.views import ViewSpec, gaussian_blobs, view_spec, random_views
 from ...distributed import share_statistics
@@ -272,3 +272,11 @@ def run(
     if s.model == "game": summary["capacity_bits"] = model.channel.capacity_bits
     return [RunResult(rows + probe(model, s, parts, device), summary, history, sent, ensemble.weights(0)
         if context.weights else None)]
+
+# %% ../../../nbs/85_papers.iac.run.ipynb #bed69879
+def labels_of(
+    s:IACSpec,
+    name:str, # of messages, "game/valid" or "game/ood"
+)->Tensor: # [n, 1] int64
+    "The classes that messages of a run are about."
+    return getattr(make_parts(s), check_choice("set", name.rpartition("/")[2], ("valid", "ood"))).labels[:, None]

@@ -12,26 +12,26 @@ from ...core import ConfigError, check_at_least, check_choice, spec
 from ...names import RESNETS
 
 # %% ../../../nbs/46_papers.iac.spec.ipynb #def2143a
-UNTRAINED = ("untrained", "thumbnail") # what trained trunks are held against: their own first weights, and the mean colours of 4 × 4 tiles
+UNTRAINED = ("untrained", "thumbnail") # references for trained trunks: their initial weights, and the mean colours of 4 × 4 tiles
 MODELS, BOTTLENECKS = ("game", "simclr", "supervised", *UNTRAINED), ("gumbel", "quantized")
 
 @spec
 class IACSpec:
-    "One training of the game, of SimCLR or of a supervised trunk, with one seed; or what they are held against."
+    "One training of the game, of SimCLR or of a supervised trunk, with one seed; or an untrained reference."
     experiment:ClassVar = "iac"
-    runner:ClassVar = "refcomm.papers.iac.run" # the module that makes its runs
+    runner:ClassVar = "refcomm.papers.iac.run" # the module that executes its runs
     version:ClassVar = 2
     model:str = "game" # a name in `MODELS`
-    augmentations:bool = True # in training: every view is drawn anew; else all see the plain image
-    shared:bool = False # sender and receiver look through one trunk
+    augmentations:bool = True # in training: new augmented views in every step; else the plain image
+    shared:bool = False # sender and receiver share one trunk
     source:str = "imagenet" # images, see `load_images`: under REFCOMM_DATA, "imagenet/train" and "imagenet/val" with one folder a class
     n_images:int|None = None # of the source; None: all
     image_size:int = 256 # pixels on a side, in memory
-    view_size:int = 224 # pixels on a side, as agents see them
+    view_size:int = 224 # pixels on a side of the views
     ood_source:str|None = "imagenet_ood" # images of other classes; None: hold out classes of the source
     n_ood:int = 80 # classes that are held out
     trunk:str = "resnet50"
-    small_stem:bool = False # full resolution up to the first stage: for views of 32 pixels
+    small_stem:bool = False # for views of 32 pixels: full resolution up to the first stage
     bottleneck:str = "gumbel" # a name in `BOTTLENECKS`
     alphabet_size:int = 2048 # |V|, or the levels of each number of a quantised word
     word_length:int = 1 # numbers in a quantised word
@@ -41,19 +41,19 @@ class IACSpec:
     cosine_temperature:float = .1
     train_candidates:int|None = None # None: the whole batch
     batch_size:int = 128
-    accumulate:int = 16 # batches to a step
+    accumulate:int = 16 # batches per step
     optimizer:str = "lars"
-    lr:float = 2.4 # .3 per 256 images of a step
-    warmup:float = 0. # share of the training in which the rate rises to `lr`, before it falls as a cosine
-    lr_per_epoch:bool = True # the rate changes between epochs alone
+    lr:float = 2.4 # .3 per 256 images in a step
+    warmup:float = 0. # share of the training in which the learning rate rises to `lr`, before its cosine decay
+    lr_per_epoch:bool = True # change the learning rate between epochs only
     weight_decay:float = 1e-5
     epochs:int = 100
     precision:str = "fp16"
     test_candidates:tuple = (2, 16, 128, 1024)
-    n_blobs:int = 49_152 # images of noise
-    n_permutations:int = 999 # deals of a permutation test
-    clusters_share:float = .1 # of the training images, to place k-means' centres by
-    probes:tuple = ("valid", "places205", "inaturalist2018", "voc07") # what trunks are probed on, "valid" or see `probe_set`
+    n_blobs:int = 49_152 # number of noise images
+    n_permutations:int = 999 # permutations of a permutation test
+    clusters_share:float = .1 # share of the training images to fit k-means
+    probes:tuple = ("valid", "places205", "inaturalist2018", "voc07") # images for probing trunks: "valid", or see `probe_set`
     seed:int = 0
 
     def __post_init__(self):

@@ -136,6 +136,7 @@ class LiteTrunk(nn.Module):
         self.net = effnet_lite0(device)[0]
 
     def forward(self, images)->Tensor: # [batch, 3, height, width] from 0 to 255 → [batch, feature_dim]
+        "Features of images."
         return self.net.extract_features((F.interpolate(images.float(), 224, mode="bicubic", antialias=True).clamp(0,
             255) - 127)/128).mean((2, 3))
 

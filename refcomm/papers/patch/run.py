@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_parts', 'build', 'eyes', 'views_of', 'look', 'objectives', 'settle', 'settings_of', 'say',
            'untrained_importance', 'weigh', 'read', 'found', 'play', 'symbols_of', 'classify', 'evaluate', 'run',
-           'load_model']
+           'load_model', 'labels_of']
 
 # %% ../../../nbs/87_papers.patch.run.ipynb #36dc4423
 import dataclasses
@@ -275,3 +275,11 @@ def load_model(
         if k.startswith("weights/")})
     if hasattr(model, "cool"): model.cool(1.)
     return model.eval()
+
+# %% ../../../nbs/87_papers.patch.run.ipynb #b48df0eb
+def labels_of(
+    s:PatchSpec,
+    name:str="symbols", # of messages; there is one kind
+)->Tensor: # [n, 1] int64
+    "The classes that messages of a run are about."
+    return make_parts(s).valid.labels[:, None]

@@ -16,15 +16,15 @@ MODELS = ("game", "moco", "vqvae2", "patchvae", "supervised", "vit")
 
 @spec
 class PatchSpec:
-    "One training of the game, or of what it is compared with, with one seed."
+    "One training of the game or of a baseline, with one seed."
     experiment:ClassVar = "patch"
-    runner:ClassVar = "refcomm.papers.patch.run" # the module that makes its runs
+    runner:ClassVar = "refcomm.papers.patch.run" # the module that executes its runs
     model:str = "game" # a name in `MODELS`
-    trained:bool = True # whether its weights are; if not, only the statistics of its batch normalisation are made
+    trained:bool = True # train the weights; if not, only the statistics of batch normalisation are computed
     source:str = "imagenet" # images, see `load_images`: under REFCOMM_DATA, "imagenet/train" and "imagenet/val" with one folder a class
     n_images:int|None = None # of the source; None: all
     image_size:int = 256 # pixels on a side, in memory
-    view_size:int = 224 # pixels on a side, as agents see them
+    view_size:int = 224 # pixels on a side of the views
     crops:bool = True # in training, views are random crops
     jitter:bool = True # in training, the colours of views change
     patch_size:int = 32 # pixels on a side, S
@@ -41,7 +41,7 @@ class PatchSpec:
     budget:str = "half" # see `Speaker`
     length_cost:float = 0. # see `PatchGame`
     masked:bool = False # see `Listener`
-    vision:str = "resnet18" # the trunk that looks at images
+    vision:str = "resnet18" # the listener's trunk
     width:int = 192 # of every transformer
     layers:int = 12
     heads:int = 3
@@ -50,10 +50,10 @@ class PatchSpec:
     dim:int = 65_536
     temperature:float = .07 # of the cosines
     learned:bool = False # whether that temperature is trained
-    queue:int = 65_536 # keys that MoCo tells apart
+    queue:int = 65_536 # MoCo's number of keys
     momentum:float = .999 # of MoCo's slow weights
-    autoencoder_width:int = 128 # of VQ-VAE-2, with four times as many symbols; PatchVAE's decoder has half of it, and its parts' appearance an eighth
-    batch_size:int = 512 # of a step; processes share it
+    autoencoder_width:int = 128 # width of VQ-VAE-2, with four times as many symbols; PatchVAE's decoder has half of it, its appearance vectors an eighth
+    batch_size:int = 512 # of a step, over all processes
     optimizer:str = "sgd"
     lr:float = 1e-4
     weight_decay:float = 1e-4
@@ -65,7 +65,9 @@ class PatchSpec:
     seed:int = 0
 
     @property
-    def version(self): return 4 # one more whenever a model with the same fields would be another
+    def version(self)->int:
+        "Raised when models with equal fields would differ."
+        return 4 # +1 whenever the same fields would give another model
 
     def __post_init__(self):
         check_choice("model", self.model, MODELS), check_choice("vision", self.vision, ("vit", "narrow", *RESNETS))

@@ -18,7 +18,7 @@ BOTTLENECKS = ("gumbel", "reinforce")
 class SMSSpec:
     "One training of one game at one message length with one seed."
     experiment:ClassVar = "sms"
-    runner:ClassVar = "refcomm.papers.sms.run" # the module that makes its runs
+    runner:ClassVar = "refcomm.papers.sms.run" # the module that executes its runs
     version:ClassVar = 1
     min_symbols:int = 2 # min|M| of every game
     message_length:int = 2 # L

@@ -1,0 +1,26 @@
+"A seeded part of the soak test: damage to each kind of file that refcomm writes, none of it believed, none of it a traceback."
+import random
+
+import pytest
+
+from damage import BYTES, PLACES, TEXT, damaged, subjects
+
+KINDS = ("checkpoint", "members.json", "cache", "recipe", "plan", "archive")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    root = tmp_path_factory.mktemp("soak")
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("REFCOMM_HOME", str(root)), m.setenv("REFCOMM_FIGURES", str(root/"figures"))
+        yield subjects(root)
+
+
+@pytest.mark.slow
+def test_no_damage_is_believed_and_none_is_a_traceback(found):
+    table, wrong = damaged(found, 14*len(KINDS), random.Random(0))
+    assert not wrong, wrong
+    assert tuple(table) == KINDS and all(sum(c.values()) == 14 for c in table.values())
+    assert set(BYTES) | set(PLACES) <= set(found["archive"].kinds) and set(TEXT) <= set(found["recipe"].kinds)
+    for name, c in table.items():
+        assert c["refused in one line"] + c["set aside, made anew"] >= 9, (name, c)
