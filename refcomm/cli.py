@@ -322,6 +322,8 @@ def plan(
     rows = sorted([*(cells[l.item] for l in lines), *((i, *[""]*6, why) for i, why in without.items())])
     print_table(f"Profile {profile}", ("item", "runs", "cached", "to do", "time", "disk", "memory", "time estimated"),
         [*rows, cells["total"]])
+    if profile == "gpu" and (long := [f"{l.item} ({l.runs} runs)" for l in lines if l.seconds > 600]):
+        print(f"More than ten minutes, for their many runs, most of which other items need, too: {', '.join(long)}.")
     print("A run shared by several items counts once in the total. Time is of training, one run after the other on "
         "this machine; evaluation, data and figures come on top.")
 
