@@ -141,17 +141,17 @@ def list_items():
         [(i, "headline" if i in HEADLINE else "", title(p)) for i,p in notebooks().items()])
 
 # %% ../nbs/99_cli.ipynb #bf03e0b6
-def _has_cuda()->bool:
-    if no_cuda(): return False
+def _gpus()->int:
+    if no_cuda(): return 0
     import torch
-    return torch.cuda.is_available()
+    return torch.cuda.device_count()
 
 @app.command("reproduce")
 def reproduce(
     items:list[str] = typer.Argument(None,
         help="items or papers, e.g. eqc/table5 or eqc; the headline items when none is named"),
     profile:str = typer.Option("cpu", help="smoke | cpu | gpu | paper"),
-    jobs:int = typer.Option(0, help="runs made at a time; 0: one a core, or one on a GPU"),
+    jobs:int = typer.Option(0, help="runs made at a time; 0: one a core, or one on each GPU"),
     executor:str = typer.Option(None,
         help="where they are made: local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
     logger:str = typer.Option(None,
@@ -174,7 +174,7 @@ def reproduce(
     if executor: os.environ["REFCOMM_EXECUTOR"] = check_executor(executor) # read by `execute` in the notebook's kernel
     if logger: os.environ["REFCOMM_LOGGER"] = check_logger(logger)
     if weights is not None: os.environ["REFCOMM_WEIGHTS"] = "on" if weights else "off"
-    jobs = jobs or (1 if profile == "smoke" or _has_cuda() else n_cores())
+    jobs = jobs or (1 if profile == "smoke" else _gpus() or n_cores())
     chosen, named = choose(items or []), dict(parse_parameters(parameters), profile=profile, jobs=jobs)
     given = {item: {**(HEADLINE.get(item, {}) if quick else {}), **named} for item in chosen}
     for item, path in chosen.items(): check_parameters(path, given[item])
@@ -323,6 +323,8 @@ def plan(
     rows = sorted([*(cells[l.item] for l in lines), *((i, *[""]*6, why) for i, why in without.items())])
     print_table(f"Profile {profile}", ("item", "runs", "cached", "to do", "time", "disk", "memory", "time estimated"),
         [*rows, cells["total"]])
+    if profile == "gpu" and (long := [f"{l.item} ({l.runs} runs)" for l in lines if l.seconds > 600]):
+        print(f"More than ten minutes, for their many runs, most of which other items need, too: {', '.join(long)}.")
     print("A run shared by several items counts once in the total. Time is of training, one run after the other on "
         "this machine; evaluation, data and figures come on top.")
 
@@ -470,7 +472,7 @@ def runs_plan(
     print(write_plan([s for s in specs if store.get(s) is None], None))
 
 @runs_app.command("execute")
-def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time"),
+def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time; 0: one on each GPU"),
 device:str = typer.Option("auto", help="auto, cpu, cuda …"),
     executor:str = typer.Option(None, help="local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
     logger:str = typer.Option(None, help="csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
@@ -481,7 +483,7 @@ device:str = typer.Option("auto", help="auto, cpu, cuda …"),
     from refcomm.runs.execute import execute, read_plan
     join_processes(int(os.environ.get("WORLD_SIZE", 1)))
     with _stopped_in_one_line():
-        n = len(execute(read_plan(plan), jobs, device, executor=executor, logger=logger, weights=weights))
+        n = len(execute(read_plan(plan), jobs or None, device, executor=executor, logger=logger, weights=weights))
     if processes()[0] == 0: print(f"{n} runs are in the store")
 
 @runs_app.command("export")

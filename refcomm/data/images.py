@@ -308,7 +308,7 @@ def _scenes(size, n)->LabelledImages:
 _RENDERED = {"shapes": _shapes, "scenes": _scenes}
 
 def load_images(
-    source="shapes", # "shapes", "scenes", a folder, a .parquet file, a folder or pattern of them ("train_*.parquet"), a set of the hub or "torchvision:CIFAR10"
+    source="shapes", # "shapes", "scenes", a folder, a .parquet file, a folder or a pattern of them, "org/name" on the hub, "torchvision:CIFAR10"
     size:int=64, # pixels on a side
     n:int=None, # images, drawn with a fixed seed; all of them when None (of shapes and scenes: 10,000)
     skip_undecodable:bool=False, # leave out images that cannot be decoded, with a warning, instead of failing

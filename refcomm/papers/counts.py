@@ -6,7 +6,7 @@
 __all__ = ['FREE', 'COMMON', 'IMAGES', 'RENDERED', 'operations', 'stand_in', 'trial', 'spared', 'count', 'no_gpu', 'shape_of',
            'counted', 'ship_counts', 'trains', 'training_items', 'disk_bytes', 'Model', 'plan_model']
 
-# %% ../../nbs/92_papers.counts.ipynb #c59b53e6
+# %% ../../nbs/92_papers.counts.ipynb #ff37fe15
 import csv, dataclasses, functools, json, types, weakref
 from pathlib import Path
 from unittest.mock import patch
@@ -15,13 +15,13 @@ import lazy_loader
 
 torch = lazy_loader.load("torch")
 
-from refcomm.core import ConfigError, generator, no_cuda, progress_bar, seeded_init
+from refcomm.core import ConfigError, generator, no_cuda, progress_bar, say_once, seeded_init
 from refcomm.files import find_data, home, matches, write_atomic
 from refcomm.runs.costs import SPEEDS, Cost, Counts, Speed, kind, memory_bytes, run_seconds, speed_of, timed
 from refcomm.runs.store import digest, runner_of, spec_fields
 
-# %% ../../nbs/92_papers.counts.ipynb #06dd9e8f
-def operations(): # a context; while it is entered it counts: products, convolutions, bytes, kernels, peak
+# %% ../../nbs/92_papers.counts.ipynb #693290ca
+def operations(): # a context that counts while it is entered: products, convolutions, bytes, kernels, peak
     "A context that counts what is computed within it."
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -169,7 +169,7 @@ def count(
     one, two = _measured(s, few), _measured(s, 2*few)
     return Counts(*(float(round(a + (b - a)*(s.batch_size - few)/few)) for a, b in zip(one, two)))
 
-# %% ../../nbs/92_papers.counts.ipynb #04a1cd94
+# %% ../../nbs/92_papers.counts.ipynb #8b8699fb
 def no_gpu()->bool:
     "Whether there is no CUDA device; PyTorch is imported only where one might be."
     return no_cuda() or not torch.cuda.is_available()
@@ -209,6 +209,7 @@ def counted(
     path = home()/"cache"/"counts"/f"{shape}.json"
     try: return Counts(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError): pass
+    say_once("counting what some trainings compute, as their counts are not shipped: once, some seconds each")
     found = count(s)
     with write_atomic(path) as tmp: tmp.write_text(json.dumps(found._asdict()), encoding="utf-8")
     return found
@@ -288,7 +289,7 @@ def disk_bytes(
     else: messages = n*4*s.message_length
     return 4*c.parameters + messages + 30_000
 
-# %% ../../nbs/92_papers.counts.ipynb #aa0cc7e0
+# %% ../../nbs/92_papers.counts.ipynb #a2da63f1
 class Model:
     "Estimates what runs cost on a device, from what they compute and how fast it is; it is measured when it is needed."
     def __init__(self,
@@ -309,6 +310,7 @@ class Model:
         return {s: len(g) for g in groups.values() for s in g}
 
     def __call__(self, s)->Cost|None: # None where nothing can be counted
+        if s.experiment not in FREE: return None
         if not trains(s): return Cost(0., 30_000., "without training", 0.)
         try: c, (n, new) = counted(s, self.speed.overlaps), training_items(s)
         except (ConfigError, ImportError): return None

@@ -16,7 +16,7 @@ import lazy_loader
 torch = lazy_loader.load("torch")
 
 from refcomm.core import ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, from_json, pick_device, progress_bar, Interrupted, nearest
-from refcomm.runs.executors import EXECUTORS, check_executor, named_deaths
+from refcomm.runs.executors import EXECUTORS, cards_of, check_executor, named_deaths
 from refcomm.files import disk_errors, open_regular, write_atomic
 from refcomm.interrupts import Interruptible
 from refcomm.training.loggers import StackLogs, check_logger
@@ -137,19 +137,22 @@ def _reporter(path):
     return say
 
 # %% ../../nbs/72_runs.execute.ipynb #a6df4eae
-def make_stacks(specs, device="auto")->list: # lists of Specs
+def make_stacks(
+    specs, # iterable of Specs
+    device="auto", # a name, or a `torch.device` that may be another machine's
+)->list: # lists of Specs
     "Group Specs that can be trained together, in order of first appearance."
     groups = {}
     for s in dict.fromkeys(specs):
         key = getattr(runner_of(s), "stack_key", lambda s, device: s)(s,
-            pick_device(device))
+            device if isinstance(device, torch.device) else pick_device(device))
         groups.setdefault((type(s), key), []).append(s)
     return list(groups.values())
 
 # %% ../../nbs/72_runs.execute.ipynb #aac595d6
 def execute(
-    specs, # iterable of Specs; repeated ones are trained once
-    jobs:int=1, # number of parallel stacks; 1: in this process
+    specs, # iterable of Specs; repeats are made once
+    jobs:int|None=1, # stacks at a time; 1 works in this process; None: one on each GPU
     device:str="auto",
     store:Store|None=None, # the default store when None
     executor=None, # a name in `EXECUTORS`; None: REFCOMM_EXECUTOR or "local"; or a concurrent.futures.Executor, which is not shut down
@@ -159,16 +162,16 @@ def execute(
 )->list: # one `RunRecord` per Spec, in order
     "Train every run that is not in the store, and return the records of all."
     specs, store = list(specs), store or Store()
-    check_at_least("jobs", jobs, 1)
     executor = executor or os.environ.get("REFCOMM_EXECUTOR") or "local"
     if isinstance(executor, str): check_executor(executor)
+    jobs = max(1, len(cards_of(device))) if jobs is None else check_at_least("jobs", jobs, 1)
     logger = check_logger(logger or os.environ.get("REFCOMM_LOGGER"))
     if weights is None:
         weights = check_choice("REFCOMM_WEIGHTS", os.environ.get("REFCOMM_WEIGHTS") or "on", ("on", "off")) == "on"
     found = {s: store.get(s) for s in dict.fromkeys(specs)}
     for home in {h for s in found if isinstance(h := runner_of(s), Experiment)}:
         home.check([r for s, r in found.items() if r and runner_of(s) is home])
-    every = make_stacks(found, device)
+    every = make_stacks(found, device if executor == "local" or device == "auto" else torch.device(device))
     _refuse_training([s for s, record in found.items() if record is None])
     stacks = [stack for stack in every if None in map(found.get, stack) or _unfinished(store, stack).exists()]
     try:
@@ -199,7 +202,10 @@ def _make(stacks, n_stacks, jobs, store, device, executor, logger, weights, desc
         if jobs == 1 and executor == "local": _inline(stacks, store, device, logger, weights, bar)
         elif not isinstance(executor, str): _submit(stacks, store, device, logger, weights, bar, executor)
         else:
-            pool = EXECUTORS[executor](min(jobs, n_stacks)) # of all stacks, so that a resumed run has the same number of threads
+            cards = cards_of(device) if executor == "local" else []
+            own = {"local": [cards], "slurm": [device]}.get(executor, [])
+            if cards and device == "auto": device = "cuda" # so that a worker that finds none fails, and does not train on a processor
+            pool = EXECUTORS[executor](min(jobs, n_stacks), *own) # not of those left: a resumed run has the threads that it was begun with
             try: _submit(stacks, store, device, logger, weights, bar, pool)
             finally: pool.shutdown(wait=True, cancel_futures=True)
 
