@@ -143,3 +143,22 @@ def test_wheel_works_alone(installed, tmp_path):
     (tmp_path/"plan.json").write_text(plan.stdout)
     done = run(bin/"refcomm", "runs", "execute", "plan.json")
     assert "4 runs are in the store" in done.stdout, done.stderr
+
+
+def test_the_page_from_table_to_corpus_runs_from_the_wheel(installed, tmp_path):
+    "The tutorial in at most thirty lines, and its game in another process."
+    cells = json.loads((ROOT/"nbs"/"tutorials"/"4_own_data.ipynb").read_text())["cells"]
+    page = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    assert len([line for line in page.splitlines() if line.strip()]) <= 30
+    env = {"PATH": str(installed[0]), "HOME": str(tmp_path), "REFCOMM_HOME": str(tmp_path/"home"), "REFCOMM_PROGRESS": "off",
+        "OMP_NUM_THREADS": "1"}
+    run = lambda code: subprocess.run([str(installed[0]/"python"), "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    one = run(f"{page}\nprint(folder)\nprint(run.messages.tolist())")
+    assert one.returncode == 0, one.stderr
+    folder, messages = one.stdout.splitlines()[-2:]
+    two = run(f"import refcomm; game = refcomm.load_game({folder + '/birds'!r})\n"
+        f"corpus = refcomm.load_corpus({folder + '/birds/corpus.parquet'!r})\n"
+        f"task = refcomm.referential(refcomm.load_objects({folder + '/birds.csv'!r}), distractors=9, valid=12, test=20)\n"
+        "print(game.send(task.seen('test')).symbols.flatten(1).tolist() == corpus.messages.tolist() and corpus.messages.tolist())")
+    assert two.returncode == 0, two.stderr
+    assert json.loads(two.stdout) == json.loads(messages)
