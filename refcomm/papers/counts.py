@@ -309,6 +309,7 @@ class Model:
         return {s: len(g) for g in groups.values() for s in g}
 
     def __call__(self, s)->Cost|None: # None where nothing can be counted
+        if s.experiment not in FREE: return None
         if not trains(s): return Cost(0., 30_000., "without training", 0.)
         try: c, (n, new) = counted(s, self.speed.overlaps), training_items(s)
         except (ConfigError, ImportError): return None
