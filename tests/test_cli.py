@@ -64,7 +64,7 @@ def test_lists_and_plans_are_there_without_pytorch(home, shipped_figures):
         import contextlib, io, sys
         from refcomm import cli, core
         core._CUDA_FILES = () # as on a machine without a GPU; else its name is asked of PyTorch
-        for args in (["--help"], ["list"], ["plan", "eqc/table5"], ["runs", "list"], ["runs", "plan"],
+        for args in (["--help"], ["list"], ["plan", "eqc/table5"], ["runs", "list"], ["runs", "plan", "eqc/table5"],
             ["runs", "verify"], ["reproduce", "--dry-run"]):
             with contextlib.redirect_stdout(io.StringIO()) as out: cli.app(args, standalone_mode=False)
             assert len(out.getvalue()) > 20, args
