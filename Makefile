@@ -24,7 +24,7 @@ docs: $(VENV)/.dev
 test-lab: $(VENV)/.dev $(VENV)/.browser
 	$(BIN)/python -m pytest -q -rs -m lab
 
-# some ten minutes on two cores: a reproduction killed twenty times and resumed, damaged records, two drivers on one store; writes tests/soak.md
+# some twenty minutes on two quiet cores: a reproduction stopped by three signals and resumed, damaged files of all kinds, several drivers on one store; writes tests/soak.md
 soak: $(VENV)/.dev
 	$(BIN)/python tests/soak.py
 

@@ -15,7 +15,7 @@ import typer
 
 from . import __version__
 from .publish.catalogue import HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of, parse_parameters, title, in_short
-from .core import PROFILES, ConfigError, RefcommError, check_choice, from_json, n_cores, no_cuda, printable, Interrupted
+from .core import PROFILES, ConfigError, RecordError, RefcommError, check_choice, from_json, n_cores, no_cuda, printable, Interrupted
 from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic, checkout, expanded
 from .interrupts import Interruptible
 from .publish.records import keep_item, kept_items, kept_store, outdated, used_runs
@@ -282,7 +282,8 @@ def sweep(
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     plot_sweep(table, x or next(iter(values)), y, by, plt.figure(figsize=(6, 4)).gca())
-    with disk_errors(out), write_atomic(out.with_suffix(".png")) as tmp: plt.savefig(tmp, format="png", bbox_inches="tight", dpi=150)
+    with disk_errors(out), write_atomic(out.with_suffix(".png")) as tmp:
+        plt.savefig(tmp, format="png", bbox_inches="tight", dpi=150)
     numbers = [c for c in table if c in values or (c != "key" and table[c].dtype.kind in "fi")]
     show = lambda v: f"{v:.4g}" if isinstance(v, float) else v
     print_table(f"{table.key.nunique()} runs: {out}, {out.with_suffix('.png')}", numbers,
@@ -294,8 +295,12 @@ def plan(
     items:list[str] = typer.Argument(None, help="items or papers; everything when none is named"),
     profile:str = typer.Option("cpu", help="smoke | cpu | gpu | paper"),
     parameters:list[str] = typer.Option([], "-p", help="name=value, as for `refcomm reproduce`"),
+    device:str = typer.Option("auto",
+        help="where they would be made: auto, cpu, cuda, or H200; at gpu and paper without a GPU here, auto is H200"),
+    steps:Path = typer.Option(None, help="times of real steps, a file from tests/on_gpu.py"),
 ):
-    "Show which runs are to be made and which are there, and estimate time and disk. Makes nothing."
+    "Show which runs are to be made and which are there, and estimate time, disk and memory. Makes nothing."
+    from refcomm.papers.counts import plan_model
     from refcomm.runs.costs import duration, plan_costs, recorded, shipped, size
     check_choice("profile", profile, PROFILES)
     given, recipes, wanted, without = parse_parameters(parameters), shipped(), {}, {}
@@ -311,11 +316,12 @@ def plan(
             else:
                 without[item] = ("trains nothing" if recipes.get(item, {}).get("runs") == "no training"
                     else "only its notebook knows its runs, if it has any")
-    *lines, total = plan_costs(wanted, profile, recorded(), recipes)
+    model = plan_model(wanted, profile, device, steps)
+    *lines, total = plan_costs(wanted, profile, recorded(device="auto" if model.nominal else device), recipes, model)
     cells = {l.item: (l.item, l.runs, l.cached, l.runs - l.cached, duration(l.seconds, l.untimed),
-        size(l.bytes, l.unsized), l.basis) for l in (*lines, total)}
-    rows = sorted([*(cells[l.item] for l in lines), *((i, "", "", "", "", "", why) for i, why in without.items())])
-    print_table(f"Profile {profile}", ("item", "runs", "cached", "to do", "time", "disk", "time estimated"),
+        size(l.bytes, l.unsized), size(l.memory) if l.memory else "", l.basis) for l in (*lines, total)}
+    rows = sorted([*(cells[l.item] for l in lines), *((i, *[""]*6, why) for i, why in without.items())])
+    print_table(f"Profile {profile}", ("item", "runs", "cached", "to do", "time", "disk", "memory", "time estimated"),
         [*rows, cells["total"]])
     print("A run shared by several items counts once in the total. Time is of training, one run after the other on "
         "this machine; evaluation, data and figures come on top.")
@@ -327,6 +333,8 @@ def redraw(
         help="items or papers, e.g. eqc/table5 or eqc; all that have records when none is named"),
     from_store:bool = typer.Option(False, "--from-store",
         help="read the runs of your store and keep them as records, in place of reading records"),
+    from_numbers:bool = typer.Option(False, "--from-numbers",
+        help="draw pictures alone again, from the .csv kept beside each; for notebooks whose drawing cells are tagged `draw`"),
     profile:str = typer.Option("cpu", help="with --from-store: cpu | gpu | paper"),
     parameters:list[str] = typer.Option([], "-p",
         help="with --from-store: name=value, for the notebook's parameters cell"),
@@ -337,7 +345,8 @@ def redraw(
 ):
     "Make figures, statistics and claims again from kept runs, without training."
     known, have = notebooks(), kept_items()
-    chosen = choose(items) if items else {i: known[i] for i in known if i in have or from_store}
+    chosen = choose(items) if items else {i: known[i] for i in known if i in have or from_store or from_numbers}
+    if from_numbers and from_store: raise ConfigError("--from-numbers reads no runs: give one of --from-numbers and --from-store")
     if check:
         old = outdated()
         rows = [(i, old.get(i, "" if i in have else "no records")) for i in (items and chosen or known)]
@@ -347,17 +356,27 @@ def redraw(
     for item, path in chosen.items():
         print(f"{item}: {title(path)}", flush=True)
         try:
-            if from_store:
+            if from_numbers: results.append((item, *_from_numbers(item, path, into and into.expanduser().absolute())))
+            elif from_store:
                 results.append((item, *_from_store(item, path,
                     dict(parse_parameters(parameters), profile=check_choice("profile", profile, PROFILES), jobs=1))))
             else:
                 with kept_store(item, into=into and into.expanduser().absolute()) as given:
                     status, _, message = reproduce_item(item, path, dict(given, jobs=1), force=True)
                 results.append((item, status.replace("done", "redrawn"), message))
-        except ConfigError as e:
+        except (ConfigError, RecordError) as e:
             results.append((item, "no records" if str(e).startswith("no records") else "failed", str(e)))
     print_table(None, ("item", "", ""), results)
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
+
+def _from_numbers(item, path, into)->tuple: # status, message
+    "Draw an item's picture again from its numbers."
+    from refcomm.publish.figures import redraw_from_numbers
+    kept = _with_figures()/f"{item.replace('/', '_', 1)}.png"
+    if not kept.with_suffix(".csv").is_file(): return "no numbers", ""
+    if not any("draw" in c["metadata"].get("tags", []) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        return "needs its runs", "no cell of its notebook is tagged `draw`"
+    return "redrawn", str(redraw_from_numbers(path, kept, into))
 
 def _from_store(item, path, parameters)->tuple: # status, message
     "Execute an item with the runs of the store alone, and keep them."

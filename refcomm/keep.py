@@ -23,6 +23,7 @@ from .channels import Instant, Recurrent
 from .core import ConfigError, RecordError, generator, nearest, need, seeded_init
 from .ending import Ending
 from .files import disk_errors, fsync_dir
+from .games.contrastive import DiscriminationGame
 from .games.referential import ReferentialGame
 from .games.tasks import ObjectTask, SampledTask
 from .metrics.representation import linear_probe
@@ -49,6 +50,7 @@ def _ending(c):
 PARTS = { # class → function that returns the constructor arguments
     nn.Linear: _linear, LinearEncoder: _linear, nn.ReLU: lambda m: {}, nn.Tanh: lambda m: {}, nn.GELU: lambda m: {},
     nn.Sigmoid: lambda m: {}, nn.Identity: lambda m: {}, nn.Flatten: lambda m: {},
+    nn.RMSNorm: lambda m: dict(normalized_shape=list(m.normalized_shape), elementwise_affine=m.elementwise_affine),
     nn.LayerNorm: lambda m: dict(normalized_shape=list(m.normalized_shape)),
     nn.BatchNorm1d: lambda m: dict(num_features=m.num_features), nn.Dropout: lambda m: dict(p=m.p),
     InformedSender: lambda m: dict(in_features=m.embed.in_features, dim=m.encode.out_features,
@@ -65,6 +67,8 @@ PARTS = { # class → function that returns the constructor arguments
     Instant: lambda c: dict(bottleneck=c.bottleneck, dim=c.dim, speak=c.speak, listen=c.listen), Recurrent: _recurrent,
     Ending: _ending,
     ReferentialGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver),
+    DiscriminationGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver, temperature=g.temperature,
+        negatives=g.negatives, n_candidates=g.n_candidates),
 }
 
 def described(
@@ -205,7 +209,8 @@ def load(
 )->Kept:
     "The trained game of a finished run, with its task."
     if isinstance(run, Kept): return run
-    if hasattr(run, "record"): return Kept(run.game, run.task, load_spec(run.record.experiment, run.record.spec), run.record)
+    if hasattr(run, "record"):
+        return Kept(run.game, run.task, load_spec(run.record.experiment, run.record.spec), run.record)
     record = find_record(run, store)
     spec, home, weights = load_spec(record.experiment, record.spec), home_of(record.experiment), record.weights()
     if hasattr(home, "load_model"):
@@ -240,16 +245,18 @@ def new_game(
         return home.build(dataclasses.replace(kept.spec, seed=seed), kept.task if hasattr(home, "make_task") else 2)
     words = described(kept.game)
     if "foreign" in json.dumps(words):
-        raise ConfigError(f"run {kept.record.experiment}/{kept.record.key} has parts of one's own, which cannot be made anew here")
+        raise ConfigError(f"run {kept.record.experiment}/{kept.record.key} has parts of one's own, which cannot be "
+            f"made anew here")
     with seeded_init(seed): return built(words)
 
 def _one_task(runs, store, device)->list: # of `Kept`s
     kept = [load(r, store, device) for r in runs]
-    free = lambda k: {f: v for f, v in k.record.spec.items() if f not in ("seed", "name", "weights", "game" if k.record.experiment == "own" else "seed")}
+    free = lambda k: {f: v for f, v in k.record.spec.items() if f not in ("seed", "name", "weights")}
     if not kept: raise ConfigError("no run is named: give at least one")
     for k in kept[1:]:
         if (k.record.experiment, free(k)) != (kept[0].record.experiment, free(kept[0])):
-            raise ConfigError(f"runs {kept[0].record.key} and {k.record.key} are of different kinds or games: name runs that differ in the seed alone")
+            raise ConfigError(f"runs {kept[0].record.key} and {k.record.key} are of different kinds or games: name runs "
+                f"that differ in the seed alone")
     return kept
 
 def cross_play_of(
@@ -261,8 +268,10 @@ def cross_play_of(
     from refcomm.training.populations import cross_play
     kept = _one_task(runs, store, device)
     if not hasattr(kept[0].task, "games"):
-        raise ConfigError(f"{kept[0].record.experiment} plays within batches of images: cross-play is for games with candidates of their own")
-    return cross_play([k.game for k in kept], kept[0].task, "test" if _has(kept[0].task, "test") else "valid")
+        raise ConfigError(f"{kept[0].record.experiment} plays within batches of images: cross-play is for games with "
+            f"candidates of their own")
+    part = "test" if _has(kept[0].task, "test") else "valid"
+    return cross_play([k.game for k in kept], kept[0].task, part)
 
 def ease_of(
     run, # a record, key or `Run`
@@ -277,7 +286,8 @@ def ease_of(
     from refcomm.training.populations import ease_of_learning
     kept = load(run, store, device)
     if not hasattr(kept.task, "games"):
-        raise ConfigError(f"{kept.record.experiment} plays within batches of images: ease of learning is for games with candidates of their own")
+        raise ConfigError(f"{kept.record.experiment} plays within batches of images: ease of learning is for games "
+            f"with candidates of their own")
     settings = TrainSettings(epochs=epochs, lr=lr, batch_size=min(32, kept.task.n_train), patience=epochs, keep="last")
     return ease_of_learning(kept.game, lambda seed: new_game(kept, 10_000 + seed), kept.task, settings, seeds)
 
@@ -294,7 +304,9 @@ def probe_of(
     part = next(p for p in ("test", "valid") if _has(task, p))
     with torch.no_grad(): train, test = (kept.game.sender(task.seen(p)).cpu() for p in ("train", part))
     about, asked = (_meanings(task, p).cpu() for p in ("train", part))
-    return [dict(attribute=i, score=linear_probe(train, a, test, b, generator(0, "probe")).score, chance=float((b == a.mode().values).float().mean()))
+    score = lambda a, b: linear_probe(train, a, test, b, generator(0, "probe")).score
+    often = lambda a, b: float((b == a.mode().values).float().mean()) # right, for who always says the commonest value
+    return [dict(attribute=i, score=score(a, b), chance=often(a, b))
         for i, (a, b) in enumerate(zip(about.T, asked.T)) if len(a.unique()) > 1]
 
 def _has(task, part):

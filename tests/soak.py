@@ -503,7 +503,7 @@ def damaged_files(root, n, rng): # kind of file → what became of it → how of
     return table
 
 
-def main(argv=None):
+def options():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stops", type=int, default=28, help="kill −9, SIGTERM and SIGINT")
     parser.add_argument("--mutations", type=int, default=1000, help="of records")
@@ -512,7 +512,11 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1., help="of the usual training time")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
-    o = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    o = options().parse_args(argv)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2]) # two workers share two cores: one thread each
     import torch
     from refcomm.runs.execute import make_stacks, write_plan
@@ -524,14 +528,10 @@ def main(argv=None):
     write_plan(wanted, root/"plan.json"), write_plan(few, root/"few.json")
     calm, calm_few = Place(root, "calm", root/"plan.json"), Place(root, "calm-few", root/"few.json")
     try:
-        other = damaged_files(root/"damage", o.damages, rng)
-        after(f"{o.damages} damaged files")
         for place, notebooks in ((calm, True), (calm_few, False)):
             if place.start(notebooks).wait():
                 raise SystemExit(f"the undisturbed reproduction failed: {place.said()[-2000:]}")
             after(f"undisturbed: {len(place.store.keys())} records")
-        table = mutated(calm, root, o.mutations, rng)
-        after(f"{o.mutations} mutations")
         lines = two_drivers(root, root/"few.json", calm_few, rng)
         after("two drivers")
         lines.append(crowd(root, root/"few.json", calm_few, rng))
@@ -540,6 +540,10 @@ def main(argv=None):
         after("memory")
         places, done = disturbed(root, root/"plan.json", o.stops, rng)
         equal = sum(compare(p, calm) for p in places)
+        table = mutated(calm, root, o.mutations, rng)
+        after(f"{o.mutations} damaged records")
+        other = damaged_files(root/"damage", o.damages, rng)
+        after(f"{o.damages} other damaged files")
         events = lambda what: sum(len(p.events(what)) for p in places)
         facts = dict(command=" ".join(["python tests/soak.py", *(sys.argv[1:] if argv is None else argv)]), seed=o.seed,
             done=done, rounds=len(places), begun=events("begin"), resumed=events("resume"), stored=events("store"),

@@ -169,6 +169,7 @@ def one_of_two(rank, port):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_processes_share_queue_and_codebooks():
     mp.spawn(one_of_two, (free_port(),), nprocs=2)
 

@@ -34,11 +34,11 @@ def train(path=None, cut=None, seeds=(0, 1), settings=TrainSettings(epochs=4, ba
     members = []
     for s in seeds:
         with seeded_init(s): members.append(torch.nn.Linear(4, 2))
-    e, steps = Ensemble(members), iter(range(cut if cut is not None else 10**6))
+    e, steps, x = Ensemble(members).to(device), iter(range(cut if cut is not None else 10**6)), X.to(device)
     def loss(i, gs):
         if next(steps, None) is None: raise Cut
-        noise = torch.stack([torch.rand(i.shape[1], generator=g) for g in gs])
-        return e.map(lambda m, x, n: ((m(x)[:, 0] - x[:, 0] + n)**2).mean(), X[i], noise)
+        noise = torch.stack([torch.rand(i.shape[1], generator=g, device=device) for g in gs])
+        return e.map(lambda m, x, n: ((m(x)[:, 0] - x[:, 0] + n)**2).mean(), x[i], noise)
     def validate():
         return dict(accuracy=e.map(lambda m: -m.weight.abs().sum()).detach(),
             loss=e.map(lambda m: m.bias.sum()).detach())
@@ -165,6 +165,7 @@ FORGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORGED)
 def test_what_cannot_be_loaded_is_one_warning_and_a_fresh_start(half, kind):
     import re
@@ -191,9 +192,21 @@ def test_a_state_of_another_kind_of_device_is_continued_and_said(half):
         assert same(train(path), found), "the new noise depends on seed and step alone"
 
 
+def test_a_cpus_state_goes_on_on_a_gpu(half):
+    "The other way round, on a GPU that is pretended."
+    from pretend_gpu import PretendGPU
+    path, whole = half
+    with PretendGPU(), pytest.warns(UserWarning, match="begun on cpu goes on on cuda: noise is drawn anew"):
+        history, _ = train(path, device="cuda")
+        assert load_checkpoint(path)[1]["device"] == "cuda"
+    assert history.epoch.tolist() == whole[0].epoch.tolist() and history[:4].equals(whole[0][:4]), "what was learnt is kept"
+    assert not history.equals(whole[0])
+
+
 def test_a_checkpoint_says_its_device(half): assert load_checkpoint(half[0])[1]["device"] == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["[]", "[", "null", '[{"seed": 9}]', '[{"sed": 0}]', '{"a": 1}', "["*100_000,
     '[{"seed": 0}, {"seed": 0}]'], ids=lambda t: t[:16])
 def test_a_list_of_members_that_is_none_is_one_warning_and_a_fresh_start(home, small, monkeypatch, text):
@@ -297,6 +310,7 @@ def plan(tmp_path, n=1):
 signals = pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
 @signals
 def test_a_signal_keeps_what_was_learnt(home, tmp_path, signum):
@@ -316,6 +330,7 @@ def test_a_signal_keeps_what_was_learnt(home, tmp_path, signum):
     assert load_checkpoint(state)[1]["epoch"] >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
 @pytest.mark.parametrize("signum, whom", [(signal.SIGINT, "driver"), (signal.SIGTERM, "all")],
     ids=lambda x: getattr(x, "name", x))
@@ -338,6 +353,7 @@ def test_a_signal_to_a_driver_with_two_workers(home, tmp_path, signum, whom):
     assert not list(Store().root.glob("tmp/*"))
 
 
+@pytest.mark.slow
 def test_interrupted_and_continued_is_undisturbed(home, tmp_path):
     spec = EQCSpec(**{**LONG, "epochs": 150})
     work = "runs.execute([EQCSpec(**{**LONG, 'epochs': 150})], device='cpu')"
@@ -358,6 +374,7 @@ def test_interrupted_and_continued_is_undisturbed(home, tmp_path):
         and again.history().drop(columns="seconds").equals(calm.history().drop(columns="seconds")))
 
 
+@pytest.mark.slow
 def test_a_notebook_that_trains_is_stopped_too(home, tmp_path):
     "`refcomm reproduce` tells the kernel, which keeps the state, and no kernel is left."
     code = "from refcomm.cli import main\nsys.argv[1:] = ['reproduce', 'eqc/table5', '--profile', 'cpu', '--jobs', '1']; main()"

@@ -126,6 +126,7 @@ def test_executors_hold_their_folders(home, what, monkeypatch):
         assert 'own_folder("ray")' in inspect.getsource(RayExecutor)
 
 
+@pytest.mark.slow
 def test_jobs_in_the_queue_outlive_their_driver(home):
     "A driver was killed; its job still runs, or waits."
     p, folder = driver("slurm")
@@ -138,6 +139,7 @@ def test_jobs_in_the_queue_outlive_their_driver(home):
     job.kill(); job.wait()
 
 
+@pytest.mark.slow
 def test_what_is_being_made_is_left(home, small):
     "The unfinished folder of a living run, and its half-written record."
     from refcomm.runs.execute import _unfinished
@@ -157,6 +159,7 @@ def test_what_is_being_made_is_left(home, small):
     assert sorted(clean().removed) == sorted([folder, half])
 
 
+@pytest.mark.slow
 def test_run_stack_holds_the_lock_of_its_unfinished_folder(home, small, monkeypatch):
     from refcomm.papers.eqc import run as eqc
     from refcomm.runs.execute import execute
@@ -170,6 +173,7 @@ def test_run_stack_holds_the_lock_of_its_unfinished_folder(home, small, monkeypa
     assert len(seen[0]) == 1 and "unfinished" in seen[0][0] and len(Store().keys()) == 1
 
 
+@pytest.mark.slow
 def test_two_cleanings_at_once(home):
     for seed in range(12): put(seed)
     for i in range(40): (Store().root/"set-aside"/f"eqc-{i:016x}-abcdef"/"deep").mkdir(parents=True)
@@ -181,6 +185,7 @@ def test_two_cleanings_at_once(home):
     assert sum(int(o) for o, _ in out) == 52 and Store().keys() == []
 
 
+@pytest.mark.slow
 def test_cache_files_that_were_never_finished_are_swept(home):
     code = """
 import os, signal, torch

@@ -55,6 +55,7 @@ def test_a_process_of_its_own_says_the_same(home):
     assert r.returncode == 2 and r.stderr.startswith("refcomm: ") and len(r.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_lists_and_plans_are_there_without_pytorch(home, shipped_figures):
     "What only reads imports neither PyTorch nor pandas nor NumPy, with records in the store, too."
     from refcomm.publish.records import unpack_run
@@ -182,6 +183,7 @@ def toy(path, code):
     return path
 
 
+@pytest.mark.slow
 def test_a_failing_notebook_is_kept_and_named(home, tmp_path):
     status, executed, message = cli.reproduce_item("toy/bad", toy(tmp_path/"bad.ipynb", "1/0"),
         dict(profile="smoke", jobs=1))
@@ -191,12 +193,14 @@ def test_a_failing_notebook_is_kept_and_named(home, tmp_path):
     assert status == "failed", "a failure is not found done"
 
 
+@pytest.mark.slow
 def test_a_dead_kernel_is_a_failed_item(home, tmp_path):
     status, _, message = cli.reproduce_item("toy/dead",
         toy(tmp_path/"dead.ipynb", "import os; os.kill(os.getpid(), 9)"), dict(profile="smoke", jobs=1))
     assert status == "failed" and "died" in message
 
 
+@pytest.mark.slow
 def test_a_working_folder_with_another_refcomm_changes_nothing(home, tmp_path, monkeypatch):
     (tmp_path/"refcomm").mkdir()
     (tmp_path/"refcomm"/"__init__.py").write_text("raise ImportError('that of the working folder')")
@@ -205,6 +209,7 @@ def test_a_working_folder_with_another_refcomm_changes_nothing(home, tmp_path, m
         "")
 
 
+@pytest.mark.slow
 def test_kill_between_notebooks_then_continue(home):
     "Killed when the first of two notebooks is done: the second call does the second only."
     work = ["-c", "from refcomm.cli import main; main()", "reproduce", "eqc/table1", "eqc/table4", "--profile", "smoke"]
@@ -218,6 +223,7 @@ def test_kill_between_notebooks_then_continue(home):
     assert out.count("found done") == 1 and (home/"smoke-figures"/"eqc_table1.png").stat().st_mtime_ns == made
 
 
+@pytest.mark.slow
 def test_an_unwritable_figures_folder_is_named(home, tmp_path):
     (tmp_path/"file").write_text("")
     status, _, message = cli.reproduce_item("toy/x",
@@ -226,6 +232,7 @@ def test_an_unwritable_figures_folder_is_named(home, tmp_path):
     assert status == "failed" and message.startswith("StoreError: cannot write")
 
 
+@pytest.mark.slow
 def test_a_changed_figure_or_parameter_is_made_again(home, tmp_path):
     nb, p = toy(tmp_path/"x.ipynb", SAVE), dict(profile="smoke", jobs=1)
     assert [cli.reproduce_item("toy/x", nb, p)[0] for _ in range(2)] == ["done", "found done"]
@@ -265,6 +272,7 @@ def test_a_first_look_has_parameters_of_its_own(home, monkeypatch):
         for item, quick in catalogue.HEADLINE.items()}
 
 
+@pytest.mark.slow
 def test_other_data_are_made_again(home, tmp_path, monkeypatch):
     nb, p, data = toy(tmp_path/"x.ipynb", SAVE), dict(profile="smoke", jobs=1), tmp_path/"data"
     monkeypatch.delenv("REFCOMM_DATA", raising=False)

@@ -78,11 +78,13 @@ def one_of_two(rank, port, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path):
     mp.spawn(one_of_two, (free_port(), str(tmp_path)), nprocs=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["noisy.safetensors", "training.safetensors"]
 
 
+@pytest.mark.slow
 def test_torchrun_makes_one_record_of_each_run(home, tmp_path):
     "Noise differs from process to process, the games do not: a patch game among the 16 images of one process would lose a fifth less. Two processes leave out an odd last batch, so that rates agree by epochs only."
     specs = [dataclasses.replace(iac.grid("figure3", "smoke", 1)[0], accumulate=2, augmentations=False,

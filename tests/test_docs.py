@@ -42,6 +42,7 @@ def page(notebook):
     return Path(folder, name) if folder.startswith(("papers", "tutorials")) else Path("papers", folder, name)
 
 
+@pytest.mark.slow
 def test_every_notebook_and_every_export_is_there(site):
     assert not [str(n) for n in NOTEBOOKS if not (site/page(n)).is_file()]
     for p in (ROOT/"nbs").glob("[0-9]*.ipynb"):
@@ -53,6 +54,7 @@ def test_every_notebook_and_every_export_is_there(site):
     assert "#| export" not in (site/"lessons"/"27_channels.html").read_text()
 
 
+@pytest.mark.slow
 def test_items_show_their_figure_recipe_and_claims(site):
     recipes = [json.loads(p.read_text()) for p in (ROOT/"figures").glob("*.json")]
     items = {str(page(n)): n for n in NOTEBOOKS}
@@ -118,6 +120,7 @@ def opened(browser, site, names, **context):
     return seen, trouble
 
 
+@pytest.mark.slow
 def test_every_page_in_a_browser(site, browser):
     names = sorted(str(p.relative_to(site)) for p in site.rglob("*.html"))
     seen, trouble = opened(browser, site, names)
@@ -129,6 +132,7 @@ def test_every_page_in_a_browser(site, browser):
     assert phone["index.html"]["page"] != seen["index.html"]["page"] # dark is dark
 
 
+@pytest.mark.slow
 def test_search_finds_a_module(site, browser):
     tab = browser.new_page()
     tab.set_default_timeout(PATIENCE)

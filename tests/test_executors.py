@@ -120,6 +120,7 @@ pool.shutdown()
 """
 
 
+@pytest.mark.slow
 @both
 def test_the_same_runs_though_a_worker_is_killed(home, tmp_path, calm, name, request):
     p = drive("runs.execute(SPECS, jobs=2)\n" + DYING.replace("NAME", repr(name)).replace("FOLDER", str(tmp_path)),
@@ -133,6 +134,7 @@ def test_the_same_runs_though_a_worker_is_killed(home, tmp_path, calm, name, req
     assert not list(Store().root.glob("tmp/*"))
 
 
+@pytest.mark.slow
 @both
 def test_an_interruption_stops_what_runs_and_what_waits(home, name, quick):
     p = drive("runs.execute([EQCSpec(word_length=w, **LONG) for w in (10, 20)], jobs=1)", REFCOMM_EXECUTOR=name,
@@ -147,6 +149,7 @@ def test_an_interruption_stops_what_runs_and_what_waits(home, name, quick):
         waiting) and Store().keys() == [] and not (Store().root/"locks"/f"eqc-{run_key(waiting)}.lock").exists()
 
 
+@pytest.mark.slow
 @installed["slurm"]
 def test_jobs_outlive_their_driver_and_the_next_one_finds_them(home, calm):
     p = drive("runs.execute(SPECS, jobs=2)", REFCOMM_EXECUTOR="slurm")
@@ -196,6 +199,7 @@ def test_an_address_without_a_cluster(home, monkeypatch):
     assert not list(Store().root.glob("tmp/*"))
 
 
+@pytest.mark.slow
 @installed["slurm"]
 def test_a_plan_on_the_command_line(home, tmp_path, calm):
     write_plan(SPECS[:1], tmp_path/"plan.json")

@@ -89,6 +89,7 @@ module.extract_features(t.some_images(), trunk)
 """
 
 
+@pytest.mark.slow
 def test_killed_extraction_resumes_and_damaged_files_are_set_aside(home, counting, monkeypatch):
     env = os.environ | dict(PYTHONPATH=str(Path(module.__file__).parents[2]))
     killed = subprocess.run([sys.executable, "-c", KILLED.format(tests=str(Path(__file__).parent))], env=env,

@@ -1,4 +1,5 @@
 "Image sources, good and bad."
+import contextlib
 import io
 import os
 import struct
@@ -8,6 +9,7 @@ import zlib
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -431,3 +433,28 @@ def test_the_images_of_voc_start_no_program(data, monkeypatch):
     items = voc07_items("a test")
     assert next(items)[0] == "train"
     with pytest.raises(OSError, match="cannot identify"): next(items)
+
+
+def test_a_set_that_is_cut_into_files(tmp_path, monkeypatch):
+    "A pattern stands for its files; their names say which part they are, and what is expected and absent is said."
+    from refcomm.core import say_once
+    from refcomm.papers.iac import items as iac
+    from refcomm.papers.patch import items as patch
+    monkeypatch.setenv("REFCOMM_DATA", str(tmp_path))
+    say_once.cache_clear()
+    def write(name, n, first):
+        rows = [dict(image=dict(bytes=encoded(first + i)), label=i % 2) for i in range(n)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path/name)
+    for name, n in (("tiny_imagenet_train_0.parquet", 6), ("tiny_imagenet_train_1.parquet", 4), ("tiny_imagenet_val.parquet", 2)):
+        write(name, n, n)
+    data = load_images("tiny_imagenet_[tv]*.parquet", 8)
+    assert data.part == ["train"]*10 + ["valid"]*2 and len(data.images) == 12
+    assert iac.images_of("gpu")["source"].startswith("tiny_imagenet_[tv]*.parquet#")
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert patch.images_of("gpu") == dict(source="scenes") == patch.images_of("gpu")
+        assert iac.images_of("cpu")["source"] == iac.images_of("cpu", "embedded")["source"] == "shapes"
+    assert said.getvalue().count("rendered ones stand in") == 2 and len(said.getvalue().splitlines()) == 2
+    with pytest.raises(ConfigError, match="there is no 'tiny_imagenet_x"): load_images("tiny_imagenet_x*.parquet", 8)
+    assert "not at hand" in iac.fidelity([iac.configure("cpu")]) and "not at hand" not in iac.fidelity([iac.configure("gpu")])
+
+

@@ -143,6 +143,7 @@ def test_other_experiments_log(home, monkeypatch, spec):
         for n in found)
 
 
+@pytest.mark.slow
 def test_workers_and_kernels_hear_of_it(home, monkeypatch):
     from typer.testing import CliRunner
     monkeypatch.setenv("REFCOMM_LOGGER", "")

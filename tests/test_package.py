@@ -20,6 +20,7 @@ def test_versions_agree():
     assert f"version: {refcomm.__version__}" in (ROOT/"CITATION.cff").read_text()
 
 
+@pytest.mark.slow
 def test_import_has_no_side_effect():
     code = """
 import sys, torch
@@ -123,6 +124,7 @@ def test_wheel_holds_code_numbers_and_notebooks(installed):
     assert not [n for n in names if n.startswith(("tests", "nbs", "figures"))]
 
 
+@pytest.mark.slow
 def test_wheel_works_alone(installed, tmp_path):
     bin, _ = installed
     run = lambda *a: subprocess.run([str(x) for x in a], capture_output=True, text=True, cwd=tmp_path,

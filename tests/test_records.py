@@ -72,3 +72,40 @@ def test_every_committed_item_is_redrawn(item, tmp_path):
     old, new = (json.loads(Path(d/f"{stem}.json").read_text()) for d in (figures, tmp_path))
     assert [(c["id"], c["verdict"], c["numbers"]) for c in new["claims"]] == [(c["id"], c["verdict"], c["numbers"])
         for c in old["claims"]]
+
+
+BAD_INDEX = ["{", "[]", "["*100_000, '{"item": "sms/figure2"}', '{"item": 3, "runs": [], "parameters": {}, "stamps": {}}',
+    '{"item": "sms/figure2", "runs": ["../../etc/passwd"], "parameters": {}, "stamps": {}}']
+
+
+@pytest.mark.parametrize("text", BAD_INDEX, ids=lambda t: t[:20])
+def test_a_damaged_list_of_kept_runs_is_named_and_the_rest_goes_on(kept, command, monkeypatch, text):
+    from refcomm.core import ConfigError
+    monkeypatch.setenv("REFCOMM_FIGURES", str(kept.parent))
+    (kept/"eqc_table5.json").write_text(text, encoding="utf-8")
+    with pytest.warns(UserWarning, match="left out: .*eqc_table5.json is no list of kept runs"):
+        assert list(records.kept_items(kept)) == ["sms/figure2"]
+    with pytest.raises(ConfigError, match="is no list of kept runs"): records.tidy(kept)
+    assert len(list(kept.glob("sms/*.parquet"))) == len(json.loads((kept/"sms_figure2.json").read_text())["runs"]), "nothing is lost"
+    with pytest.warns(UserWarning, match="left out"): r = command("redraw", "eqc/table5")
+    assert r.returncode == 1 and "is no list of kept runs" in " ".join(r.stdout.split()) and not r.stderr
+
+
+def test_a_damaged_kept_run_is_named_and_the_rest_goes_on(kept, command, monkeypatch):
+    import random
+    from refcomm.core import RecordError
+    monkeypatch.setenv("REFCOMM_FIGURES", str(kept.parent))
+    path, rng = sorted(kept.glob("sms/*.parquet"))[0], random.Random(0)
+    data, rows = path.read_bytes(), records.unpack_run(path, Store(kept/"sound")).rows
+    for n in range(60):
+        bad = bytearray(data)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad if n % 2 else data[:rng.randrange(len(data))])
+        with records.tempfile.TemporaryDirectory() as d:
+            try: record = records.unpack_run(path, Store(Path(d)))
+            except RecordError as e: assert len(str(e).splitlines()) == 1
+            else: assert (record.key, record.rows) == (path.stem, rows)
+    path.write_bytes(data[:100])
+    r = command("redraw", "sms/figure2")
+    assert r.returncode == 1 and "cannot be read as a kept run" in " ".join(r.stdout.split()) and not r.stderr
+    assert "cannot be read as a kept run" in records.outdated(kept)["sms/figure2"]

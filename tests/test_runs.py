@@ -54,6 +54,7 @@ def undisturbed(tmp_path_factory):
     return [Store(calm).get(EQCSpec(seed=s, **LONG)) for s in (0, 1)]
 
 
+@pytest.mark.slow
 def test_kill_while_training_then_resume(home, undisturbed):
     specs = [EQCSpec(seed=s, **LONG) for s in (0, 1)]
     work, often = "runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])", dict(REFCOMM_CHECKPOINT_SECONDS="0.05")
@@ -78,6 +79,7 @@ def test_kill_while_training_then_resume(home, undisturbed):
     assert not list(Store().root.glob("unfinished/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 2], ids=["in the first record", "between two records"])
 def test_kill_while_writing_records(home, undisturbed, at):
     specs = [EQCSpec(seed=s, **LONG) for s in (0, 1)]
@@ -102,6 +104,7 @@ runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])""")
     assert not list((Store().root/"tmp").iterdir()), "the half-written record is gone"
 
 
+@pytest.mark.slow
 def test_kill_between_the_last_record_and_the_end(home, undisturbed):
     work = "runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])"
     p = start(f"""
@@ -118,6 +121,7 @@ runs.shutil.rmtree = deadly
     for s, calm in enumerate(undisturbed): same(Store().get(EQCSpec(seed=s, **LONG)), calm)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(home, tmp_path):
     log = tmp_path/"trained.log"
     work = f"""
@@ -135,6 +139,7 @@ runs.execute([EQCSpec(seed=s, word_length=w, **{{k: v for k,v in LONG.items() if
     assert len(Store().keys()) == 6 and not list(Store().root.glob("set-aside/*"))
 
 
+@pytest.mark.slow
 def test_a_pool_gives_the_same_records(home, tmp_path):
     specs = [EQCSpec(seed=s, word_length=w, **{k: v for k, v in LONG.items() if k not in ("word_length", "epochs")},
         epochs=3) for w in (10, 20) for s in (0, 1)]
@@ -222,6 +227,7 @@ def test_unfinished_work_of_another_version_is_not_continued(home, monkeypatch):
     assert len(list(Store().root.glob("unfinished/*"))) == 1, "the old version's state lies where it lay"
 
 
+@pytest.mark.slow
 def test_overlapping_stacks_after_a_kill(home, undisturbed):
     "Killed while training seeds 0 and 1; then seed 0 alone is wanted; then both."
     p = start(f"runs.run_stack([EQCSpec(seed=s, **LONG) for s in (0, 1)], {str(Store().root)!r}, checkpoint_seconds=0.05)")
@@ -241,6 +247,7 @@ def test_your_own_executor_is_left_running(home):
         for s in (0, 1): assert len(execute([EQCSpec(seed=s, **{**LONG, "epochs": 1})], executor=pool)) == 1
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_driver(home):
     p = start("if __name__ == '__main__': runs.execute([EQCSpec(seed=s, word_length=w, **{k: v for k, v in "
         "LONG.items() if k not in ('word_length', 'epochs', 'patience')}, epochs=5000, patience=5000) for w in (10, "
@@ -259,6 +266,7 @@ def test_workers_end_with_a_killed_driver(home):
     assert not [w for w in workers if Path(f"/proc/{w}").exists()]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_on_the_disk(home):
     p = start("""
 import resource, signal
@@ -272,6 +280,7 @@ else: raise AssertionError("it fitted")""")
     assert not [f for f in home.rglob("*") if f.suffix == ".tmp" or f.name == "record.json"]
 
 
+@pytest.mark.slow
 def test_cleaning_leaves_live_runs(stored, capsys):
     from refcomm.cli import runs_clean
     spec, record = stored
@@ -377,6 +386,7 @@ def test_a_truncated_archive(tmp_path):
         import_runs(tmp_path/"x.tar", Store(tmp_path/"s"))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_named_and_the_next_driver_continues(home, undisturbed):
     p = start("""
 import os, threading

@@ -1,9 +1,11 @@
 "A seeded part of the soak test: damage to each kind of file that refcomm writes, none of it believed, none of it a traceback."
 import random
+from pathlib import Path
 
 import pytest
 
 from damage import BYTES, PLACES, TEXT, damaged, subjects
+from soak import options
 
 KINDS = ("checkpoint", "members.json", "cache", "recipe", "plan", "archive")
 
@@ -24,3 +26,10 @@ def test_no_damage_is_believed_and_none_is_a_traceback(found):
     assert set(BYTES) | set(PLACES) <= set(found["archive"].kinds) and set(TEXT) <= set(found["recipe"].kinds)
     for name, c in table.items():
         assert c["refused in one line"] + c["set aside, made anew"] >= 9, (name, c)
+
+
+def test_the_kept_report_is_of_a_soak_that_passed():
+    text = Path(__file__).with_name("soak.md").read_text("utf-8")
+    assert "Passed: nothing was lost, doubled or believed." in text and "FAILED" not in text
+    defaults = {a.dest: a.default for a in options()._actions}
+    assert defaults["mutations"] >= 1000 <= defaults["damages"] and defaults["stops"] >= 20, "what `make soak` does"

@@ -211,6 +211,7 @@ def test_memory_is_told_where_the_system_tells_it(monkeypatch):
     assert provenance("cpu", 1, 1)["process_peak_memory_mib"] is None
 
 
+@pytest.mark.slow
 def test_a_system_without_resource_imports_the_store(tmp_path):
     "As on Windows."
     import subprocess

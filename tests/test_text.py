@@ -68,6 +68,7 @@ def test_errors_and_bars_show_foreign_text_safely(capfd, monkeypatch):
     assert "\x1b[2J" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.slow
 def test_a_terminal_of_few_characters_is_enough(home):
     "Names with letters that the terminal's encoding lacks."
     r = subprocess.run([sys.executable, "-c", "from refcomm.cli import main; main()", "list"], capture_output=True,

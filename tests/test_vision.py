@@ -321,6 +321,7 @@ def one_of_two(rank, port):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_global_negatives_have_the_gradient_of_one_process():
     "Data-parallel averaging over two processes of four images gives the loss and the gradients of one process of eight."
     mp.spawn(one_of_two, (free_port(),), nprocs=2)

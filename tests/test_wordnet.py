@@ -153,6 +153,7 @@ def test_splits_that_cannot_be():
         with pytest.raises(ConfigError, match=says): class_disjoint_split(LEAVES[:2], n_ood, generator(0))
 
 
+@pytest.mark.slow
 def test_the_licence_is_shipped_and_nothing_is_downloaded():
     from importlib import resources
     assert "WordNet 3.0 Copyright 2006 by Princeton University" in (resources.files("refcomm.data")/"WORDNET_LICENSE.txt").read_text()

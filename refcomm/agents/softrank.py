@@ -6,11 +6,13 @@
 __all__ = ['PRECISE', 'pool_violators', 'block_means', 'pool_at_once', 'soft_rank']
 
 # %% ../../nbs/32_agents.softrank.ipynb #a764d4cb
-import torch
+import functools
+
+import numpy as np, torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import ConfigError
+from ..core import ConfigError, compile_loops, have_numba
 
 # %% ../../nbs/32_agents.softrank.ipynb #37346b3f
 def pool_violators(
@@ -69,10 +71,57 @@ def _apart(ordered):
     place = torch.where(begins, torch.arange(n, device=ordered.device), 0).cummax(-1).values
     return torch.where(far, finite - finite.gather(-1, place), ordered), F.pad(split, (0, 1), value=True), far
 
+# %% ../../nbs/32_agents.softrank.ipynb #f6e548d7
+def _pool_rows(ordered, order, ranks, block, total, starts):
+    "Fill in ranks and blocks, row after row (compiled); `total` and `starts` [n+1] are of the blocks of a row."
+    n = ordered.shape[1]
+    for r in range(len(ordered)):
+        k = 0
+        for i in range(n):
+            total[k], starts[k], k = ordered[r, i] - (n - i), i, k + 1
+            while k > 1 and total[k-1]*(starts[k-1] - starts[k-2]) > total[k-2]*(i + 1 - starts[k-1]):
+                k -= 1
+                total[k-1] += total[k]
+        starts[k] = n
+        for b in range(k):
+            mean = total[b] / (starts[b+1] - starts[b])
+            for i in range(starts[b], starts[b+1]): ranks[r, order[r, i]], block[r, i] = ordered[r, i] - mean, b
+
+def _spread_rows(gradient, order, block, back):
+    "Fill in gradients less their mean over each block (compiled)."
+    n = gradient.shape[1]
+    for r in range(len(gradient)):
+        begin = 0
+        while begin < n:
+            end, total = begin, 0.
+            while end < n and block[r, end] == block[r, begin]: total, end = total + gradient[r, order[r, end]], end + 1
+            for i in range(begin, end): back[r, order[r, i]] = gradient[r, order[r, i]] - total/(end - begin)
+            begin = end
+
+# %% ../../nbs/32_agents.softrank.ipynb #cddd60cd
+@functools.cache
+def _compiled(): return compile_loops([_pool_rows, _spread_rows], "soft ranks need numba: pip install 'refcomm[fast]'")
+
+def _tables(*tensors): return [x.contiguous().view(-1, x.shape[-1]).numpy() for x in tensors]
+
+def _by_rows(ordered, order):
+    "Ranks, the order and blocks (int32), as `_SoftRank` returns them."
+    n, ranks, block = ordered.shape[-1], torch.empty(ordered.shape, dtype=ordered.dtype), torch.empty(order.shape, dtype=torch.int32)
+    _compiled()["_pool_rows"](*_tables(ordered.detach(), order, ranks, block), np.empty(n + 1), np.empty(n + 1, np.int64))
+    return ranks, order, block
+
+def _back_by_rows(gradient, order, block):
+    back = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    _compiled()["_spread_rows"](*_tables(gradient, order, block, back))
+    return back
+
+# %% ../../nbs/32_agents.softrank.ipynb #d952410c
 class _SoftRank(torch.autograd.Function):
     @staticmethod
     def forward(scores):
         ordered, order = scores.sort(-1, descending=True)
+        if have_numba() and scores.device.type == "cpu" and ordered[..., [0, -1]].abs().max() <= PRECISE:
+            return _by_rows(ordered, order)
         n, (ordered, ends, far) = scores.shape[-1], _apart(ordered)
         y = ordered - torch.arange(n, 0, -1, dtype=scores.dtype, device=scores.device)
         block, size = (pool_at_once if y.device.type == "cuda" else pool_violators)(y, ends)
@@ -88,6 +137,10 @@ class _SoftRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, *_):
         order, block = ctx.saved_tensors
+        if (block.dtype == torch.int32 and not torch.is_grad_enabled()
+                and not torch._C._functorch.is_functorch_wrapped_tensor(gradient)):
+            return _back_by_rows(gradient, order, block)
+        block = block.long()
         ordered, none = gradient.gather(-1, order), torch.zeros_like(gradient)
         mean = none.scatter_add(-1, block, ordered) / none.scatter_add(-1, block, torch.ones_like(ordered)).clamp_min(1)
         return none.scatter(-1, order, ordered - mean.gather(-1, block))

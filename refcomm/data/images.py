@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core import ConfigError, check_at_least, check_choice, from_json, generator, n_cores, nearest, printable, progress_bar
-from ..files import content_digest, data_dir, data_folders, find_data, read_parquet
+from ..files import content_digest, data_dir, data_folders, find_data, matches, read_parquet
 from .objects import draw_distinct
 from .scenes import SceneWorld
 from .shapes import ShapeWorld
@@ -200,16 +200,17 @@ def _part_of(file)->str: # "train", "valid", "test", or "" if the name contains 
     return next((_PARTS[word] for word in re.split(r"[^a-z]+", file.stem.lower()) if word in _PARTS), "")
 
 def _parquet(path, image_column, label_column)->_Source:
-    "A parquet file with encoded images, or a folder of them; without a column `split`, file names determine the splits."
-    rows, names, wnids, folder = [], {}, {}, path.parent if path.is_file() else path
-    for file in [path] if path.is_file() else sorted(path.glob("*.parquet")):
+    "A parquet file with encoded images, a folder of them or a pattern; without a column `split`, files are parts by their names."
+    files = [path] if path.is_file() else matches(path) or sorted(path.glob("*.parquet"))
+    rows, names, wnids, folder = [], {}, {}, path if path.is_dir() else path.parent
+    for file in files:
         def wanted(columns):
             own = [check_choice(f"column of {file.name}", c, columns) for c in (image_column, label_column)]
             return (own + [next((c for c in options if c in columns), None)
                 for options in (("name", "category"), ("split",), ("wnid",))])
         table = read_parquet(file, pick=lambda columns: list({c for c in wanted(columns) if c}))
         read, named = table.to_pydict(), _class_names(table, label_column)
-        empty = ("", "", "", _part_of(file) if path.is_dir() else "", "")
+        empty = ("", "", "", "" if path.is_file() else _part_of(file), "")
         images, labels, called, split, ids = (read[c] if c else [e]*len(table)
             for c, e in zip(wanted(table.column_names), empty))
         names |= dict(enumerate(named)) | {l: c for l, c in zip(labels, called) if c}
@@ -307,7 +308,7 @@ def _scenes(size, n)->LabelledImages:
 _RENDERED = {"shapes": _shapes, "scenes": _scenes}
 
 def load_images(
-    source="shapes", # "shapes", "scenes", a folder, a .parquet file or folder of them, "org/name" on the hub, "torchvision:CIFAR10"
+    source="shapes", # "shapes", "scenes", a folder, a .parquet file, a folder or pattern of them ("train_*.parquet"), a set of the hub or "torchvision:CIFAR10"
     size:int=64, # pixels on a side
     n:int=None, # images, drawn with a fixed seed; all of them when None (of shapes and scenes: 10,000)
     skip_undecodable:bool=False, # leave out images that cannot be decoded, with a warning, instead of failing

@@ -195,7 +195,9 @@ def looks_of(
     "What the items of a run's games look like: pictures, sentences, attributes, or the names of classes."
     task, home = kept.task, home_of(kept.record.experiment)
     say = lambda values: ", ".join(map(str, values.tolist()))
-    if isinstance(games.candidates, Valued): values = games.candidates.values.flatten(0, 1); return lambda i: say(values[i])
+    if isinstance(games.candidates, Valued):
+        values = games.candidates.values.flatten(0, 1)
+        return lambda i: say(values[i])
     if hasattr(getattr(task, "objects", None), "look"):
         own = task.ids[part] if isinstance(games.candidates, Drawn) else range(len(task.objects))
         return lambda i: task.objects.look(int(own[i]))
@@ -216,8 +218,8 @@ def explorer_of(
     kept = load(run, store, device)
     if not hasattr(kept.task, "games"):
         if kept.spec.model != "game":
-            raise ConfigError(f"run {kept.record.experiment}/{kept.record.key} is of the model {kept.spec.model!r}, which "
-                f"sends no messages: name one of a game")
+            raise ConfigError(f"run {kept.record.experiment}/{kept.record.key} is of the model {kept.spec.model!r}, "
+                f"which sends no messages: name one of a game")
         pictures = kept.task.valid.images[:n]
         plain = random_views(pictures.to(device), view_spec("plain", size=kept.spec.view_size), generator(0))
         return (explore_patches if hasattr(kept.game, "speaker") else explore_views)(kept.game, plain, plain, pictures)

@@ -147,12 +147,15 @@ def _spearman(x, y, counts): # indices of distances [n_cells] on both sides, flo
     "Rank correlation; NaN if all distances of one side are equal."
     return (counts * _scores(x, counts)[..., x] * _scores(y, counts)[..., y]).sum(-1).clamp(-1, 1)
 
+def _check_pairs(symbols, message_distance, meaning_distance):
+    (check_choice("message_distance", message_distance, MESSAGE_DISTANCES),
+        check_choice("meaning_distance", meaning_distance, MEANING_DISTANCES))
+    check_at_least("number of messages", len(symbols), 3, "there must be pairs to rank")
+
 class _Pairs:
     "Topographic similarity, prepared for permutations and resampling."
     def __init__(self, symbols, meanings, message_distance="edit", meaning_distance="hamming", ends=None):
-        (check_choice("message_distance", message_distance, MESSAGE_DISTANCES),
-            check_choice("meaning_distance", meaning_distance, MEANING_DISTANCES))
-        check_at_least("number of messages", len(symbols), 3, "there must be pairs to rank")
+        _check_pairs(symbols, message_distance, meaning_distance)
         self.n, ((x, nx), (y, ny)) = (len(symbols),
             (_all_pairs(meanings, meaning_distance), _all_pairs(symbols, message_distance, ends=ends)))
         self.few = len(nx)*len(ny) <= 2**16
@@ -199,6 +202,24 @@ class _Pairs:
         return sum((x[part][:, order[i:]] * y[i:i+64, i:]).sum()
             for i, part in zip(range(0, self.n, 64), order.split(64)))
 
+# %% ../../nbs/53_metrics.structure.ipynb #da08f974
+def _pair_counts(symbols, meanings, message_distance, ends=None,
+    side=None)->tuple|None: # as `_spearman` takes them; None where there are too many kinds of pairs
+    "Pairs of each distance of meanings and each of messages, counted in tiles of `side` rows and columns."
+    side, far = side or (4096 if symbols.is_cuda else 512), MESSAGE_DISTANCES[message_distance]
+    x, y = _compact(meanings), _compact(symbols if ends is None else F.pad(symbols, (0, 1), value=-1))[:, :symbols.shape[1]]
+    until = lambda *tiles: () if ends is None or message_distance == "hamming" else [ends[t] for t in tiles]
+    n_x, n_y = x.shape[1] + 1, len(far(y[:1], y[:1], *until(slice(1), slice(1)))[1])
+    if n_x*n_y > 2**16: return None
+    counts, small, starts = 0, _small(n_x*n_y + 1), range(0, len(x), side)
+    for rows, columns in ((slice(i, i + side), slice(j, j + side)) for i in starts for j in starts[i//side:]):
+        cell = _hamming(x[rows], x[columns])[0].to(small)*n_y
+        cell += far(y[rows], y[columns], *until(rows, columns))[0].to(small)
+        if rows == columns: cell = cell[torch.ones_like(cell, dtype=torch.bool).triu_(1)]
+        counts = counts + cell.flatten().bincount(minlength=n_x*n_y)
+    k = torch.arange(len(counts), device=x.device)
+    return k // n_y, k % n_y, counts.double()
+
 # %% ../../nbs/53_metrics.structure.ipynb #1bdae6a1
 def _told(symbols, meanings, lengths=None)->tuple: # [n, length], [n, width], and the ends [n] or None
     "Checked messages and meanings."
@@ -219,6 +240,9 @@ def topographic_similarity(
 )->float: # from -1 to 1; NaN if all messages, or all meanings, have equal distances
     "Spearman correlation of distances between meanings and distances between messages (Brighton and Kirby 2006)."
     symbols, meanings, ends = _told(symbols, meanings, lengths)
+    _check_pairs(symbols, message_distance, meaning_distance)
+    if meaning_distance == "hamming" and (told := _pair_counts(symbols, meanings, message_distance, ends)):
+        return float(_spearman(*told))
     return float(_Pairs(symbols, meanings, message_distance, meaning_distance, ends).value())
 
 # %% ../../nbs/53_metrics.structure.ipynb #c8cc17da

@@ -7,11 +7,11 @@ __all__ = ['LARGEST', 'SHARE', 'records_dir', 'keep_run', 'unpack_run', 'keep_it
            'used_runs', 'outdated']
 
 # %% ../../nbs/95_publish.records.ipynb #6c18b4e1
-import contextlib, json, os, tempfile
+import contextlib, json, os, re, tempfile, warnings
 from pathlib import Path
 
-from ..core import ConfigError, RecordError
-from ..files import figures_dir, write_atomic
+from ..core import ConfigError, RecordError, from_json, printable
+from ..files import figures_dir, read_parquet, read_text, write_atomic
 from ..runs.execute import load_spec
 from ..runs.store import RunRecord, Store, digest
 
@@ -43,19 +43,29 @@ def keep_run(
     table = pa.table({"record": [json.dumps(body)], "history": [history], "tensors": [tensors]})
     path = Path(folder)/record.experiment/f"{record.key}.parquet"
     with write_atomic(path) as tmp:
-        pq.write_table(table, tmp, compression="zstd", compression_level=19, use_dictionary=False)
+        pq.write_table(table, tmp, compression="zstd", compression_level=19, use_dictionary=False,
+            write_page_checksum=True)
     return path
+
+# %% ../../nbs/95_publish.records.ipynb #95a00001
+def _kept_run(path)->tuple: # its columns, its record
+    try:
+        row = read_parquet(path).to_pylist()[0]
+        if [type(row[k]) for k in ("record", "history", "tensors")] != [str, bytes, bytes]:
+            raise ValueError("a column is of another kind")
+        body = from_json(row["record"])
+        if not isinstance(body, dict): raise ValueError("its record is no table of names and values")
+        digest(body) # JSON alone
+        return row, body
+    except (OSError, IndexError, KeyError, ValueError) as e:
+        raise RecordError(f"{path} cannot be read as a kept run ({str(e).splitlines()[0]}): restore it with git checkout") from None
 
 def unpack_run(
     path, # a file of `keep_run`
-    store:Store, # destination
+    store:Store, # to place it in
 ):
-    "Write a kept run to a store, with all checks of records."
-    import pyarrow as pa, pyarrow.parquet as pq
-    try: row = pq.read_table(path).to_pylist()[0]
-    except (pa.ArrowException, OSError, IndexError) as e:
-        raise RecordError(f"{path} cannot be read as a kept run ({str(e).splitlines()[0]}): restore it with git checkout") from None
-    body = json.loads(row["record"])
+    "Place a kept run in a store, checked as every record is."
+    row, body = _kept_run(path)
     files = {"tensors.safetensors": row["tensors"], "history.parquet": row["history"],
         "record.json": json.dumps(dict(sha256=digest(body), body=body), indent=1).encode()}
     experiment, key = Path(path).parent.name, Path(path).stem
@@ -67,29 +77,52 @@ SHARE = 2**20 # bytes of messages per item
 
 def _index(folder, item)->Path: return Path(folder)/f"{item.replace('/', '_', 1)}.json"
 
-def _indices(folder)->dict: # item → index
-    found = {p: json.loads(p.read_text(encoding="utf-8")) for p in sorted(Path(folder).glob("*.json"))}
-    return {index["item"]: index for index in found.values()}
+_RUN = re.compile(r"[a-z][a-z0-9_]*/[0-9a-f]{16}")
 
+def _read_index(path)->dict:
+    try:
+        index = from_json(read_text(path))
+        for name, kind in dict(item=str, runs=list, parameters=dict, stamps=dict).items():
+            if not isinstance(index[name], kind): raise ValueError(f"its {name} is {type(index[name]).__name__}")
+        if other := [r for r in index["runs"] if not _RUN.fullmatch(str(r))]:
+            raise ValueError(f"{other[0]!r:.60} is no run")
+        return index
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"{path} is no list of kept runs ({str(e).splitlines()[0]}): restore it with git checkout") from None
+
+def _indices(folder, all_sound=False)->dict: # item → index
+    found = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        try: index = _read_index(path)
+        except ConfigError as e:
+            if all_sound: raise
+            warnings.warn(printable(f"left out: {e}"))
+        else: found[index["item"]] = index
+    return found
+
+# %% ../../nbs/95_publish.records.ipynb #95a00002
 def keep_item(
     item:str, # "eqc/table5"
     runs, # "experiment/key" of every run that its notebook executed
     parameters:dict, # of its notebook
     folder=None, # of records; `records_dir()` when None
     store:Store|None=None, # where the runs are; the default store when None
-    redraw:bool=True, # whether they suffice to redraw it: false if weights or images are needed, or no figure exists yet
+    redraw:bool|None=None, # whether they suffice to redraw it; not where weights or images are needed, or no figure is made yet; None: as before
 )->Path: # the index
-    "Store the runs of an item, and remove those that no item needs."
+    "Keep the runs of an item, and drop those that no item needs any more."
     folder, store, spent, stamps = Path(folder or records_dir()), store or Store(), 0, {}
     runs = list(dict.fromkeys(runs))
     for run in runs:
         experiment, key = run.split("/")
         record, path = store.read(experiment, key), folder/experiment/f"{key}.parquet"
-        stamps |= dict(v.split("#", 1) for v in record.spec.values() if isinstance(v, str) and "#" in v)
+        texts = [x for v in record.spec.values() for x in (v if isinstance(v, (list, tuple)) else [v])]
+        stamps |= dict(x.split("#", 1) for x in texts if isinstance(x, str) and "#" in x)
         if not path.exists(): path = keep_run(record, folder, spent < SHARE)
         spent += path.stat().st_size
     index = dict(item=item, runs=runs, parameters={k: v for k, v in parameters.items() if k != "jobs"}, stamps=stamps)
-    if not redraw: index["redraw"] = False
+    known = _index(folder, item)
+    if redraw is None and known.is_file(): redraw = json.loads(known.read_text(encoding="utf-8")).get("redraw", True)
+    if redraw is False: index["redraw"] = False
     with write_atomic(_index(folder, item)) as tmp:
         tmp.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     tidy(folder)
@@ -98,8 +131,8 @@ def keep_item(
 def tidy(
     folder, # of records
 )->list: # of files removed
-    "Remove kept runs that no item needs."
-    needed = {run for index in _indices(folder).values() for run in index["runs"]}
+    "Remove kept runs that no item needs; nothing is removed while a list of them cannot be read."
+    needed = {run for index in _indices(folder, all_sound=True).values() for run in index["runs"]}
     gone = [p for p in sorted(Path(folder).glob("*/*.parquet")) if f"{p.parent.name}/{p.stem}" not in needed]
     for p in gone: p.unlink()
     return gone
@@ -122,7 +155,7 @@ def kept_store(
     folder = Path(folder or records_dir())
     if not _index(folder, item).is_file():
         raise ConfigError(f"no records of {item} in {folder}: make it with `refcomm reproduce {item}`")
-    index = json.loads(_index(folder, item).read_text(encoding="utf-8"))
+    index = _read_index(_index(folder, item))
     with tempfile.TemporaryDirectory() as home:
         store = Store(Path(home)/"runs")
         for run in index["runs"]: unpack_run(folder/f"{run}.parquet", store)
@@ -150,16 +183,16 @@ def used_runs():
 # %% ../../nbs/95_publish.records.ipynb #ffd01b17
 def outdated(
     folder=None, # of records; `records_dir()` when None
-)->dict: # item → reason
-    "Items with runs that are missing or of an older version of their Spec."
-    import pyarrow.parquet as pq
+)->dict: # item → why
+    "Items whose runs are of an older version of their Spec, or missing."
     folder, why = Path(folder or records_dir()), {}
     for item, index in _indices(folder).items():
         for run in index["runs"]:
             path = folder/f"{run}.parquet"
             if not path.is_file(): why[item] = f"{run} is missing"; break
-            body = json.loads(pq.read_table(path, columns=["record"])["record"][0].as_py())
+            try: body = _kept_run(path)[1]
+            except RecordError as e: why[item] = str(e); break
             try: now = load_spec(body["experiment"], body["spec"]).version
-            except (TypeError, ConfigError) as e: why[item] = f"{run} has another Spec: {e}"; break
+            except (KeyError, TypeError, ConfigError) as e: why[item] = f"{run} has another Spec: {e}"; break
             if now != body["version"]: why[item] = f"{run} is of version {body['version']}, the code of {now}"; break
     return why

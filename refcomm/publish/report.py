@@ -20,7 +20,7 @@ from ..papers.claims import VERDICTS, counted
 from ..core import PROFILES, ConfigError, StoreError, check_choice
 from .figures import load_recipe
 from ..files import open_regular, write_together
-from ..papers.evidence import PAPERS, contents, published
+from ..papers.evidence import PAPERS, contents, published, row_name
 
 # %% ../../nbs/97_publish.report.ipynb #11a1e9df
 def decimals(
@@ -239,7 +239,7 @@ def page(
     env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     room = ROOM//max(1, len(items))
     small = {i["name"]: thumbnail(i["png"], room) for i in items}
-    env.filters.update(digits=digits, tally=tally, slug=slug, standing=standing,
+    env.filters.update(digits=digits, tally=tally, slug=slug, standing=standing, row_name=row_name,
         anchor=lambda name: name.replace("/", "-"), places=lambda values: decimals(values, 4),
         relation=lambda text: text.replace("<=", "≤").replace(">=", "≥"),
         beside=lambda name, suffix: quote(f"{files}/{name.replace('/', '_')}{suffix}"),

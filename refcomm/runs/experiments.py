@@ -47,7 +47,8 @@ def _fields(make)->dict: # name → (annotation, default)
     found = {}
     for p in inspect.signature(make).parameters.values():
         if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
-            raise ConfigError(f"{make.__name__} takes {p}: an experiment's arguments are named one by one, as they are its Spec's fields")
+            raise ConfigError(f"{make.__name__} takes {p}: an experiment's arguments are named one by one, as they are "
+                f"its Spec's fields")
         if p.name == "context": continue
         default = dataclasses.MISSING if p.default is p.empty else p.default
         if isinstance(default, list): default = tuple(default)
@@ -85,7 +86,8 @@ class Experiment:
         fields = _fields(make)
         for f in (*stack, *files):
             if f not in fields and f != "seed": raise ConfigError(f"{name} has no argument {f!r}: {nearest(f, fields)}")
-        self.make, self.name, self.version, self.source = make, name, check_at_least("version", version, 1), source or _source(make)
+        self.make, self.name, self.version = make, name, check_at_least("version", version, 1)
+        self.source = source or _source(make)
         self.stack, self.files = tuple(f for f in stack if f in fields), tuple(files)
         self.context, self.__doc__, self.__name__ = "context" in inspect.signature(make).parameters, make.__doc__, name
         own = {k: v for k, (_, v) in fields.items() if v is not dataclasses.MISSING}
@@ -93,7 +95,8 @@ class Experiment:
             experiment=name, version=version, home=self, __reduce__=lambda s: self._reduced(s), __module__=__name__)))
 
     def __call__(self, **fields):
-        missing = [f.name for f in dataclasses.fields(self.Spec) if f.default is dataclasses.MISSING and f.name not in fields]
+        missing = [f.name for f in dataclasses.fields(self.Spec) if f.default is dataclasses.MISSING
+            and f.name not in fields]
         if missing: raise ConfigError(f"{self.name} needs {', '.join(missing)}")
         return self.Spec(**fields | {f: stamped(fields[f]) for f in self.files if fields.get(f)})
 

@@ -6,7 +6,7 @@
 __all__ = ['UNDECIDABLE', 'solve_min_sym', 'min_symbols', 'identifying_set', 'identifying_sets', 'Bounds', 'symbol_bounds']
 
 # %% ../../nbs/59_sms.complexity.ipynb #0b292611
-import functools, importlib.util, time
+import time
 from collections.abc import Mapping
 from itertools import combinations
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import ConfigError, check_at_least, check_choice, integers, progress_bar
+from ..core import ConfigError, check_at_least, check_choice, have_numba, integers, progress_bar
 from .backends import BACKENDS, bounded_set, smallest_sets
 
 # %% ../../nbs/59_sms.complexity.ipynb #3905f70d
@@ -88,14 +88,12 @@ _KNOWN = {k: getattr(torch, k) for k in ("uint8", "int8", "int16", "int32", "int
 # %% ../../nbs/59_sms.complexity.ipynb #7a017fe7
 UNDECIDABLE = -1 # result for a game with a copy of the target
 
-_have_numba = functools.cache(lambda: importlib.util.find_spec("numba") is not None)
-
 class _Auto:
     "numba for much work at once, and wherever numpy has spent as long on little work as numba takes to load."
     load, spent = .5, 0. # seconds
 
     def choose(self, size, sizes_only): # sets of other backends may be others: they are chosen by the work at hand alone
-        return "numba" if (size >= 2**23 or sizes_only and self.spent >= self.load) and _have_numba() else "numpy"
+        return "numba" if (size >= 2**23 or sizes_only and self.spent >= self.load) and have_numba() else "numpy"
 
 _auto = _Auto()
 

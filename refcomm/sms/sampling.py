@@ -7,14 +7,13 @@ __all__ = ['METHODS', 'AttributeGames', 'controlled_games', 'tilt', 'sample_game
 
 # %% ../../nbs/61_sms.sampling.ipynb #23047091
 import functools, inspect
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np, torch
 from torch import Tensor
 
-from ..core import ConfigError, check_at_least, check_choice, progress_bar
-from .backends import _compiled, _deep, _near, compile_loops
+from ..core import ConfigError, check_at_least, check_choice, progress_bar, compile_loops, have_numba
+from .backends import _compiled, _deep, _near
 from .complexity import identifying_set, min_symbols
 from .theory import feasible, uniform_law
 
@@ -224,7 +223,7 @@ def _keep(differs, sets, packed, m, new, allowed, which):
 
 # %% ../../nbs/61_sms.sampling.ipynb #32663b81
 @functools.cache
-def _compiled_keep(): return compile_loops([_pack, _keep], _compiled())["_keep"]
+def _compiled_keep(): return compile_loops([_pack, _keep], "it needs numba", _compiled())["_keep"]
 
 def _step_compiled(differs, sets, packed, m, n_values, rng):
     "As `_step`."
@@ -236,7 +235,7 @@ def _metropolis(n, m, n_attributes, n_values, n_distractors, rng, sweeps=200):
     differs, packed = _plant(n, m, n_attributes, n_values, n_distractors, rng)
     sets = np.tile(np.arange(n_attributes) < m, (n, 1))
     steps = check_at_least("sweeps", sweeps, 1) * n_distractors
-    step = _step_compiled if n*steps >= 10**5 and n_attributes <= 64 and find_spec("numba") else _step
+    step = _step_compiled if n*steps >= 10**5 and n_attributes <= 64 and have_numba() else _step
     with progress_bar(steps, "steps") as bar:
         for _ in range(steps):
             step(differs, sets, packed, m, n_values, rng)

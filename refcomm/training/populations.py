@@ -7,11 +7,14 @@ __all__ = ['SIDES', 'Paired', 'Population', 'train_population', 'cross_play', 'p
            'ease_of_learning']
 
 # %% ../../nbs/67_training.populations.ipynb #6757b4d6
+import dataclasses
+from pathlib import Path
+
 import pandas as pd, torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..core import ConfigError, check_choice
+from ..core import ConfigError, check_at_least, check_choice
 from ..games.referential import ReferentialGame
 from .ensemble import Ensemble
 from .loop import TrainSettings, fit
@@ -126,16 +129,27 @@ def iterated(
     generations:int=5,
     side:str="receiver", # a name in `SIDES`: the side that is new in each generation
     seed:int=0,
+    every:int|None=None, # steps of a generation, a multiple of an epoch's; None: as the settings say
+    device="cpu",
+    checkpoint=None, # path of a file; each generation has one beside it
+    report=None, # called with (share done, text)
 ): # iterator of (generation, game in evaluation mode, history)
-    "Iterated learning: one side and the optimisers are new in every generation."
+    "Iterated learning: one side begins anew in every generation, and the optimisers with it (Li and Bowling 2019)."
+    if every is not None: settings = dataclasses.replace(settings, epochs=_whole_epochs(every, settings.batches(task.n_train)))
     game = make(seed)
-    for generation in range(generations):
+    for generation in range(check_at_least("generations", generations, 1)):
         if generation: game = renewed(game, make(seed + 1000*generation), side)
-        ensemble = Ensemble([game])
-        history = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [seed + 1000*generation],
-            report=lambda done, text: None).history
+        ensemble = Ensemble([game]).to(device)
+        say = lambda done, text: report((generation + done)/generations, text) if report else None
+        path = checkpoint and Path(checkpoint).with_stem(f"{Path(checkpoint).stem}-{generation}")
+        history = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [seed + 1000*generation], device,
+            path, report=say).history
         game = ensemble.eval().member(0)
         yield generation, game, history
+
+def _whole_epochs(steps, batches):
+    if steps > 0 and steps % batches == 0: return steps // batches
+    raise ConfigError(f"a reset comes between epochs of {batches} steps: every={max(1, round(steps/batches))*batches} would do, got {steps}")
 
 def ease_of_learning(
     game:ReferentialGame, # the game with the fixed sender

@@ -10,9 +10,9 @@ __all__ = ['MODELS', 'MAIN', 'GAMES', 'BASE', 'ITEMS', 'CHANNELS', 'SIZES', 'EMB
 # %% ../../../nbs/86_papers.iac.items.ipynb #2332dfbb
 import dataclasses, itertools, math
 
-from ...core import PROFILES, ConfigError, check_at_least, check_choice
+from ...core import PROFILES, ConfigError, check_at_least, check_choice, say_once
 from .spec import IACSpec
-from ...files import data_dir, find_data, stamped
+from ...files import data_dir, either, find_any, find_data, stamped
 from ..deviations import note
 from ...metrics.statistics import Estimate, combine, estimate, published_estimate
 from ..evidence import published
@@ -53,14 +53,16 @@ SIZES = { # profile → smaller sizes than published
         epochs=1, test_candidates=(2, 32), n_blobs=64, n_permutations=99, probes=("digits",)),
     "cpu": _SMALL | dict(n_images=8000, n_ood=40, image_size=64, view_size=64, alphabet_size=512, dim=256, epochs=6,
         n_blobs=5120, probes=("valid", "shapes", "digits")),
-    "gpu": dict(ood_source=None, n_ood=40, image_size=64, view_size=64, trunk="resnet18", small_stem=True, accumulate=4,
-        lr=.6, precision="bf16", clusters_share=1., probes=("valid", "shapes", "digits")),
+    # ten minutes an item on one large GPU: 512 images a step as published, but seen at once; 128 of them are a game's candidates
+    "gpu": dict(ood_source=None, n_ood=40, image_size=64, view_size=32, trunk="resnet18", small_stem=True, batch_size=512,
+        train_candidates=128, accumulate=1, optimizer="adamw", lr=2e-3, warmup=.2, lr_per_epoch=False, weight_decay=.01,
+        epochs=16, precision="bf16", clusters_share=1., probes=("valid", "shapes", "digits")),
     "paper": {},
 }
-EMBEDDED = {"cpu": dict(image_size=32, view_size=32)} # profile → even smaller sizes for rendered shapes
-SOURCES = { # profile → real images, and further sets for probing
+EMBEDDED = {"cpu": dict(image_size=32, view_size=32)} # profile → what is smaller still for rendered shapes, which are simple
+SOURCES = { # profile → real images, the first of these that is found; and what trunks are probed on besides
     "cpu": ("tiny_imagenet_core.parquet", ("imagenette224_core.parquet",)),
-    "gpu": ("tiny_imagenet", ("imagenette224_core.parquet",)), "paper": ("imagenet", ()),
+    "gpu": (("tiny_imagenet", "tiny_imagenet_[tv]*.parquet"), ("imagenette224_core.parquet",)), "paper": ("imagenet", ()),
 }
 
 def images_of(
@@ -69,14 +71,18 @@ def images_of(
 )->dict: # Spec fields
     "The Spec fields for the images of a profile."
     real, more = SOURCES.get(profile, ("shapes", ()))
-    if images == "auto": images = "real" if profile == "paper" or find_data(real) else "embedded"
-    if images == "real" and not find_data(real):
-        raise ConfigError(f"the real images at {profile}, {real}, are not in "
+    found = find_any(real)
+    if images == "auto" and not found and profile != "paper":
+        say_once(f"the real images at {profile}, {either(real)}, are not in "
+            f"{data_dir() or 'REFCOMM_DATA, which is not set'}: rendered ones stand in")
+    if images == "auto": images = "real" if profile == "paper" or found else "embedded"
+    if images == "real" and not found:
+        raise ConfigError(f"the real images at {profile}, {either(real)}, are not in "
             f"{data_dir() or 'REFCOMM_DATA, which is not set'}: put them there, or use images='embedded'")
     own = SIZES[profile]
     if images == "embedded": return dict(source="shapes", ood_source=None) | EMBEDDED.get(profile, {})
     more = {"probes": own["probes"] + tuple(stamped(m) for m in more if find_data(m))} if "probes" in own else {}
-    return dict(source=stamped(real if images == "real" else images), n_images=None) | more
+    return dict(source=stamped(found if images == "real" else images), n_images=None) | more
 
 def configure(
     profile:str="cpu", # a name in core's `PROFILES`
@@ -106,6 +112,7 @@ def grid(
     fields = dict(seed=range(n_seeds)) | varied
     for model, values in itertools.product(models, itertools.product(*fields.values())):
         own = dict(zip(fields, values))
+        if own.get("train_candidates", 0) is None: own["train_candidates"] = usual.train_candidates # all there are
         if "alphabet_size" in own: own["alphabet_size"] = round(usual.alphabet_size*own["alphabet_size"])
         specs.append(dataclasses.replace(usual, **MODELS[model] | CHANNELS[own.pop("channel", "symbol")] | own))
     return list(dict.fromkeys(specs))
@@ -166,15 +173,16 @@ def protocol_rows(
 def fidelity(
     specs, # IACSpecs of one item
 )->str: # sentences
-    "The deviations from the paper, from the table of deviations and the Specs."
-    return f"Images: {data_name(specs)} (paper: ILSVRC-2012). {note('iac', specs)}"
+    "What differs from the paper, read off the table of deviations and the Specs."
+    rendered = " Real images were not at hand, or not asked for." * any(s.source == "shapes" for s in specs)
+    return f"Images: {data_name(specs)} (paper: ILSVRC-2012).{rendered} {note('iac', specs)}"
 
 def data_name(
     specs, # IACSpecs of one item
 )->str:
     "The images of the runs, for the footer of a figure."
     names = {"shapes": "rendered shapes", "tiny_imagenet_core.parquet": "Tiny-ImageNet, 13,000 images",
-        "tiny_imagenet": "Tiny-ImageNet"}
+        "tiny_imagenet": "Tiny-ImageNet", "tiny_imagenet_[tv]*.parquet": "Tiny-ImageNet"}
     return ", ".join(dict.fromkeys(names.get(n := s.source.partition("#")[0], n) for s in specs))
 
 def _printed(item, row, column, like=None)->Estimate:

@@ -12,10 +12,10 @@ __all__ = ['MODELS', 'OURS', 'FINE', 'UNTRAINED', 'LEFT_OUT', 'COMPARED_EPOCHS',
 import dataclasses, itertools, math
 from pathlib import Path
 
-from ...core import PROFILES, ConfigError, check_at_least, check_choice
+from ...core import PROFILES, ConfigError, check_at_least, check_choice, say_once
 from .spec import PatchSpec
 from ...names import PUBLIC_CODE
-from ...files import data_dir, find_data, stamped
+from ...files import data_dir, either, find_any, stamped
 from ..deviations import note
 from ...metrics.statistics import Estimate, combine, estimate
 from ...runs.execute import frame
@@ -39,9 +39,9 @@ MODELS = { # name in the paper's tables → what differs from the defaults
 }
 OURS, FINE = "Ours (R18, S=32)", "Ours (R18, S=16)"
 UNTRAINED = tuple(name for name, own in MODELS.items() if not own.get("trained", True))
-LEFT_OUT = {"cpu": ("PatchVAE (R18, S=16)",)} # profile → models that would take half an hour on a CPU
-COMPARED_EPOCHS = {"cpu": 20} # profile → epochs for comparisons of models, if fewer than usual
-COMPARED = ( # longest trainings first, which balances the load
+LEFT_OUT = {"cpu": ("PatchVAE (R18, S=16)",)} # profile → models that would take a processor half an hour
+COMPARED_EPOCHS = {"cpu": 20, "gpu": 40} # profile → epochs where models are compared, if fewer than usual
+COMPARED = ( # the longest trainings first, so that no processor waits for one at the end
     FINE, "PatchVAE (R18, S=16)", "VQ-VAE2", "PatchVAE (R18, S=32)", OURS, "MoCo-v2 (R18)", "Supervised",
     *UNTRAINED)
 ITEMS = { # item → models, and fields that are varied one at a time
@@ -84,7 +84,7 @@ SIZES = { # profile → smaller sizes than published
         hidden=256, narrow=128, dim=1024, queue=1024, momentum=.99, autoencoder_width=32, batch_size=128, lr=5e-4,
         epochs=30, test_candidates=(2, 16, 128)),
     "gpu": _EARLY | dict(source="scenes", layers=6, dim=8192, queue=4096, momentum=.99, batch_size=256,
-        optimizer="adamw", lr=5e-4, weight_decay=.04, warmup=.1, precision="bf16", test_candidates=(2, 16, 128, 512)),
+        optimizer="adamw", lr=5e-4, weight_decay=.04, warmup=.1, epochs=50, precision="bf16", test_candidates=(2, 16, 128, 512)),
     "paper": {},
 }
 DETECTION = { # profile → settings of the detectors
@@ -103,7 +103,7 @@ def boxes_of(
         else f"{own['n_train']} rendered scenes, tested on {own['n_test']}")
     return f"Detectors are trained for {own['epochs']} epochs on {boxes}, seen at {own['size']} pixels (paper: Pascal VOC 2007)."
 
-SOURCES = {"cpu": "imagenette224_core.parquet", "gpu": "imagenette224_train_0.parquet", "paper": "imagenet"} # profile → real images
+SOURCES = {"cpu": "imagenette224_core.parquet", "gpu": "imagenette224_[tv]*.parquet", "paper": "imagenet"} # profile → real images
 
 def images_of(
     profile:str, # a name in core's `PROFILES`
@@ -111,13 +111,17 @@ def images_of(
 )->dict: # Spec fields
     "The Spec fields for the images of a profile."
     real = SOURCES.get(profile, "scenes")
-    if images == "auto": images = "real" if profile == "paper" or find_data(real) else "embedded"
-    if images == "real" and not find_data(real):
-        raise ConfigError(f"the real images at {profile}, {real}, are not in "
+    found = find_any(real)
+    if images == "auto" and not found and profile != "paper":
+        say_once(f"the real images at {profile}, {either(real)}, are not in "
+            f"{data_dir() or 'REFCOMM_DATA, which is not set'}: rendered ones stand in")
+    if images == "auto": images = "real" if profile == "paper" or found else "embedded"
+    if images == "real" and not found:
+        raise ConfigError(f"the real images at {profile}, {either(real)}, are not in "
             f"{data_dir() or 'REFCOMM_DATA, which is not set'}: put them there, or use images='embedded'")
     if images == "embedded": return dict(source="scenes")
-    name = real if images == "real" else images
-    small = dict(image_size=64, view_size=56) if Path(name).name.startswith("tiny_imagenet") else {} # its own resolution
+    name = found if images == "real" else images
+    small = dict(image_size=64, view_size=56) if Path(name).name.startswith("tiny_imagenet") else {} # it has no more pixels
     return dict(source=stamped(name), n_images=None) | small
 
 def configure(
@@ -206,7 +210,8 @@ def fidelity(
     specs = [s for s in specs if s.trained] or specs
     fine = (any(s.model == "patchvae" for s in specs)
         and all(s.view_size//s.patch_size == 7 for s in specs if s.model == "patchvae"))
-    return (f"Images: {data_name(specs)} (paper: ILSVRC-2012). {note('patch', specs)} S counts pixels of an image of "
+    rendered = " Real images were not at hand, or not asked for." * any(s.source == "scenes" for s in specs)
+    return (f"Images: {data_name(specs)} (paper: ILSVRC-2012).{rendered} {note('patch', specs)} S counts pixels of an image of "
     f"224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14."
             + " PatchVAE with S=16 is left out, as it would take a processor half an hour."*fine)
 
@@ -215,7 +220,7 @@ def data_name(
 )->str:
     "The images of the runs, for the footer of a figure."
     names = {"scenes": "rendered scenes", "imagenette224_core.parquet": "Imagenette, 1,800 images",
-        "imagenette224_train_0.parquet": "Imagenette, 4,738 images",
+        "imagenette224_train_0.parquet": "Imagenette, 4,738 images", "imagenette224_[tv]*.parquet": "Imagenette",
         "tiny_imagenet_core.parquet": "Tiny-ImageNet, 13,000 images"}
     return ", ".join(dict.fromkeys(names.get(n := s.source.partition("#")[0], n) for s in specs))
 
