@@ -296,7 +296,7 @@ def plan(
     profile:str = typer.Option("cpu", help="smoke | cpu | gpu | paper"),
     parameters:list[str] = typer.Option([], "-p", help="name=value, as for `refcomm reproduce`"),
     device:str = typer.Option("auto",
-    help="where they would be made: auto, cpu, cuda, or H200; at gpu and paper without a GPU here, auto is H200"),
+        help="where they would be made: auto, cpu, cuda, or H200; at gpu and paper without a GPU here, auto is H200"),
     steps:Path = typer.Option(None, help="times of real steps, a file from tests/on_gpu.py"),
 ):
     "Show which runs are to be made and which are there, and estimate time, disk and memory. Makes nothing."
@@ -334,9 +334,9 @@ def redraw(
     items:list[str] = typer.Argument(None,
         help="items or papers, e.g. eqc/table5 or eqc; all that have records when none is named"),
     from_store:bool = typer.Option(False, "--from-store",
-    help="read the runs of your store and keep them as records, in place of reading records"),
+        help="read the runs of your store and keep them as records, in place of reading records"),
     from_numbers:bool = typer.Option(False, "--from-numbers",
-    help="draw pictures alone again, from the .csv kept beside each; for notebooks whose drawing cells are tagged `draw`"),
+        help="draw pictures alone again, from the .csv kept beside each; for notebooks whose drawing cells are tagged `draw`"),
     profile:str = typer.Option("cpu", help="with --from-store: cpu | gpu | paper"),
     parameters:list[str] = typer.Option([], "-p",
         help="with --from-store: name=value, for the notebook's parameters cell"),

@@ -68,7 +68,7 @@ PARTS = { # class → function that returns the constructor arguments
     Ending: _ending,
     ReferentialGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver),
     DiscriminationGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver, temperature=g.temperature,
-    negatives=g.negatives, n_candidates=g.n_candidates),
+        negatives=g.negatives, n_candidates=g.n_candidates),
 }
 
 def described(

@@ -252,7 +252,7 @@ def save(
         costs=spent(records) if records else {}, seeds=seeds, claims=list(claims),
         command=f"refcomm reproduce {paper}/{item} --profile {profile}"
         + "".join(f" -p {k}={v}" for k, v in (options or {}).items() if v not in (0, "auto")
-        and (k, v) != ("n_seeds", 1)))
+            and (k, v) != ("n_seeds", 1)))
     png = _picture(figure, recipe, dpi)
     csv = numbers.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     text = json.dumps(sealed(recipe), indent=1, ensure_ascii=False) + "\n"

@@ -225,7 +225,7 @@ def _generations(s, task, context)->RunResult: # rows of every generation, the l
         histories.append(history.assign(generation=generation, epoch=history.epoch + generation*s.epochs))
     return RunResult(rows, dict(n_parameters=sum(p.numel() for p in game.parameters()), trained_together=1),
         pd.concat(histories, ignore_index=True).drop(columns="member"), tensors, {k: v.clone()
-        for k, v in game.state_dict().items()} if context.weights else None)
+            for k, v in game.state_dict().items()} if context.weights else None)
 
 def stack_key(s:BeyondSpec, device): return s if s.generations > 1 else dataclasses.replace(s, seed=0) # Specs with equal keys are trained together
 

@@ -52,11 +52,11 @@ SIZES = { # profile → smaller sizes than published
     "smoke": _SMALL | dict(n_images=500, n_ood=20, image_size=16, view_size=16, alphabet_size=16, dim=16, batch_size=32,
         epochs=1, test_candidates=(2, 32), n_blobs=64, n_permutations=99, probes=("digits",)),
     "cpu": _SMALL | dict(n_images=8000, n_ood=40, image_size=64, view_size=64, alphabet_size=512, dim=256, epochs=6,
-    n_blobs=5120, probes=("valid", "shapes", "digits")),
+        n_blobs=5120, probes=("valid", "shapes", "digits")),
     # ten minutes an item on one large GPU: 512 images a step as published, but seen at once; 128 of them are a game's candidates
     "gpu": dict(ood_source=None, n_ood=40, image_size=64, view_size=32, trunk="resnet18", small_stem=True, batch_size=512,
-    train_candidates=128, accumulate=1, optimizer="adamw", lr=2e-3, warmup=.2, lr_per_epoch=False, weight_decay=.01,
-    epochs=16, precision="bf16", clusters_share=1., probes=("valid", "shapes", "digits")),
+        train_candidates=128, accumulate=1, optimizer="adamw", lr=2e-3, warmup=.2, lr_per_epoch=False, weight_decay=.01,
+        epochs=16, precision="bf16", clusters_share=1., probes=("valid", "shapes", "digits")),
     "paper": {},
 }
 EMBEDDED = {"cpu": dict(image_size=32, view_size=32)} # profile → what is smaller still for rendered shapes, which are simple

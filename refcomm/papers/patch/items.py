@@ -84,7 +84,7 @@ SIZES = { # profile → smaller sizes than published
         hidden=256, narrow=128, dim=1024, queue=1024, momentum=.99, autoencoder_width=32, batch_size=128, lr=5e-4,
         epochs=30, test_candidates=(2, 16, 128)),
     "gpu": _EARLY | dict(source="scenes", layers=6, dim=8192, queue=4096, momentum=.99, batch_size=256,
-    optimizer="adamw", lr=5e-4, weight_decay=.04, warmup=.1, epochs=50, precision="bf16", test_candidates=(2, 16, 128, 512)),
+        optimizer="adamw", lr=5e-4, weight_decay=.04, warmup=.1, epochs=50, precision="bf16", test_candidates=(2, 16, 128, 512)),
     "paper": {},
 }
 DETECTION = { # profile → settings of the detectors
