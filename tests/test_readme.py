@@ -70,7 +70,7 @@ def check_refcomm(words):
         if options[option] is not None and not getattr(options[option], "is_flag", False) and not value:
             value, *words = words
         if option == "-p": values.append(value.split("=")[0])
-    if path[0] not in ("reproduce", "plan", "redraw", "sweep"): return
+    if path[0] not in ("reproduce", "plan", "redraw"): return
     try: chosen = choose([i for i in items if "{" not in i and "ITEM" not in i])
     except ConfigError as e: raise AssertionError(str(e)) from None
     for v in values: assert any(v in parameters_of(notebooks()[i]) for i in chosen), f"no parameter {v}"
