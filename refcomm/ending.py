@@ -254,5 +254,3 @@ class Ending(EndingChannel):
 def _mean_negentropy(scores, said): # [batch, T, alphabet_size], [batch, T] 1 up to the end → mean over messages of the mean over their words
     bits = (scores.softmax(-1) * scores.log_softmax(-1)).sum(-1)
     return ((bits*said).sum(1) / said.sum(1)).mean()
-
-CHANNELS["ending"] = Ending

@@ -16,11 +16,12 @@ from ..files import find_data, stamped, unstamped
 EXPERIMENTS = {} # name → `Experiment`, or a module: what was registered in this process
 AT_HOME = {"own": "refcomm.own", "page": "refcomm.own"} # experiments of this package outside `papers`, and the module that registers each
 
+def _papers()->Path: return Path(importlib.import_module("refcomm.papers").__file__).parent # of this package's experiments
+
 @functools.cache
 def packaged()->tuple: # names
     "The experiments of this package."
-    folder = Path(importlib.import_module("refcomm.papers").__file__).parent
-    return (*sorted(p.parent.name for p in folder.glob("*/run.py")), *AT_HOME)
+    return (*sorted(p.parent.name for p in _papers().glob("*/run.py")), *AT_HOME)
 
 def home_of(
     experiment:str, # "eqc", or the name of a registered one
@@ -35,8 +36,8 @@ def spec_class(
     experiment:str, # "eqc", or the name of a registered one
 ): # its class; None for one that is not known
     "The Spec of an experiment."
-    named = EXPERIMENTS.get(experiment) is None and f"refcomm.papers.{experiment}.spec"
-    if named and experiment in packaged() and experiment not in AT_HOME: home = importlib.import_module(named) # without what runs it
+    light = EXPERIMENTS.get(experiment) is None and experiment in packaged() and experiment not in AT_HOME
+    if light and (_papers()/experiment/"spec.py").is_file(): home = importlib.import_module(f"refcomm.papers.{experiment}.spec") # without what runs it
     else: home = home_of(experiment)
     if home is None or isinstance(home, Experiment): return home and home.Spec
     return next((x for x in vars(home).values() if getattr(x, "experiment", None) == experiment), None)
