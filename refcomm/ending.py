@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from .bottlenecks.continuous import Bottleneck, Sent
 from .bottlenecks.gate import Gate
 from .bottlenecks.gumbel import OneSymbol
-from .channels import CELLS, CHANNELS, Channel, WordCell
+from .channels import CELLS, Channel, WordCell
 from .core import ConfigError, check_at_least, check_choice
 
 # %% ../nbs/28_ending.ipynb #87745794

@@ -15,6 +15,7 @@ import lazy_loader
 
 torch = lazy_loader.load("torch")
 
+import refcomm.papers
 from refcomm.core import ConfigError, generator, no_cuda, progress_bar, say_once, seeded_init
 from refcomm.files import find_data, home, matches, write_atomic
 from refcomm.runs.costs import SPEEDS, Cost, Counts, Speed, kind, memory_bytes, run_seconds, speed_of, timed
@@ -196,7 +197,7 @@ def shape_of(
 
 @functools.cache
 def _shipped()->dict: # shape → `Counts`
-    with open(Path(__file__).parent/"counts.csv", encoding="utf-8", newline="") as f:
+    with open(Path(refcomm.papers.__file__).parent/"counts.csv", encoding="utf-8", newline="") as f:
         return {r["shape"]: Counts(*(float(r[k]) for k in Counts._fields)) for r in csv.DictReader(f)}
 
 def counted(
@@ -222,7 +223,7 @@ def ship_counts(
     how=count, # Spec → `Counts`
 )->int: # how many shapes it holds
     "Count every shape among these Specs and write the file of shipped counts; those that it has stay."
-    path = Path(path) if path else Path(__file__).parent/"counts.csv"
+    path = Path(path) if path else Path(refcomm.papers.__file__).parent/"counts.csv"
     have = {}
     if path.exists():
         with open(path, encoding="utf-8", newline="") as f: have = {r["shape"]: r for r in csv.DictReader(f)}
