@@ -218,7 +218,7 @@ def test_runs_that_say_nothing_are_refused(tmp_path):
     from refcomm.papers.sms.run import SMSSpec
     store, sent = Store(tmp_path/"runs"), torch.zeros(5, 2, dtype=torch.uint8)
     put = lambda s, **tensors: store.put(s, RunResult([], {}, [], tensors), provenance("cpu", 0, 1))
-    with pytest.raises(ConfigError, match="what messages of iac runs are about is not in their Spec"):
+    with pytest.raises(ConfigError, match="there is no 'imagenet'"):
         from_record(put(IACSpec(), sent=sent))
     with pytest.raises(ConfigError, match=r"sent no symbols, only real numbers \(x\)"):
         from_record(put(SMSSpec(), x=torch.rand(5, 2)))

@@ -292,7 +292,7 @@ def test_a_grid_is_a_file(tmp_path, capsys):
 
 FINISHED = {
     "eqc": lambda: [EQCSpec(n_attributes=2, n_values=4, n_train=10, n_valid=3, n_test=3, bottleneck="gumbel", alphabet_size=5,
-        word_length=1, channel="ending", message_length=3, hidden=8, embedding=4, candidates=(2, 3), alphabets=(), epochs=1, seed=s) for s in (0, 1)],
+        word_length=1, channel="ending", message_length=3, hidden=8, embedding=4, candidates=(2, 16), alphabets=(), epochs=1, seed=s) for s in (0, 1)],
     "sms": lambda: [SMSSpec(n_attributes=4, n_values=3, n_distractors=3, n_train=64, n_valid=32, hidden=16, embedding=8,
         alphabet_size=6, epochs=1, seed=s) for s in (0, 1)],
     "iac": lambda: [dataclasses.replace(iac_items.grid("table1", "smoke", 1)[3], n_blobs=8, n_permutations=9, epochs=1)],

@@ -7,7 +7,7 @@ __all__ = ['FREE', 'COMMON', 'IMAGES', 'RENDERED', 'operations', 'stand_in', 'tr
            'counted', 'ship_counts', 'trains', 'training_items', 'disk_bytes', 'Model', 'plan_model']
 
 # %% ../../nbs/57_papers.counts.ipynb #ff37fe15
-import csv, dataclasses, functools, json, types, weakref
+import contextlib, csv, dataclasses, functools, json, types, weakref
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,7 +16,7 @@ import lazy_loader
 torch = lazy_loader.load("torch")
 
 import refcomm.papers
-from refcomm.core import ConfigError, generator, no_cuda, progress_bar, say_once, seeded_init
+from refcomm.core import ConfigError, StoreError, generator, no_cuda, progress_bar, say_once, seeded_init
 from refcomm.files import find_data, home, matches, write_atomic
 from refcomm.runs.costs import SPEEDS, Cost, Counts, Speed, kind, memory_bytes, run_seconds, speed_of, timed
 from refcomm.runs.store import digest, runner_of, spec_fields
@@ -212,7 +212,8 @@ def counted(
     except (OSError, ValueError, TypeError): pass
     say_once("counting what some trainings compute, as their counts are not shipped: once, some seconds each")
     found = count(s)
-    with write_atomic(path) as tmp: tmp.write_text(json.dumps(found._asdict()), encoding="utf-8")
+    with contextlib.suppress(OSError, StoreError), write_atomic(path) as tmp: # where nothing can be written it is counted again
+        tmp.write_text(json.dumps(found._asdict()), encoding="utf-8")
     return found
 
 # %% ../../nbs/57_papers.counts.ipynb #e748f348

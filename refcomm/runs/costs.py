@@ -8,7 +8,7 @@ __all__ = ['FREE', 'SPEEDS', 'kind', 'device_name', 'Recorded', 'recorded', 'shi
            'size']
 
 # %% ../../nbs/73_runs.costs.ipynb #3ff004ea
-import collections, json, statistics, time, warnings
+import collections, contextlib, json, statistics, time, warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import lazy_loader
 
 torch = lazy_loader.load("torch")
 
-from refcomm.core import from_json, no_cuda, pick_device, printable, ConfigError
+from refcomm.core import ConfigError, StoreError, from_json, no_cuda, pick_device, printable
 from refcomm.files import checkout, read_text, home, write_atomic
 from refcomm.runs.store import Store, digest, run_key, spec_fields, unsealed
 
@@ -223,7 +223,8 @@ def speed_of(
     try: return Speed(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError): pass
     speed = measure_speed(device)
-    with write_atomic(path) as tmp: tmp.write_text(json.dumps(speed._asdict()), encoding="utf-8")
+    with contextlib.suppress(OSError, StoreError), write_atomic(path) as tmp: # where nothing can be written it is measured again
+        tmp.write_text(json.dumps(speed._asdict()), encoding="utf-8")
     return speed
 
 # %% ../../nbs/73_runs.costs.ipynb #c0de0011

@@ -279,7 +279,7 @@ def _discard(folder):
     "Remove a folder that others may still be writing into: under another name first, where they do not find it."
     gone = folder.with_name(f"{folder.name}-gone")
     with contextlib.suppress(OSError): folder.rename(gone)
-    for f in (folder, gone): shutil.rmtree(f, ignore_errors=True)
+    for f in (folder, gone, gone): shutil.rmtree(f, ignore_errors=True) # twice: a file may get its name while the folder is read
 
 NAME = re.compile(rf"[a-z][a-z0-9_]*/[0-9a-f]{{16}}/({'|'.join(map(re.escape, FILES))})")
 OWN = ("locks", "set-aside", "tmp", "unfinished") # folders of a store beside those of its experiments
