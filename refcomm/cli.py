@@ -52,7 +52,7 @@ def _in_thread(what, work):
         try: result.set_result(work())
         except BaseException as e: result.set_exception(e)
     thread = threading.Thread(target=call, daemon=True)
-    with Interruptible() as stop:
+    with Interruptible():
         thread.start()
         try: return _waited(result)
         except Interrupted as e:

@@ -101,7 +101,7 @@ def need(
 def say_once(
     text:str, # one line
 ):
-    "Tell whoever watches, on standard error, and once in a process."
+    "Print a line to standard error, once in a process."
     print(printable(f"refcomm: {text}"), file=sys.stderr)
 
 # %% ../nbs/00_core.ipynb #2becabbe

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['expanded', 'home', 'checkout', 'figures_dir', 'data_dir', 'data_folders', 'known_stamps', 'matches', 'find_data',
-           'either', 'find_any', 'most_unpacked', 'check_unpacked', 'zip_size', 'read_parquet', 'disk_errors',
-           'fsync_dir', 'open_regular', 'read_text', 'make_folder', 'write_atomic', 'write_together', 'content_digest',
-           'files_digest', 'set_aside', 'cached_tensor', 'save_checkpoint', 'load_checkpoint', 'distrust_checkpoint',
-           'stamped', 'unstamped']
+           'either', 'find_any', 'choose_source', 'most_unpacked', 'check_unpacked', 'zip_size', 'read_parquet',
+           'disk_errors', 'fsync_dir', 'open_regular', 'read_text', 'make_folder', 'write_atomic', 'write_together',
+           'content_digest', 'files_digest', 'set_aside', 'cached_tensor', 'save_checkpoint', 'load_checkpoint',
+           'distrust_checkpoint', 'stamped', 'unstamped']
 
 # %% ../nbs/01_files.ipynb #02f11e52
 import contextlib, errno, hashlib, json, os, re, warnings, secrets, stat
@@ -17,7 +17,7 @@ import lazy_loader
 
 torch = lazy_loader.load("torch")
 
-from refcomm.core import ConfigError, StoreError
+from refcomm.core import ConfigError, StoreError, say_once
 
 # %% ../nbs/01_files.ipynb #f216acae
 def expanded(
@@ -94,6 +94,23 @@ def find_any(
     "Which of several sources is at hand."
     return next((n for n in ([names] if isinstance(names, str) else names) if find_data(n, suffixes)), None)
 
+
+# %% ../nbs/01_files.ipynb #c0a5e001
+def choose_source(
+    chosen:str, # "auto" (real if it is there), "embedded", "real", or a source of one's own
+    real, # the real data's name, or several in order of preference
+    absent:str, # of a sentence: "the real images at cpu, x.parquet, are"
+    stand_in:str, # its end where embedded data are used instead: "rendered ones stand in"
+    remedy:str, # its end where real data are required: "put them there, or use images='embedded'"
+    suffixes=("",), # see `find_data`
+)->str|None: # the source; None for the embedded data
+    "Which data a run uses. What stands in for real data that are not at hand is said once."
+    if chosen == "embedded": return None
+    if chosen not in ("auto", "real"): return chosen
+    if found := find_any(real, suffixes): return found
+    said = f"{absent} not in {data_dir() or 'REFCOMM_DATA, which is not set'}"
+    if chosen == "real": raise ConfigError(f"{said}: {remedy}")
+    say_once(f"{said}: {stand_in}")
 
 # %% ../nbs/01_files.ipynb #01a00002
 def most_unpacked(

@@ -28,7 +28,7 @@ from .games.referential import ReferentialGame
 from .games.tasks import ObjectTask, SampledTask
 from .metrics.representation import linear_probe
 from .runs.execute import load_spec
-from .runs.store import RunRecord, Store, runner_of
+from .runs.store import RunRecord, Store
 from .runs.experiments import Experiment, home_of
 
 # %% ../nbs/75_keep.ipynb #7282a215
@@ -213,20 +213,21 @@ def load(
         return Kept(run.game, run.task, load_spec(run.record.experiment, run.record.spec), run.record)
     record = find_record(run, store)
     spec, home, weights = load_spec(record.experiment, record.spec), home_of(record.experiment), record.weights()
-    if hasattr(home, "load_model"):
-        own = home.make_task(spec, device) if hasattr(home, "make_task") else home.make_parts(spec)
-        return Kept(home.load_model(record).to(device), own, spec, record)
+    if hasattr(home, "load_model"): return Kept(home.load_model(record).to(device), _data_of(home, spec, device), spec, record)
     if not weights:
         raise RecordError(f"run {record.experiment}/{record.key} kept no weights: make it again without --no-weights, "
             f"or before that remove it with `refcomm runs clean`")
     if isinstance(home, Experiment): game, own = _of_experiment(home, spec)
     elif hasattr(home, "kept"): (game, own), weights = home.kept(record, parts), None
     else:
-        own = home.make_task(spec, device) if hasattr(home, "make_task") else home.make_parts(spec)
+        own = _data_of(home, spec, device)
         game = home.build(spec, own if hasattr(home, "make_task") else len(own.train.classes))
     if weights: game.load_state_dict(weights)
     own = task or own
     return Kept(game.to(device).eval(), own.to(device) if hasattr(own, "to") else own, spec, record)
+
+def _data_of(home, spec, device): # a `Task`, or images in parts
+    return home.make_task(spec, device) if hasattr(home, "make_task") else home.make_parts(spec)
 
 def _of_experiment(home, spec)->tuple: # a game with first weights, and its task
     made = home.made(spec)

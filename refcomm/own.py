@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .agents.encoders import LinearEncoder
-from .bottlenecks.continuous import Bottleneck
-from .channels import BOTTLENECKS, CHANNELS, Channel, Instant, make_bottleneck, make_channel
+from .channels import BOTTLENECKS, Instant, make_bottleneck, make_channel
 from .core import ConfigError, RecordError, check_at_least, check_choice, generator, nearest, need, pick_device, seeded_init, spec
 from .corpora import Corpus, make_corpus, save_corpus
 from .data.objects import split
@@ -338,7 +337,7 @@ class Trial(NamedTuple):
 def _trained(trials, places, context, n, n_groups)->list: # of `RunResult`s
     t, device, kept = trials[0], pick_device(context.device), checkpoint_of(context.checkpoint)
     task = t.task if device.type == "cpu" else t.task.to(device)
-    ensemble = Ensemble([_copy(x.game) for x in trials]).to(device)
+    ensemble = Ensemble([copy.deepcopy(x.game) for x in trials]).to(device)
     channel = ensemble.template.channel
     def step(done):
         if hasattr(channel, "at"): channel.at(done)
@@ -362,8 +361,6 @@ def _trained(trials, places, context, n, n_groups)->list: # of `RunResult`s
             capacity_bits=bits if bits < math.inf else None), fitted.member(m, t.settings.patience),
             tensors | {f"task/{k}": v for k, v in own.items()}, ensemble.weights(m) if context.weights else None))
     return results
-
-def _copy(game): return copy.deepcopy(game)
 
 class _Own: # what runs an `OwnSpec`
     @staticmethod
@@ -412,7 +409,7 @@ def train(
     if not record.weights(): # made by a sweep that kept none
         store.set_aside(record.experiment, record.key)
         record = make()
-    kept = _copy(game)
+    kept = copy.deepcopy(game)
     kept.load_state_dict(record.weights())
     return Run(kept.eval(), task, record)
 

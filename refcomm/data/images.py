@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'MAX_PIXELS', 'BACKGROUND', 'LabelledImages', 'number_clas
            'square', 'bounded', 'missing_data', 'load_images']
 
 # %% ../../nbs/14_data.images.ipynb #dd116f42
-import contextlib, functools, inspect, io, os, re, warnings
+import contextlib, inspect, io, os, re, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FunctionType, SimpleNamespace

@@ -8,7 +8,7 @@ __all__ = ['Match', 'match_html', 'play']
 # %% ../../nbs/78_interact.play.ipynb #cf6d0d68
 import torch
 
-from ..core import ConfigError, check_at_least, generator
+from ..core import ConfigError, generator
 from .explore import STYLE, Explorer, explorer_of, look_html, message_html, widgets, within
 
 # %% ../../nbs/78_interact.play.ipynb #c240b5b7

@@ -118,7 +118,6 @@ def _backbone(
     "A copy of a trunk, with a feature pyramid if it has stages."
     from torchvision.models._utils import IntermediateLayerGetter
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
-    from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
     trunk = copy.deepcopy(trunk).requires_grad_(True)
     levels = {name: str(k) for k, name in enumerate(_STAGES)}
     staged = {*levels} <= {name for name, _ in trunk.named_children()}

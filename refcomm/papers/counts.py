@@ -18,6 +18,8 @@ torch = lazy_loader.load("torch")
 import refcomm.papers
 from refcomm.core import ConfigError, StoreError, generator, no_cuda, progress_bar, say_once, seeded_init
 from refcomm.files import find_data, home, matches, write_atomic
+from refcomm.runs import costs
+from refcomm.runs.execute import make_stacks
 from refcomm.runs.costs import SPEEDS, Cost, Counts, Speed, kind, memory_bytes, run_seconds, speed_of, timed
 from refcomm.runs.store import digest, runner_of, spec_fields
 
@@ -181,8 +183,7 @@ FREE = { # experiment → fields that change nothing about a step
             "train_candidates", "lr_per_epoch"),
     "patch": ("test_candidates", "source", "n_images", "strength", "schedule"),
     "sms": ("sampler", "min_symbols", "n_train")}
-COMMON = ("seed", "split_seed", "games_seed", "lr", "encoder_lr", "warmup", "weight_decay", "weight_decay_end", "temperature",
-    "cosine_temperature", "entropy_weight", "length_cost", "epochs", "momentum")
+COMMON = (*costs.FREE, "epochs")
 
 def shape_of(
     s, # a Spec
@@ -306,10 +307,8 @@ class Model:
 
     @functools.cached_property
     def together(self)->dict: # Spec → members of its stack
-        groups, kind = {}, torch.device("cuda" if self.speed.overlaps else "cpu")
-        for s in self.wanted:
-            groups.setdefault((type(s), getattr(runner_of(s), "stack_key", lambda s, device: s)(s, kind)), []).append(s)
-        return {s: len(g) for g in groups.values() for s in g}
+        stacks = make_stacks(self.wanted, torch.device("cuda" if self.speed.overlaps else "cpu"))
+        return {s: len(stack) for stack in stacks for s in stack}
 
     def __call__(self, s)->Cost|None: # None where nothing can be counted
         if s.experiment not in FREE: return None

@@ -13,7 +13,7 @@ import lazy_loader
 
 pd = lazy_loader.load("pandas")
 
-from refcomm.core import ConfigError, check_choice
+from refcomm.core import check_choice
 from refcomm.metrics.statistics import combine, detectable, estimate, interval, mean_interval, published_estimate
 
 # %% ../../nbs/80_papers.evidence.ipynb #478ddbb3

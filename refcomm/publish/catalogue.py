@@ -7,7 +7,7 @@ __all__ = ['HEADLINE', 'notebooks', 'choose', 'title', 'parse_parameters', 'para
            'in_short']
 
 # %% ../../nbs/96_publish.catalogue.ipynb #97bb3fdf
-import ast, importlib, importlib.resources, inspect, json, math, importlib.util
+import ast, importlib, importlib.resources, inspect, json, importlib.util
 from pathlib import Path
 
 from ..core import ConfigError, check_parameter, from_json, nearest

@@ -7,7 +7,7 @@ __all__ = ['DPI', 'literal', 'aligned', 'draw_table', 'footnote', 'curves', 'can
            'gallery', 'heat_maps', 'save', 'load_recipe', 'redraw_from_numbers']
 
 # %% ../../nbs/94_publish.figures.ipynb #6d0e448e
-import contextlib, io, json, re, textwrap
+import io, json, re, textwrap
 from pathlib import Path
 
 import pandas as pd

@@ -8,8 +8,6 @@ __all__ = ['HEADLINES', 'headline', 'verdicts', 'cell', 'results_in_rows', 'resu
 # %% ../../nbs/98_publish.results.ipynb #f5d5a577
 from collections import Counter
 
-import pandas as pd
-
 from ..papers.evidence import PAPERS
 from .report import sections, standing
 

@@ -7,9 +7,8 @@ __all__ = ['PALETTE', 'MARKERS', 'MAP', 'DIVERGING', 'CONFIGURATIONS', 'SETTINGS
            'style']
 
 # %% ../../nbs/93_publish.style.ipynb #dc1f5e6e
-import colorsys, itertools
+import itertools
 
-from ..core import check_choice
 
 # %% ../../nbs/93_publish.style.ipynb #4ddd5b4f
 PALETTE = dict(

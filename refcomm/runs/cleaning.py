@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .archives import DROPPINGS
 from ..core import ConfigError
 from ..files import content_digest, disk_errors, home
-from .store import FILES, MARKER, NAME, OWN, Store
+from .store import FILES, MARKER, NAME, Store
 
 # %% ../../nbs/70_runs.cleaning.ipynb #87a00007
 _DRIVER, _RUN = "(progress|import|slurm|ray)-[0-9a-f]{8,32}", "[a-z][a-z0-9_]*-[0-9a-f]{16}"

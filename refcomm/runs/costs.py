@@ -175,7 +175,7 @@ def _rate(work, device, seconds=.4)->float: # seconds for one call
     for _ in range(3): work()
     wait()
     n, begun = 0, clock()
-    while (spent := clock() - begun) < seconds or n < 3:
+    while clock() - begun < seconds or n < 3:
         work()
         n += 1
         if n % 10 == 0: wait()
@@ -281,22 +281,21 @@ def plan_costs(
     return [*lines, _line("total", len(once), [c for c in once.values() if c])]
 
 # %% ../../nbs/73_runs.costs.ipynb #31508699
+def _in_units(x, units, least, unknown): # units, largest first: size, digits, name; each from `least` of it on
+    text = next(f"{x/n:.{digits}f} {name}" for n, digits, name in units if x >= least*n or n == 1)
+    if not unknown: return text
+    return f"{text} + ?" if x else "?"
+
 def duration(
     seconds:float,
     unknown:int=0, # number of runs of unknown cost
 )->str:
     "A time in a suitable unit."
-    text = next(f"{seconds/n:.{d}f} {unit}"
-        for n, d, unit in ((86400, 1, "days"), (3600, 1, "h"), (60, 0, "min"), (1, 0, "s")) if seconds >= 1.5*n
-        or n == 1)
-    return text if not unknown else f"{text} + ?" if seconds else "?"
+    return _in_units(seconds, ((86400, 1, "days"), (3600, 1, "h"), (60, 0, "min"), (1, 0, "s")), 1.5, unknown)
 
 def size(
     n_bytes:float,
     unknown:int=0, # number of runs of unknown cost
 )->str:
     "Bytes in a suitable unit."
-    text = next(f"{n_bytes/n:.{d}f} {unit}"
-        for n, d, unit in ((2**30, 1, "GiB"), (2**20, 1, "MiB"), (2**10, 0, "KiB"), (1, 0, "B")) if n_bytes >= n
-        or n == 1)
-    return text if not unknown else f"{text} + ?" if n_bytes else "?"
+    return _in_units(n_bytes, ((2**30, 1, "GiB"), (2**20, 1, "MiB"), (2**10, 0, "KiB"), (1, 0, "B")), 1, unknown)

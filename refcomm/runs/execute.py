@@ -7,7 +7,7 @@ __all__ = ['Context', 'checkpoint_interval', 'run_stack', 'make_stacks', 'execut
            'write_plan', 'read_plan']
 
 # %% ../../nbs/72_runs.execute.ipynb #e05b965b
-import concurrent.futures, contextlib, importlib, json, os, shutil, uuid, warnings
+import concurrent.futures, contextlib, json, os, shutil, uuid, warnings
 from pathlib import Path
 from typing import NamedTuple
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pandas as pd, torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..core import ConfigError, check_at_least, check_choice
 from ..games.referential import ReferentialGame

@@ -8,8 +8,8 @@ __all__ = ['GAMES', 'SOURCES', 'SUFFIXES', 'EQCSpec', 'source']
 # %% ../../../nbs/45_papers.eqc.spec.ipynb #61f886fb
 from typing import ClassVar
 
-from ...core import ConfigError, check_at_least, check_choice, say_once, spec
-from ...files import data_dir, find_data, stamped
+from ...core import ConfigError, check_at_least, check_choice, spec
+from ...files import choose_source, stamped
 from ...names import CHANNELS
 
 # %% ../../../nbs/45_papers.eqc.spec.ipynb #07898a9b
@@ -125,14 +125,8 @@ def source(
 )->dict: # the Spec's `data` and `encoder`
     "The data and encoder of a game."
     if game not in SOURCES: return {}
-    have = SOURCES[game]
-    if data == "auto":
-        data = "real" if find_data(have["real"][0], SUFFIXES) else "embedded"
-        if data == "embedded":
-            say_once(f"the {game} game's real data, {have['real'][0]}, is not in "
-                f"{data_dir() or 'REFCOMM_DATA, which is not set'}: the embedded data stand in")
-    if data == "real" and not find_data(have["real"][0], SUFFIXES):
-        raise ConfigError(f"the {game} game's real data, {have['real'][0]}, is not in "
-            f"{data_dir() or 'REFCOMM_DATA, which is not set'}: put it there, or use data='embedded'")
-    name, default = have.get(data, (data, have["real"][1]))
+    (embedded, small), (real, default) = SOURCES[game]["embedded"], SOURCES[game]["real"]
+    name = choose_source(data, real, f"the {game} game's real data, {real}, is", "the embedded data stand in",
+        "put it there, or use data='embedded'", SUFFIXES)
+    if name is None: name, default = embedded, small
     return dict(data=stamped(name, SUFFIXES), encoder=encoder or default)

@@ -10,9 +10,9 @@ __all__ = ['MODELS', 'MAIN', 'GAMES', 'BASE', 'ITEMS', 'CHANNELS', 'SIZES', 'EMB
 # %% ../../../nbs/86_papers.iac.items.ipynb #2332dfbb
 import dataclasses, itertools, math
 
-from ...core import PROFILES, ConfigError, check_at_least, check_choice, say_once
+from ...core import PROFILES, check_at_least, check_choice
 from .spec import IACSpec
-from ...files import data_dir, either, find_any, find_data, stamped
+from ...files import choose_source, either, find_data, stamped
 from ..deviations import note
 from ...metrics.statistics import Estimate, combine, estimate, published_estimate
 from ..evidence import published
@@ -71,18 +71,13 @@ def images_of(
 )->dict: # Spec fields
     "The Spec fields for the images of a profile."
     real, more = SOURCES.get(profile, ("shapes", ()))
-    found = find_any(real)
-    if images == "auto" and not found and profile != "paper":
-        say_once(f"the real images at {profile}, {either(real)}, are not in "
-            f"{data_dir() or 'REFCOMM_DATA, which is not set'}: rendered ones stand in")
-    if images == "auto": images = "real" if profile == "paper" or found else "embedded"
-    if images == "real" and not found:
-        raise ConfigError(f"the real images at {profile}, {either(real)}, are not in "
-            f"{data_dir() or 'REFCOMM_DATA, which is not set'}: put them there, or use images='embedded'")
+    if images == "auto" and profile == "paper": images = "real"
+    name = choose_source(images, real, f"the real images at {profile}, {either(real)}, are", "rendered ones stand in",
+        "put them there, or use images='embedded'")
     own = SIZES[profile]
-    if images == "embedded": return dict(source="shapes", ood_source=None) | EMBEDDED.get(profile, {})
+    if name is None: return dict(source="shapes", ood_source=None) | EMBEDDED.get(profile, {})
     more = {"probes": own["probes"] + tuple(stamped(m) for m in more if find_data(m))} if "probes" in own else {}
-    return dict(source=stamped(found if images == "real" else images), n_images=None) | more
+    return dict(source=stamped(name), n_images=None) | more
 
 def configure(
     profile:str="cpu", # a name in core's `PROFILES`
@@ -99,7 +94,7 @@ def grid(
     profile:str="cpu", # a name in core's `PROFILES`
     n_seeds:int=1, # seeds 0 … n_seeds−1
     images:str="auto", # see `images_of`
-    epochs:int=0, # number of training images; 0: the profile's
+    epochs:int=0, # of training; 0: the profile's
     precision:str="auto", # of training; "auto": the profile's
 )->list: # IACSpecs
     "All runs that an item needs."

@@ -12,10 +12,10 @@ __all__ = ['MODELS', 'OURS', 'FINE', 'UNTRAINED', 'LEFT_OUT', 'COMPARED_EPOCHS',
 import dataclasses, itertools, math
 from pathlib import Path
 
-from ...core import PROFILES, ConfigError, check_at_least, check_choice, say_once
+from ...core import PROFILES, check_at_least, check_choice
 from .spec import PatchSpec
 from ...names import PUBLIC_CODE
-from ...files import data_dir, either, find_any, stamped
+from ...files import choose_source, either, stamped
 from ..deviations import note
 from ...metrics.statistics import Estimate, combine, estimate
 from ...runs.execute import frame
@@ -111,16 +111,10 @@ def images_of(
 )->dict: # Spec fields
     "The Spec fields for the images of a profile."
     real = SOURCES.get(profile, "scenes")
-    found = find_any(real)
-    if images == "auto" and not found and profile != "paper":
-        say_once(f"the real images at {profile}, {either(real)}, are not in "
-            f"{data_dir() or 'REFCOMM_DATA, which is not set'}: rendered ones stand in")
-    if images == "auto": images = "real" if profile == "paper" or found else "embedded"
-    if images == "real" and not found:
-        raise ConfigError(f"the real images at {profile}, {either(real)}, are not in "
-            f"{data_dir() or 'REFCOMM_DATA, which is not set'}: put them there, or use images='embedded'")
-    if images == "embedded": return dict(source="scenes")
-    name = found if images == "real" else images
+    if images == "auto" and profile == "paper": images = "real"
+    name = choose_source(images, real, f"the real images at {profile}, {either(real)}, are", "rendered ones stand in",
+        "put them there, or use images='embedded'")
+    if name is None: return dict(source="scenes")
     small = dict(image_size=64, view_size=56) if Path(name).name.startswith("tiny_imagenet") else {} # it has no more pixels
     return dict(source=stamped(name), n_images=None) | small
 
@@ -143,7 +137,7 @@ def grid(
     profile:str="cpu", # a name in core's `PROFILES`
     n_seeds:int=1, # seeds 0 … n_seeds−1
     images:str="auto", # see `images_of`
-    epochs:int=0, # number of training images; 0: the profile's
+    epochs:int=0, # of training; 0: the profile's
     variant:str="text", # a name in `VARIANTS`
     vit:str="auto", # the judge of Figure 4; not trained unless "auto"
 )->list: # PatchSpecs
