@@ -473,7 +473,7 @@ def runs_plan(
 
 @runs_app.command("execute")
 def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time; 0: one on each GPU"),
-device:str = typer.Option("auto", help="auto, cpu, cuda …"),
+    device:str = typer.Option("auto", help="auto, cpu, cuda …"),
     executor:str = typer.Option(None, help="local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
     logger:str = typer.Option(None, help="csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
     weights:bool = typer.Option(None,
@@ -509,7 +509,7 @@ def runs_import(archive:Path,
 
 @runs_app.command("clean")
 def runs_clean(everything:bool = typer.Option(False, "--all", help="finished runs too"),
-yes:bool = typer.Option(False, "--yes", help="do not ask"),
+    yes:bool = typer.Option(False, "--yes", help="do not ask"),
     adopt:bool = typer.Option(False,
         help="the folder is a store, though it has no marker and holds other things, which are left")):
     "Remove what is set aside, unfinished or temporary, and not in use."

@@ -165,7 +165,7 @@ def fetch_weights(
     try: return load()
     except Exception as e:
         raise ConfigError(f"the weights of {what} are neither on this disk nor to be downloaded ({type(e).__name__}: "
-        f"{str(e).splitlines()[0] if str(e) else ''}): "
+            f"{str(e).splitlines()[0] if str(e) else ''}): "
                           f"fetch them where there is a network and copy the {folders} here, or {otherwise}") from None
 
 # %% ../nbs/00_core.ipynb #abafdb6b

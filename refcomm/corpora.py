@@ -106,7 +106,7 @@ def describe(
     said = corpus.messages[corpus.messages >= 0]
     known = lambda x: defined(round(x, 6))
     numbers = dict(n_messages=len(corpus.messages), message_length=corpus.messages.shape[1],
-    n_unique_messages=len(symbol_counts(corpus.messages)[0]),
+        n_unique_messages=len(symbol_counts(corpus.messages)[0]),
         n_symbols=len(said.unique()), symbol_bits=known(float(entropy(said)[0])) if len(said) else None,
         message_bits=known(float(whole)), position_bits=[known(b) for b in positions.tolist()])
     if corpus.lengths is not None: numbers |= dict(mean_length=known(float(corpus.lengths.double().mean())))
@@ -171,7 +171,7 @@ def load_corpus(
 
 # %% ../nbs/74_corpora.ipynb #19264888
 SYSTEM = dict(game_type="signalling", game_subtype="discrimination", data_source="synthetic", observation_type="vector",
-observation_continuous=False,
+    observation_continuous=False,
     seeding_available=True, multi_step=False, multi_utterance=False, more_than_2_agents=False, symmetric_agents=False)
 
 def _card(name, corpora, numbers, license)->str:

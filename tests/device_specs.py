@@ -37,7 +37,7 @@ BOTTLENECKS = {
 FIRST = ("continuous", "gumbel", "quantised")  # in every game
 EQC = dict(n_train=64, n_valid=16, n_test=16, batch_size=16, word_length=8, hidden=8, embedding=8, epochs=1)
 EQC_GAMES = {"object": dict(n_values=4, candidates=(2, 10)),
-"image": dict(n_train=480, n_valid=80, n_test=80, batch_size=96, n_negatives=5, pool=200, candidates=(2, 10)),
+    "image": dict(n_train=480, n_valid=80, n_test=80, batch_size=96, n_negatives=5, pool=200, candidates=(2, 10)),
              "sent-ref": dict(n_train=320, batch_size=64, n_negatives=5, candidates=(2, 10)),
              "sent-cls": dict(n_train=320, batch_size=64, candidates=(2, 77))}
 CHANNELS = {"instant": {}, "recurrent": dict(channel="recurrent", message_length=2)}
@@ -97,7 +97,7 @@ def iac_spec(**changes):
 
 def iac_specs():
     models = {**iac.MODELS, "Supervised": iac.MODELS["Supervised"] | TAUGHT, "public optimiser": dict(optimizer="lars", accumulate=2, batch_size=12, lr=.01),
-    "candidates": dict(train_candidates=4), **{k: v for k, v in iac.CHANNELS.items() if v},
+        "candidates": dict(train_candidates=4), **{k: v for k, v in iac.CHANNELS.items() if v},
               "large images": dict(image_size=24, view_size=16), "probed": dict(probes=("valid",))}
     found = {f"iac {name}": [iac_spec(**own)] for name, own in models.items()}
     for name, precision in itertools.product(("SimCLR", "Supervised", iac.MAIN), PRECISIONS[1:]):
@@ -129,7 +129,7 @@ SMS = {**sms.SIZES["smoke"], "n_train": 64, "n_valid": 20, "batch_size": 16, "ep
 
 def sms_specs():
     kinds = {"gumbel": {}, "relaxed": dict(straight_through=False), "reinforce": dict(bottleneck="reinforce"),
-    "adam": dict(optimizer="adam"),
+        "adam": dict(optimizer="adam"),
              "pictures": sms.SEEN | dict(n_attributes=4, alphabet_size=12, picture_size=16, n_distractors=5)}
     found = {f"sms {name}": [SMSSpec(**SMS | own | dict(seed=seed))
         for seed in ((0,) if name == "pictures" else (0, 1))] for name, own in kinds.items()}

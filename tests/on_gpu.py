@@ -60,7 +60,7 @@ def timed(specs, device, steps=20):
     finally: hook.remove()
     later = sorted(b - a for a, b in zip(at[5:], at[6:]))
     return dict(experiment=specs[0].experiment, fields=spec_fields(specs[0]), together=len(specs),
-    before_first_step=at[0] - begun if at else None,
+        before_first_step=at[0] - begun if at else None,
                 step_seconds=later[len(later)//2] if later else None,
                 peak_bytes=torch.cuda.max_memory_allocated(device), optimizers=sorted(optimizers))
 

@@ -41,7 +41,7 @@ INDEXED = {A.index, A._unsafe_index}
 INDEXING = INDEXED | {A.index_put, A.index_put_, A._index_put_impl_, A._unsafe_index_put}
 SCALARS = {A.masked_fill, A.masked_fill_, A.fill, A.fill_, A.where, A.index_fill, A.index_fill_}  # take 0-dim tensors of the CPU
 SYNCS = {A._local_scalar_dense, A.nonzero, A.masked_select, A._unique2, A.unique_dim, A.unique_consecutive, A.bincount,
-A.equal, A.is_nonzero,
+    A.equal, A.is_nonzero,
          A._linalg_eigh, A._linalg_svd, A.linalg_lstsq, A.linalg_solve_ex}
 ALLOCATIONS = {A.empty, A.empty_strided, A.empty_like, A.new_empty, A.new_empty_strided, A._unsafe_view, A.detach,
     A.lift_fresh}
@@ -282,7 +282,7 @@ class PretendGPU(contextlib.ExitStack):
                     else dtype, *args, **kwargs)
 
         there = dict(is_available=lambda: True, is_initialized=lambda: True, device_count=lambda: 1,
-        current_device=lambda: 0,
+            current_device=lambda: 0,
                      get_device_name=lambda *a: "Pretended GPU", get_device_capability=lambda *a: (9, 0),
                      is_bf16_supported=lambda *a: True,
                      mem_get_info=lambda *a: (2**37, 2**37), max_memory_allocated=lambda *a: 0,
@@ -297,7 +297,7 @@ class PretendGPU(contextlib.ExitStack):
                 self.enter_context(patch.object(torch.optim.Optimizer, check, lambda self: None))
         for k, v in there.items(): self.enter_context(patch.object(torch.cuda, k, v))
         for module, k, v in ((torch, "autocast", autocast), (torch.amp, "autocast", autocast),
-        (torch, "Generator", Generator),
+            (torch, "Generator", Generator),
                              (torch.autograd, "_engine_run_backward", backward)):
             self.enter_context(patch.object(module, k, v))
         self.callback(register_optimizer_step_post_hook(self.stepped).remove)

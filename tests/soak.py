@@ -58,7 +58,7 @@ def specs(share=1.):
     n = lambda epochs: max(1, round(share*epochs))
     longer = lambda specs, epochs, **fields: [dataclasses.replace(s, epochs=n(epochs), **fields) for s in specs]
     return [*longer(eqc.configure("CN-Inst", "smoke", seeds=(0, 1)), 1200, patience=1200),
-    *longer(eqc.configure("GS-RNN", "smoke", seeds=(0, 1)), 450, patience=450),
+        *longer(eqc.configure("GS-RNN", "smoke", seeds=(0, 1)), 450, patience=450),
             *longer(sms.grid("figure2", "smoke", 2)[2:], 1200), *longer(iac.grid("figure3", "smoke"), 40),
             *longer(iac.grid("table1", "smoke")[:1], 30),
             *longer(patch.grid("figure3", "smoke"), 8), *longer(patch.grid("table1", "smoke")[:1], 18)]
@@ -76,7 +76,7 @@ class Place:
         self.log, self.home, self.store = self.root/"log", self.root/"home", Store(self.root/"home"/"runs")
         self.log.touch()
         self.env = {**os.environ, "REFCOMM_HOME": str(self.home), "REFCOMM_CHECKPOINT_SECONDS": "2",
-        "REFCOMM_PROGRESS": "off", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1",
+            "REFCOMM_PROGRESS": "off", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1",
                     "SOAK_LOG": str(self.log), "SOAK_MARK": self.mark, "CUDA_VISIBLE_DEVICES": ""}
         self.env.pop("REFCOMM_DATA", None), self.env.pop("REFCOMM_EXECUTOR", None)
 

@@ -183,8 +183,8 @@ SAVE = "import pandas as pd, matplotlib.pyplot as plt\nfrom refcomm.publish impo
 
 def toy(path, code):
     cells = [dict(cell_type="markdown", id="a", metadata={}, source="# Toy"),
-    dict(cell_type="code", id="b", metadata=dict(tags=["parameters"]), source='profile: str = "smoke"\njobs: int = 1',
-    outputs=[], execution_count=None),
+        dict(cell_type="code", id="b", metadata=dict(tags=["parameters"]), source='profile: str = "smoke"\njobs: int = 1',
+        outputs=[], execution_count=None),
              dict(cell_type="code", id="c", metadata={}, source=code, outputs=[], execution_count=None)]
     path.write_text(json.dumps(dict(cells=cells,
         metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")), nbformat=4,
@@ -303,7 +303,7 @@ def test_exit_code_is_1_when_a_notebook_fails(home, monkeypatch):
 def test_published_numbers_are_whole():
     "Spot checks against the papers, one per table, and the shape of every file."
     checks = [("eqc", "table5", "GS-RNN", "1000", .442), ("eqc", "table6", "QT-Inst", "100", .962),
-    ("eqc", "table7", "GS-Inst", "77", .035), ("eqc", "table8", "QT-Inst", "77", .925),
+        ("eqc", "table7", "GS-Inst", "77", .035), ("eqc", "table8", "QT-Inst", "77", .925),
               ("eqc", "table3", "Sent-Cls", "Recurrent/GS", 125), ("iac", "table1", "SimCLR_disc", "OOD set", 47.4),
               ("patch", "table1", "MoCo-v2 (R18)", "Top-1", 36.8)]
     for paper, item, row, column, value in checks:

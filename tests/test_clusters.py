@@ -11,7 +11,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from refcomm.core import ConfigError, generator
 from refcomm.metrics.protocol import (cooccurrence, images_by_symbol, normalized_mutual_information as nmi,
-permutation_test, symbol_counts,
+    permutation_test, symbol_counts,
                                       within_symbol_similarity as wnsim)
 from refcomm.metrics.task import n_unique
 
@@ -153,7 +153,7 @@ def test_counts_and_galleries():
 def test_bad_input():
     x = torch.tensor([0, 1, 1])
     for call, says in [(lambda: cooccurrence(x, x[:2]), "3 messages but 2 labels"),
-    (lambda: cooccurrence(x[:0], x[:0]), "no messages"), (lambda: symbol_counts(x[:0]), "no messages"),
+        (lambda: cooccurrence(x[:0], x[:0]), "no messages"), (lambda: symbol_counts(x[:0]), "no messages"),
                        (lambda: cooccurrence(x, x - 1), r"labels must lie in 0 … 0, got -1 … 0"),
                        (lambda: cooccurrence(x, x, 1), r"labels must lie in 0 … 0, got 0 … 1"),
                        (lambda: permutation_test(nmi, x, x[:2], generator(0)), "3 messages but 2 labels"),

@@ -92,7 +92,7 @@ def test_torchrun_makes_one_record_of_each_run(home, tmp_path):
         patch.grid("figure9", "smoke", 1)[0]]
     write_plan(specs, tmp_path/"plan.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}",
-    "--no-python", sys.executable, "-c",
+        "--no-python", sys.executable, "-c",
                "import sys; from refcomm.cli import main; sys.argv[0] = 'refcomm'; main()", "runs", "execute",
                str(tmp_path/"plan.json"), "--device", "cpu", "--logger", "csv"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))

@@ -24,8 +24,8 @@ from refcomm.interact.play import Match, match_html, play
 
 WORLD = ObjectWorld(3, 3)
 SIZES = {"gumbel": dict(alphabet_size=6), "reinforce": dict(alphabet_size=6),
-"quantized": dict(alphabet_size=3, word_length=5), "fsq": dict(alphabet_size=4, word_length=5),
-"vq": dict(alphabet_size=4, word_length=5),
+    "quantized": dict(alphabet_size=3, word_length=5), "fsq": dict(alphabet_size=4, word_length=5),
+    "vq": dict(alphabet_size=4, word_length=5),
          "learned": dict(alphabet_size=4, word_length=3, symbol_width=2)}
 TARGETS = torch.arange(0, 27, 4)
 

@@ -44,7 +44,7 @@ def test_unsound_features_are_refused_with_the_numbers():
     nan, inf = sound.x.clone(), sound.x.clone()
     nan[4, 1], inf[[1, 2]] = float("nan"), float("inf")
     for bad, says in [(dict(x=nan), r"1 of 6 rows .* NaN or infinity, the first are \[4\]"),
-    (dict(x=inf), r"2 of 6 rows .* \[1, 2\]"), (dict(x=sound.x[:5]), "5 rows of features but 6 labels"),
+        (dict(x=inf), r"2 of 6 rows .* \[1, 2\]"), (dict(x=sound.x[:5]), "5 rows of features but 6 labels"),
                       (dict(labels=sound.labels + 1), "labels must lie in 0 … 1, one for each class, got 1 … 2"),
                       (dict(x=sound.x[None]), r"shape \(1, 6, 3\)"),
                       (dict(labels=torch.tensor([0]*5 + [1])),

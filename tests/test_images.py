@@ -145,7 +145,7 @@ def test_sources_that_are_none(data, six):
         label=[1, None])).astype(dict(label=object)).to_parquet(data/"unlabelled.parquet")
     put(data/"single", {"only/1.png": encoded()})
     for source, says in [("pet", r"no 'pet': did you mean 'pets'.*REFCOMM_DATA \(now .*data\)"),
-    ("text.md", "no source of images"), ("empty", "no images in .*one sub-folder per class"),
+        ("text.md", "no source of images"), ("empty", "no images in .*one sub-folder per class"),
                          ("broken.parquet", "cannot be read as parquet"),
                          ("single", r"at least 2 classes, got 1: \['only'\]"), (data/"absent", "there is no"),
                          ("torchvision:EuroSAT", "cannot open torchvision:EuroSAT .*download=True"),
@@ -204,8 +204,8 @@ RAMP = np.arange(0, 65536, 257, dtype=np.uint16)
 
 
 @pytest.mark.parametrize("data", [saved(Image.fromarray(RAMP.reshape(16, 16))),
-saved(Image.fromarray(RAMP.reshape(16, 16)), format="TIFF"),
-saved(Image.fromarray(RAMP.reshape(16, 16).astype(">u2")), format="TIFF"),
+    saved(Image.fromarray(RAMP.reshape(16, 16)), format="TIFF"),
+    saved(Image.fromarray(RAMP.reshape(16, 16).astype(">u2")), format="TIFF"),
                                   tiff(12, (RAMP >> 4).tolist()), tiff(16, RAMP.tolist()),
                                   tiff(16, RAMP[::-1].tolist(), photometric=0)], ids=["png", "tiff", "big-endian tiff",
                                   "12-bit tiff", "16-bit tiff", "white is zero"])

@@ -268,7 +268,7 @@ def test_saliency_refuses():
     x = torch.rand(2, 3, 16, 16)
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     for make, says in [(lambda: saliency(plain, x, torch.zeros(2).long()),
-    "Sequential has no stages called layer1 … layer4: name the last convolutional one by layer="),
+        "Sequential has no stages called layer1 … layer4: name the last convolutional one by layer="),
                        (lambda: saliency(plain, x, torch.tensor([0, 2]), layer="0"),
                        "a label in 0 … 1, got 2 in 0 … 2"),
                        (lambda: saliency(plain, x, torch.tensor([0]), layer="0"), "each of 2 images needs a label"),

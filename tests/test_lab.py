@@ -16,7 +16,7 @@ from refcomm.papers.evidence import PAPERS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LACKING = [why for lacks, why in [(not importlib.util.find_spec("jupyterlab"),
-"jupyterlab: pip install 'refcomm[notebooks]'"),
+    "jupyterlab: pip install 'refcomm[notebooks]'"),
                                   (not importlib.util.find_spec("playwright"),
                                   "playwright: pip install 'refcomm[browser]'"),
                                   (not CHROMIUM, "a browser on the PATH: apt-get install chromium")] if lacks]
@@ -52,7 +52,7 @@ def lab(tmp_path_factory):
     env = {k: v for k, v in os.environ.items()
         if k not in ("MPLBACKEND", "REFCOMM_PROGRESS", "REFCOMM_DATA", "JPY_SESSION_NAME")}
     env |= dict(REFCOMM_HOME=own/"home", REFCOMM_FIGURES=own/"figures", PYTHONPATH=ROOT, OMP_NUM_THREADS="1",
-    IPYTHONDIR=own/"ipython", JUPYTERLAB_SETTINGS_DIR=quiet(own/"settings"),
+        IPYTHONDIR=own/"ipython", JUPYTERLAB_SETTINGS_DIR=quiet(own/"settings"),
                 JUPYTERLAB_WORKSPACES_DIR=own/"workspaces",
                 **{f"JUPYTER_{k.upper()}_DIR": own/k for k in ("config", "data", "runtime")})
     options = dict(ip="127.0.0.1", port=port, allow_root=True, open_browser=False, root_dir=root) | {"port_retries": 0}

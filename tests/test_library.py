@@ -148,7 +148,7 @@ def test_other_data_settings_and_weights_are_other_runs(tmp_path):
     t, store = task(), Store(tmp_path)
     make = lambda seed=0: make_game(t, hidden=8, seed=seed)
     keys = [train(make(), t, epochs=1, store=store).record.key, train(make(1), t, epochs=1, store=store).record.key,
-    train(make(), t, epochs=2, store=store).record.key,
+        train(make(), t, epochs=2, store=store).record.key,
             train(make(), referential(objects(), distractors=5, valid=8, test=12), epochs=1, store=store).record.key,
             train(make(), t, epochs=1, store=store, name="mine").record.key]
     assert len(set(keys)) == 5

@@ -229,7 +229,7 @@ def test_the_command(home, tmp_path, command, html):
 def test_bad_input_is_one_line(folder, home, tmp_path, command):
     (tmp_path/"file").write_text("")
     for args, says in ((["--out", tmp_path/"a.html"], "no figures in"),
-    (["--figures", tmp_path/"none", "--out", tmp_path/"a.html"], "name another folder with --figures"),
+        (["--figures", tmp_path/"none", "--out", tmp_path/"a.html"], "name another folder with --figures"),
                        (["--figures", folder, "--out", tmp_path/"file"/"a.html"], "name another file with --out"),
                        (["--figures", folder, "--out", tmp_path], "name another file with --out")):
         r = command("report", *args)

@@ -155,7 +155,7 @@ def test_bad_input():
     nan[3, 2] = torch.nan
     several = F.one_hot(y, 4)
     for call, says in [(lambda: linear_probe(x, y[:39], x, y, g), "40 feature vectors but 39 labels"),
-    (lambda: linear_probe(x, y, x, y[:39], g), "40 feature vectors but 39 labels"),
+        (lambda: linear_probe(x, y, x, y[:39], g), "40 feature vectors but 39 labels"),
                        (lambda: linear_probe(x, y*0, x, y*0, g), "at least 2 classes"),
                        (lambda: linear_probe(nan, y, x, y, g), "NaN or infinity"),
                        (lambda: linear_probe(x, y, x/0, y, g), "NaN or infinity"),

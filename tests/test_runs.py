@@ -352,8 +352,8 @@ def evil(path, name, data=b"{}", kind=tarfile.REGTYPE):
 
 
 @pytest.mark.parametrize("name, kind",
-[("../evil.json", tarfile.REGTYPE), ("/tmp/evil.json", tarfile.REGTYPE),
-("eqc/0123456789abcdef/../../x", tarfile.REGTYPE),
+    [("../evil.json", tarfile.REGTYPE), ("/tmp/evil.json", tarfile.REGTYPE),
+    ("eqc/0123456789abcdef/../../x", tarfile.REGTYPE),
                                         ("eqc/0123456789abcdef/record.json", tarfile.SYMTYPE),
                                         ("eqc/0123456789abcdef/other.bin", tarfile.REGTYPE),
                                         ("eqc/0123456789abcdef/record.json", tarfile.REGTYPE)])

@@ -17,7 +17,7 @@ from refcomm.sms.complexity import min_symbols, solve_min_sym
 from refcomm.sms.datasets import SPLITS, load_games, picture_world, render_games, save_games
 from refcomm.sms.sampling import METHODS, controlled_games, covariates, sample_games, tilt
 from refcomm.sms.theory import (extreme_game, dominant_symbols, feasible, log_p_class, log_p_some_class, p_some_class,
-schonheim,
+    schonheim,
                                 uniform_law)
 
 

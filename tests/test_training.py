@@ -12,7 +12,7 @@ from refcomm.runs.store import Store
 from refcomm.training.loop import TrainSettings, fit
 
 KINDS = [dict(bottleneck="continuous"), dict(bottleneck="gumbel", alphabet_size=10, word_length=1),
-dict(bottleneck="quantized", alphabet_size=4),
+    dict(bottleneck="quantized", alphabet_size=4),
          dict(channel="recurrent", message_length=2, bottleneck="gumbel", alphabet_size=5, word_length=1),
          dict(channel="recurrent", message_length=2, cell="gru"),
          dict(channel="recurrent", message_length=2, cell="lstm", bottleneck="quantized", alphabet_size=4),
@@ -148,8 +148,8 @@ def test_bad_specs_are_named(fields, says):
 
 
 @pytest.mark.parametrize("fields, says",
-[(dict(cell="gruu", channel="recurrent", message_length=2), "did you mean 'gru'"),
-(dict(precision="fp12"), "did you mean"), (dict(n_train=500), "but there are 256"),
+    [(dict(cell="gruu", channel="recurrent", message_length=2), "did you mean 'gru'"),
+    (dict(precision="fp12"), "did you mean"), (dict(n_train=500), "but there are 256"),
                                           (dict(epochs=0), "epochs must be at least 1"),
                                           (dict(optimizer="adamm"), "did you mean 'adam'"),
                                           (dict(n_negatives=256), "only 256 are available"),

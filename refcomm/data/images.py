@@ -252,7 +252,7 @@ def _hub(name, split, image_column, label_column)->_Source:
     try: data = datasets.load_dataset(name, split=split)
     except Exception as e:
         raise ConfigError(f"cannot load split {split!r} of {name!r} from the Hugging Face hub ({type(e).__name__}: "
-        f"{str(e).splitlines()[0] if str(e) else ''}): save it as "
+            f"{str(e).splitlines()[0] if str(e) else ''}): save it as "
                           f"parquet where there is a network and give that file, absolute or under REFCOMM_DATA (now "
                           f"{data_dir() or 'not set'}), or use source='shapes'") from None
     for column in (image_column, label_column): check_choice(f"column of {name}", column, data.column_names)

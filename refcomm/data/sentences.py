@@ -124,7 +124,7 @@ def _from_hub(path, split, **kwargs):
     try: data = datasets.load_dataset(path, split=split or "train", **kwargs)
     except Exception as e:
         raise ConfigError(f"cannot load {path!r} from the Hugging Face hub ({type(e).__name__}: {e}): put "
-        f"banking77.parquet or banking77.csv (columns text, category) "
+            f"banking77.parquet or banking77.csv (columns text, category) "
             "into a folder and set REFCOMM_DATA to it, or give the path of a .parquet or .csv file, or use source='synthetic'") from None
     frame = data.to_pandas()
     return frame.assign(**{c: f.int2str(frame[c].tolist()) for c,f in data.features.items() if hasattr(f, "int2str")})

@@ -40,7 +40,7 @@ def synset(
         raise ConfigError(f"{wnid!r} is no WordNet id: expected n and eight digits, as in 'n02084071' for dog")
     found = _shipped().get(wnid) or _from_nltk(wnid)
     if not found: raise ConfigError(f"{wnid} is not among the {len(_shipped())} synsets shipped (ILSVRC-2012, OOD set "
-    f"and their hypernyms), nor in a WordNet 3.0 corpus of NLTK's: "
+        f"and their hypernyms), nor in a WordNet 3.0 corpus of NLTK's: "
                                     "correct it, or install NLTK and that corpus")
     return found
 

@@ -147,7 +147,7 @@ def make_detector(
     scales = [(size//8 * 2**k,) for k in range(n_levels)] if n_levels > 1 else [tuple(size//8 * 2**k for k in range(4))]
     pool = MultiScaleRoIAlign([str(k) for k in range(4 if n_levels > 1 else 1)], 5, 2)
     return FasterRCNN(backbone, min_size=size, max_size=size, image_mean=list(ViewSpec.mean),
-    image_std=list(ViewSpec.std),
+        image_std=list(ViewSpec.std),
                       rpn_anchor_generator=AnchorGenerator(tuple(scales), ((.5, 1., 2.),)*n_levels), box_roi_pool=pool,
                       box_head=TwoMLPHead(25*backbone.out_channels, hidden),
                       box_predictor=FastRCNNPredictor(hidden, n_classes + 1),

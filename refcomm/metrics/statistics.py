@@ -73,7 +73,7 @@ def combine(
     parts = [(c*e.se)**2 for c, e in terms]
     spread = sum(v*v/e.df for v, (_, e) in zip(parts, terms))
     return Estimate(sum(c*e.value for c, e in terms), math.sqrt(sum(parts)), sum(parts)**2/spread if spread
-    else math.inf,
+        else math.inf,
                     math.sqrt(sum((c*e.targets)**2 for c, e in terms)),
                     min((e.n_seeds for _, e in terms if e.n_seeds), default=0), sum(e.lone for c, e in terms if c))
 

@@ -187,7 +187,7 @@ def check_claim(
     ends = {k: interval(e) for k, e in flat.items() if known and (e.se or e.targets)}
     decide = row["decide"] or (f"the paper's sizes: {short}" if short and word == "not seen at this scale" else "")
     return dict({k: row[k] for k in ("id", "item", "game", "sentence", "test", "source", "kind")},
-    ours=bool(row["ours"]), verdict=word,
+        ours=bool(row["ours"]), verdict=word,
         cause=cause(says, near, row["explanation"], short), power=power(says), decide=decide
         if word in ("not seen at this scale", "undecided") else "",
         numbers={k: round(e.value, 5) for k, e in flat.items() if known},

@@ -91,7 +91,7 @@ def reach(
 )->tuple: # (near, description of smaller sizes and other data)
     "Whether runs have about the paper's sizes and its data."
     short = [f"{d['field']} {_plain(a)} (paper {_plain(b)})" for d in differing(paper, specs, ("size", "data"))
-    for a, b in [min(d["pairs"], key=lambda p: _share(*p))]
+        for a, b in [min(d["pairs"], key=lambda p: _share(*p))]
              if d["kind"] == "data" or _share(a, b) < least]
     return not short, ", ".join(short)
 

@@ -195,7 +195,7 @@ def section(
         if f"{paper}/{i}" in known else "") for i in sorted(set(wanted) - set(have), key=order)]
     made = [have[i] for i in sorted(have, key=order)]
     return dict(paper=paper, name=NAMES.get(paper, paper), items=made, missing=missing,
-    drawings=[label(i) for i in own["item"] if i not in results],
+        drawings=[label(i) for i in own["item"] if i not in results],
                 claims=ledger(made), n_results=len(results), n_made=len(set(have) & set(results)))
 
 def sections(

@@ -78,7 +78,7 @@ def results_page(
 )->str: # markdown, for `figures/README.md`
     "Every item and every claim, paper by paper."
     page = ["# Results", "",
-    "Every kept table and figure with the command that makes it again, and every claim with its verdict.",
+        "Every kept table and figure with the command that makes it again, and every claim with its verdict.",
             "This page is generated from the recipes in this folder; `refcomm report` makes a page with all numbers beside the papers'.",
             ""]
     for s in sections(items, {}):

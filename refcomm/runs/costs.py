@@ -22,7 +22,7 @@ from refcomm.runs.store import Store, digest, run_key, spec_fields, unsealed
 
 # %% ../../nbs/73_runs.costs.ipynb #fa7a64dd
 FREE = ("seed", "split_seed", "games_seed", "lr", "encoder_lr", "warmup", "weight_decay", "weight_decay_end",
-"momentum",
+    "momentum",
         "temperature", "cosine_temperature", "entropy_weight", "length_cost") # fields without influence on the cost
 
 def kind(
@@ -258,7 +258,7 @@ class Line(NamedTuple):
 def _line(item, runs, costs)->Line:
     count = collections.Counter(c.basis for c in costs)
     return Line(item, runs, runs - len(costs), sum(c.seconds or 0 for c in costs),
-    sum(c.seconds is None for c in costs),
+        sum(c.seconds is None for c in costs),
                 sum(c.bytes or 0 for c in costs), sum(c.bytes is None for c in costs),
                 "; ".join(f"{n} {b}" for b, n in count.items()), max((c.memory or 0 for c in costs), default=0))
 

@@ -145,7 +145,7 @@ def provenance(
     import refcomm
     cuda = torch.device(device).type == "cuda"
     return dict(commit=package_commit(), refcomm=refcomm.__version__, python=platform.python_version(),
-    torch=torch.__version__, platform=platform.system(),
+        torch=torch.__version__, platform=platform.system(),
         device=torch.cuda.get_device_name(device) if cuda
         else f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)",
         finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), seconds=round(seconds, 3),

@@ -255,8 +255,8 @@ def run(
     parts = make_parts(s)
     ensemble = Ensemble([share_statistics(build(s, len(parts.train.classes)), device)]).to(device)
     settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, optimizer=s.optimizer, lr=s.lr,
-    lr_schedule="cosine", warmup=s.warmup, lr_per_epoch=s.lr_per_epoch, patience=s.epochs, precision=s.precision,
-    weight_decay=s.weight_decay,
+        lr_schedule="cosine", warmup=s.warmup, lr_per_epoch=s.lr_per_epoch, patience=s.epochs, precision=s.precision,
+        weight_decay=s.weight_decay,
                              accumulate=s.accumulate, drop_last=True, keep="last")
     history = pd.DataFrame(dict(seconds=[0.]))
     if s.model not in UNTRAINED:

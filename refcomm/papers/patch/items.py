@@ -206,7 +206,7 @@ def fidelity(
         and all(s.view_size//s.patch_size == 7 for s in specs if s.model == "patchvae"))
     rendered = " Real images were not at hand, or not asked for." * any(s.source == "scenes" for s in specs)
     return (f"Images: {data_name(specs)} (paper: ILSVRC-2012).{rendered} {note('patch', specs)} S counts pixels of an image of "
-    f"224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14."
+        f"224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14."
             + " PatchVAE with S=16 is left out, as it would take a processor half an hour."*fine)
 
 def data_name(

@@ -138,7 +138,7 @@ def settings_of(s:PatchSpec)->TrainSettings:
     if s.batch_size % n:
         raise ConfigError(f"{n} processes cannot share batches of {s.batch_size}: make batch_size a multiple of {n}")
     return TrainSettings(epochs=s.epochs, batch_size=s.batch_size//n, optimizer=s.optimizer, lr=s.lr,
-    lr_schedule="cosine", lr_end=s.lr/10, patience=s.epochs, precision=s.precision,
+        lr_schedule="cosine", lr_end=s.lr/10, patience=s.epochs, precision=s.precision,
                          warmup=s.warmup, weight_decay=s.weight_decay, weight_decay_end=s.weight_decay_end,
                          accumulate=n, drop_last=True, keep="last")
 
