@@ -134,6 +134,21 @@ def test_the_same_runs_though_a_worker_is_killed(home, tmp_path, calm, name, req
     assert not list(Store().root.glob("tmp/*"))
 
 
+def stopped_by_a_signal():
+    from refcomm.core import Interrupted
+    raise Interrupted("as by a signal to the worker alone", signal.SIGTERM)
+
+
+def test_a_worker_that_a_signal_stopped_begins_nothing_more(tmp_path):
+    "The driver hears of it later: until then the worker would take what waits."
+    from refcomm.core import Interrupted
+    from refcomm.runs.executors import LocalExecutor
+    with LocalExecutor(1) as pool:
+        calls = pool.submit(stopped_by_a_signal), pool.submit((tmp_path/"begun").touch)
+        assert [type(c.exception()) for c in calls] == [Interrupted]*2
+    assert not (tmp_path/"begun").exists()
+
+
 @pytest.mark.slow
 @both
 def test_an_interruption_stops_what_runs_and_what_waits(home, name, quick):

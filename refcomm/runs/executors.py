@@ -36,8 +36,12 @@ def _start_worker(threads, stopping, started, cards):
     threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 def _unless_stopped(fn, *args):
-    if multiprocessing.current_process().stopping.is_set(): raise Interrupted("stopped before it began", signal.SIGTERM)
-    return fn(*args)
+    "Call `fn`, unless the driver asks to stop or a signal has stopped this worker, which has perhaps not reached the driver yet."
+    worker = multiprocessing.current_process()
+    if worker.stopping.is_set() or getattr(worker, "stopped", False):
+        raise Interrupted("stopped before it began", signal.SIGTERM)
+    try: return fn(*args)
+    except Interrupted: worker.stopped = True; raise
 
 class LocalExecutor(concurrent.futures.ProcessPoolExecutor):
     "Worker processes on this machine, started afresh and sharing the cores; each gets the next GPU in turn."
