@@ -30,7 +30,7 @@ from .metrics.task import n_unique
 from .runs.execute import execute
 from .runs.experiments import experiment
 from .runs.store import RunRecord, RunResult, Store
-from .training.ensemble import Ensemble
+from .training.ensemble import Ensemble, changing_buffers
 from .training.loop import Checkpoint, TrainSettings, checkpoint_of, fit
 
 # %% ../nbs/76_own.ipynb #54637e89
@@ -320,7 +320,7 @@ class Trial(NamedTuple):
             if isinstance(v, (bool, int, float, str, tuple, type(None)))
             and not k.startswith("_") and k not in ("training", *getattr(m, "stackable", ()))))
             for name, m in self.game.named_modules()]
-        alone = self.settings.optimizer == "lars" or any(True for _ in self.game.buffers())
+        alone = self.settings.optimizer == "lars" or bool(changing_buffers(self.game))
         return (_digest_of(self.task), repr(self.settings), tuple(map(_short, self.metrics)), repr(modules),
             repr([p.shape for p in self.game.parameters()]), self.on_step, self.on_epoch, id(self) if alone else 0)
 

@@ -163,8 +163,11 @@ class ItemTask(Task):
             for g in generators]).to(idx.device)
         places = torch.cat([idx, _without(shuffled, idx)[:, :self.pool - idx.shape[1]]], 1)
         targets = torch.arange(idx.shape[1], device=idx.device).expand(idx.shape)
-        return self._games(self.x["train"][places],
+        return self._games(self._pool(places, generators),
             self._index(targets, self.labels["train"][places], self.n_negatives, generators))
+
+    def _pool(self, places, generators)->Tensor: # [n_members, pool, ...]
+        return self.x["train"][places]
 
     def seen(self, part)->Tensor:
         "Targets `[n, dim]`."

@@ -16,7 +16,7 @@ from ..core import ConfigError, check_at_least, check_choice
 from ..games.referential import ReferentialGame
 from ..names import SIDES
 from .ensemble import Ensemble
-from .loop import TrainSettings, fit
+from .loop import Checkpoint, TrainSettings, checkpoint_of, fit
 from ..games.tasks import objectives
 
 # %% ../../nbs/67_training.populations.ipynb #b06d073e
@@ -127,19 +127,23 @@ def iterated(
     seed:int=0,
     every:int|None=None, # steps of a generation, a multiple of an epoch's; None: as the settings say
     device="cpu",
-    checkpoint=None, # path of a file; each generation has one beside it
+    checkpoint=None, # path of a file, or a `Checkpoint`; each generation has one beside it
     report=None, # called with (share done, text)
+    checkpoint_seconds:float=60., # see `fit`
+    log=None, # called with new rows of the history, epochs counted over all generations
 ): # iterator of (generation, game in evaluation mode, history)
     "Iterated learning: one side begins anew in every generation, and the optimisers with it (Li and Bowling 2019)."
     if every is not None: settings = dataclasses.replace(settings, epochs=_whole_epochs(every, settings.batches(task.n_train)))
-    game = make(seed)
+    game, kept = make(seed), checkpoint_of(checkpoint)
     for generation in range(check_at_least("generations", generations, 1)):
         if generation: game = renewed(game, make(seed + 1000*generation), side)
         ensemble = Ensemble([game]).to(device)
         say = lambda done, text: report((generation + done)/generations, text) if report else None
-        path = checkpoint and Path(checkpoint).with_stem(f"{Path(checkpoint).stem}-{generation}")
+        path = kept.path and Path(kept.path).with_stem(f"{Path(kept.path).stem}-{generation}")
+        first = generation*settings.epochs
+        tell = lambda rows: log and log([dict(r, epoch=first + r["epoch"]) for r in rows])
         history = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [seed + 1000*generation], device,
-            path, report=say).history
+            Checkpoint(path, kept.owner), checkpoint_seconds, say, log=tell).history
         game = ensemble.eval().member(0)
         yield generation, game, history
 

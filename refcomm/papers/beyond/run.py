@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...agents.encoders import InformedSender
 from ...channels import Instant, make_bottleneck
-from ...core import ConfigError, PROFILES, check_at_least, check_choice, generator, seeded_init
+from ...core import ConfigError, PROFILES, check_at_least, check_choice, generator, pick_device, seeded_init
 from ...data.embeddings import embed
 from ...data.features import load_features
 from ...data.images import load_images
@@ -28,7 +28,6 @@ from ...games.reconstruction import Reconstruction
 from ...own import Objects, Trial, make_game, tested, trial
 from ...runs.store import RunResult
 from ...sms.sampling import sample_games
-from ...training.loop import checkpoint_of
 from ...training.populations import iterated
 from .spec import BOTTLENECKS, CHANNELS, GAMES, BeyondSpec
 
@@ -54,13 +53,10 @@ class ViewTask(ItemTask):
         seen = super()._games(items[..., 0, :].contiguous(), index)
         return seen._replace(x=super()._games(items[..., 1, :].contiguous(), index).x)
 
-    def batch(self, idx, generators):
-        every, (n, n_views) = self.x["train"], self.x["train"].shape[:2]
-        draws = generators[0]
-        order = torch.rand(n, n_views, generator=draws, device=draws.device).argsort(1)[:, :2].to(every.device)
-        self.x["train"] = every.gather(1, order[..., None].expand(-1, -1, every.shape[-1]))
-        try: return super().batch(idx, generators)
-        finally: self.x["train"] = every
+    def _pool(self, places, generators): # two views of each item, drawn for each member
+        n_views = self.x["train"].shape[1]
+        drawn = [torch.rand(places.shape[1], n_views, generator=g, device=g.device) for g in generators]
+        return self.x["train"][places[..., None], torch.stack(drawn).argsort(-1)[..., :2].to(places.device)]
 
 @functools.lru_cache(maxsize=8)
 def _stock(game, n)->tuple: # inputs [n, ...], labels [n], what else
@@ -79,7 +75,7 @@ def _stock(game, n)->tuple: # inputs [n, ...], labels [n], what else
     t = load_sentences("synthetic")
     keep = torch.randperm(len(t.texts), generator=draws)[:n].tolist()
     texts = [t.texts[i] for i in keep]
-    x = embed(texts + t.classes, "lsa", texts[:n*3//4])
+    x = embed(texts + t.classes, "lsa", texts[:n*3//4], min(256, n//2)) # no more directions than sentences
     return (x * x.shape[-1]**.5)[:n], t.labels[keep], (x * x.shape[-1]**.5)[n:]
 
 # %% ../../../nbs/92_papers.beyond.run.ipynb #81ee47fd
@@ -127,7 +123,7 @@ def build(
 ): # a `ReferentialGame` with weights drawn from the Spec's seed
     "Agents of one size for all kinds of message."
     with seeded_init(s.seed, "agents"): own = _agents(s, task)
-    channel = _instant(s) if s.channel == "instant" else None
+    with seeded_init(s.seed, "channel"): channel = _instant(s) if s.channel == "instant" else None
     return make_game(task, seed=s.seed, **message_sizes(s) | own | (dict(channel=channel) if channel else {}))
 
 def _instant(s): # with encodings as wide as those of the recurrent channel, not as the word
@@ -178,18 +174,20 @@ def ranking(
         ignore_index=True)
 
 def _generations(s, task, context)->RunResult: # rows of every generation, the last one's at the end
-    about, rows, histories, start = task.meanings("test"), [], [], _trial(s, task)
-    path = checkpoint_of(context.checkpoint).path
-    for generation, game, history in iterated(lambda seed: build(dataclasses.replace(s, seed=seed), task), task,
-        start.settings, s.generations, s.side, s.seed, None, "cpu", path, context.report):
-        row, tensors = tested(game, task, ())
+    about, rows, histories, device = task.meanings("test"), [], [], pick_device(context.device)
+    there, make = task.to(device), lambda seed: build(dataclasses.replace(s, seed=seed), task)
+    for generation, game, history in iterated(make, there, _trial(s, task).settings, s.generations, s.side, s.seed, None,
+        device, context.checkpoint, context.report, context.checkpoint_seconds, context.log):
+        row, tensors = tested(game, there, ())
         rows.append(dict(judged(row, tensors["messages"], about, tensors.get("lengths")), generation=generation))
         histories.append(history.assign(generation=generation, epoch=history.epoch + generation*s.epochs))
     return RunResult(rows, dict(n_parameters=sum(p.numel() for p in game.parameters()), trained_together=1),
-        pd.concat(histories, ignore_index=True).drop(columns="member"), tensors, {k: v.clone()
+        pd.concat(histories, ignore_index=True).drop(columns="member"), tensors, {k: v.detach().cpu().clone()
             for k, v in game.state_dict().items()} if context.weights else None)
 
-def stack_key(s:BeyondSpec, device): return s if s.generations > 1 else dataclasses.replace(s, seed=0) # Specs with equal keys are trained together
+def stack_key(s:BeyondSpec, device): # Specs with equal keys are trained together
+    alone = s.generations > 1 or s.bottleneck == "vq" # VQ's codebook is no parameter
+    return s if alone else dataclasses.replace(s, seed=0)
 
 def meanings(s:BeyondSpec)->Tensor: # [n_test, n_attributes] int64
     "The meanings of a run's messages."

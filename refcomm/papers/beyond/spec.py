@@ -21,7 +21,7 @@ class BeyondSpec:
     "One training of one game with one kind of message and one seed."
     experiment:ClassVar = "beyond"
     runner:ClassVar = "refcomm.papers.beyond.run" # the module that executes its runs
-    version:ClassVar = 1
+    version:ClassVar = 2
     later:ClassVar = ("generations", "side") # see `spec_fields`
     game:str = "objects" # a name in `GAMES`
     bottleneck:str = "gumbel" # a name in `BOTTLENECKS`
