@@ -35,7 +35,7 @@ class BeyondSpec:
     hidden:int = 64 # numbers in the agents' states and encodings
     embedding:int = 32 # of an embedded word
     cell:str = "gru"
-    epochs:int = 12
+    epochs:int = 48
     batch_size:int = 64
     lr:float = 1e-2
     generations:int = 1 # of `epochs` each; between them one side begins anew
