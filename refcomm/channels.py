@@ -106,10 +106,12 @@ class WordCell(nn.Module):
         embedding:int, # its embedding's size
         hidden:int, # the state's size
         cell:str="rnn", # a name in `CELLS`
+        layers:int=1, # cells on top of each other
     ):
         super().__init__()
         make, self.n_states, self.update = CELLS[check_choice("cell", cell, CELLS)]
         self.embed, self.cell = nn.Linear(width, embedding), make(embedding, hidden)
+        self.above = nn.ModuleList(make(hidden, hidden) for _ in range(layers - 1)) if check_at_least("layers", layers, 1) > 1 else ()
 
     def fold(self,
         *embedded:Tensor, # [embedding] vectors in place of an embedded word
@@ -121,18 +123,29 @@ class WordCell(nn.Module):
         return weight, *(g.squeeze(1) + self.cell.bias_ih for g in (bias, *gates))
 
     def start(self, h)->tuple:
-        "The first state, with `h` `[batch, hidden]` as its hidden part."
-        return (h,) + (torch.zeros_like(h),)*(self.n_states - 1)
+        "The first state, with `h` `[batch, hidden]` as the hidden part of the lowest layer."
+        return (h,) + (torch.zeros_like(h),)*(self.n_states*(1 + len(self.above)) - 1)
+
+    def out(self, state:tuple)->Tensor: # [batch, hidden]
+        "The hidden part of the highest layer."
+        return state[-self.n_states]
 
     def step(self,
-        gates:Tensor, # [batch, gates] input gates
-        state:tuple|None, # hidden state first; None is the zero state, which needs no product
+        gates:Tensor, # [batch, gates] input gates of the lowest layer
+        state:tuple|None, # of each layer, lowest first, the hidden state first; None is the zero state, which needs no product
     )->tuple: # the next state
-        "One step of the cell, from folded input gates."
-        if state is None:
-            return self.update(gates, self.cell.bias_hh.expand_as(gates),
-                self.start(gates.new_zeros(len(gates), self.cell.hidden_size)))
-        return self.update(gates, F.linear(state[0], self.cell.weight_hh, self.cell.bias_hh), state)
+        "One step of the cells, from folded input gates."
+        n, made = self.n_states, ()
+        for i, cell in enumerate((self.cell, *self.above)):
+            if i: gates = F.linear(made[-n], cell.weight_ih, cell.bias_ih)
+            if state is None:
+                before = (gates.new_zeros(len(gates), cell.hidden_size),)*n
+                hidden = cell.bias_hh.expand_as(gates)
+            else:
+                before = state[i*n:(i + 1)*n]
+                hidden = F.linear(before[0], cell.weight_hh, cell.bias_hh)
+            made += self.update(gates, hidden, before)
+        return made
 
 # %% ../nbs/27_channels.ipynb #8a8018ce
 class Recurrent(Channel):
@@ -143,13 +156,14 @@ class Recurrent(Channel):
         hidden:int=1024, # size of both recurrent states, and of both agents' encodings
         embedding:int=1024, # size of an embedded word
         cell:str="rnn", # a name in `CELLS`
+        layers:int=1, # of both agents; the sender's encoding is the first state of the lowest
     ):
         super().__init__(bottleneck, message_length)
         self.dim = check_at_least("hidden", hidden, 1)
-        self.speaker = WordCell(bottleneck.width, check_at_least("embedding", embedding, 1), hidden, cell)
+        self.speaker = WordCell(bottleneck.width, check_at_least("embedding", embedding, 1), hidden, cell, layers)
         self.speak = nn.Linear(hidden, bottleneck.width)
         self.first = nn.Parameter(torch.randn(embedding) * .01)
-        self.listener = WordCell(bottleneck.width, embedding, hidden, cell)
+        self.listener = WordCell(bottleneck.width, embedding, hidden, cell, layers)
 
     def send(self, u, noise=None)->Sent:
         "Encodings `[batch, hidden]` to words `[batch, message_length, width]`, one after another."
@@ -158,7 +172,7 @@ class Recurrent(Channel):
         state, sent = self.speaker.start(u), []
         for i in range(self.message_length):
             state = self.speaker.step(gates, state)
-            sent.append(self.bottleneck(self.speak(state[0]), None if noise is None else noise[:, i]))
+            sent.append(self.bottleneck(self.speak(self.speaker.out(state)), None if noise is None else noise[:, i]))
             if i + 1 < self.message_length: gates = F.linear(sent[-1].word, weight, bias)
         return Sent(*(None if part[0] is None else stack(part)
             for stack, part in zip((_words, _words, sum, sum), zip(*sent))))
@@ -168,7 +182,7 @@ class Recurrent(Channel):
         gates = F.linear(words, *self.listener.fold())
         state = None
         for i in range(self.message_length): state = self.listener.step(gates[:, i], state)
-        return state[0]
+        return self.listener.out(state)
 
 def _words(parts): return torch.stack(parts, 1)
 

@@ -33,9 +33,9 @@ def end_shares(
 # %% ../nbs/28_ending.ipynb #2dffa9f7
 class CellSpeaker(nn.Module):
     "A recurrent cell whose first state is the sender's encoding produces the words."
-    def __init__(self, width, n_words, hidden, embedding, cell, **_):
+    def __init__(self, width, n_words, hidden, embedding, cell, layers=1, **_):
         super().__init__()
-        self.words, self.first = WordCell(width, embedding, hidden, cell), nn.Parameter(torch.randn(embedding) * .01)
+        self.words, self.first = WordCell(width, embedding, hidden, cell, layers), nn.Parameter(torch.randn(embedding) * .01)
 
     def forward(self,
         u:Tensor, # [batch, hidden] the sender's encoding
@@ -47,20 +47,20 @@ class CellSpeaker(nn.Module):
         gates, state = first.expand(len(u), -1), self.words.start(u)
         for i in range(n):
             state = self.words.step(gates, state)
-            gates = F.linear(emit(state[0], i), weight, bias)
+            gates = F.linear(emit(self.words.out(state), i), weight, bias)
 
 class CellListener(nn.Module):
     "A recurrent cell reads the words; its states are the outputs."
-    def __init__(self, width, n_words, hidden, embedding, cell, **_):
+    def __init__(self, width, n_words, hidden, embedding, cell, layers=1, **_):
         super().__init__()
-        self.words = WordCell(width, embedding, hidden, cell)
+        self.words = WordCell(width, embedding, hidden, cell, layers)
 
     def forward(self, words)->Tensor: # [batch, n, width] → [batch, n, hidden]
         "The hidden state after each word."
         state, understood = None, []
         for gates in F.linear(words, *self.words.fold()).unbind(1):
             state = self.words.step(gates, state)
-            understood.append(state[0])
+            understood.append(self.words.out(state))
         return torch.stack(understood, 1)
 
 # %% ../nbs/28_ending.ipynb #0c3ba0dd
@@ -184,13 +184,13 @@ class Ending(EndingChannel):
         listener:str|None=None, # the receiver's kind: a name in `LISTENERS`; None: as the sender
         length_cost:float=0., # of each word before the end
         warmup:tuple=(0., 0.), # shares of the training between which the cost rises from 0
-        **transformer, # layers and heads of transformers
+        **depth, # layers of both agents, and heads of transformers
     ):
         super().__init__(bottleneck, message_length, length_cost, warmup)
-        for name in transformer: check_choice("argument of a transformer", name, ("layers", "heads"))
+        for name in depth: check_choice("argument of sender and receiver", name, ("layers", "heads"))
         self.dim, heard = check_at_least("hidden", hidden, 1), listener or cell
         sizes = dict(width=bottleneck.width + self.gated, n_words=message_length, hidden=hidden,
-            embedding=check_at_least("embedding", embedding, 1), **transformer)
+            embedding=check_at_least("embedding", embedding, 1), **depth)
         self.speaker = SPEAKERS[check_choice("cell", cell, SPEAKERS)](**sizes, cell=cell)
         self.speak = nn.Linear(hidden, bottleneck.width)
         self.stop, self.gate = (nn.Linear(hidden, 1), Gate()) if self.gated else (None, None)

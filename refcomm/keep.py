@@ -36,13 +36,14 @@ def _linear(m): return dict(in_features=m.in_features, out_features=m.out_featur
 def _words(b): return dict(alphabet_size=b.alphabet_size, word_length=b.n_symbols)
 def _recurrent(c):
     return dict(bottleneck=c.bottleneck, message_length=c.message_length, hidden=c.dim,
-        embedding=c.speaker.embed.out_features, cell=_cell(c.speaker))
+        embedding=c.speaker.embed.out_features, cell=_cell(c.speaker), **_layers(c.speaker))
+def _layers(words): return dict(layers=1 + len(words.above)) if len(words.above) else {}
 def _cell(words): return {nn.RNNCell: "rnn", nn.GRUCell: "gru", nn.LSTMCell: "lstm"}[type(words.cell)]
 def _ending(c):
     kinds = [_cell(a.words) if hasattr(a, "words") else "transformer" for a in (c.speaker, c.listener)]
     widths = [a.words.embed.out_features for a in (c.speaker, c.listener) if hasattr(a, "words")]
     depth = next((dict(layers=len(a.layers), heads=a.layers[0].heads) for a in (c.speaker, c.listener)
-        if hasattr(a, "layers")), {})
+        if hasattr(a, "layers")), _layers(c.speaker.words) if hasattr(c.speaker, "words") else {})
     return dict(bottleneck=c.bottleneck, message_length=c.message_length, hidden=c.dim,
         embedding=(widths or [c.dim])[0], cell=kinds[0], listener=kinds[1], length_cost=c.length_cost,
         warmup=list(c.warmup), **depth)
@@ -57,7 +58,7 @@ PARTS = { # class → function that returns the constructor arguments
         n_candidates=m.mix.in_features, embedding=m.embed.out_features, n_filters=m.mix.out_features),
     Continuous: lambda b: dict(word_length=b.width, normalize=b.normalize),
     GumbelSoftmax: lambda b: dict(alphabet_size=b.alphabet_size, temperature=b.temperature,
-        straight_through=b.straight_through),
+        straight_through=b.straight_through, **({} if b.log_temperature is None else dict(trained_temperature=True))),
     Reinforce: lambda b: dict(alphabet_size=b.alphabet_size, entropy_weight=b.entropy_weight),
     FSQ: lambda b: dict(_words(b), when=b.when),
     UniformQuantizer: lambda b: dict(alphabet_size=b.steps + 1, word_length=b.width, when=b.when, gradient=b.gradient,
@@ -66,7 +67,7 @@ PARTS = { # class → function that returns the constructor arguments
     LearnedQuantizer: lambda b: dict(_words(b), symbol_width=b.levels.shape[1]),
     Instant: lambda c: dict(bottleneck=c.bottleneck, dim=c.dim, speak=c.speak, listen=c.listen), Recurrent: _recurrent,
     Ending: _ending,
-    ReferentialGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver),
+    ReferentialGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver, **(dict(draws=True) if g.draws else {})),
     DiscriminationGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver, temperature=g.temperature,
         negatives=g.negatives, n_candidates=g.n_candidates),
 }

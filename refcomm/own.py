@@ -160,6 +160,8 @@ def make_game(
     sender:nn.Module|None=None, # encoder of the target; None: a linear layer
     receiver:nn.Module|None=None, # encoder of the candidates; None: a linear layer
     seed:int=0, # of the weights
+    layers:int=1, # of both agents' cells or transformers
+    draws:bool=False, # the receiver draws its choice and learns from success alone, see `ReferentialGame`
     **options, # of the bottleneck: temperature, straight_through …
 )->ReferentialGame:
     "A game with agents and a channel for a task."
@@ -172,13 +174,16 @@ def make_game(
                 and (ends or (ends is None and (length_cost > 0 or cell == "transformer"))) else channel)
             sizes = (dict(message_length=message_length, hidden=hidden, embedding=embedding, cell=cell)
                 if name != "instant" else {})
+            if layers != 1: sizes |= dict(layers=layers)
+            if name == "instant" and layers != 1:
+                raise ConfigError(f"an instant channel has no cells to stack, got layers={layers}: use channel='recurrent'")
             if name == "instant" and (ends or length_cost):
                 raise ConfigError("an instant channel sends one word, which cannot end earlier: use channel='recurrent'")
             channel = make_channel(name, word, **sizes,
                 **(dict(length_cost=length_cost, warmup=warmup) if name == "ending" else {}))
         own = hasattr(task, "make_receiver") # a task with its own kind of receiver
         game = ReferentialGame(sender or LinearEncoder(width, channel.dim), channel, receiver
-            or (task.make_receiver(channel.dim) if own else LinearEncoder(width, channel.dim)))
+            or (task.make_receiver(channel.dim) if own else LinearEncoder(width, channel.dim)), draws)
     return game if own else check_game(game, seen.x, getattr(seen.candidates, "items", None))
 
 # %% ../nbs/76_own.ipynb #161cb43b

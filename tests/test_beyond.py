@@ -1,11 +1,13 @@
 "The comparison of all bottlenecks, channels and games: devices, stacks, tasks."
+import dataclasses
+
 import pytest
 import torch
 
 from pretend_gpu import PretendGPU
 from refcomm.games.tasks import objectives
 from refcomm.core import generator
-from refcomm.papers.beyond.run import SIZES, build, make_task, run
+from refcomm.papers.beyond.run import SIZES, build, grid, make_task, run
 from refcomm.papers.beyond.spec import BOTTLENECKS, CHANNELS, GAMES, BeyondSpec
 from refcomm.runs.execute import Context, make_stacks
 
@@ -62,3 +64,16 @@ def test_training_games_come_from_a_members_own_generator(game):
     both, one = batch((0, 1)), batch((1,))
     seen = lambda games, m: games.x[m] if isinstance(games.x, torch.Tensor) else (games.x.items[m], games.x.index[m])
     torch.testing.assert_close(seen(both, 1), seen(one, 0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu", "paper"])
+def test_a_plan_knows_what_the_runs_cost(profile):
+    "Counts of all runs are shipped; generations are trained one after the other."
+    from refcomm.papers.counts import Model, _shipped, shape_of
+    from refcomm.runs.costs import SPEEDS
+    specs = [*grid("answer", profile, 1), *grid("iterated", profile, 1)]
+    assert not [s for s in specs if shape_of(s) not in _shipped()]
+    model, several = Model(specs, SPEEDS["H200"]), specs[-1]
+    assert several.generations == 8
+    assert all(model(s).seconds > 0 and model(s).bytes > 2**13 for s in specs[::25])
+    assert model(several).seconds == pytest.approx(8*model(dataclasses.replace(several, generations=1)).seconds)

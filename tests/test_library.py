@@ -72,6 +72,9 @@ def test_every_combination_trains_saves_and_plays_again(tmp_path, game, channel,
     except ConfigError as e:
         assert (channel, cell) == ("recurrent", "transformer") and "unknown cell 'transformer'" in str(e)
         return
+    _trains_and_plays_again(tmp_path, t, g)
+
+def _trains_and_plays_again(tmp_path, t, g):
     e = Ensemble([g])
     fit(e, *objectives(e, t), t.n_train, TrainSettings(epochs=1, batch_size=(t.n_train + 1)//2), [0],
         report=lambda done, text: None)
@@ -79,6 +82,45 @@ def test_every_combination_trains_saves_and_plays_again(tmp_path, game, channel,
     again = load_game(save_game(tmp_path/"game", trained))
     with torch.no_grad(): one, two = (m.scores(m.send(seen.x).word, seen.candidates) for m in (trained, again))
     assert torch.equal(one, two)
+    return again
+
+MORE = {"drawn choice": dict(draws=True), "trained temperature": dict(trained_temperature=True), "two layers": dict(layers=2)}
+
+def _more_cases(): # each with every game, channel, bottleneck and kind of agents that it concerns, one after the other
+    every = dict(game=GAMES, channel=CHANNELS, bottleneck=BOTTLENECKS, cell=AGENTS)
+    usual = dict(game="objects", channel="ending", bottleneck="gumbel", cell="rnn")
+    for more, axis in itertools.product(MORE, every):
+        for value in every[axis]:
+            other = axis == "bottleneck" and value not in ("gumbel", "straight-through")
+            if more == "trained temperature" and other or more == "two layers" and value == "instant": continue
+            if value != usual[axis] or axis == "game": yield more, *(usual | {axis: value}).values()
+
+@pytest.mark.parametrize("more, game, channel, bottleneck, cell", list(_more_cases()))
+def test_what_egg_has_besides_trains_saves_and_plays_again(tmp_path, more, game, channel, bottleneck, cell):
+    t = GAMES[game]()
+    sizes = dict(bottleneck=bottleneck, alphabet_size=6, word_length=4, message_length=3, hidden=8, embedding=4, cell=cell)
+    sizes |= BOTTLENECKS[bottleneck] | CHANNELS[channel] | MORE[more]
+    if game == "image": sizes["sender"] = InformedSender(6, 8, 4, 5, 3)
+    plain, g = make_game(t, **{k: v for k, v in sizes.items() if k not in MORE[more]}), make_game(t, **sizes)
+    again = _trains_and_plays_again(tmp_path, t, g)
+    assert described(again) == described(g) != described(plain)
+    if more == "trained temperature":
+        assert again.channel.bottleneck.tau.detach() != 1 and g.channel.bottleneck.temperature == 1
+    assert "draws" not in json.dumps(described(plain)) and "trained" not in json.dumps(described(plain)) # so that keys of runs stay
+
+def test_layers_are_refused_where_there_are_no_cells():
+    with pytest.raises(ConfigError, match="an instant channel has no cells to stack, got layers=2"): make_game(task(), channel="instant", layers=2)
+
+def test_drawn_choices_are_a_members_own(tmp_path):
+    "A stack of receivers that draw gives the results of separate trainings; so does a population's pair."
+    t, make = task(), lambda seed: make_game(task(), bottleneck="reinforce", draws=True, hidden=8, seed=seed)
+    def trained(seeds):
+        e = Ensemble([make(s) for s in seeds])
+        fit(e, *objectives(e, t), t.n_train, TrainSettings(epochs=1, batch_size=14), seeds, report=lambda done, text: None)
+        return e.weights(len(seeds) - 1)
+    for k, v in trained([0, 1]).items(): torch.testing.assert_close(trained([1])[k], v, msg=k)
+    from refcomm.training.populations import train_population
+    assert len(train_population(Population([make(0), make(1)], alone=False), t, TrainSettings(epochs=1, batch_size=14))) == 1
 
 @pytest.mark.parametrize("channel", CHANNELS)
 @pytest.mark.parametrize("bottleneck", BOTTLENECKS)

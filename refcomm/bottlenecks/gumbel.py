@@ -7,7 +7,7 @@ __all__ = ['gumbel_noise', 'one_hot_argmax', 'OneSymbol', 'GumbelSoftmax', 'chec
 
 # %% ../../nbs/23_bottlenecks.gumbel.ipynb #ee2d0f29
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core import ConfigError, check_at_least
 from .continuous import Bottleneck, Sent, refuse_nan
@@ -63,13 +63,21 @@ class GumbelSoftmax(OneSymbol):
         alphabet_size:int=10, # symbols, and the word's width
         temperature:float=1., # of the softmax, above 0; may be changed while training
         straight_through:bool=False, # send the argmax in training too
+        trained_temperature:bool=False, # train the temperature with the weights; `temperature` is its first value
     ):
         super().__init__(alphabet_size)
         self.temperature, self.straight_through = check_temperature(temperature), straight_through
+        self.register_parameter("log_temperature",
+            nn.Parameter(torch.tensor(float(temperature)).log()) if trained_temperature else None)
+
+    @property
+    def tau(self): # number, or scalar tensor with gradient
+        "The temperature in use."
+        return self.temperature if self.log_temperature is None else self.log_temperature.exp()
 
     def noisy(self, x, noise)->Sent:
         "The relaxed word `[..., width]`, or the one-hot word with its gradient."
-        soft = ((x + noise) / self.temperature).softmax(-1)
+        soft = ((x + noise) / self.tau).softmax(-1)
         if not self.straight_through: return Sent(soft, soft.argmax(-1)[..., None])
         hard, symbol = one_hot_argmax(soft)
         return Sent(hard + soft - soft.detach(), symbol[..., None])

@@ -272,7 +272,7 @@ def objectives(
     "The loss and validation of an ensemble on a task; noise and dropout of each member come from its own generator."
     drops = any(isinstance(m, nn.Dropout) for m in ensemble.template.modules())
     def loss(idx, generators):
-        noise, games = ensemble.template.channel.draw_noise(idx.shape[1], generators), task.batch(idx, generators)
+        noise, games = ensemble.template.draw_noise(idx.shape[1], generators), task.batch(idx, generators)
         with seeded(draw_seed(generators[0]), idx.device) if drops else contextlib.nullcontext():
             return ensemble.map(lambda game, games, noise: game(*games, noise), games, noise)
     def validate(): return dict(zip(("accuracy", "loss"), ensemble.map(task.validate)))

@@ -115,8 +115,8 @@ def stand_in(
         return ensemble, *run.objectives(ensemble, own, parts, device), batch
     where = "refcomm.data.embeddings."
     with patch(where + "_load", _transformer), patch(where + "model_folder", lambda name: name):
-        task = (_eqc_task(s, device) if s.experiment == "eqc"
-            else run.make_task(dataclasses.replace(s, n_train=s.batch_size), device))
+        few = {} if s.experiment == "beyond" else dict(n_train=s.batch_size) # candidates are drawn among all its items
+        task = _eqc_task(s, device) if s.experiment == "eqc" else run.make_task(dataclasses.replace(s, **few), device)
         ensemble = Ensemble([run.build(s, task)]).to(device)
     return ensemble, *objectives(ensemble, task), task.n_train
 
@@ -129,9 +129,9 @@ def trial(
     "A stand-in that is ready for its steps."
     from refcomm.training.loop import Training, TrainSettings, train_step
     (ensemble, loss, validate, n), here = stand_in(s, batch, device), torch.device(device)
-    precision = "bf16" if s.precision == "fp16" else s.precision
-    t = Training(ensemble, TrainSettings(epochs=1, batch_size=batch, optimizer=s.optimizer, precision=precision,
-        drop_last=True), [0], n, here, ())
+    precision = {"fp16": "bf16"}.get(_precision(s), _precision(s))
+    t = Training(ensemble, TrainSettings(epochs=1, batch_size=batch, optimizer=getattr(s, "optimizer", "adam"),
+        precision=precision, drop_last=True), [0], n, here, ())
     t.order = torch.randperm(n, generator=generator(0, "order"))[None].to(here)
     for p in ensemble.parameters(): p.grad = torch.zeros_like(p)
     t.mode("train")
@@ -144,6 +144,8 @@ def trial(
         t.mode("eval")
         with torch.no_grad(): validate()
     return step, t.optimizer.step, validated, ensemble
+
+def _precision(s): return getattr(s, "precision", "fp32")
 
 def spared(s)->float: # of an update's work, for one batch
     "What several batches to an update save of it."
@@ -182,7 +184,8 @@ FREE = { # experiment → fields that change nothing about a step
     "iac": ("test_candidates", "n_blobs", "n_permutations", "n_ood", "ood_source", "clusters_share", "source", "n_images", "probes",
             "train_candidates", "lr_per_epoch"),
     "patch": ("test_candidates", "source", "n_images", "strength", "schedule"),
-    "sms": ("sampler", "min_symbols", "n_train")}
+    "sms": ("sampler", "min_symbols", "n_train"),
+    "beyond": ("n_test", "generations", "side")}
 COMMON = (*costs.FREE, "epochs")
 
 def shape_of(
@@ -192,7 +195,7 @@ def shape_of(
     "Digest of the fields that decide what a step computes."
     fields = {k: v for k, v in dataclasses.asdict(s).items() if k not in (*COMMON, *FREE[s.experiment])}
     if fields.get("bottleneck") == "quantized": fields["alphabet_size"] = 2 # rounding costs the same
-    if "candidates" in fields: fields["candidates"] = max(fields["candidates"]) if s.game in ("image", "sent-ref") else 0
+    if s.experiment == "eqc": fields["candidates"] = max(fields["candidates"]) if s.game in ("image", "sent-ref") else 0
     other = gpu and s.experiment in ("iac", "patch") # views and soft ranks are computed otherwise there
     return digest([s.experiment, fields, *["gpu"]*other])[:12]
 
@@ -288,6 +291,7 @@ def disk_bytes(
     if s.experiment == "eqc":
         words = s.n_test*s.word_length*s.message_length
         messages = words*(4 + len(s.alphabets) if s.bottleneck == "continuous" else 1)
+    elif s.experiment == "beyond": messages = 8*s.n_test*s.bits
     elif s.experiment == "patch": messages = n*(s.view_size//s.patch_size)**2*(10 if s.model == "game" else 0)
     else: messages = n*4*s.message_length
     return 4*c.parameters + messages + 30_000
@@ -316,12 +320,13 @@ class Model:
         try: c, (n, new) = counted(s, self.speed.overlaps), training_items(s)
         except (ConfigError, ImportError): return None
         together, whole = self.together.get(s, 1), s.experiment in ("iac", "patch")
+        epochs = s.epochs*getattr(s, "generations", 1)
         steps, disk = n//s.batch_size if whole else -(-n//s.batch_size), disk_bytes(s, c)
         if step := self.known.get(kind(s.experiment, spec_fields(s))):
             steps = steps/getattr(s, "accumulate", 1)
-            return Cost(s.epochs*steps*step[0]/step[1], disk, "as steps timed on a GPU", step[2])
-        seconds = run_seconds(c, self.speed, s.epochs, steps, min(1024, new)/s.batch_size if whole else 1,
-            s.precision != "fp32", together)
+            return Cost(epochs*steps*step[0]/step[1], disk, "as steps timed on a GPU", step[2])
+        seconds = run_seconds(c, self.speed, epochs, steps, min(1024, new)/s.batch_size if whole else 1,
+            _precision(s) != "fp32", together)
         data = n*3*s.image_size**2 if whole else 0
         basis = f"as counted, for {self.speed.name} (× or ÷ {self.speed.factor:g})"
         return Cost(seconds, disk, basis, memory_bytes(c, together) + data)

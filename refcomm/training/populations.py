@@ -39,6 +39,7 @@ class Paired(ReferentialGame):
     sender = property(lambda self: self.speaking.sender)
     receiver = property(lambda self: self.listening.receiver)
     channel = property(lambda self: _Between(self.speaking.channel, self.listening.channel))
+    draws = property(lambda self: self.listening.draws)
 
 class Population(nn.Module):
     "Games of one kind whose senders and receivers are paired at random."
@@ -66,10 +67,8 @@ def train_population(
     ensemble = Ensemble([population])
     def loss(idx, generators):
         i, j = population.pairs[int(torch.randint(len(population.pairs), (), generator=generators[0]))]
-        noise = population.games[i].channel.draw_noise(idx.shape[1], generators[0])
-        games = task.batch(idx, generators)
-        return ensemble.map(lambda p, games, noise: p.pair(i, j)(*games, noise), games, None if noise is None
-            else noise[None])
+        noise, games = population.pair(i, j).draw_noise(idx.shape[1], generators), task.batch(idx, generators)
+        return ensemble.map(lambda p, games, noise: p.pair(i, j)(*games, noise), games, noise)
     def validate():
         found = [ensemble.map(lambda p, i=i, j=j: task.validate(p.pair(i, j))) for i, j in population.pairs]
         return dict(zip(("accuracy", "loss"), (torch.stack(v).mean(0) for v in zip(*found))))
