@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'described', 'built', 'save_game', 'load_game', 'restored', 'push_game', 'Kept', 'find_record', 'load',
-           'new_game', 'cross_play_of', 'ease_of', 'probe_of']
+           'new_game', 'cross_play_of', 'RoleSwap', 'role_swap_of', 'ease_of', 'probe_of']
 
 # %% ../nbs/75_keep.ipynb #c5725447
-import dataclasses, json, os, shutil, uuid
+import copy, dataclasses, json, os, shutil, uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -269,11 +269,44 @@ def cross_play_of(
     "How well the receiver of each run understands the sender of each."
     from refcomm.training.populations import cross_play
     kept = _one_task(runs, store, device)
-    if not hasattr(kept[0].task, "games"):
-        raise ConfigError(f"{kept[0].record.experiment} plays within batches of images: cross-play is for games with "
-            f"candidates of their own")
+    _with_candidates(kept[0], "cross-play")
     part = "test" if _has(kept[0].task, "test") else "valid"
     return cross_play([k.game for k in kept], kept[0].task, part)
+
+class RoleSwap(NamedTuple):
+    "What became of agents that alternated roles."
+    before:torch.Tensor # [n, n] accuracy of each receiver with each sender
+    after:torch.Tensor # [n, n] the same after the training
+    history:object # DataFrame: a row per epoch, accuracy is the mean over pairs of different agents
+    games:list # of the trained agents
+
+def role_swap_of(
+    runs, # records, keys or `Run`s that differ in the seed alone: the sender and the receiver of each are one agent
+    epochs:int=10, # that the agents are trained further
+    lr:float=1e-3,
+    seed:int=0, # of pairs, order and noise
+    store:Store|None=None,
+    device="cpu",
+)->RoleSwap:
+    "Kept agents take turns as sender and receiver of each other: one random pair of different agents per step (Graesser et al. 2019)."
+    from refcomm.training.populations import Population, cross_play, train_population
+    kept = _one_task(runs, store, device)
+    _with_candidates(kept[0], "role swap")
+    if len(kept) < 2: raise ConfigError("agents take turns with each other: name at least two runs")
+    task, games = kept[0].task, [copy.deepcopy(k.game) for k in kept]
+    part = "test" if _has(task, "test") else "valid"
+    before, settings = cross_play(games, task, part), _further(task, epochs, lr)
+    history = train_population(Population(games, alone=False), task, settings, seed)
+    return RoleSwap(before, cross_play(games, task, part), history, games)
+
+def _with_candidates(kept, what):
+    if not hasattr(kept.task, "games"):
+        raise ConfigError(f"{kept.record.experiment} plays within batches of images: {what} is for games with candidates "
+            f"of their own")
+
+def _further(task, epochs, lr): # settings
+    from refcomm.training.loop import TrainSettings
+    return TrainSettings(epochs=epochs, lr=lr, batch_size=min(32, task.n_train), patience=epochs, keep="last")
 
 def ease_of(
     run, # a record, key or `Run`
@@ -284,14 +317,11 @@ def ease_of(
     device="cpu",
 ): # DataFrame: seed, epoch, accuracy
     "Ease of learning: see `training.populations.ease_of_learning`."
-    from refcomm.training.loop import TrainSettings
     from refcomm.training.populations import ease_of_learning
     kept = load(run, store, device)
-    if not hasattr(kept.task, "games"):
-        raise ConfigError(f"{kept.record.experiment} plays within batches of images: ease of learning is for games "
-            f"with candidates of their own")
-    settings = TrainSettings(epochs=epochs, lr=lr, batch_size=min(32, kept.task.n_train), patience=epochs, keep="last")
-    return ease_of_learning(kept.game, lambda seed: new_game(kept, 10_000 + seed), kept.task, settings, seeds)
+    _with_candidates(kept, "ease of learning")
+    return ease_of_learning(kept.game, lambda seed: new_game(kept, 10_000 + seed), kept.task, _further(kept.task, epochs, lr),
+        seeds)
 
 def probe_of(
     run, # a record, key or `Run`

@@ -17,7 +17,7 @@ from refcomm.games.contrastive import DiscriminationGame
 from refcomm.games.patchgame import make_patch_game
 from refcomm.games.tasks import ClassTask, ItemTask, SampledTask
 from refcomm.sms.sampling import sample_games
-from refcomm.keep import cross_play_of, described, ease_of, load, load_game, probe_of, push_game, save_game
+from refcomm.keep import cross_play_of, described, ease_of, load, load_game, probe_of, push_game, role_swap_of, save_game
 from refcomm.own import load_objects, make_game, posdis, referential, sweep, topsim, train
 from refcomm.papers.eqc.run import EQCSpec
 from refcomm.papers.iac import items as iac_items
@@ -367,3 +367,28 @@ def test_a_finished_run_is_explored_played_probed_and_written_without_training(t
         assert matrix.shape == (2, 2)
         accuracy = [next(row["accuracy"] for row in reversed(r.rows) if row.get("position") is None) for r in records]
         torch.testing.assert_close(matrix.diag(), torch.tensor(accuracy))
+
+
+def _two_runs(tmp_path, epochs=25, **how):
+    return [train(make_game(task(), alphabet_size=3, word_length=4, message_length=2, hidden=16, seed=s, **how), task(), epochs=epochs, lr=1e-2,
+        batch_size=14, seed=s, store=Store(tmp_path)) for s in (0, 1)]
+
+def test_kept_agents_that_take_turns_come_to_understand_each_other(tmp_path):
+    runs, others = _two_runs(tmp_path, bottleneck="quantized"), ~torch.eye(2, dtype=torch.bool)
+    weights = {k: v.clone() for k, v in runs[0].game.state_dict().items()}
+    swap = role_swap_of([r.record for r in runs], epochs=40, lr=1e-2, store=Store(tmp_path))
+    assert torch.equal(swap.before, cross_play_of(runs)) and len(swap.history) == 40
+    assert swap.after[others].mean() > swap.before[others].mean() + .2
+    assert all(torch.equal(v, weights[k]) for k, v in runs[0].game.state_dict().items())
+    with pytest.raises(ConfigError, match="name at least two runs"): role_swap_of(runs[:1])
+
+@pytest.mark.parametrize("bottleneck", ["vq", "gumbel"])
+def test_a_kept_language_stays_as_it_is_while_others_learn_it(tmp_path, monkeypatch, bottleneck):
+    from refcomm.training import populations
+    run, games = _two_runs(tmp_path, epochs=2, bottleneck=bottleneck)[0], []
+    monkeypatch.setattr(populations, "renewed", lambda *a, renewed=populations.renewed: games.append(renewed(*a)) or games[-1])
+    monkeypatch.setattr(populations, "fit", lambda ensemble, *a, fit=populations.fit, **k: [fit(ensemble, *a, **k), *map(ensemble.member, range(ensemble.n_members))][0])
+    found = ease_of(run, epochs=2, seeds=(4, 5))
+    assert found.groupby("seed").epoch.max().to_dict() == {4: 1, 5: 1} and len(found) == 4
+    seen = task().seen("test")
+    with torch.no_grad(): assert all(torch.equal(g.eval().send(seen).symbols, run.game.send(seen).symbols) for g in games)

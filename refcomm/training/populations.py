@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core import ConfigError, check_at_least, check_choice
 from ..games.referential import ReferentialGame
 from ..names import SIDES
-from .ensemble import Ensemble
+from .ensemble import Ensemble, changing_buffers
 from .loop import Checkpoint, TrainSettings, checkpoint_of, fit
 from ..games.tasks import objectives
 
@@ -63,16 +63,17 @@ def train_population(
     seed:int=0, # of pairs, order and noise
     checkpoint=None, # file to resume from
 )->pd.DataFrame: # the history: accuracy is the mean over pairs
-    "Train with one random pair per step."
-    ensemble = Ensemble([population])
+    "Train with one random pair per step, on the population's device."
+    ensemble, device = Ensemble([population]), next(population.parameters()).device
     def loss(idx, generators):
-        i, j = population.pairs[int(torch.randint(len(population.pairs), (), generator=generators[0]))]
+        drawn = torch.randint(len(population.pairs), (), generator=generators[0], device=generators[0].device)
+        i, j = population.pairs[int(drawn)]
         noise, games = population.pair(i, j).draw_noise(idx.shape[1], generators), task.batch(idx, generators)
         return ensemble.map(lambda p, games, noise: p.pair(i, j)(*games, noise), games, noise)
     def validate():
         found = [ensemble.map(lambda p, i=i, j=j: task.validate(p.pair(i, j))) for i, j in population.pairs]
         return dict(zip(("accuracy", "loss"), (torch.stack(v).mean(0) for v in zip(*found))))
-    history = fit(ensemble, loss, validate, task.n_train, settings, [seed], checkpoint=checkpoint,
+    history = fit(ensemble, loss, validate, task.n_train, settings, [seed], device, checkpoint,
         report=lambda done, text: None).history
     ensemble.member(0)
     population.eval()
@@ -158,7 +159,13 @@ def ease_of_learning(
     seeds=(0, 1, 2), # one new receiver each
 )->pd.DataFrame: # seed, epoch, accuracy: `groupby("seed").accuracy.mean()` is the ease
     "Accuracy of new receivers while they learn the language of a fixed sender (Li and Bowling 2019; Chaabouni et al. 2022)."
+    device, learners = next(game.parameters()).device, [renewed(game, make(s)) for s in seeds]
     frozen = [(start, 0.) for start in SIDES["sender"]]
-    members = Ensemble([renewed(game, make(s)) for s in seeds])
-    return fit(members, *objectives(members, task), task.n_train, settings, seeds, report=lambda done, text: None,
-        lr_factors=frozen).history[["seed", "epoch", "accuracy"]]
+    for g in learners:
+        if hasattr(g.channel.bottleneck, "frozen"): g.channel.bottleneck.frozen = True # VQ's codebook is learned without gradient
+    def learned(some, own):
+        members = Ensemble(some).to(device)
+        return fit(members, *objectives(members, task), task.n_train, settings, own, device, report=lambda done, text: None,
+            lr_factors=frozen).history[["seed", "epoch", "accuracy"]]
+    if not changing_buffers(game): return learned(learners, seeds)
+    return pd.concat([learned([g], [s]) for g, s in zip(learners, seeds)], ignore_index=True)
