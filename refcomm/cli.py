@@ -14,7 +14,7 @@ from pathlib import Path
 import typer
 
 from . import __version__
-from .publish.catalogue import HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of, parse_parameters, title, in_short
+from .publish.catalogue import HEADLINE, check_parameters, check_values, choose, item_data, item_runs, notebooks, parameters_of, parse_parameters, title, in_short
 from .core import PROFILES, ConfigError, RecordError, RefcommError, check_choice, from_json, n_cores, no_cuda, printable, Interrupted
 from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic, checkout, expanded
 from .interrupts import Interruptible
@@ -177,7 +177,9 @@ def reproduce(
     jobs = jobs or (1 if profile == "smoke" else _gpus() or n_cores())
     chosen, named = choose(items or []), dict(parse_parameters(parameters), profile=profile, jobs=jobs)
     given = {item: {**(HEADLINE.get(item, {}) if quick else {}), **named} for item in chosen}
-    for item, path in chosen.items(): check_parameters(path, given[item])
+    for item, path in chosen.items():
+        check_parameters(path, given[item])
+        check_values(item, path, given[item])
     if dry_run:
         state = lambda i, p: "found done" if not force and found_done(i, p, given[i]) else "to do"
         return print_table("Nothing is executed: `refcomm plan` estimates time and disk", ("item", "", "what it shows"),
@@ -317,6 +319,9 @@ def plan(
                 without[item] = ("trains nothing" if recipes.get(item, {}).get("runs") == "no training"
                     else "only its notebook knows its runs, if it has any")
     model = plan_model(wanted, profile, device, steps)
+    others = {i: (recipes[i]["data"], here) for i, specs in wanted.items() for here in [item_data(i, specs)]
+        if here and i in recipes and recipes[i]["data"] not in (here, "embedded")}
+    recipes = {i: r for i, r in recipes.items() if i not in others}
     *lines, total = plan_costs(wanted, profile, recorded(device="auto" if model.nominal else device), recipes, model)
     cells = {l.item: (l.item, l.runs, l.cached, l.runs - l.cached, duration(l.seconds, l.untimed),
         size(l.bytes, l.unsized), size(l.memory) if l.memory else "", l.basis) for l in (*lines, total)}
@@ -325,6 +330,9 @@ def plan(
         [*rows, cells["total"]])
     if profile == "gpu" and (long := [f"{l.item} ({l.runs} runs)" for l in lines if l.seconds > 600]):
         print(f"More than ten minutes, for their many runs, most of which other items need, too: {', '.join(long)}.")
+    if others:
+        print("Shipped times are of other data than are here, and not used: " + "; ".join(f"{i} (shipped with {there}; here "
+            f"{here})" for i, (there, here) in others.items()) + ". REFCOMM_DATA names a folder with data.")
     print("A run shared by several items counts once in the total. Time is of training, one run after the other on "
         "this machine; evaluation, data and figures come on top.")
 

@@ -57,6 +57,7 @@ class Interrupted(KeyboardInterrupt):
         return signal.Signals(self.signum).name
 
     def __str__(self): return self.message
+    def _render_traceback_(self): return [f"Interrupted: {self.message}"] # one line in a notebook
 
 # %% ../nbs/00_core.ipynb #e11634ca
 def nearest(

@@ -314,6 +314,12 @@ class Model:
         stacks = make_stacks(self.wanted, torch.device("cuda" if self.speed.overlaps else "cpu"))
         return {s: len(stack) for stack in stacks for s in stack}
 
+    def disk(self, s)->float|None: # bytes; None where nothing can be counted
+        "What a run leaves on the disk."
+        if s.experiment not in FREE: return None
+        try: return disk_bytes(s, counted(s)) if trains(s) else 30_000.
+        except (ConfigError, ImportError): return None
+
     def __call__(self, s)->Cost|None: # None where nothing can be counted
         if s.experiment not in FREE: return None
         if not trains(s): return Cost(0., 30_000., "without training", 0.)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADLINE', 'notebooks', 'choose', 'title', 'parse_parameters', 'parameters_of', 'check_parameters', 'item_runs',
-           'in_short']
+           'check_values', 'item_data', 'in_short']
 
 # %% ../../nbs/96_publish.catalogue.ipynb #97bb3fdf
 import ast, importlib, importlib.resources, inspect, json, importlib.util
@@ -91,6 +91,36 @@ def item_runs(
     if name not in module.ITEMS: return None
     known = inspect.signature(module.grid).parameters
     return module.grid(name, **{k: v for k, v in parameters.items() if k in known})
+
+# %% ../../nbs/96_publish.catalogue.ipynb #94b37371
+def check_values(
+    item:str, # "eqc/table5"
+    path, # its notebook
+    given:dict, # name → value, for its parameters cell
+):
+    "Raise the `ConfigError` of the first run that these values make impossible, before a kernel starts."
+    usual = {**parameters_of(path), **{k: v for k, v in given.items() if k in ("profile", "jobs")}}
+    if usual == {**usual, **given}: return
+    try: item_runs(item, {**usual, **given})
+    except ConfigError:
+        if _has_runs(item, usual): raise # else it is not the values: data are missing, say
+
+def _has_runs(item, parameters)->bool:
+    try: item_runs(item, parameters)
+    except ConfigError: return False
+    return True
+
+# %% ../../nbs/96_publish.catalogue.ipynb #b06deeac
+def item_data(
+    item:str, # "eqc/table5"
+    specs, # its runs, from `item_runs`
+)->str: # empty where no data have a name
+    "The data that the runs of an item would use here."
+    paper = item.split("/")[0]
+    if not (importlib.resources.files("refcomm.papers")/paper/"items.py").is_file(): return ""
+    module = importlib.import_module(f"refcomm.papers.{paper}.items")
+    name = getattr(module, "data_names", None) or getattr(module, "data_name", None)
+    return name(specs) if name and specs else ""
 
 # %% ../../nbs/96_publish.catalogue.ipynb #bc5175df
 def in_short(

@@ -107,6 +107,7 @@ def estimate(
         basis = (f"as shipped runs of {of} ({', '.join(sorted({r['costs']['device'] for r in own}))}; "
             f"{', '.join(sorted({r['data'] for r in own}))})")
     if not sizes: sizes = [r["costs"]["bytes"]/r["costs"]["runs"] for r in own if "bytes" in r["costs"]]
+    if not sizes and hasattr(model, "disk"): sizes = [b for b in [model.disk(spec)] if b]
     return Cost(statistics.median(seconds)*getattr(spec, "epochs", 1) if seconds else None, statistics.median(sizes) if sizes
         else None, basis if seconds else "unknown")
 

@@ -232,16 +232,18 @@ def _submit(stacks, store, device, logger, weights, bar, pool):
                     for i,s in enumerate(stacks)]
                 while pending := [f for f in futures if not f.done()]:
                     concurrent.futures.wait(pending, timeout=1, return_when="FIRST_EXCEPTION")
-                    bar.update(sum(_share(folder/str(i))*len(s) for i,s in enumerate(stacks)) - bar.n)
+                    said = [_said(folder/str(i)) for i in range(len(stacks))]
+                    bar.set_postfix_str(next((text for share, text in said if 0 < share < 1), ""), refresh=False)
+                    bar.update(sum(share*len(s) for (share, _), s in zip(said, stacks)) - bar.n)
                     if any(f.done() and f.exception() for f in futures): break
                 for f in futures: f.done() and f.result()
             bar.update(sum(map(len, stacks)) - bar.n)
         finally:
             for f in futures: f.cancel()
 
-def _share(path):
-    try: return json.loads(path.read_text(encoding="utf-8"))[0]
-    except (OSError, ValueError): return 0.
+def _said(path)->tuple: # share done, text: of a worker
+    try: return tuple(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError): return 0., ""
 
 # %% ../../nbs/72_runs.execute.ipynb #9c481ca3
 def frame(

@@ -348,8 +348,10 @@ def fit(
         lr_factors=[list(f) for f in lr_factors], parameters=[list(p.shape) for p in ensemble.parameters()])
     t = resume(lambda: Training(ensemble, settings, seeds, n_items, device, lr_factors), path, shape)
     bar = None if report else progress_bar(settings.epochs, "epochs", initial=t.epoch)
-    say = (report or (lambda done,
-        text: (bar.set_postfix_str(text, refresh=False), bar.update(round(done*settings.epochs) - bar.n))))
+    def say(done, text):
+        if report: return report(done, f"epoch {t.epoch} of {settings.epochs}, {text}")
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(round(done*settings.epochs) - bar.n)
     tell = lambda rows: log and log([r for r in rows if r["epoch"] <= t.best.epoch[r["member"]] + settings.patience])
     save = lambda: keep(t, path, shape)
     tell(t.history)
