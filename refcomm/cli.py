@@ -14,7 +14,8 @@ from pathlib import Path
 import typer
 
 from . import __version__
-from .publish.catalogue import HEADLINE, check_parameters, check_values, choose, item_data, item_runs, notebooks, parameters_of, parse_parameters, title, in_short
+from .publish.catalogue import HEADLINE, check_parameters, check_values, choose, in_short, item_data, item_runs
+from .publish.catalogue import notebooks, parameters_of, parse_parameters, title
 from .core import PROFILES, ConfigError, RecordError, RefcommError, check_choice, from_json, n_cores, no_cuda, printable, Interrupted
 from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic, checkout, expanded
 from .interrupts import Interruptible
