@@ -188,8 +188,9 @@ def check_claim(
     decide = row["decide"] or (f"the paper's sizes: {short}" if short and word == "not seen at this scale" else "")
     return dict({k: row[k] for k in ("id", "item", "game", "sentence", "test", "source", "kind")},
         ours=bool(row["ours"]), verdict=word,
-        cause=cause(says, near, row["explanation"], short), power=power(says), decide=decide
-        if word in ("not seen at this scale", "undecided") else "",
+        cause=cause(says, near, row["explanation"], short), power=power(says),
+        explanation=row["explanation"] if says is not None and says.false else "",
+        decide=decide if word in ("not seen at this scale", "undecided") else "",
         numbers={k: round(e.value, 5) for k, e in flat.items() if known},
         intervals={k: [round(x, 5) for x in ab] for k, ab in ends.items() if not any(map(math.isnan, ab))})
 

@@ -139,9 +139,11 @@ def side_by_side(
         return f"{mean:.{places}f}" + (f" ±{sd:.{max(places, 1)}f}" if not pd.isna(sd) and digits else "") + star
     lines = ["paper", "refcomm"] + ["95 %"]*(intervals and "low" in comparison and bool(comparison.low.notna().any()))
     t = comparison.assign(low=comparison.get("low", comparison.ours), high=comparison.get("high", comparison.ours))
+    known = comparison.reindex(columns=["low", "difference_low", "ours_sd"]).notna().any(axis=1)
     c = comparison.assign(row=comparison.row.map(row_name),
         paper=[cell(*x) for x in zip(t.column, t.published, t.published_sd)],
-        refcomm=[cell(*x, "*" if str(w) == "False" else "") for *x, w in zip(t.column, t.ours, t.ours_sd, t.within)],
+        refcomm=[cell(*x, "*" if known_ and str(w) == "False" else "")
+            for *x, w, known_ in zip(t.column, t.ours, t.ours_sd, t.within, known)],
         **{"95 %": ["" if pd.isna(a) else f"{cell(n, a, None)} … {cell(n, b, None)}"
             for n, a, b in zip(t.column, t.low, t.high)]})
     wide = c.melt(["row", "column"], lines, "source").pivot(index=["row", "source"], columns="column", values="value")

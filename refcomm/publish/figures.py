@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..core import ConfigError, from_json
 from ..files import figures_dir, read_text, write_atomic, write_together
+from ..papers.deviations import in_brief
 from ..runs.execute import origins, spent
 from ..runs.store import sealed, unsealed
 from .style import AXES, MAP, line_styles
@@ -85,16 +86,20 @@ def draw_table(
 
 def footnote(
     figure, # matplotlib figure
-    *paragraphs:str, # wrapped to its width
+    *sentences:str, # the most important one first; wrapped to the figure's width
+    origin:str="", # a paragraph of its own at the end
 ):
-    "Small print at the bottom of a figure, at most three lines; longer text is in the recipe."
+    "Small print at the bottom of a figure: at most three lines, of whole sentences except the first."
     literal(figure).draw_without_rendering() # a constrained layout is computed when the figure is drawn
     box, (w, h) = figure.get_tightbbox(), figure.get_size_inches()
-    width, lines = max(40, int(box.width*17)), []
-    for n, paragraph in enumerate(reversed(paragraphs)): # the last one, on what made it, is given its lines first
-        room = max(1, 3 - len(lines) - (len(paragraphs) - 1 - n))
-        lines = textwrap.wrap(paragraph, width, max_lines=room, placeholder=" … (all in the .json)") + lines
-    figure.text(box.x0/w, (box.y0 - .12)/h, "\n".join(lines), fontsize=7, color="#666", va="top", parse_math=False)
+    width = max(40, int(box.width*17))
+    last = textwrap.wrap(origin, width, max_lines=2, placeholder=" …")
+    lines, shown = [], ""
+    for sentence in sentences:
+        longer = textwrap.wrap(together := f"{shown} {sentence}".strip(), width)
+        if len(longer) + len(last) <= 3: lines, shown = longer, together
+        elif not lines: lines = textwrap.wrap(sentence, width, max_lines=3 - len(last), placeholder=" …")
+    figure.text(box.x0/w, (box.y0 - .12)/h, "\n".join(lines + last), fontsize=7, color="#666", va="top", parse_math=False)
 
 # %% ../../nbs/94_publish.figures.ipynb #5dc379c7
 def curves(
@@ -172,7 +177,9 @@ def capacity_maps(
             heatmap(cells, f"{name}, {mode}", fmt, axes[i, j], vmin=0, vmax=top).set(xlabel=AXES["word_length"],
                 ylabel=AXES["alphabet"])
     if title: fig.suptitle(title, x=.01, ha="left", weight="bold", fontsize=11)
-    fig.tight_layout()
+    fig.tight_layout(rect=(0, .03, 1, 1))
+    fig.text(.01, 0, "NoUM: number of unique messages among the test targets. Colours: accuracy from 0 to 1; NoUM from 0 to its "
+        "maximum. The paper prints no numbers of these maps.", fontsize=8)
     return fig
 
 # %% ../../nbs/94_publish.figures.ipynb #120b9f68
@@ -218,9 +225,12 @@ def heat_maps(
 # %% ../../nbs/94_publish.figures.ipynb #9be5018f
 DPI = 110 # of a saved picture
 
-def _picture(figure, recipe, dpi)->bytes: # PNG, with the recipe's note below the figure
-    seeds = ", ".join(map(str, recipe["seeds"])) or "none"
-    footnote(figure, recipe["note"], f"Profile {recipe['profile']} · data: {recipe['data']} · seeds {seeds} · {recipe['runs']}")
+def _picture(figure, recipe, dpi)->bytes: # PNG, with the recipe's note in brief below the figure
+    n = len(recipe["seeds"])
+    seeds = [] if n == 0 else ["1 seed"] if n == 1 else [f"{n} seeds"]
+    runs = recipe["runs"].split(" · ")[:2] # their number and commits; device and versions are in the recipe
+    footnote(figure, *in_brief(recipe["note"]),
+        origin=" · ".join([f"Profile {recipe['profile']}", f"data: {recipe['data']}", *seeds, *runs]))
     if recipe["profile"] == "smoke":
         figure.text(.5, .5, "SMOKE: NOT A RESULT", fontsize=26, color="red", alpha=.35, rotation=18, ha="center",
             va="center")
@@ -273,7 +283,7 @@ def redraw_from_numbers(
     png, # its kept picture, with .csv and .json beside it
     into=None, # folder for the new picture; that of the kept one when None
 )->Path: # the new picture
-    "Execute a notebook's cells tagged `draw`, which make `figure` from `numbers`, `title` and `profile`; nothing else is computed."
+    "Execute a notebook's cells tagged `draw`, which make `figure` from `numbers`, `title`, `note` and `profile`; nothing else is computed."
     png, cells = Path(png), json.loads(read_text(notebook))["cells"]
     tagged = lambda tag: ["".join(c["source"]) for c in cells if tag in c["metadata"].get("tags", [])]
     if not tagged("draw"):
@@ -284,7 +294,7 @@ def redraw_from_numbers(
     imports = ["".join(c["source"]) for c in cells if "check_injected(globals())" in "".join(c["source"])]
     names = {}
     for source in [*tagged("parameters"), *imports]: exec(source, names)
-    names |= dict(numbers=numbers, profile=recipe["profile"], title=recipe["title"])
+    names |= dict(numbers=numbers, profile=recipe["profile"], title=recipe["title"], note=recipe["note"])
     for source in tagged("draw"): exec(source, names)
     new = (Path(into) if into else png.parent)/png.name
     with write_atomic(new) as tmp: tmp.write_bytes(_picture(names["figure"], recipe, DPI))

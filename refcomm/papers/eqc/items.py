@@ -10,7 +10,7 @@ __all__ = ['CONFIGS', 'BEST', 'TUNED_EPOCHS', 'FROZEN', 'MAP_EPOCHS', 'HEATMAP',
            'trial_values', 'fidelity', 'data_names', 'stopped_early', 'daggered', 'unfinished']
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #bfc00e02
-import dataclasses
+import dataclasses, re
 from pathlib import Path
 
 import lazy_loader
@@ -400,7 +400,7 @@ def fidelity(
     "What differs from the paper, read off the table of deviations and the Specs."
     embedded = {s.game for s in specs if s.data and s.data == SOURCES[s.game]["embedded"][0]}
     return " ".join(f"{TITLES[game]}: {note('eqc', [s for s in specs if s.game == game])}"
-        + " The real data were not at hand, or not asked for."*(game in embedded)
+        + " The real data were not available or not requested."*(game in embedded)
         for game in dict.fromkeys(s.game for s in specs))
 
 def _source_name(data)->str: # without digest and folder
@@ -433,10 +433,11 @@ def stopped_early(
 
 def daggered(
     table, # from `evidence.side_by_side`, of one game
-    early, # from `stopped_early`
+    note:str, # the fidelity note of the item, with the sentence of `unfinished`
 ): # the same table
-    "Mark the rows that were stopped early."
-    return table.rename(index={row: f"{row} †" for row in early.row}, level=0)
+    "Mark the rows that the note names as stopped early."
+    early = re.findall(r"([A-Z][\w-]+(?: EGG)?) in [A-Z]", note.partition("†")[2])
+    return table.rename(index={row: f"{row} †" for row in early}, level=0)
 
 def unfinished(
     early, # from `stopped_early`

@@ -169,7 +169,7 @@ def fidelity(
     specs, # IACSpecs of one item
 )->str: # sentences
     "What differs from the paper, read off the table of deviations and the Specs."
-    rendered = " Real images were not at hand, or not asked for." * any(s.source == "shapes" for s in specs)
+    rendered = " Real images were not available or not requested." * any(s.source == "shapes" for s in specs)
     return f"Images: {data_name(specs)} (paper: ILSVRC-2012).{rendered} {note('iac', specs)}"
 
 def data_name(

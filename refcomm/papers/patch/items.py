@@ -204,10 +204,10 @@ def fidelity(
     specs = [s for s in specs if s.trained] or specs
     fine = (any(s.model == "patchvae" for s in specs)
         and all(s.view_size//s.patch_size == 7 for s in specs if s.model == "patchvae"))
-    rendered = " Real images were not at hand, or not asked for." * any(s.source == "scenes" for s in specs)
-    return (f"Images: {data_name(specs)} (paper: ILSVRC-2012).{rendered} {note('patch', specs)} S counts pixels of an image of "
-        f"224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14."
-            + " PatchVAE with S=16 is left out, as it would take a processor half an hour."*fine)
+    rendered = " Real images were not available or not requested." * any(s.source == "scenes" for s in specs)
+    return (f"Images: {data_name(specs)} (paper: ILSVRC-2012).{rendered} {note('patch', specs)} S refers to images of "
+        "224 pixels: S=32 divides any image into 7 × 7 patches, S=16 into 14 × 14."
+        + " PatchVAE with S=16 is omitted, as it would take half an hour on a CPU."*fine)
 
 def data_name(
     specs, # PatchSpecs of one item
