@@ -87,18 +87,18 @@ def draw_table(
 def footnote(
     figure, # matplotlib figure
     *sentences:str, # the most important one first; wrapped to the figure's width
-    origin:str="", # a paragraph of its own at the end
+    origin:str="", # the last line
 ):
-    "Small print at the bottom of a figure: at most three lines, of whole sentences except the first."
+    "Small print at the bottom of a figure: two lines of whole sentences, and one line on the origin."
     literal(figure).draw_without_rendering() # a constrained layout is computed when the figure is drawn
     box, (w, h) = figure.get_tightbbox(), figure.get_size_inches()
-    width = max(40, int(box.width*17))
-    last = textwrap.wrap(origin, width, max_lines=2, placeholder=" …")
+    width = max(80, int(box.width*17))
+    last = textwrap.wrap(origin, width, max_lines=1, placeholder=" …")
     lines, shown = [], ""
-    for sentence in sentences:
+    for n, sentence in enumerate(sentences):
         longer = textwrap.wrap(together := f"{shown} {sentence}".strip(), width)
-        if len(longer) + len(last) <= 3: lines, shown = longer, together
-        elif not lines: lines = textwrap.wrap(sentence, width, max_lines=3 - len(last), placeholder=" …")
+        if n == 0: lines, shown = textwrap.wrap(sentence, width, max_lines=2, placeholder=" …"), sentence
+        elif len(longer) <= 2: lines, shown = longer, together
     figure.text(box.x0/w, (box.y0 - .12)/h, "\n".join(lines + last), fontsize=7, color="#666", va="top", parse_math=False)
 
 # %% ../../nbs/94_publish.figures.ipynb #5dc379c7
