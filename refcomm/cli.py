@@ -14,8 +14,10 @@ from pathlib import Path
 import typer
 
 from . import __version__
-from .publish.catalogue import HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of, parse_parameters, title, in_short
-from .core import PROFILES, ConfigError, RecordError, RefcommError, check_choice, from_json, n_cores, no_cuda, printable, Interrupted
+from .publish.catalogue import (HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of,
+    parse_parameters, title, in_short)
+from .core import (PROFILES, ConfigError, RecordError, RefcommError, check_choice, from_json, n_cores, no_cuda,
+    printable, Interrupted)
 from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic, checkout, expanded
 from .interrupts import Interruptible
 from .publish.records import keep_item, kept_items, kept_store, outdated, used_runs
@@ -221,7 +223,7 @@ def print_comparison(item, profile):
             if max(map(len, wide.columns)) > 14:
                 columns = ("", *(" ".join(i) for i in wide.index))
                 rows = [(c, *v) for c, v in zip(wide.columns, wide.T.values)]
-            heading = f"{recipe['title']} [profile {recipe['profile']}; * the 95 % interval of the difference leaves out 0]"
+            heading = f"{recipe['title']} [profile {recipe['profile']}; * the 95 % interval of the difference excludes 0]"
             print_table(f"\n{heading}", columns, rows)
         for c in recipe["claims"]:
             print(printable(f"  {c['verdict']:22} {c['sentence']}\n{'':25}{c['cause']} {c['power']}"))

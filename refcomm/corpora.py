@@ -231,7 +231,8 @@ def save_elcc(
     with disk_errors(folder):
         try:
             for file, text in files.items():
-                (tmp/file).parent.mkdir(parents=True, exist_ok=True), (tmp/file).write_text(text, encoding="utf-8")
+                (tmp/file).parent.mkdir(parents=True, exist_ok=True)
+                (tmp/file).write_text(text, encoding="utf-8")
             for v, c in corpora.items(): save_corpus(tmp/"data"/v/"corpus.parquet", c)
             os.rename(tmp, folder)
             fsync_dir(folder.parent)
@@ -299,10 +300,11 @@ def from_record(
     return make_corpus(sent, about(record, name or kinds[0]), origin, lengths)
 
 def _about(home): # (record, which of its messages) → meanings; None where it is not known
-    if isinstance(home, Experiment): return lambda record, name: _said(home.made(load_spec(record.experiment, record.spec)))
+    spec_of = lambda record: load_spec(record.experiment, record.spec)
+    if isinstance(home, Experiment): return lambda record, name: _said(home.made(spec_of(record)))
     if hasattr(home, "kept"): return lambda record, name: _said(home.task_of(record))
-    if hasattr(home, "meanings"): return lambda record, name: home.meanings(load_spec(record.experiment, record.spec))
-    if hasattr(home, "labels_of"): return lambda record, name: home.labels_of(load_spec(record.experiment, record.spec), name)
+    if hasattr(home, "meanings"): return lambda record, name: home.meanings(spec_of(record))
+    if hasattr(home, "labels_of"): return lambda record, name: home.labels_of(spec_of(record), name)
 
 def _said(made): # what a trial's or a task's test messages are about; None where it is not known
     task = getattr(made, "task", made)

@@ -211,7 +211,7 @@ class Ending(EndingChannel):
             if self.gated:
                 end = self.gate(self.stop(h).sigmoid().squeeze(-1), here)[:, None]
                 word = torch.cat([word*(1 - end), end], -1)
-            words.append(word), parts.append(sent), scores.append(x)
+            words.append(word); parts.append(sent); scores.append(x)
             return word
         self.speaker(u, emit, self.message_length)
         return torch.stack(words, 1), parts, torch.stack(scores, 1)

@@ -69,7 +69,8 @@ def matches(
 )->list: # of paths, in order; empty where it is no pattern, or nothing fits it
     "The files that a pattern stands for."
     path = Path(path)
-    return sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?[") and not os.path.exists(path) else []
+    is_pattern = any(c in path.name for c in "*?[") and not os.path.exists(path)
+    return sorted(path.parent.glob(path.name)) if is_pattern else []
 
 def find_data(
     name, # an absolute path, or one relative to REFCOMM_DATA; or a pattern of files, see `matches`
@@ -79,7 +80,8 @@ def find_data(
     paths = [expanded(f"{name}{suffix}", "a source") for suffix in suffixes]
     tried = [p for path in paths for p in ([path] if path.is_absolute()
         else [folder/path for folder in data_folders()])]
-    return next((p for p in tried if os.path.exists(p) or matches(p)), Path(name) if str(name) in known_stamps() else None)
+    known = Path(name) if str(name) in known_stamps() else None
+    return next((p for p in tried if os.path.exists(p) or matches(p)), known)
 
 def either(
     names, # one name, or several

@@ -17,7 +17,9 @@ class Interruptible:
     "A block in which signals raise `Interrupted`. Blocks may be nested; outside the main thread a block has no effect."
     def __init__(self,
         grace:float=10., # seconds that held work may take after a signal
-    ): self.grace, self.held, self.signum, self.ended, self.heard, self.timer, self.before = grace, 0, None, False, 0., None, {}
+    ):
+        self.grace, self.held, self.signum, self.ended = grace, 0, None, False
+        self.heard, self.timer, self.before = 0., None, {}
 
     @property
     def pending(self)->bool:

@@ -67,8 +67,8 @@ PARTS = { # class → function that returns the constructor arguments
     Instant: lambda c: dict(bottleneck=c.bottleneck, dim=c.dim, speak=c.speak, listen=c.listen), Recurrent: _recurrent,
     Ending: _ending,
     ReferentialGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver),
-    DiscriminationGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver, temperature=g.temperature,
-        negatives=g.negatives, n_candidates=g.n_candidates),
+    DiscriminationGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver,
+        temperature=g.temperature, negatives=g.negatives, n_candidates=g.n_candidates),
 }
 
 def described(
@@ -213,7 +213,8 @@ def load(
         return Kept(run.game, run.task, load_spec(run.record.experiment, run.record.spec), run.record)
     record = find_record(run, store)
     spec, home, weights = load_spec(record.experiment, record.spec), home_of(record.experiment), record.weights()
-    if hasattr(home, "load_model"): return Kept(home.load_model(record).to(device), _data_of(home, spec, device), spec, record)
+    if hasattr(home, "load_model"):
+        return Kept(home.load_model(record).to(device), _data_of(home, spec, device), spec, record)
     if not weights:
         raise RecordError(f"run {record.experiment}/{record.key} kept no weights: make it again without --no-weights, "
             f"or before that remove it with `refcomm runs clean`")

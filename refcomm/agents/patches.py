@@ -37,8 +37,8 @@ class PatchSymbol(nn.Module):
         **vit, # dim, layers and heads of `ViT`
     ):
         super().__init__()
-        (check_at_least("vocab_size", vocab_size, 2, "one symbol carries nothing"),
-            check_at_least("symbols_per_patch", symbols_per_patch, 1))
+        check_at_least("vocab_size", vocab_size, 2, "one symbol carries nothing")
+        check_at_least("symbols_per_patch", symbols_per_patch, 1)
         if check_choice("kind of PatchSymbol", kind, SYMBOLS) != "vit" and vit:
             raise ConfigError(f"{', '.join(vit)} belong to kind='vit', got kind={kind!r}")
         self.size = size
@@ -54,7 +54,8 @@ class PatchSymbol(nn.Module):
         self.speak = nn.Sequential(*between, nn.Linear(hidden, symbols_per_patch*vocab_size))
         self.norm = None if norm is None else nn.BatchNorm1d(symbols_per_patch*vocab_size)
         if norm is not None:
-            check_choice("norm of PatchSymbol", norm, ("batch",)), nn.init.constant_(self.norm.weight, 3.)
+            check_choice("norm of PatchSymbol", norm, ("batch",))
+            nn.init.constant_(self.norm.weight, 3.)
 
     def forward(self, images)->Tensor: # [batch, n_patches, symbols_per_patch, vocab_size]
         "Scores of the symbols of each patch of images `[batch, 3, size, size]`."
@@ -76,8 +77,8 @@ class PatchRank(nn.Module):
         dropout:float=0., # share of features dropped in training; .1 in the public code
     ):
         super().__init__()
-        (check_choice("patch_size of PatchRank", patch_size, RANK_SIZES),
-            check_choice("trunk of PatchRank", trunk, RANK_TRUNKS))
+        check_choice("patch_size of PatchRank", patch_size, RANK_SIZES)
+        check_choice("trunk of PatchRank", trunk, RANK_TRUNKS)
         if not 0 <= dropout < 1: raise ConfigError(f"dropout must be from 0 to below 1, got {dropout!r}")
         self.patch_size, self.dropout = patch_size, dropout
         grid = grid_trunk(trunk, patch_size)

@@ -113,9 +113,9 @@ class Transformer(nn.Module):
 # %% ../../nbs/33_agents.transformer.ipynb #6547b278
 def _check_keep(keep, batch, n_patches):
     "Raise a `ConfigError` for patches that do not exist or occur twice; on a GPU only the shape is checked, to avoid waiting."
-    if keep.dim() == 2 and keep.dtype == torch.int64 and len(keep) == batch and 0 < keep.shape[1] <= n_patches and keep.device.type == "cuda":
-        return keep
-    if keep.dim() == 2 and keep.dtype == torch.int64 and len(keep) == batch and keep.shape[1]:
+    shaped = keep.dim() == 2 and keep.dtype == torch.int64 and len(keep) == batch and keep.shape[1] > 0
+    if shaped and keep.shape[1] <= n_patches and keep.device.type == "cuda": return keep
+    if shaped:
         ordered = keep.sort(1).values
         if int(ordered[:, 0].min()) >= 0 and int(ordered[:, -1].max()) < n_patches and (ordered.diff() > 0).all():
             return keep

@@ -49,7 +49,8 @@ def make_trunk(
     check_choice("trunk", name, ("narrow", *RESNETS))
     if pretrained and small_stem:
         raise ConfigError("pretrained weights are those of a 7×7 stem: set small_stem=False, or pretrained=False")
-    net = _pretrained(name) if pretrained else _narrow() if name == "narrow" else models.get_model(name, weights=None)
+    if pretrained: net = _pretrained(name)
+    else: net = _narrow() if name == "narrow" else models.get_model(name, weights=None)
     net.feature_dim, net.fc = net.fc.in_features, nn.Identity()
     if small_stem: _small_stem(net)
     return net

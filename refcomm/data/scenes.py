@@ -93,7 +93,8 @@ class _Plan(NamedTuple):
     backdrops:Tensor # [n]
     backgrounds:Tensor # [n]
 
-def _tones(table): return torch.tensor(list(table.values()), dtype=torch.int16).permute(1, 2, 0)[..., None, None] # [2, 3, name, 1, 1]
+def _tones(table): # [2, 3, name, 1, 1]
+    return torch.tensor(list(table.values()), dtype=torch.int16).permute(1, 2, 0)[..., None, None]
 
 def _stamp(
     canvas:Tensor, # [3, n, size, size] int16, painted on in place

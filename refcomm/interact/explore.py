@@ -339,7 +339,9 @@ def explore(
         if symbol.value == e.symbols[game.value, place.value]: changes.pop(place.value, None)
         else: changes[place.value] = symbol.value
         draw()
-    (game.observe(restart, "value"), place.observe(point, "value"), symbol.observe(change, "value"),
-        sent.on_click(restart))
+    game.observe(restart, "value")
+    place.observe(point, "value")
+    symbol.observe(change, "value")
+    sent.on_click(restart)
     restart(None)
     return w.VBox([w.HBox([game, place, symbol, sent]), shown])

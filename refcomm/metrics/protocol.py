@@ -124,7 +124,8 @@ def within_symbol_similarity(
 )->Tensor: # [...] float64; NaN if no symbol is shared
     "Mean similarity of the classes of two different targets that share a symbol (WNSim, with WordNet's path similarity)."
     table, similarity = integers(table, "counts", whole=True), torch.as_tensor(similarity)
-    if similarity.shape != (k := table.shape[-1],)*2:
+    k = table.shape[-1]
+    if similarity.shape != (k, k):
         raise ConfigError(f"similarity must be [{k}, {k}] for {k} classes, got {list(similarity.shape)}")
     if not similarity.isfinite().all(): raise ConfigError("similarity contains NaN or infinity")
     counts, w = table.to(similarity.dtype), similarity.to(table.device)

@@ -60,6 +60,10 @@ def _varied(specs)->list: # fields
     return [k for k in specs[0] if len({repr(s.get(k)) for s in specs}) > 1]
 
 # %% ../../nbs/81_papers.deviations.ipynb #4ca60a4c
+def _comparable(value): # without the digest of a file
+    if isinstance(value, list): return tuple(value)
+    return value.partition("#")[0] if isinstance(value, str) else value
+
 def differing(
     paper:str,
     specs, # Specs, or dicts of their fields, of one item
@@ -73,8 +77,7 @@ def differing(
         if row["field"] not in specs[0] or not applies(row["when"], specs, varied): continue
         pairs = [(s[row["field"]], paper_value(row["paper"], s, varied)) for s in specs
             if applies(row["when"], [s], varied)]
-        pairs = [(tuple(a) if isinstance(a, list) else a.partition("#")[0] if isinstance(a, str) else a, b)
-            for a, b in pairs]
+        pairs = [(_comparable(a), b) for a, b in pairs]
         off = list(dict.fromkeys((a, b) for a, b in pairs if a != b and b != "*"))
         if off:
             found.append(dict(row, ours=[a for a, _ in off], theirs=list(dict.fromkeys(b for _, b in off)), pairs=off))
@@ -176,7 +179,8 @@ def incomplete(
         own = rows[rows.field == k]
         if own.empty:
             wrong.append(f"{k} differs at {', '.join(found)}, as {next(iter(found.values()))}, without an entry")
-        elif not own.kind.isin(["design"]).any() and own.kind.ne("unstated").any() and set(" ".join(own.profiles).split()) != set(found):
+        elif (not own.kind.isin(["design"]).any() and own.kind.ne("unstated").any()
+            and set(" ".join(own.profiles).split()) != set(found)):
             wrong.append(f"{k} differs at {' '.join(found)}, the entry says {' '.join(own.profiles)}")
     wrong += [f"{r.field} differs nowhere any more: remove its entry" for r in rows.itertuples() if r.field not in where
         and r.kind != "unstated"]

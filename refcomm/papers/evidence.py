@@ -30,8 +30,8 @@ def paper_table(
     kind:str, # "published", "claims" or "deviations"
 )->"pd.DataFrame": # columns of text, and numbers if `kind` is "published"
     "One of a paper's data tables; the only function that reads them."
-    (check_choice("paper", paper, [*PAPERS, "beyond"]),
-        check_choice("kind of table", kind, ("published", "claims", "deviations")))
+    check_choice("paper", paper, [*PAPERS, "beyond"])
+    check_choice("kind of table", kind, ("published", "claims", "deviations"))
     path = resources.files("refcomm.papers")/paper/f"{kind}.csv"
     with path.open(encoding="utf-8") as f:
         if kind != "published": return pd.read_csv(f, dtype=str, keep_default_na=False)
@@ -130,7 +130,7 @@ def side_by_side(
     comparison:"pd.DataFrame", # from `compare`
     digits:int=3, # decimals of a column; none where all of its means are integers and one is above 1
     intervals:bool=False, # a third line with our interval, if there is any
-)->"pd.DataFrame": # two lines a row: the paper's, and refcomm's; a star marks a difference whose interval leaves out 0
+)->"pd.DataFrame": # two lines a row: the paper's, and refcomm's; a star marks a difference whose interval excludes 0
     "A comparison laid out like the paper's table; rows are named by `row_name`."
     whole = {name: _integers(part) for name, part in comparison.groupby("column", sort=False)}
     def cell(column, mean, sd, star=""):

@@ -76,11 +76,12 @@ def draw_table(
     groups = pd.factorize(flat.iloc[:, 0])[0]
     for (i, j), c in t.get_celld().items():
         c.set_linewidth(0)
-        c.set_facecolor("#dfe4ea" if i == 0 else "#f4f6f8" if groups[i-1] % 2 else "white")
+        shade = "#f4f6f8" if groups[i-1] % 2 else "white"
+        c.set_facecolor("#dfe4ea" if i == 0 else shade)
         if j < table.index.nlevels: c.set_text_props(ha="left")
     if title: ax.set_title(title, loc="left", fontsize=10, weight="bold")
     if any(c.endswith("*") for row in cells for c in row):
-        ax.annotate("* the 95 % interval of the difference from the paper leaves out 0", (0, 0), (0, -4),
+        ax.annotate("* the 95 % interval of the difference from the paper excludes 0", (0, 0), (0, -4),
             xycoords="axes fraction", textcoords="offset points", va="top", fontsize=7)
     return literal(fig)
 
@@ -99,7 +100,8 @@ def footnote(
         longer = textwrap.wrap(together := f"{shown} {sentence}".strip(), width)
         if n == 0: lines, shown = textwrap.wrap(sentence, width, max_lines=2, placeholder=" …"), sentence
         elif len(longer) <= 2: lines, shown = longer, together
-    figure.text(box.x0/w, (box.y0 - .12)/h, "\n".join(lines + last), fontsize=7, color="#666", va="top", parse_math=False)
+    figure.text(box.x0/w, (box.y0 - .12)/h, "\n".join(lines + last), fontsize=7, color="#666", va="top",
+        parse_math=False)
 
 # %% ../../nbs/94_publish.figures.ipynb #5dc379c7
 def curves(
@@ -151,7 +153,7 @@ def heatmap(
     import matplotlib.pyplot as plt, seaborn as sns
     ax = ax or plt.subplots(figsize=(5, 3.6))[1]
     with plt.rc_context({"text.parse_math": False}): # seaborn draws to check for overlapping labels
-        ax.xaxis.reset_ticks(), ax.yaxis.reset_ticks()
+        ax.xaxis.reset_ticks(); ax.yaxis.reset_ticks()
         sns.heatmap(grid, annot=True, fmt=fmt, cmap=MAP, cbar=False, annot_kws=dict(size=7.5), ax=ax, **kwargs)
     ax.set_title(title, fontsize=9)
     ax.grid(False)
@@ -227,7 +229,7 @@ DPI = 110 # of a saved picture
 
 def _picture(figure, recipe, dpi)->bytes: # PNG, with the recipe's note in brief below the figure
     n = len(recipe["seeds"])
-    seeds = [] if n == 0 else ["1 seed"] if n == 1 else [f"{n} seeds"]
+    seeds = [f"{n} seed{'s'*(n > 1)}"]*(n > 0)
     runs = recipe["runs"].split(" · ")[:2] # their number and commits; device and versions are in the recipe
     footnote(figure, *in_brief(recipe["note"]),
         origin=" · ".join([f"Profile {recipe['profile']}", f"data: {recipe['data']}", *seeds, *runs]))

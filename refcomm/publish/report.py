@@ -47,7 +47,8 @@ BESIDE = ("row", "column", "published", "published_sd", "ours", "ours_sd", "diff
 def _interval(c, places)->str: # or the number of seeds, if there is no interval
     if not pd.isna(c.get("low")): return f"{digits(c.low, places)} … {digits(c.high, places)}"
     n = c.get("n_seeds", 0)
-    return "–" if pd.isna(n) or n < 1 else "one seed" if n == 1 else f"{n:.0f} seeds"
+    if pd.isna(n) or n < 1: return "–"
+    return "one seed" if n == 1 else f"{n:.0f} seeds"
 
 def _line(c, places, mark)->dict:
     means = {k: digits(c[k], n) for k,n in places.items()}
@@ -153,7 +154,8 @@ def ledger(
     rows = {}
     for item in items:
         for c in item["claims"]:
-            group = "check" if c["kind"] == "check" else "ours" if c["ours"] else "paper"
+            whose = "ours" if c["ours"] else "paper"
+            group = "check" if c["kind"] == "check" else whose
             rows.setdefault(c["id"], dict(c, paper=item["paper"], group=group, items=[]))["items"].append(item)
     return list(rows.values())
 

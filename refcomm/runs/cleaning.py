@@ -89,7 +89,9 @@ def _age(path): # seconds since the last change of it or its content
 def _busy(path)->bool: # whether a folder under tmp may be in use without a lock
     lock = path.parents[1]/"locks"/f"{path.name}.lock"
     if path.name.startswith("slurm-") and _queued(path): return True
-    return _age(path) < (60 if re.match("[0-9a-f]{16}-", path.name) else 0 if lock.exists() else 86400)
+    if re.match("[0-9a-f]{16}-", path.name): limit = 60
+    else: limit = 0 if lock.exists() else 86400
+    return _age(path) < limit
 
 # %% ../../nbs/70_runs.cleaning.ipynb #87a00013
 def _remove_record(path, done):

@@ -15,12 +15,14 @@ import lazy_loader
 
 torch = lazy_loader.load("torch")
 
-from refcomm.core import ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, from_json, pick_device, progress_bar, Interrupted, nearest
+from refcomm.core import (ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, from_json,
+    pick_device, progress_bar, Interrupted, nearest)
 from refcomm.runs.executors import EXECUTORS, cards_of, check_executor, named_deaths
 from refcomm.files import disk_errors, open_regular, write_atomic
 from refcomm.interrupts import Interruptible
 from refcomm.training.loggers import StackLogs, check_logger
-from refcomm.runs.store import Store, digest, package_commit, provenance, run_key, runner_of, spec_fields, sealed, unsealed
+from refcomm.runs.store import (Store, digest, package_commit, provenance, run_key, runner_of, spec_fields, sealed,
+    unsealed)
 from refcomm.runs.experiments import EXPERIMENTS, Experiment, packaged, spec_class
 
 # %% ../../nbs/72_runs.execute.ipynb #9f20eda8
@@ -81,7 +83,8 @@ def run_stack(
     interval = checkpoint_interval() if checkpoint_seconds is None else checkpoint_seconds
     check_logger(logger)
     if processes()[0]: return _follow(specs, store, device)
-    say = report if callable(report) else _reporter(report) if report else lambda done, text: None
+    say = lambda done, text: None
+    if report: say = report if callable(report) else _reporter(report)
     with disk_errors(store.root), Interruptible() as stop, contextlib.ExitStack() as held:
         folder = _unfinished(store, specs)
         for key in [*sorted(map(run_key, specs)), folder.name.split("-")[1]]: # in sorted order, which avoids deadlocks
@@ -101,7 +104,8 @@ def run_stack(
                 except (ConfigError, TrainingDiverged): shutil.rmtree(folder, ignore_errors=True); raise
                 with stop.hold():
                     for s, result in zip(members, results):
-                        if s in missing: store.put(s, result, _origin(device, result, results[0], len(members)), weights)
+                        if s not in missing: continue
+                        store.put(s, result, _origin(device, result, results[0], len(members)), weights)
                     logs.finish(results)
         with stop.hold(): shutil.rmtree(folder, ignore_errors=True) # also if nothing is missing: its process may have died here
         agree([True]) # that the records are there

@@ -7,7 +7,8 @@ __all__ = ['PATIENT', 'EXECUTORS', 'PACKAGES', 'LocalExecutor', 'local_executor'
            'RemoteExecutor', 'asked_gpus', 'SlurmExecutor', 'slot', 'RayExecutor', 'check_executor']
 
 # %% ../../nbs/71_runs.executors.ipynb #b00539bc
-import _thread, concurrent.futures, contextlib, importlib, logging, math, multiprocessing, os, pickle, signal, socket, threading, time, uuid
+import _thread, concurrent.futures, contextlib, importlib, logging, math, multiprocessing, os, pickle, signal, socket
+import threading, time, uuid
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,7 +16,8 @@ import lazy_loader
 
 torch = lazy_loader.load("torch")
 
-from refcomm.core import ConfigError, Interrupted, WorkerDied, check_choice, n_cores, need, no_cuda, pick_device, say_once
+from refcomm.core import (ConfigError, Interrupted, WorkerDied, check_choice, n_cores, need, no_cuda, pick_device,
+    say_once)
 from refcomm.files import disk_errors
 from refcomm.runs.store import Store
 

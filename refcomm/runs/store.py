@@ -8,7 +8,8 @@ __all__ = ['FILES', 'PROVENANCE_FIELDS', 'NAME', 'OWN', 'MARKER', 'spec_fields',
            'Store']
 
 # %% ../../nbs/68_runs.store.ipynb #f33d475d
-import contextlib, dataclasses, datetime, errno, functools, hashlib, importlib, io, json, math, os, platform, re, shutil, subprocess, sys, uuid, warnings
+import contextlib, dataclasses, datetime, errno, functools, hashlib, importlib, io, json, math, os, platform, re, shutil
+import subprocess, sys, uuid, warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,8 +83,8 @@ def packed(
 )->"torch.Tensor": # uint8 where 256 suffice (int8 for half as many where some are −1), else int32
     "Symbols in the smallest type that holds them all."
     gaps = symbols.numel() > 0 and int(symbols.min()) < 0
-    return symbols.to(torch.int8 if gaps and alphabet_size <= 128 else torch.uint8 if not gaps and alphabet_size <= 256
-        else torch.int32)
+    small, most = (torch.int8, 128) if gaps else (torch.uint8, 256)
+    return symbols.to(small if alphabet_size <= most else torch.int32)
 
 # %% ../../nbs/68_runs.store.ipynb #159a489d
 FILES = ("record.json", "tensors.safetensors", "history.parquet", "weights.safetensors") # that a record may have; it can do without the last
@@ -125,7 +126,8 @@ class RunRecord:
 def package_commit()->str: # short hash, with "+" when the package has changes; "" outside a checkout
     "The commit of the checkout that this package runs from, as it was when this process first asked."
     here = Path(importlib.import_module("refcomm").__file__).parent
-    git = lambda *a: subprocess.run(["git", "-C", str(here), *a], capture_output=True, encoding="utf-8", errors="replace")
+    git = lambda *a: subprocess.run(["git", "-C", str(here), *a], capture_output=True, encoding="utf-8",
+        errors="replace")
     try: head = git("rev-parse", "--short=10", "HEAD")
     except OSError: return ""
     tracked = head.returncode == 0 and git("ls-files", "--error-unmatch", "__init__.py").returncode == 0

@@ -59,7 +59,8 @@ def _read(targets, distractors):
     "The games as two arrays, or two tensors, of integers; else a `ConfigError`."
     if type(targets) is type(distractors) is np.ndarray and targets.dtype == distractors.dtype == np.uint8: # nothing to convert
         a, b = targets.shape, distractors.shape
-        if len(a) == 2 and len(b) == 3 and a == b[::2] and all(a) and distractors.flags.c_contiguous: return targets, distractors
+        if len(a) == 2 and len(b) == 3 and a == b[::2] and all(a) and distractors.flags.c_contiguous:
+            return targets, distractors
     if isinstance(targets, (list, tuple)): targets, distractors = _from_dicts(targets, distractors)
     if not any(isinstance(targets, kind) and isinstance(distractors, kind) for kind in (np.ndarray, Tensor)):
         raise ConfigError(f"targets are {type(targets).__name__}, distractors {type(distractors).__name__}: give two "

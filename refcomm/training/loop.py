@@ -14,7 +14,8 @@ from typing import NamedTuple
 import pandas as pd, torch
 from torch import Tensor, nn
 
-from ..core import ConfigError, Interrupted, TrainingDiverged, anneal, autocast, check_at_least, check_choice, generator, need, progress_bar, spec
+from ..core import (ConfigError, Interrupted, TrainingDiverged, anneal, autocast, check_at_least, check_choice,
+    generator, need, progress_bar, spec)
 from ..distributed import agree, any_process, gather_batches, processes, sum_over_processes
 from ..files import distrust_checkpoint, load_checkpoint, save_checkpoint
 from ..interrupts import Interruptible
@@ -51,7 +52,8 @@ class TrainSettings:
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "patience", "accumulate"): check_at_least(name, getattr(self, name), 1)
-        check_choice("optimizer", self.optimizer, OPTIMIZERS), check_choice("keep", self.keep, ("best", "last"))
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("keep", self.keep, ("best", "last"))
         if not self.lr > 0: raise ConfigError(f"lr must be above 0, got {self.lr!r}")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup is a share of the training, from 0 to below 1: got {self.warmup!r}")

@@ -84,8 +84,9 @@ def configure(
 )->list: # one EQCSpec per seed
     "The Specs of one configuration of one game at one profile."
     base = CONFIGS[check_choice("configuration", name, CONFIGS)]
-    (check_choice("profile", profile, PROFILES), check_choice("setting", setting, ("tuned", "printed")),
-        check_choice("game", game, GAMES))
+    check_choice("profile", profile, PROFILES)
+    check_choice("setting", setting, ("tuned", "printed"))
+    check_choice("game", game, GAMES)
     by = lambda table: {k: v for part in ("", base.get("channel", "instant").replace("ending", "recurrent"),
         name.removesuffix(" EGG")) for k,v in table[game].get(part, {}).items()}
     changes = [GAMES[game], base, BEST.get(game, {}).get(name, {}),
@@ -134,8 +135,8 @@ ITEMS = { # item → games, configurations; Figures 4–7 and `TRIALS` have thei
 }
 
 def _small(changes): # at smoke
-    return {k: 8 if k in ("hidden", "embedding") else 2 if k == "epochs" else min(v, 9) if k == "n_negatives" and v
-        else v for k, v in changes.items()}
+    most = dict(hidden=8, embedding=8, epochs=2, n_negatives=9)
+    return {k: min(v, most[k]) if k in most and v else v for k, v in changes.items()}
 
 def _settings(item, game):
     return "printed" if item.endswith("_printed") or item == "table2_gradient" and game != "object" else "tuned"
@@ -152,7 +153,8 @@ def grid(
 )->list: # EQCSpecs
     "All runs that an item needs."
     games, names = ITEMS[check_choice("item", item, ITEMS)]
-    check_at_least("n_seeds", n_seeds, 1), check_at_least("recurrent", recurrent, 0)
+    check_at_least("n_seeds", n_seeds, 1)
+    check_at_least("recurrent", recurrent, 0)
     tuned = {}
     if item == "table8_finetuned" and profile == "cpu":
         tuned, encoder = dict(fine_tune=True, encoder_lr=.03, epochs=2), encoder or "minilm"

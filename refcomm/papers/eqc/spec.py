@@ -64,8 +64,8 @@ class EQCSpec:
 
     def __post_init__(self):
         check_choice("game", self.game, GAMES)
-        (check_choice("channel", self.channel, CHANNELS),
-            check_choice("bottleneck", self.bottleneck, ("continuous", "gumbel", "quantized", "fsq", "vq", "learned")))
+        check_choice("channel", self.channel, CHANNELS)
+        check_choice("bottleneck", self.bottleneck, ("continuous", "gumbel", "quantized", "fsq", "vq", "learned"))
         if (self.bottleneck == "continuous") != (self.alphabet_size is None):
             raise ConfigError(f"alphabet_size={self.alphabet_size!r} does not go with bottleneck={self.bottleneck!r}: "
                 f"a continuous one has none, every other needs one")
@@ -90,8 +90,8 @@ class EQCSpec:
         if self.fitted and (self.game == "image" or self.bottleneck != "continuous"):
             raise ConfigError(f"fitted={self.fitted} is for continuous channels and senders that see the target alone, "
                 f"got {self.bottleneck!r} in the {self.game!r} game")
-        (check_choice("grid", self.grid, ("exact", "paper")),
-            check_choice("feature_scale", self.feature_scale, ("rms", "length")))
+        check_choice("grid", self.grid, ("exact", "paper"))
+        check_choice("feature_scale", self.feature_scale, ("rms", "length"))
         for name, least in (("candidates", self.candidates or (0,)), ("alphabets", self.alphabets or (2,))):
             check_at_least(name, min(least), 2)
         if self.game == "object" and self.n_values**self.n_attributes < max(self.candidates):

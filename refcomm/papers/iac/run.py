@@ -20,7 +20,8 @@ from ...training.ensemble import Ensemble
 from ...files import unstamped
 from ...games.baselines import Supervised
 from ...games.contrastive import SimCLR, cosine_similarities, make_discrimination_game
-from ...metrics.protocol import adjusted_mutual_information, cooccurrence, normalized_mutual_information, permutation_test, within_symbol_similarity
+from ...metrics.protocol import (adjusted_mutual_information, cooccurrence, normalized_mutual_information,
+    permutation_test, within_symbol_similarity)
 from ...metrics.representation import Clusters, linear_probe, similarity_correlation
 from ...metrics.task import expected_accuracy, n_unique
 from ...runs.execute import Context
@@ -171,7 +172,8 @@ def players(
         layers = model.layers(x)
         told = [model.understand(layers, layer) for layer in "hsz"]
         for c in clusters.values():
-            told.append((model.projector(c.centres[(symbols := c(layers["h"]))]), symbols[:, None]))
+            symbols = c(layers["h"])
+            told.append((model.projector(c.centres[symbols]), symbols[:, None]))
         return (layers if seen is x else model.layers(seen))["z"], *(t for pair in told for t in pair)
     return [*(f"disc {layer}" for layer in "hsz"), *clusters], describe
 

@@ -57,8 +57,9 @@ class IACSpec:
     seed:int = 0
 
     def __post_init__(self):
-        (check_choice("model", self.model, MODELS), check_choice("trunk", self.trunk, ("narrow", *RESNETS)),
-            check_choice("bottleneck", self.bottleneck, BOTTLENECKS))
+        check_choice("model", self.model, MODELS)
+        check_choice("trunk", self.trunk, ("narrow", *RESNETS))
+        check_choice("bottleneck", self.bottleneck, BOTTLENECKS)
         for name in ("n_ood", "batch_size", "accumulate", "epochs", "word_length", "message_length", "dim", "n_blobs",
             "n_permutations"):
             check_at_least(name, getattr(self, name), 1)

@@ -72,19 +72,21 @@ CHOICES = { # settings mentioned or left open in the text → fields that differ
 _EARLY = dict(norm="batch", strength=.05)
 VARIANTS = { # variant → fields that differ from the text
     "text": {},
-    "code": PUBLIC_CODE | dict(optimizer="adamw", lr=2e-4, weight_decay=.04, weight_decay_end=.4, precision="fp16"), # the learning rate for 512 images
+    "code": PUBLIC_CODE | dict(optimizer="adamw", weight_decay=.04, weight_decay_end=.4, precision="fp16",
+        lr=2e-4), # for 512 images
 }
 _SMALL = _EARLY | dict(precision="fp32", rank="thin", symbol_width=192, vision="narrow", optimizer="adamw",
     weight_decay=.04, warmup=.1)
 SIZES = { # profile → smaller sizes than published
     "smoke": _SMALL | dict(source="scenes", n_images=120, image_size=56, view_size=56, vocab_size=16, width=24,
-        layers=1, heads=2, hidden=32, narrow=16, dim=32, queue=64, autoencoder_width=8, batch_size=32, lr=1e-3, epochs=1,
-        test_candidates=(2, 16)),
+        layers=1, heads=2, hidden=32, narrow=16, dim=32, queue=64, autoencoder_width=8, batch_size=32, lr=1e-3,
+        epochs=1, test_candidates=(2, 16)),
     "cpu": _SMALL | dict(source="scenes", n_images=1800, image_size=64, view_size=56, width=64, layers=2, heads=2,
         hidden=256, narrow=128, dim=1024, queue=1024, momentum=.99, autoencoder_width=32, batch_size=128, lr=5e-4,
         epochs=30, test_candidates=(2, 16, 128)),
     "gpu": _EARLY | dict(source="scenes", layers=6, dim=8192, queue=4096, momentum=.99, batch_size=256,
-        optimizer="adamw", lr=5e-4, weight_decay=.04, warmup=.1, epochs=50, precision="bf16", test_candidates=(2, 16, 128, 512)),
+        optimizer="adamw", lr=5e-4, weight_decay=.04, warmup=.1, epochs=50, precision="bf16",
+        test_candidates=(2, 16, 128, 512)),
     "paper": {},
 }
 DETECTION = { # profile → settings of the detectors
@@ -143,7 +145,8 @@ def grid(
 )->list: # PatchSpecs
     "All runs that an item needs."
     models, varied = ITEMS[check_choice("item", item, ITEMS)]
-    check_at_least("n_seeds", n_seeds, 1), check_at_least("epochs", epochs, 0)
+    check_at_least("n_seeds", n_seeds, 1)
+    check_at_least("epochs", epochs, 0)
     epochs = epochs or (COMPARED_EPOCHS.get(profile, 0) if len({*models} - {*UNTRAINED}) > 1 else 0)
     budget, specs = dict(budget="learned") if item == "budget" else {}, []
     for name in (m for m in models if m not in LEFT_OUT.get(profile, ())

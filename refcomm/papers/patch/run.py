@@ -212,7 +212,8 @@ def play(
 def symbols_of(model, images, s, device="cpu")->Tensor|None: # [n, n_symbols]; None without discrete symbols
     "The symbols of a model for images."
     if s.model == "game": return encode_messages(model, images, s, device)[0]
-    return map_images(lambda x: (model.symbols(x),), images, s, device)[0] if s.model in ("vqvae2", "patchvae") else None
+    if s.model not in ("vqvae2", "patchvae"): return None
+    return map_images(lambda x: (model.symbols(x),), images, s, device)[0]
 
 def classify(
     model, # in evaluation mode

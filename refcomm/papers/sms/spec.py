@@ -46,7 +46,8 @@ class SMSSpec:
     seed:int = 0
 
     def __post_init__(self):
-        check_choice("sampler", self.sampler, SAMPLERS), check_choice("bottleneck", self.bottleneck, BOTTLENECKS)
+        check_choice("sampler", self.sampler, SAMPLERS)
+        check_choice("bottleneck", self.bottleneck, BOTTLENECKS)
         for name in ("min_symbols", "message_length", "n_distractors", "n_train", "hidden", "embedding", "epochs"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("n_valid", self.n_valid, 2, "symbols are exchanged between messages")
