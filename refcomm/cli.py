@@ -45,6 +45,8 @@ def found_done(
     try: known = from_json(state_file.read_text(encoding="utf-8"))
     except ValueError: return False
     return known == _state(item, path, parameters, profile) and bool(known["outputs"])
+
+# %% ../nbs/99_cli.ipynb #c847a934
 def _in_thread(what, work):
     "Call `work` in a thread, so that this thread receives signals; on a signal the kernel is stopped and saves its state."
     import psutil
@@ -69,6 +71,7 @@ def _waited(result):
         except TimeoutError:
             if result.done(): raise
 
+# %% ../nbs/99_cli.ipynb #668c6299
 def reproduce_item(
     item:str, # "eqc/table5"
     path:Path, # its notebook
@@ -136,6 +139,7 @@ def print_table(title, columns, rows):
     for r in rows: t.add_row(*map(plain, r))
     _console().print(t)
 
+# %% ../nbs/99_cli.ipynb #26b9a4d0
 @app.command("list")
 def list_items():
     "Show every table and figure that can be reproduced."
@@ -148,6 +152,7 @@ def _gpus()->int:
     import torch
     return torch.cuda.device_count()
 
+# %% ../nbs/99_cli.ipynb #20d2cfd9
 @app.command("reproduce")
 def reproduce(
     items:list[str] = typer.Argument(None,
@@ -201,6 +206,7 @@ def reproduce(
     if made: print("\n" + "\n".join(map(_in_short, sorted(made), [profile]*len(made))))
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
 
+# %% ../nbs/99_cli.ipynb #c9d7de05
 def _in_short(item, profile):
     import pandas as pd
     from refcomm.runs.costs import shipped
@@ -261,6 +267,7 @@ def read_grid(
             raise ConfigError(f"{k!r} in {path} is {type(v).__name__}, {kinds[k].__name__} is expected")
     return _experiment_named(said.get("experiment", "page")), said.get("fields", {}), said["grid"]
 
+# %% ../nbs/99_cli.ipynb #8ee8263f
 @app.command("sweep")
 def sweep(
     grid:Path = typer.Argument(..., help="a JSON file with experiment, fields and grid"),
@@ -373,6 +380,7 @@ def redraw(
     print_table(None, ("item", "", ""), results)
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
 
+# %% ../nbs/99_cli.ipynb #3e8dccd2
 def _from_numbers(item, path, into)->tuple: # status, message
     "Draw an item's picture again from its numbers."
     from refcomm.publish.figures import redraw_from_numbers
@@ -488,6 +496,7 @@ def runs_execute(plan:Path, jobs:int = typer.Option(1, help="number of parallel 
         n = len(execute(read_plan(plan), jobs or None, device, executor=executor, logger=logger, weights=weights))
     if processes()[0] == 0: print(f"{n} runs are in the store")
 
+# %% ../nbs/99_cli.ipynb #a4e74675
 @runs_app.command("export")
 def runs_export(archive:Path, force:bool = typer.Option(False, help="replace an existing file")):
     "Pack every run of the store into one tar file."
@@ -509,6 +518,7 @@ def runs_import(archive:Path,
     for e, k in done.replaced: print(f"{e}/{k} was damaged here: set aside, and replaced by the archive's")
     print(f"{len(done.new)} new runs from {archive}" + (f", {len(done.replaced)} replaced" if done.replaced else ""))
 
+# %% ../nbs/99_cli.ipynb #6aa1dc05
 @runs_app.command("clean")
 def runs_clean(everything:bool = typer.Option(False, "--all", help="also remove finished runs"),
     yes:bool = typer.Option(False, "--yes", help="do not ask for confirmation"),

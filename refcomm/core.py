@@ -343,6 +343,7 @@ def same_device(
         return torch.cuda.current_device() if d.type == "cuda" and torch.cuda.is_available() else 0
     return a.type == b.type and number(a) == number(b)
 
+# %% ../nbs/00_core.ipynb #0f0fb044
 def n_cores()->int:
     "Processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

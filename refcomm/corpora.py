@@ -57,6 +57,7 @@ def _integers(rows, what, where="", least=0)->Tensor: # [n, width] int64
         raise ConfigError(f"{where}{what}s must be numbered from 0, got {smallest}")
     return rows.detach().cpu()
 
+# %% ../nbs/74_corpora.ipynb #e5f030cd
 def _spelled(rows, lengths=None, where="")->tuple: # [n, width] int64, and [n] or None
     "Messages, and their lengths if these differ."
     if not isinstance(rows, Tensor):
@@ -82,6 +83,7 @@ def _filled(rows)->tuple: # rows of equal width, −1 from the ends on, and leng
     width = max(max(map(len, rows), default=0), 1)
     return [list(r) + [-1]*(width - len(r)) for r in rows], [len(r) for r in rows]
 
+# %% ../nbs/74_corpora.ipynb #ac505450
 def make_corpus(
     messages, # [n, length] tensor, or a list of lists of any lengths
     meanings=None, # [n, n_attributes] tensor, or a list of lists; None if unknown
@@ -147,6 +149,7 @@ def save_corpus(
     with write_atomic(path) as tmp: pq.write_table(table, tmp, compression="zstd")
     return Path(path)
 
+# %% ../nbs/74_corpora.ipynb #151f6d51
 def load_corpus(
     path, # a file that `save_corpus` wrote
 )->Corpus:
@@ -199,6 +202,7 @@ def _card(name, corpora, numbers, license)->str:
         f'messages = load_dataset("path/to/this/folder", "{first}", split="train")', "```", "",
         "## How they were made", "", "```json", json.dumps(about, indent=1, ensure_ascii=False), "```", ""])
 
+# %% ../nbs/74_corpora.ipynb #144497e3
 def save_elcc(
     folder, # to make; it must not exist
     corpora:dict, # variant → Corpus, such as one for each seed

@@ -83,6 +83,7 @@ def find_data(
     known = Path(name) if str(name) in known_stamps() else None
     return next((p for p in tried if os.path.exists(p) or matches(p)), known)
 
+# %% ../nbs/01_files.ipynb #6e53913e
 def either(
     names, # one name, or several
 )->str:
@@ -95,7 +96,6 @@ def find_any(
 )->str|None: # the first that is found
     "Which of several sources is at hand."
     return next((n for n in ([names] if isinstance(names, str) else names) if find_data(n, suffixes)), None)
-
 
 # %% ../nbs/01_files.ipynb #c0a5e001
 def choose_source(
@@ -192,6 +192,7 @@ def open_regular(
         raise IsADirectoryError(errno.EISDIR, "a folder, a device or a pipe, not a file", str(path))
     return os.fdopen(fd, "rb")
 
+# %% ../nbs/01_files.ipynb #ae865fa2
 def read_text(
     path, # a file in UTF-8
 )->str:
@@ -305,6 +306,7 @@ def set_aside(
     with disk_errors(aside), contextlib.suppress(FileNotFoundError): Path(path).replace(aside)
     return aside
 
+# %% ../nbs/01_files.ipynb #c66cf6d5
 def cached_tensor(
     path, # a .safetensors file, whose name contains a digest of all inputs
     compute, # () → tensor, called when the file is absent or damaged

@@ -13,6 +13,7 @@ from .core import Interrupted
 # %% ../nbs/03_interrupts.ipynb #0a9e0007
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)] # Windows has no SIGUSR1
 
+# %% ../nbs/03_interrupts.ipynb #86772a81
 class Interruptible:
     "A block in which signals raise `Interrupted`. Blocks may be nested; outside the main thread a block has no effect."
     def __init__(self,

@@ -24,6 +24,7 @@ from ..bottlenecks.gumbel import GumbelSoftmax
 # %% ../../nbs/34_agents.patches.ipynb #96b70f7d
 SYMBOLS = ("mlp", "linear", "vit")
 
+# %% ../../nbs/34_agents.patches.ipynb #c126a559
 class PatchSymbol(nn.Module):
     "Scores of the symbols of each patch (Gupta et al. 2021, Eq. 4)."
     def __init__(self,
@@ -143,6 +144,7 @@ def message_of(
 
 BUDGETS = ("half", "learned", "minmax", "l2")
 
+# %% ../../nbs/34_agents.patches.ipynb #cc7a18f7
 def keep_by(
     scores:Tensor, # [batch, n_patches]
     budget:str, # "learned", "minmax" or "l2", see `Speaker`
@@ -154,6 +156,7 @@ def keep_by(
         return (scores - low) / (high - low).clamp_min(1e-6)
     return F.normalize(F.softplus(scores), dim=-1) if budget == "l2" else scores.sigmoid()
 
+# %% ../../nbs/34_agents.patches.ipynb #f9c1b5e9
 class Speaker(nn.Module):
     "Send the symbols of the important patches of an image (Gupta et al. 2021, Eq. 9)."
     def __init__(self,

@@ -150,6 +150,7 @@ class _SoftRank(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, scores): return _SoftRank.apply(scores.movedim(in_dims[0], 0)), (0, 0, 0)
 
+# %% ../../nbs/32_agents.softrank.ipynb #3022d448
 def soft_rank(
     scores:Tensor, # [..., n]
     strength:float=1., # above 0; scores at least this far apart get hard ranks

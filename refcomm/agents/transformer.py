@@ -56,6 +56,7 @@ def _of_first(layer, x, hidden):
     one = layer.norm1(one)
     return layer.norm2(one + think(one))
 
+# %% ../../nbs/33_agents.transformer.ipynb #6ad20f54
 class Transformer(nn.Module):
     "A transformer encoder over tokens with learned positions and a CLS token."
     def __init__(self,
@@ -124,6 +125,7 @@ def _check_keep(keep, batch, n_patches):
     raise ConfigError(f"keep must be [batch, k] patch numbers, int64 and at least one for each of the {batch} images, "
         f"got {keep.dtype} {list(keep.shape)}: see top_patches")
 
+# %% ../../nbs/33_agents.transformer.ipynb #ae5074d8
 class ViT(nn.Module):
     "A vision transformer (Dosovitskiy et al. 2021); `feature_dim` is its output's size."
     def __init__(self,

@@ -39,6 +39,7 @@ def _pretrained(name):
     return fetch_weights(lambda: models.get_model(name, weights=models.get_model_weights(name).DEFAULT), name,
         f"folder {torch.hub.get_dir()}", "train from scratch with pretrained=False")
 
+# %% ../../nbs/31_agents.vision.ipynb #c7920e86
 def make_trunk(
     name:str="resnet50", # "narrow", or a name in `RESNETS`
     small_stem:bool=False, # begin with a 3×3 convolution at full resolution: for images of 32 or 64 pixels

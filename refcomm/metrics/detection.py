@@ -130,6 +130,7 @@ def _backbone(
             f"width], got {list(maps.shape) if torch.is_tensor(maps) else type(maps).__name__}")
     return _OneMap(trunk, maps.shape[1])
 
+# %% ../../nbs/54_metrics.detection.ipynb #70072a1f
 def make_detector(
     trunk:nn.Module, # from `make_trunk`, or any module that maps [batch, 3, size, size] to [batch, channels, height, width]
     n_classes:int, # number of classes
@@ -188,6 +189,7 @@ def fine_tune(
             losses[-1] += loss.item()/steps
     return losses
 
+# %% ../../nbs/54_metrics.detection.ipynb #ace1a741
 def find_objects(
     detector:nn.Module, # from `make_detector`
     images:Tensor, # [n, 3, size, size] uint8

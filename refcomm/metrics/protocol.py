@@ -118,6 +118,7 @@ def adjusted_mutual_information(
     return float(adjusted_mutual_info_score(*(x.repeat_interleave(table[symbols, classes]).cpu().numpy()
         for x in (symbols, classes))))
 
+# %% ../../nbs/51_metrics.protocol.ipynb #3c2453d1
 def within_symbol_similarity(
     table:Tensor, # [..., n_symbols, n_classes] counts
     similarity:Tensor, # [n_classes, n_classes] symmetric, of classes

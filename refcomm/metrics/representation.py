@@ -46,6 +46,7 @@ def _loss(logits, labels):
     return (F.cross_entropy(logits, labels) if labels.dim() == 1
         else F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(-1).mean())
 
+# %% ../../nbs/52_metrics.representation.ipynb #ce6f203f
 def fit_linear(
     features:Tensor, # [n, dim] standardised
     labels:Tensor, # [n] classes from 0, or [n, n_classes] zeros and ones
@@ -96,6 +97,7 @@ class Probe(NamedTuple):
     weights:Tensor # [dim, n_classes] of standardised features
     biases:Tensor # [n_classes]
 
+# %% ../../nbs/52_metrics.representation.ipynb #4850e95e
 def linear_probe(
     train:Tensor, # [n, dim] features
     train_labels:Tensor, # [n] classes from 0, or [n, n_classes] zeros and ones

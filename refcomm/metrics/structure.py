@@ -46,6 +46,7 @@ def _edit(a, b, ends_a=None, ends_b=None):
         if ends_a is not None: found = read(i + 1, row, found)
     return above[-1] if found is None else found, torch.arange(length + 1.)
 
+# %% ../../nbs/53_metrics.structure.ipynb #880365f4
 def _jaccard(a, b, ends_a=None, ends_b=None):
     "Jaccard distance of the sets of symbols; with `ends`, number 0 stands for no symbol."
     k, length = int(max(a.max(), b.max())) + 1, a.shape[1]
@@ -96,6 +97,7 @@ def _rows(x, what)->Tensor: # [n, width]
         raise ConfigError(f"{what} must be [n, width] with at least one row and column, got {list(x.shape)}")
     return x
 
+# %% ../../nbs/53_metrics.structure.ipynb #f9f88366
 def distances(
     x:Tensor, # [n, width] messages or meanings
     kind:str="edit", # a name in `MESSAGE_DISTANCES`, or "cosine"
@@ -155,6 +157,7 @@ def _check_pairs(symbols, message_distance, meaning_distance):
     check_choice("meaning_distance", meaning_distance, MEANING_DISTANCES)
     check_at_least("number of messages", len(symbols), 3, "there must be pairs to rank")
 
+# %% ../../nbs/53_metrics.structure.ipynb #a1576765
 class _Pairs:
     "Topographic similarity, prepared for permutations and resampling."
     def __init__(self, symbols, meanings, message_distance="edit", meaning_distance="hamming", ends=None):
@@ -271,6 +274,7 @@ def _nats(counts, *dims): # entropy of counts
     p = counts / counts.sum(dims, keepdim=True)
     return -torch.xlogy(p, p).sum(dims)
 
+# %% ../../nbs/53_metrics.structure.ipynb #82329d4c
 class _Gap:
     "The gap between the two most informative attributes, prepared for permutations and resampling."
     def __init__(self, parts, meanings, gaps=False):
@@ -305,6 +309,7 @@ def posdis(
     symbols, attributes, ends = _told(symbols, attributes, lengths)
     return float(_Gap(symbols, attributes, ends is not None).value())
 
+# %% ../../nbs/53_metrics.structure.ipynb #2a4bf150
 def bosdis(
     symbols:Tensor, # [n, length] messages
     attributes:Tensor, # [n, n_attributes] integers
@@ -364,6 +369,7 @@ class Measure(NamedTuple):
     high:float
     p:float # one-sided
 
+# %% ../../nbs/53_metrics.structure.ipynb #fb58bd72
 def measure(
     statistic:str, # a name in `STATISTICS`
     symbols:Tensor, # [n, length] messages

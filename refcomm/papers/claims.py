@@ -66,6 +66,7 @@ def _linear(node, values, key)->dict: # name → factor; "" for the constant
             return {k: factor*c for k, c in other.items()}
     raise ConfigError(f"a test adds and scales values, got {ast.unparse(node)!r}")
 
+# %% ../../nbs/82_papers.claims.ipynb #e2ddb7f1
 def _value(values, name, key):
     found = values[name]
     if not isinstance(found, dict): return as_estimate(found)
@@ -98,6 +99,7 @@ def _leaf(text, excess, strict, level_true, level_false):
     above, below = interval(excess, level_true)[0], interval(excess, level_false)[1]
     return Part(text, excess, bool(above > 0 or above == 0 and not strict), bool(below < 0 or below == 0 and strict))
 
+# %% ../../nbs/82_papers.claims.ipynb #51b6c487
 def answer(
     test, # an expression, or its syntax tree
     values:dict, # name → number, `Estimate`, or a dict of them
@@ -157,6 +159,7 @@ def cause(
         and bool(explanation))
     return "; ".join([_in_words(weakest), *more]).rstrip(".") + "."
 
+# %% ../../nbs/82_papers.claims.ipynb #d4197ed1
 def power(
     says:Answer|None,
 )->str:
@@ -194,6 +197,7 @@ def check_claim(
         numbers={k: round(e.value, 5) for k, e in flat.items() if known},
         intervals={k: [round(x, 5) for x in ab] for k, ab in ends.items() if not any(map(math.isnan, ab))})
 
+# %% ../../nbs/82_papers.claims.ipynb #e06ac894
 def check_claims(
     paper:str, # "eqc"
     item:str, # "table5"

@@ -64,6 +64,7 @@ def operations(): # a context that counts while it is entered: products, convolu
             return out
     return Operations()
 
+# %% ../../nbs/57_papers.counts.ipynb #3879a3b7
 def _attention(func, given)->float: # FLOPs of attention on a processor, which PyTorch's own table leaves out
     if "scaled_dot_product" not in func.name(): return 0
     back = "backward" in func.name()
@@ -208,6 +209,7 @@ def _shipped()->dict: # shape → `Counts`
     with open(Path(refcomm.papers.__file__).parent/"counts.csv", encoding="utf-8", newline="") as f:
         return {r["shape"]: Counts(*(float(r[k]) for k in Counts._fields)) for r in csv.DictReader(f)}
 
+# %% ../../nbs/57_papers.counts.ipynb #9adb1b70
 def counted(
     s, # a Spec
     gpu:bool=False, # trained on one, where some things are computed with fewer operations; known of what is shipped alone

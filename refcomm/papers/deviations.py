@@ -45,6 +45,7 @@ def paper_value(
         if key in names: return _literal(value)
     return _literal(first)
 
+# %% ../../nbs/81_papers.deviations.ipynb #d59b2445
 def applies(
     when:str, # "", or "game=image|sent-ref": one such run suffices; "varies:jitter"
     specs, # dicts of fields

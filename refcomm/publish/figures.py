@@ -56,6 +56,7 @@ def aligned(
         return gaps[0] + m[0] + "".join(gaps[1:])
     return [padded(m) if m and m[1] else c for m, c in zip(parts, cells)]
 
+# %% ../../nbs/94_publish.figures.ipynb #168654b7
 def draw_table(
     table:pd.DataFrame, # the table with its index; cells are printed unchanged
     title:str="",
@@ -85,6 +86,7 @@ def draw_table(
             xycoords="axes fraction", textcoords="offset points", va="top", fontsize=7)
     return literal(fig)
 
+# %% ../../nbs/94_publish.figures.ipynb #fd916c8b
 def footnote(
     figure, # matplotlib figure
     *sentences:str, # the most important one first; wrapped to the figure's width
@@ -126,6 +128,7 @@ def curves(
     literal(ax.figure)
     return ax
 
+# %% ../../nbs/94_publish.figures.ipynb #e0cf4194
 def candidate_curves(
     numbers:pd.DataFrame, # from `evidence.compare`: a column for each number of candidates
     axes, # two: ours, and the paper's
@@ -239,6 +242,7 @@ def _picture(figure, recipe, dpi)->bytes: # PNG, with the recipe's note in brief
     figure.savefig(png := io.BytesIO(), format="png", dpi=dpi, bbox_inches="tight")
     return png.getvalue()
 
+# %% ../../nbs/94_publish.figures.ipynb #91221ad7
 def save(
     paper:str, # "eqc"
     item:str, # "table5"
@@ -272,6 +276,7 @@ def save(
         stem.with_suffix(".json"): text.encode()})
     return stem.with_suffix(".png")
 
+# %% ../../nbs/94_publish.figures.ipynb #83324dd4
 def load_recipe(path)->dict: # as written by `save`
     "Read an item's recipe."
     try:

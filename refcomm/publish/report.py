@@ -56,6 +56,7 @@ def _line(c, places, mark)->dict:
     return dict(column=c["column"], **means, **sds, difference=digits(c.difference, max(places.values()), sign=True),
         off=str(c.within) == "False", interval=_interval(c, places["ours"]), known=not pd.isna(c.get("low")), mark=mark)
 
+# %% ../../nbs/97_publish.report.ipynb #0e1334ae
 def comparison(
     numbers:pd.DataFrame, # of one item
 )->dict|None: # unit, n_within, n_compared, tables, remarks; None without a comparison
@@ -105,6 +106,7 @@ def _check_recipe(recipe, file):
         if not all(isinstance(v, (int, float)) for v in c["numbers"].values()):
             raise ConfigError(f"a claim in {file}.json is decided by what is not a number")
 
+# %% ../../nbs/97_publish.report.ipynb #930d9994
 def read_item(
     stem, # path of its three files, without their endings
 )->dict: # the recipe, with `name`, `heading`, `png`, `size`, `csv` and `beside`, the comparison

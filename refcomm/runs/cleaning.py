@@ -86,6 +86,7 @@ def _age(path): # seconds since the last change of it or its content
     with contextlib.suppress(OSError): return time.time() - max(p.lstat().st_mtime for p in (path, *path.rglob("*")))
     return 0.
 
+# %% ../../nbs/70_runs.cleaning.ipynb #4ecfd2d5
 def _busy(path)->bool: # whether a folder under tmp may be in use without a lock
     lock = path.parents[1]/"locks"/f"{path.name}.lock"
     if path.name.startswith("slurm-") and _queued(path): return True
@@ -109,6 +110,7 @@ def _remove(path, done):
     except FileNotFoundError: return
     done.removed.append(path)
 
+# %% ../../nbs/70_runs.cleaning.ipynb #119837d2
 def clean(
     store:Store|None=None,
     everything:bool=False, # remove finished runs, too
@@ -140,6 +142,7 @@ def clean(
         if store.root == home()/"runs": _sweep_caches(done)
     return done
 
+# %% ../../nbs/70_runs.cleaning.ipynb #fdf09d2d
 def _sweep_caches(done):
     from filelock import FileLock, Timeout
     for path in (home()/"cache").rglob(".*.tmp"):

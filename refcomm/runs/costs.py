@@ -84,6 +84,7 @@ class Cost(NamedTuple):
     basis:str # what the time is derived from
     memory:float|None = None # bytes on the device while it trains
 
+# %% ../../nbs/73_runs.costs.ipynb #3f761828
 def estimate(
     spec,
     item:str, # "eqc/table5"

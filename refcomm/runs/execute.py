@@ -67,6 +67,7 @@ def checkpoint_interval()->float: # seconds
     except ValueError: raise ConfigError(f"REFCOMM_CHECKPOINT_SECONDS is a number of seconds, got {text!r}") from None
     return check_at_least("REFCOMM_CHECKPOINT_SECONDS", seconds, 0)
 
+# %% ../../nbs/72_runs.execute.ipynb #ed21b4cc
 def run_stack(
     specs, # Specs with equal `stack_key`
     root, # the store's folder
@@ -112,6 +113,7 @@ def run_stack(
     say(1., "done")
     return [run_key(s) for s in specs]
 
+# %% ../../nbs/72_runs.execute.ipynb #55b4b276
 def _origin(device, result, first, n): # a stack may hold groups that are trained one after the other
     alone = result.summary.get("trained_together")
     return provenance(pick_device(device), float((result if alone else first).history["seconds"].sum()), alone or n)
@@ -188,6 +190,7 @@ def execute(
     _note_used(records)
     return records
 
+# %% ../../nbs/72_runs.execute.ipynb #ee17bc3b
 def _refuse_training(missing):
     "Raise an error for missing runs if `REFCOMM_TRAINING` is \"refuse\", as in `refcomm redraw`."
     if not missing or os.environ.get("REFCOMM_TRAINING") != "refuse": return
@@ -220,6 +223,7 @@ def _kept(e, found, store)->Interrupted:
     return Interrupted(f"stopped by {e.name}: {done} of {len(found)} runs are in {store.root}, and {states} unfinished "
         f"training{'s have' if states != 1 else ' has'} a checkpoint there; the same command continues", e.signum)
 
+# %% ../../nbs/72_runs.execute.ipynb #7440a080
 def _inline(stacks, store, device, logger, weights, bar):
     for stack in stacks:
         done = bar.n

@@ -122,6 +122,7 @@ class RunRecord:
         "What it takes on the disk."
         return sum((self.path/name).stat().st_size for name in names or self.files if name in self.files)
 
+# %% ../../nbs/68_runs.store.ipynb #3e59aaab
 @functools.cache
 def package_commit()->str: # short hash, with "+" when the package has changes; "" outside a checkout
     "The commit of the checkout that this package runs from, as it was when this process first asked."
@@ -192,6 +193,7 @@ def _tensor_bytes(tensors, what)->bytes:
                 raise RecordError(f"{what}[{k!r}] is a tensor of {v.dtype}, which cannot be stored: {e}") from None
         raise RecordError(f"{what} cannot be stored: {e}") from None
 
+# %% ../../nbs/68_runs.store.ipynb #2decc93b
 def _history_bytes(history)->bytes:
     import pandas as pd
     table, out = pd.DataFrame(history), io.BytesIO()
@@ -287,6 +289,7 @@ NAME = re.compile(rf"[a-z][a-z0-9_]*/[0-9a-f]{{16}}/({'|'.join(map(re.escape, FI
 OWN = ("locks", "set-aside", "tmp", "unfinished") # folders of a store beside those of its experiments
 MARKER = ".refcomm-store" # the file by which a store is known
 
+# %% ../../nbs/68_runs.store.ipynb #1b28fe64
 class Store:
     "Finished runs under `root/<experiment>/<key>/`."
     def __init__(self,

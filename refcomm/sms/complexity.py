@@ -55,6 +55,7 @@ def _check_values(x):
     if 0 not in x.shape and kind[0] != "u" and x.min() < 0:
         raise ConfigError(f"attribute values must be at least 0, got {int(x.min())}: number the values 0, 1, 2, …")
 
+# %% ../../nbs/59_sms.complexity.ipynb #c94f7d8b
 def _read(targets, distractors):
     "The games as two arrays, or two tensors, of integers; else a `ConfigError`."
     if type(targets) is type(distractors) is np.ndarray and targets.dtype == distractors.dtype == np.uint8: # nothing to convert
@@ -118,6 +119,7 @@ def _solve(targets, distractors, copies, backend, sizes_only=False):
     if copied.any(): sets[copied] = False
     return sets, copied
 
+# %% ../../nbs/59_sms.complexity.ipynb #b1461a27
 def min_symbols(
     targets, # [batch, n_attributes] integers (array or tensor), or a list of dicts attribute → value
     distractors, # [batch, n_distractors, n_attributes] likewise, or a list of dicts for each target

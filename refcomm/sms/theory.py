@@ -117,6 +117,7 @@ def _most_distinct(m, n_attributes, n_values, min_hamming):
     return sum((math.comb(n_attributes, h) - math.comb(n_attributes - m, h)) * (n_values - 1)**h
         for h in range(min_hamming, n_attributes + 1))
 
+# %% ../../nbs/60_sms.theory.ipynb #09a5b685
 def feasible(
     m:int, # min|M|
     n_attributes:int, # |A|

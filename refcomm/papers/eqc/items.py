@@ -72,6 +72,7 @@ SMALL = { # at smoke
     "sent-cls": TINY | dict(n_train=300, candidates=(2, 77)),
 }
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #a329c783
 def configure(
     name:str, # a name in `CONFIGS`
     profile:str="cpu", # a name in core's `PROFILES`
@@ -138,9 +139,11 @@ def _small(changes): # at smoke
     most = dict(hidden=8, embedding=8, epochs=2, n_negatives=9)
     return {k: min(v, most[k]) if k in most and v else v for k, v in changes.items()}
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #bd6de98c
 def _settings(item, game):
     return "printed" if item.endswith("_printed") or item == "table2_gradient" and game != "object" else "tuned"
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #bf30634b
 def grid(
     item:str, # a name in `ITEMS`
     profile:str="cpu", # a name in core's `PROFILES`
@@ -382,6 +385,7 @@ def order_values(
     return {"eqc.object.noum-accuracy": dict(correlation=correlation("noum")),
         "eqc.object.topsim-accuracy": dict(noum=correlation("noum"), topsim=correlation("topsim"))}
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #2e5fae72
 def trial_values(
     claim:str, # its id
     name:str, # name of the value in its test

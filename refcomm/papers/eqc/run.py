@@ -53,6 +53,7 @@ def _scale(s, x):
     "Rows of length 1, or of mean square 1."
     return nn.functional.normalize(x, dim=-1) * (x.shape[-1]**.5 if s.feature_scale == "rms" else 1.)
 
+# %% ../../../nbs/83_papers.eqc.run.ipynb #7dd44b55
 def make_task(
     s:EQCSpec,
     device="cpu", # the data's device
@@ -158,6 +159,7 @@ def _quantizers(ensemble, s, task)->dict: # (alphabet, symbol width if fitted) â
             tried[v, width] = LearnedQuantizer(v**width, s.word_length//width, width).fit(words).to(words.device)
     return tried
 
+# %% ../../../nbs/83_papers.eqc.run.ipynb #05e8f714
 @torch.no_grad()
 def evaluate(
     ensemble:Ensemble, # of games

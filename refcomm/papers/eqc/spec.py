@@ -99,6 +99,7 @@ class EQCSpec:
         if self.fine_tune and self.game != "sent-cls":
             raise ConfigError(f"fine_tune=True is for game='sent-cls', got {self.game!r}: the paper fine-tunes its encoder there alone")
 
+# %% ../../../nbs/45_papers.eqc.spec.ipynb #c51ed385
 GAMES = { # game → what differs from the Spec's defaults (Tables 1 and 4, App. A.4)
     "object": {},
     "image": dict(n_train=8032, n_valid=1024, n_test=1024, n_negatives=99, hidden=20, embedding=50, lr=1e-3,

@@ -79,6 +79,7 @@ def images_of(
     more = {"probes": own["probes"] + tuple(stamped(m) for m in more if find_data(m))} if "probes" in own else {}
     return dict(source=stamped(name), n_images=None) | more
 
+# %% ../../../nbs/86_papers.iac.items.ipynb #cd78159b
 def configure(
     profile:str="cpu", # a name in core's `PROFILES`
     images:str="auto", # see `images_of`
@@ -143,6 +144,7 @@ def best_spoken(
     kept = kind.isna() | rows.row.isin(best)
     return rows[kept].assign(spoken=rows.player, row=rows.row.where(kind.isna(), kind))
 
+# %% ../../../nbs/86_papers.iac.items.ipynb #43e84de8
 def play_rows(
     records, # from `runs.execute`
     augmented:bool=False, # augmented views at test time
@@ -272,6 +274,7 @@ def seeds_values(
     return {"iac.seeds": dict(spread=Estimate(float(sd/mean), float(sd/mean)/math.sqrt(2*(n - 1)), n - 1, 0., n)
         if n > 1 else Estimate(math.nan))}
 
+# %% ../../../nbs/86_papers.iac.items.ipynb #76b5e909
 def views_values(
     play, # from `play_rows` with augmented views
     n_candidates:int,

@@ -146,6 +146,7 @@ def features(
     "The features of plain images."
     return map_images(lambda x, _: (model.trunks[of](x),), images, s, device)[0]
 
+# %% ../../../nbs/85_papers.iac.run.ipynb #213ab2e3
 def players(
     model, # a game, SimCLR or an untrained trunk
     s:IACSpec,
@@ -194,6 +195,7 @@ def _protocol(symbols, images, s, parts, where)->list: # rows
         rows.append(row)
     return rows
 
+# %% ../../../nbs/85_papers.iac.run.ipynb #0e3368fa
 @torch.no_grad()
 def play(
     model, # a game or SimCLR, in evaluation mode

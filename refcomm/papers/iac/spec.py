@@ -15,6 +15,7 @@ from ...names import RESNETS
 UNTRAINED = ("untrained", "thumbnail") # references for trained trunks: their initial weights, and the mean colours of 4 × 4 tiles
 MODELS, BOTTLENECKS = ("game", "simclr", "supervised", *UNTRAINED), ("gumbel", "quantized")
 
+# %% ../../../nbs/46_papers.iac.spec.ipynb #9cbf0744
 @spec
 class IACSpec:
     "One training of the game, of SimCLR or of a supervised trunk, with one seed; or an untrained reference."

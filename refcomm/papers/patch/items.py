@@ -44,6 +44,8 @@ COMPARED_EPOCHS = {"cpu": 20, "gpu": 40} # profile → epochs where models are c
 COMPARED = ( # the longest trainings first, so that no processor waits for one at the end
     FINE, "PatchVAE (R18, S=16)", "VQ-VAE2", "PatchVAE (R18, S=32)", OURS, "MoCo-v2 (R18)", "Supervised",
     *UNTRAINED)
+
+# %% ../../../nbs/89_papers.patch.items.ipynb #35c08fc5
 ITEMS = { # item → models, and fields that are varied one at a time
     "table1": (COMPARED, {}), "table2": (tuple(m for m in COMPARED if "VQ-VAE2" not in m), {}),
     "table5": (COMPARED, {}),
@@ -95,6 +97,8 @@ DETECTION = { # profile → settings of the detectors
     "gpu": dict(boxes="auto", size=224, n_train=4000, n_test=1000, epochs=12),
     "paper": dict(boxes="voc07", size=224, epochs=12),
 }
+
+# %% ../../../nbs/89_papers.patch.items.ipynb #3a3d7f9b
 def boxes_of(
     profile:str, # a name in core's `PROFILES`
 )->str: # one sentence
@@ -120,6 +124,7 @@ def images_of(
     small = dict(image_size=64, view_size=56) if Path(name).name.startswith("tiny_imagenet") else {} # it has no more pixels
     return dict(source=stamped(name), n_images=None) | small
 
+# %% ../../../nbs/89_papers.patch.items.ipynb #5f779b4e
 def configure(
     profile:str="cpu", # a name in core's `PROFILES`
     images:str="auto", # see `images_of`
@@ -134,6 +139,7 @@ def configure(
     share = 1 if profile == "paper" else (7/side)**2 # smaller, because more ranks are closer together
     return dataclasses.replace(usual, patch_size=usual.view_size//side, strength=usual.strength*share, **fields)
 
+# %% ../../../nbs/89_papers.patch.items.ipynb #7d8b53a6
 def grid(
     item:str, # a name in `ITEMS`
     profile:str="cpu", # a name in core's `PROFILES`

@@ -14,6 +14,7 @@ from ...names import RESNETS
 # %% ../../../nbs/47_papers.patch.spec.ipynb #3e7bdc4a
 MODELS = ("game", "moco", "vqvae2", "patchvae", "supervised", "vit")
 
+# %% ../../../nbs/47_papers.patch.spec.ipynb #c19c021b
 @spec
 class PatchSpec:
     "One training of the game or of a baseline, with one seed."

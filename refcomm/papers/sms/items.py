@@ -38,6 +38,7 @@ PICTURES = { # profile → fields that differ for games with images
     "gpu": SEEN, "paper": SEEN,
 }
 
+# %% ../../../nbs/91_papers.sms.items.ipynb #c06f4687
 def grid(
     item:str, # a name in `ITEMS`
     profile:str="cpu", # a name in core's `PROFILES`

@@ -14,6 +14,7 @@ from ...names import SAMPLERS
 # %% ../../../nbs/48_papers.sms.spec.ipynb #c27bdb3f
 BOTTLENECKS = ("gumbel", "reinforce")
 
+# %% ../../../nbs/48_papers.sms.spec.ipynb #91fb972a
 @spec
 class SMSSpec:
     "One training of one game at one message length with one seed."
