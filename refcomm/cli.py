@@ -425,18 +425,21 @@ def report(
 
 # %% ../nbs/99_cli.ipynb #07791de4
 @runs_app.command("list")
-def runs_list():
+def runs_list(limit:int = typer.Option(1000, min=0, help="number of runs to show; 0 for all")):
     "List all finished runs."
     from refcomm.runs.costs import size
-    from refcomm.runs.store import Store
-    store = Store()
-    rows, bad = store.survey()
-    show = ("channel", "bottleneck", "alphabet_size", "word_length", "lr", "seed")
-    weights = lambda r: size(r.bytes("weights.safetensors")) if "weights.safetensors" in r.files else "–"
-    print_table(f"{len(rows)} runs in {store.root}", ("run", *show, "seconds", "disk", "weights", "device", "commit"),
-        [(f"{r.experiment}/{r.key}", *(r.spec.get(k, "") for k in show),
-            f"{r.provenance['seconds']/r.provenance['trained_together']:.1f}", size(r.bytes()), weights(r),
-                r.provenance["device"], r.provenance["commit"]) for r in rows])
+    from refcomm.runs.store import Store, indexed
+    store, bad = Store(), []
+    db, show = indexed(store, bad), ("channel", "bottleneck", "alphabet_size", "word_length", "lr", "seed")
+    n = db.execute("SELECT count(*) FROM runs").fetchone()[0]
+    found = db.execute("SELECT experiment, key, spec, seconds, bytes, weights, device, made FROM runs LIMIT ?",
+        (limit or -1,))
+    rows = [(f"{experiment}/{key}", *(json.loads(spec).get(k, "") for k in show), f"{seconds:.1f}", size(taken),
+        size(weights) if weights else "–", device, made)
+        for experiment, key, spec, seconds, taken, weights, device, made in found]
+    db.close()
+    print_table(f"{n} runs in {store.root}", ("run", *show, "seconds", "disk", "weights", "device", "commit"), rows)
+    if len(rows) < n: print(f"and {n - len(rows)} more: refcomm runs list --limit 0 shows all")
     for d in bad: print(d)
 
 @runs_app.command("show")

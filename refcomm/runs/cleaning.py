@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .archives import DROPPINGS
 from ..core import ConfigError
 from ..files import content_digest, disk_errors, home
-from .store import FILES, MARKER, NAME, Store
+from .store import FILES, INDEX, MARKER, NAME, Store
 
 # %% ../../nbs/70_runs.cleaning.ipynb #87a00007
 _DRIVER, _RUN = "(progress|import|slurm|ray)-[0-9a-f]{8,32}", "[a-z][a-z0-9_]*-[0-9a-f]{16}"
@@ -31,7 +31,7 @@ def foreign(
     found = []
     for name in _names(root):
         inside = _names(root/name)
-        if name == MARKER: continue
+        if name in (MARKER, INDEX, f"{INDEX}-journal"): continue
         if not (root/name).is_dir(): found.append(root/name)
         elif name in MADE: found += [root/name/n for n in inside if not MADE[name].fullmatch(n)]
         else:

@@ -18,7 +18,7 @@ torch = lazy_loader.load("torch")
 
 from refcomm.core import ConfigError, StoreError, from_json, no_cuda, pick_device, printable
 from refcomm.files import checkout, read_text, home, write_atomic
-from refcomm.runs.store import Store, digest, run_key, spec_fields, unsealed
+from refcomm.runs.store import Store, digest, indexed, run_key, spec_fields, unsealed
 
 # %% ../../nbs/73_runs.costs.ipynb #fa7a64dd
 FREE = ("seed", "split_seed", "games_seed", "lr", "encoder_lr", "warmup", "weight_decay", "weight_decay_end",
@@ -49,15 +49,20 @@ def recorded(
     store:Store|None=None, # the default store when None
     device="auto", # device of the planned runs
 )->Recorded:
-    "Read every record once."
-    seconds, sizes, here = collections.defaultdict(list), collections.defaultdict(list), device_name(device)
-    sound, _ = (store or Store()).survey()
-    for r in sound:
-        k = kind(r.experiment, r.spec)
-        sizes[k].append(r.bytes())
-        if r.provenance["device"].startswith(here):
-            seconds[k].append(r.provenance["seconds"] / r.provenance["trained_together"] / r.spec.get("epochs", 1))
-    return Recorded({(r.experiment, r.key) for r in sound}, seconds, sizes)
+    "What is known of every sound record, from the store's index."
+    here, left_out = device_name(device), ", ".join(f"'$.{f}'" for f in (*FREE, "epochs"))
+    db = indexed(store or Store())
+    rows = db.execute(f"""SELECT experiment, json_remove(spec, {left_out}) AS rest, json_group_array(bytes), json_group_array(
+        CASE WHEN substr(device, 1, length(:here)) = :here THEN seconds/coalesce(json_extract(spec, '$.epochs'), 1) END)
+        FROM runs GROUP BY experiment, rest""", dict(here=here))
+    seconds, sizes = {}, {}
+    for experiment, rest, taken, times in rows:
+        k = kind(experiment, json.loads(rest))
+        sizes[k] = json.loads(taken)
+        seconds[k] = [t for t in json.loads(times) if t is not None]
+    keys = set(db.execute("SELECT experiment, key FROM runs"))
+    db.close()
+    return Recorded(keys, seconds, sizes)
 
 # %% ../../nbs/73_runs.costs.ipynb #437b41de
 def shipped(
