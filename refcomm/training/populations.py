@@ -133,7 +133,9 @@ def iterated(
     log=None, # called with new rows of the history, epochs counted over all generations
 ): # iterator of (generation, game in evaluation mode, history)
     "Iterated learning: one side begins anew in every generation, and the optimisers with it (Li and Bowling 2019)."
-    if every is not None: settings = dataclasses.replace(settings, epochs=_whole_epochs(every, settings.batches(task.n_train)))
+    if every is not None:
+        epochs = _whole_epochs(every, settings.batches(task.n_train))
+        settings = dataclasses.replace(settings, epochs=epochs)
     game, kept = make(seed), checkpoint_of(checkpoint)
     for generation in range(check_at_least("generations", generations, 1)):
         if generation: game = renewed(game, make(seed + 1000*generation), side)
