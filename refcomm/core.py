@@ -7,7 +7,8 @@ __all__ = ['have_numba', 'SCHEDULES', 'PROFILES', 'PRECISIONS', 'printable', 'Re
            'RecordError', 'WorkerDied', 'StoreError', 'Interrupted', 'nearest', 'check_choice', 'check_at_least',
            'need', 'say_once', 'compile_loops', 'from_json', 'integers', 'fetch_weights', 'fitted', 'spec', 'generator',
            'seeded_init', 'draw_seed', 'seeded', 'anneal', 'device_fault', 'no_cuda', 'pick_device', 'same_device',
-           'n_cores', 'autocast', 'check_parameter', 'check_injected', 'constant', 'progress_bar']
+           'n_cores', 'autocast', 'usable_precision', 'free_memory', 'check_parameter', 'check_injected', 'constant',
+           'progress_bar']
 
 # %% ../nbs/00_core.ipynb #94a934ea
 import ast, contextlib, dataclasses, difflib, functools, hashlib, importlib, importlib.util, io, json, math, os, re, signal, sys, types, typing, warnings
@@ -353,6 +354,37 @@ def autocast(
     "The context in which the forward pass runs; `fp32` changes nothing."
     dtype = PRECISIONS[check_choice("precision", precision, PRECISIONS)]
     return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype)) if dtype else contextlib.nullcontext()
+
+# %% ../nbs/00_core.ipynb #00c0a002
+def usable_precision(
+    precision:str, # a name in `PRECISIONS`
+    device, # where the arithmetic happens
+)->str: # the same, or what the device has in its place
+    "The precision a device computes in: `bf16` becomes `fp16` on CUDA devices before capability 8.0, `fp32` before 7.0, and on MPS without it."
+    check_choice("precision", precision, PRECISIONS)
+    device, other = torch.device(device), precision
+    if precision != "bf16" or device.type not in ("cuda", "mps"): return precision
+    if device.type == "mps": other = "bf16" if torch.backends.mps.is_macos_or_newer(14, 0) else "fp32"
+    elif (able := torch.cuda.get_device_capability(device)) < (8, 0): other = "fp16" if able >= (7, 0) else "fp32"
+    if other != precision: say_once(f"{device} does not compute in {precision}: trainings use {other} in its place")
+    return other
+
+def _read_numbers(path)->dict: # name → number, of the lines of a file of the Linux kernel; empty where there is none
+    try:
+        with open(path, encoding="utf-8") as f: return {k.strip(":"): int(v) for k, v, *_ in map(str.split, f)}
+    except (OSError, ValueError): return {}
+
+def free_memory(
+    device="cpu",
+)->int: # bytes
+    "Memory that is free on a device; of the CPU, also what its container leaves; of systems that do not say, all memory."
+    device = torch.device(device)
+    if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
+    free, group = _read_numbers("/proc/meminfo").get("MemAvailable", 0)*1024, "/sys/fs/cgroup/memory"
+    if not free: free = os.sysconf("SC_PHYS_PAGES")*os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**34
+    try:
+        with open(f"{group}.max", encoding="utf-8") as f: return min(free, int(f.read()) - _read_numbers(f"{group}.stat").get("anon", 0))
+    except (OSError, ValueError): return free
 
 # %% ../nbs/00_core.ipynb #0b4dd53d
 _LEAST = dict(n_seeds=1, jobs=1) # of whole numbers; 0 for all others
