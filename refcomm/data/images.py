@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'MAX_PIXELS', 'BACKGROUND', 'LabelledImages', 'number_clas
            'StoredImages', 'taken', 'joined', 'upright', 'as_rgb', 'square', 'bounded', 'missing_data', 'load_images']
 
 # %% ../../nbs/14_data.images.ipynb #dd116f42
-import contextlib, hashlib, inspect, io, os, re, secrets, shutil, warnings
+import bisect, contextlib, hashlib, inspect, io, os, re, secrets, shutil, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core import ConfigError, StoreError, check_at_least, check_choice, free_memory, from_json, generator, n_cores, nearest, printable, progress_bar
-from ..files import content_digest, data_dir, data_folders, disk_errors, find_data, home, made_once, matches, read_parquet, write_atomic
+from ..files import content_digest, data_dir, data_folders, find_data, home, made_once, matches, read_parquet, write_atomic
 from .objects import draw_distinct
 from .scenes import SceneWorld
 from .shapes import ShapeWorld
@@ -284,6 +284,25 @@ def _read(source, size, n, skip_undecodable)->LabelledImages:
     return LabelledImages(taken(images, torch.tensor(keep)) if bad else images, *numbered, part, source.name,
         class_wnids(labels, source.names, source.wnids))
 
+# %% ../../nbs/14_data.images.ipynb #14c0a00b
+class _EncodedRows:
+    "A column of parquet files that are larger than the memory for images: read by row groups, in order, the last two are kept."
+    def __init__(self, files, column):
+        import pyarrow.parquet as pq
+        opened = [pq.ParquetFile(f, page_checksum_verification=True) for f in files]
+        self.column, self.groups = column, [(f, g) for f in opened for g in range(f.num_row_groups)]
+        self.ends = np.cumsum([f.metadata.row_group(g).num_rows for f, g in self.groups]).tolist()
+        self.lock, self.kept = threading.Lock(), {}
+
+    def __getitem__(self, i):
+        k = bisect.bisect_right(self.ends, i)
+        with self.lock:
+            if k not in self.kept:
+                while len(self.kept) > 1: del self.kept[next(iter(self.kept))]
+                file, group = self.groups[k]
+                self.kept[k] = file.read_row_group(group, [self.column])[self.column].to_pylist()
+            return self.kept[k][i - self.ends[k]]
+
 # %% ../../nbs/14_data.images.ipynb #cee97f43
 _PARTS = dict(train="train", training="train", valid="valid", val="valid", validation="valid", dev="valid", test="test")
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -333,24 +352,28 @@ def _part_of(file)->str: # "train", "valid", "test", or "" if the name contains 
 def _parquet(path, image_column, label_column)->_Source:
     "A parquet file with encoded images, a folder of them or a pattern; without a column `split`, files are parts by their names."
     files = [path] if path.is_file() else matches(path) or sorted(path.glob("*.parquet"))
-    rows, names, wnids, folder = [], {}, {}, path if path.is_dir() else path.parent
+    rows, names, wnids, folder, columns = [], {}, {}, path if path.is_dir() else path.parent, []
+    later = not fits(sum(f.stat().st_size for f in files))
     for file in files:
         def wanted(columns):
             own = [check_choice(f"column of {file.name}", c, columns) for c in (image_column, label_column)]
             return (own + [next((c for c in options if c in columns), None)
                 for options in (("name", "category"), ("split",), ("wnid",))])
-        table = read_parquet(file, pick=lambda columns: list({c for c in wanted(columns) if c}))
+        def pick(every):
+            columns[:] = wanted(every)
+            return list({c for c in columns if c} - ({image_column} if later else set()))
+        table = read_parquet(file, pick=pick)
         read, named = table.to_pydict(), _class_names(table, label_column)
         empty = ("", "", "", "" if path.is_file() else _part_of(file), "")
-        images, labels, called, split, ids = (read[c] if c else [e]*len(table)
-            for c, e in zip(wanted(table.column_names), empty))
+        images, labels, called, split, ids = (read[c] if c in read else [e]*len(table) for c, e in zip(columns, empty))
         names |= dict(enumerate(named)) | {l: c for l, c in zip(labels, called) if c}
         wnids |= {l: i for l, i in zip(labels, ids) if i}
         rows += [(x, l, _PARTS.get(s, str(s or "")), f"{file.name} row {i}")
             for i, (x, l, s) in enumerate(zip(images, labels, split))]
     if not rows: raise ConfigError(f"{path} has no rows")
     images, labels, part, where = zip(*rows)
-    here = all(x.get("bytes") if isinstance(x, dict) else isinstance(x, bytes) for x in images) # not in other files
+    if later: images = _EncodedRows(files, image_column)
+    here = later or all(x.get("bytes") if isinstance(x, dict) else isinstance(x, bytes) for x in images) # not in other files
     return _Source(lambda i: _open(images[i], [folder]), lambda i: where[i], labels, names, part,
         f"parquet: {path.stem}", wnids, lambda: [image_column, *_states(files)] if here else None)
 

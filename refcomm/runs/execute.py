@@ -15,7 +15,7 @@ import lazy_loader
 
 torch = lazy_loader.load("torch")
 
-from refcomm.core import ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, from_json, pick_device, progress_bar, Interrupted, nearest
+from refcomm.core import ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, from_json, pick_device, progress_bar, Interrupted, nearest, usable_precision
 from refcomm.runs.executors import EXECUTORS, cards_of, check_executor, named_deaths
 from refcomm.files import disk_errors, open_regular, write_atomic
 from refcomm.interrupts import Interruptible
@@ -101,16 +101,18 @@ def run_stack(
                 except (ConfigError, TrainingDiverged): shutil.rmtree(folder, ignore_errors=True); raise
                 with stop.hold():
                     for s, result in zip(members, results):
-                        if s in missing: store.put(s, result, _origin(device, result, results[0], len(members)), weights)
+                        if s in missing: store.put(s, result, _origin(device, s, result, results[0], len(members)), weights)
                     logs.finish(results)
         with stop.hold(): shutil.rmtree(folder, ignore_errors=True) # also if nothing is missing: its process may have died here
         agree([True]) # that the records are there
     say(1., "done")
     return [run_key(s) for s in specs]
 
-def _origin(device, result, first, n): # a stack may hold groups that are trained one after the other
-    alone = result.summary.get("trained_together")
-    return provenance(pick_device(device), float((result if alone else first).history["seconds"].sum()), alone or n)
+def _origin(device, s, result, first, n): # a stack may hold groups that are trained one after the other
+    alone, d, precision = result.summary.get("trained_together"), pick_device(device), getattr(s, "precision", "fp32")
+    made = provenance(d, float((result if alone else first).history["seconds"].sum()), alone or n)
+    other = usable_precision(precision, d)
+    return made if other == precision else made | dict(device=f"{made['device']}, {other} in place of {precision}")
 
 def _checkpoint(folder, members):
     from refcomm.training.loop import Checkpoint
