@@ -17,11 +17,13 @@ from refcomm.files import stamped
 from refcomm.papers.iac import items as iac
 from refcomm.runs.execute import Context
 from refcomm.runs.store import run_key, runner_of
+from refcomm.training.ensemble import Ensemble
+from refcomm.training.loop import TrainSettings, fit
 
 CLASSES = ("heart", "star", "ring", "cross")
 
 
-def pictures(size=24, each=50):
+def pictures(size=24, each=24):
     "Rendered images of four classes, as encoded files."
     import io
 
@@ -36,16 +38,16 @@ def pictures(size=24, each=50):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    "The same 200 images as a folder and as two parquet files of several row groups."
+    "The same 96 images as a folder and as two parquet files of several row groups."
     at = tmp_path_factory.mktemp("many")
     rows = list(pictures())
     for name, i, data in rows:
         (at/"folder"/name).mkdir(parents=True, exist_ok=True)
         (at/"folder"/name/f"{i:03}.png").write_bytes(data)
     (at/"table").mkdir()
-    for k, part in enumerate((rows[:130], rows[130:])):
+    for k, part in enumerate((rows[:60], rows[60:])):
         table = pa.Table.from_pylist([dict(image=dict(bytes=data), label=name) for name, _, data in part])
-        pq.write_table(table, at/"table"/f"part-{k}.parquet", row_group_size=40)
+        pq.write_table(table, at/"table"/f"part-{k}.parquet", row_group_size=25)
     return dict(folder=str(at/"folder"), table=str(at/"table"))
 
 
@@ -57,13 +59,13 @@ def no_room(monkeypatch, home):
 
 def spec(kind, source):
     "Two epochs of a model on all images of a source."
-    own = dict(source=stamped(source), n_images=None, epochs=2)
+    own = dict(source=stamped(source), n_images=None, epochs=2, batch_size=16)
     if kind == "patch": return patch_spec(**own)
     return iac_spec(**iac.MODELS[kind], **own, n_ood=1, accumulate=2, probes=("valid",))
 
 
-def trained(s, device="cpu", checkpoint=None, report=lambda *a: None):
-    result, = runner_of(s).run([s], Context(device, checkpoint, report, 0.))
+def trained(s):
+    result, = runner_of(s).run([s], Context("cpu", None, lambda *a: None))
     return result
 
 
@@ -74,9 +76,25 @@ def same(a, b):
     assert a.tensors.keys() == b.tensors.keys() and all(torch.equal(v, b.tensors[k]) for k, v in a.tensors.items())
 
 
-@pytest.mark.parametrize("kind, form", [(iac.MAIN, "folder"), ("Supervised", "table"), ("SimCLR", "table"), ("patch", "folder"),
-    ("patch", "table")])
-def test_a_set_larger_than_its_bound_trains_to_the_same_numbers(kind, form, sources, no_room, monkeypatch):
+def fitted(kind, source, device="cpu", **more):
+    "Train alone, without what is measured afterwards: the history and the weights."
+    s = spec(kind, source)
+    run, parts = runner_of(s), runner_of(s).make_parts(s)
+    train, ensemble = ImageBatches(parts.train, device), Ensemble([run.build(s, 4)]).to(device)
+    settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, accumulate=2, drop_last=True, keep="last")
+    history = fit(ensemble, *run.objectives(ensemble, s, parts, device, train), len(parts.train.images), settings, [0], device,
+        report=lambda *a: None, announce=train.announce, **more).history
+    return history.drop(columns="seconds"), {k: v.cpu() for k, v in ensemble.full_state().items()}, train
+
+
+def equal(a, b):
+    assert a[0].equals(b[0]) and all(torch.equal(v, b[1][k]) for k, v in a[1].items())
+    assert b[2].streamed and not a[2].streamed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, form", [(iac.MAIN, "folder"), ("patch", "table")])
+def test_a_set_larger_than_its_bound_runs_to_the_same_numbers(kind, form, sources, no_room, monkeypatch):
     s, taken = spec(kind, sources[form]), []
     key, whole = run_key(s), trained(s)
     no_room()
@@ -87,11 +105,17 @@ def test_a_set_larger_than_its_bound_trains_to_the_same_numbers(kind, form, sour
     assert min(taken) > 0, "every batch was being read when it was asked for"
 
 
-def test_on_a_gpu_streams_make_no_step_wait(sources, no_room):
-    s = spec(iac.MAIN, sources["folder"])
-    with PretendGPU(): whole = trained(s, "cuda")
+@pytest.mark.parametrize("kind, form", [("Supervised", "table"), ("SimCLR", "table"), ("patch", "folder")])
+def test_all_models_take_streams(kind, form, sources, no_room):
+    whole = fitted(kind, sources[form])
     no_room()
-    with PretendGPU() as gpu: same(trained(s, "cuda"), whole)
+    equal(whole, fitted(kind, sources[form]))
+
+
+def test_on_a_gpu_streams_make_no_step_wait(sources, no_room):
+    with PretendGPU(): whole = fitted("Supervised", sources["folder"], "cuda:0")
+    no_room()
+    with PretendGPU() as gpu: equal(whole, fitted("Supervised", sources["folder"], "cuda:0"))
     assert not gpu.usual().syncs, gpu.report()
 
 
@@ -99,28 +123,28 @@ class Cut(Exception): pass
 
 
 def test_a_stream_is_continued_where_it_was_cut(sources, no_room, tmp_path):
-    s = spec("patch", sources["folder"])
+    whole, done = fitted("patch", sources["folder"]), []
     no_room()
-    whole, path = trained(s), tmp_path/"training.safetensors"
 
-    def cut(done, text):
-        if done < 1: raise Cut
-    with pytest.raises(Cut): trained(s, checkpoint=path, report=cut)
-    assert path.exists()
-    same(trained(s, checkpoint=path), whole)
+    def cut(progress):
+        done.append(progress)
+        if len(done) == 4: raise Cut
+    state = dict(checkpoint=tmp_path/"training.safetensors", checkpoint_seconds=0)
+    with pytest.raises(Cut): fitted("patch", sources["folder"], **state, on_progress=cut)
+    equal(whole, fitted("patch", sources["folder"], **state))
 
 
 def test_parts_and_probes_of_stored_images_are_the_same(sources, no_room):
-    args = (sources["table"], 24, 150, None, 1)
+    args = (sources["table"], 24, 80, None, 1)
     parts, (x, y, z, w) = image_parts(*args), probe_set(sources["folder"], 16)
-    both = image_parts(sources["folder"], 24, 60, "shapes")
+    both = image_parts(sources["folder"], 24, 40, "shapes")
     no_room()
     again, stored = image_parts(*args), probe_set(sources["folder"], 16)
     for a, b in zip(parts[:3], again[:3]):
         assert isinstance(b.images, StoredImages) and torch.equal(b.images[:], a.images) and b.digest == a.digest
         assert torch.equal(a.labels, b.labels) and a.part == b.part
     assert all(torch.equal(b[:], a) for a, b in zip((x, y, z, w), stored))
-    again = image_parts(sources["folder"], 24, 60, "shapes")
+    again = image_parts(sources["folder"], 24, 40, "shapes")
     assert again.ood.digest == both.ood.digest and len(again.ood.images) == len(both.ood.images)
 
 
@@ -133,28 +157,28 @@ def test_a_set_is_decoded_once_and_again_when_a_file_changes(sources, no_room, h
     assert load_images(here, 16).digest == first and sum(counted) == 0
     shutil.copy(here/"star"/"000.png", here/"star"/"001.png")
     changed = load_images(here, 16).digest
-    assert changed != first and sum(counted) == 200
+    assert changed != first and sum(counted) == 96
     for kept in (home/"cache"/"images").iterdir(): kept.write_bytes(kept.read_bytes()[:1000])
-    assert load_images(here, 16).digest == changed and sum(counted) == 400
+    assert load_images(here, 16).digest == changed and sum(counted) == 2*96
 
 
 def test_undecodable_images_are_left_out_from_the_disk_as_from_memory(sources, no_room, tmp_path):
     import shutil
     here = shutil.copytree(sources["folder"], tmp_path/"copy")
-    for name in ("ring/005.png", "star/040.png"): (here/name).write_bytes(b"no image")
-    with pytest.warns(UserWarning, match="2 of 200") as said: whole = load_images(here, 16, skip_undecodable=True)
+    for name in ("ring/005.png", "star/020.png"): (here/name).write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="2 of 96") as said: whole = load_images(here, 16, skip_undecodable=True)
     no_room()
-    with pytest.raises(ConfigError, match="2 of 200 images cannot be decoded: ring/005.png"): load_images(here, 16)
+    with pytest.raises(ConfigError, match="2 of 96 images cannot be decoded: ring/005.png"): load_images(here, 16)
     for _ in range(2):
         with pytest.warns(UserWarning) as again: stored = load_images(here, 16, skip_undecodable=True)
         assert [str(w.message) for w in again] == [str(w.message) for w in said]
-        assert stored.digest == whole.digest and len(stored.images) == 198 == len(stored.part)
+        assert stored.digest == whole.digest and len(stored.images) == 94 == len(stored.part)
 
 
 def test_a_full_disk_is_named_before_anything_is_decoded(sources, no_room, home, monkeypatch):
     no_room()
     monkeypatch.setattr(module.shutil, "disk_usage", lambda p: type("Usage", (), dict(free=1000)))
-    with pytest.raises(StoreError, match="200 images of 16 × 16 pixels are 0.0 GiB, but .*images has 0.0 GiB left: set REFCOMM_HOME"):
+    with pytest.raises(StoreError, match="96 images of 16 × 16 pixels are 0.0 GiB, but .*images has 0.0 GiB left: set REFCOMM_HOME"):
         load_images(sources["folder"], 16)
     assert not [*(home/"cache"/"images").iterdir()]
 
