@@ -93,6 +93,13 @@ def _eqc_task(s, device):
     if s.fine_tune: x, classes = 1 + _whole(1000, n, WORDS), 1 + _whole(1000, n_classes, 6)
     return ClassTask(x, labels, classes, parts, s.n_negatives, device)
 
+def _beyond_task(s, device): # with random numbers for the features of rendered images
+    run = runner_of(s)
+    features = lambda source, n: types.SimpleNamespace(x=torch.rand(n, WIDTHS["shapes-cnn"], generator=generator(0, "stand-in")),
+        labels=torch.arange(n) % 100)
+    stock = run._stock.__wrapped__ if s.game == "images" else run._stock
+    with patch.multiple(run, load_features=features, _stock=stock): return run.make_task(s, device)
+
 def _parts(s, n):
     from refcomm.data.images import LabelledImages
     from refcomm.data.parts import ImageParts
@@ -115,8 +122,8 @@ def stand_in(
         return ensemble, *run.objectives(ensemble, own, parts, device), batch
     where = "refcomm.data.embeddings."
     with patch(where + "_load", _transformer), patch(where + "model_folder", lambda name: name):
-        task = (_eqc_task(s, device) if s.experiment == "eqc"
-            else run.make_task(dataclasses.replace(s, n_train=s.batch_size), device))
+        if s.experiment in ("eqc", "beyond"): task = (_eqc_task if s.experiment == "eqc" else _beyond_task)(s, device)
+        else: task = run.make_task(dataclasses.replace(s, n_train=s.batch_size), device)
         ensemble = Ensemble([run.build(s, task)]).to(device)
     return ensemble, *objectives(ensemble, task), task.n_train
 
@@ -129,8 +136,8 @@ def trial(
     "A stand-in that is ready for its steps."
     from refcomm.training.loop import Training, TrainSettings, train_step
     (ensemble, loss, validate, n), here = stand_in(s, batch, device), torch.device(device)
-    precision = "bf16" if s.precision == "fp16" else s.precision
-    t = Training(ensemble, TrainSettings(epochs=1, batch_size=batch, optimizer=s.optimizer, precision=precision,
+    precision = getattr(s, "precision", "fp32").replace("fp16", "bf16")
+    t = Training(ensemble, TrainSettings(epochs=1, batch_size=batch, optimizer=getattr(s, "optimizer", "adam"), precision=precision,
         drop_last=True), [0], n, here, ())
     t.order = torch.randperm(n, generator=generator(0, "order"))[None].to(here)
     for p in ensemble.parameters(): p.grad = torch.zeros_like(p)
@@ -182,7 +189,8 @@ FREE = { # experiment → fields that change nothing about a step
     "iac": ("test_candidates", "n_blobs", "n_permutations", "n_ood", "ood_source", "clusters_share", "source", "n_images", "probes",
             "train_candidates", "lr_per_epoch"),
     "patch": ("test_candidates", "source", "n_images", "strength", "schedule"),
-    "sms": ("sampler", "min_symbols", "n_train")}
+    "sms": ("sampler", "min_symbols", "n_train"),
+    "beyond": ("generations", "side")}
 COMMON = (*costs.FREE, "epochs")
 
 def shape_of(
@@ -192,7 +200,7 @@ def shape_of(
     "Digest of the fields that decide what a step computes."
     fields = {k: v for k, v in dataclasses.asdict(s).items() if k not in (*COMMON, *FREE[s.experiment])}
     if fields.get("bottleneck") == "quantized": fields["alphabet_size"] = 2 # rounding costs the same
-    if "candidates" in fields: fields["candidates"] = max(fields["candidates"]) if s.game in ("image", "sent-ref") else 0
+    if isinstance(fields.get("candidates"), tuple): fields["candidates"] = max(fields["candidates"]) if s.game in ("image", "sent-ref") else 0
     other = gpu and s.experiment in ("iac", "patch") # views and soft ranks are computed otherwise there
     return digest([s.experiment, fields, *["gpu"]*other])[:12]
 
@@ -317,11 +325,12 @@ class Model:
         except (ConfigError, ImportError): return None
         together, whole = self.together.get(s, 1), s.experiment in ("iac", "patch")
         steps, disk = n//s.batch_size if whole else -(-n//s.batch_size), disk_bytes(s, c)
+        epochs = s.epochs*getattr(s, "generations", 1)
         if step := self.known.get(kind(s.experiment, spec_fields(s))):
             steps = steps/getattr(s, "accumulate", 1)
-            return Cost(s.epochs*steps*step[0]/step[1], disk, "as steps timed on a GPU", step[2])
-        seconds = run_seconds(c, self.speed, s.epochs, steps, min(1024, new)/s.batch_size if whole else 1,
-            s.precision != "fp32", together)
+            return Cost(epochs*steps*step[0]/step[1], disk, "as steps timed on a GPU", step[2])
+        seconds = run_seconds(c, self.speed, epochs, steps, min(1024, new)/s.batch_size if whole else 1,
+            getattr(s, "precision", "fp32") != "fp32", together)
         data = n*3*s.image_size**2 if whole else 0
         basis = f"as counted, for {self.speed.name} (× or ÷ {self.speed.factor:g})"
         return Cost(seconds, disk, basis, memory_bytes(c, together) + data)
