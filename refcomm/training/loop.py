@@ -14,7 +14,8 @@ from typing import NamedTuple
 import pandas as pd, torch
 from torch import Tensor, nn
 
-from ..core import ConfigError, Interrupted, TrainingDiverged, anneal, autocast, check_at_least, check_choice, generator, need, progress_bar, spec, usable_precision
+from ..core import ConfigError, Interrupted, TrainingDiverged, anneal, autocast, check_at_least, check_choice, generator, need, progress_bar, spec
+from ..core import usable_precision
 from ..distributed import agree, any_process, gather_batches, processes, sum_over_processes
 from ..files import distrust_checkpoint, load_checkpoint, save_checkpoint
 from ..interrupts import Interruptible
