@@ -1,6 +1,10 @@
-"""Put each paper notebook's kept figure below its title, from the recipe in figures/: what a reader of the repository sees.   usage: python .ci/kept.py"""
+"""Show each paper notebook's kept figure below its title, and copy the words of the tables of claims into the recipes.   usage: python .ci/kept.py"""
 import json
 from pathlib import Path
+
+from refcomm.papers.claims import claims
+from refcomm.publish.figures import load_recipe
+from refcomm.runs.store import sealed
 
 ROOT = Path(__file__).resolve().parents[1]
 ID = "kept-figure"
@@ -34,6 +38,28 @@ def update(path):
     return True
 
 
+def worded(recipe, table):
+    "A recipe whose claims have the words of the table, where the test is the same."
+    for c in recipe["claims"]:
+        if c["id"] not in table.index or c["test"] != table.test[c["id"]]: continue
+        row = table.loc[c["id"]]
+        c |= dict(game=row.game, sentence=row.sentence, source=row.source)
+        if c.get("explanation"):
+            c["cause"] = c["cause"].replace(c["explanation"].rstrip("."), row.explanation.rstrip("."))
+            c["explanation"] = row.explanation
+    return recipe
+
+
+def reword(path, tables):
+    "Update the words of a kept recipe; numbers and verdicts stay."
+    recipe = load_recipe(path)
+    if recipe["paper"] not in tables: return
+    text = json.dumps(sealed(worded(recipe, tables[recipe["paper"]])), indent=1, ensure_ascii=False) + "\n"
+    if text != path.read_text(encoding="utf-8"): path.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
+    tables = {p: claims(p).set_index("id") for p in ("eqc", "iac", "patch", "sms", "beyond")}
+    for path in sorted((ROOT/"figures").glob("*.json")): reword(path, tables)
     for folder in ("papers", "benchmarks"):
         for path in sorted((ROOT/"nbs"/folder).rglob("*.ipynb")): update(path)

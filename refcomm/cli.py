@@ -14,8 +14,10 @@ from pathlib import Path
 import typer
 
 from . import __version__
-from .publish.catalogue import HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of, parse_parameters, title, in_short
-from .core import PROFILES, ConfigError, RecordError, RefcommError, check_choice, from_json, n_cores, no_cuda, printable, Interrupted
+from .publish.catalogue import (HEADLINE, check_parameters, choose, item_runs, notebooks, parameters_of,
+    parse_parameters, title, in_short)
+from .core import (PROFILES, ConfigError, RecordError, RefcommError, check_choice, from_json, n_cores, no_cuda,
+    printable, Interrupted)
 from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic, checkout, expanded
 from .interrupts import Interruptible
 from .publish.records import keep_item, kept_items, kept_store, outdated, used_runs
@@ -43,6 +45,8 @@ def found_done(
     try: known = from_json(state_file.read_text(encoding="utf-8"))
     except ValueError: return False
     return known == _state(item, path, parameters, profile) and bool(known["outputs"])
+
+# %% ../nbs/99_cli.ipynb #c847a934
 def _in_thread(what, work):
     "Call `work` in a thread, so that this thread receives signals; on a signal the kernel is stopped and saves its state."
     import psutil
@@ -67,6 +71,7 @@ def _waited(result):
         except TimeoutError:
             if result.done(): raise
 
+# %% ../nbs/99_cli.ipynb #668c6299
 def reproduce_item(
     item:str, # "eqc/table5"
     path:Path, # its notebook
@@ -101,7 +106,7 @@ def reproduce_item(
 # %% ../nbs/99_cli.ipynb #511564c5
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Referential games from four papers: reproduce their tables and figures.")
-runs_app = typer.Typer(no_args_is_help=True, help="Look after the store of finished runs.")
+runs_app = typer.Typer(no_args_is_help=True, help="Manage the store of finished runs.")
 app.add_typer(runs_app, name="runs")
 
 def _version(asked:bool):
@@ -111,7 +116,7 @@ def _version(asked:bool):
 
 @app.callback()
 def options(version:bool = typer.Option(False, "--version", callback=_version, is_eager=True,
-    help="say which version this is")):
+    help="show the version and exit")):
     "Referential games from four papers: reproduce their tables and figures."
 @contextlib.contextmanager
 def _stopped_in_one_line():
@@ -134,6 +139,7 @@ def print_table(title, columns, rows):
     for r in rows: t.add_row(*map(plain, r))
     _console().print(t)
 
+# %% ../nbs/99_cli.ipynb #26b9a4d0
 @app.command("list")
 def list_items():
     "Show every table and figure that can be reproduced."
@@ -146,27 +152,28 @@ def _gpus()->int:
     import torch
     return torch.cuda.device_count()
 
+# %% ../nbs/99_cli.ipynb #20d2cfd9
 @app.command("reproduce")
 def reproduce(
     items:list[str] = typer.Argument(None,
-        help="items or papers, e.g. eqc/table5 or eqc; the headline items when none is named"),
+        help="items or papers, e.g. eqc/table5 or eqc [default: the headline items]"),
     profile:str = typer.Option("cpu", help="smoke | cpu | gpu | paper"),
-    jobs:int = typer.Option(0, help="runs made at a time; 0: one a core, or one on each GPU"),
+    jobs:int = typer.Option(0, help="number of parallel runs; 0: one per GPU, or one per core without a GPU"),
     executor:str = typer.Option(None,
-        help="where they are made: local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
+        help="where runs are executed: local | slurm | ray [default: REFCOMM_EXECUTOR, or local]"),
     logger:str = typer.Option(None,
-        help="to watch them: csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
+        help="logger of the training: csv | tensorboard | wandb | mlflow [default: REFCOMM_LOGGER, or none]"),
     weights:bool = typer.Option(None,
-        help="keep the trained weights in the store; unless REFCOMM_WEIGHTS is off when not said"),
+        help="keep the trained weights in the store [default: yes, unless REFCOMM_WEIGHTS is off]"),
     parameters:list[str] = typer.Option([], "-p", help="name=value, for the notebook's parameters cell"),
     quick:bool = typer.Option(False,
         help="a first look: headline items with one seed, embedded data and short trainings"),
     into:Path = typer.Option(None,
-        help="the folder for tables and figures; REFCOMM_FIGURES or results/ when none is named"),
-    force:bool = typer.Option(False, help="execute notebooks again even when nothing has changed"),
-    dry_run:bool = typer.Option(False, help="say what would be executed, and execute nothing"),
+        help="folder for tables and figures [default: REFCOMM_FIGURES, or results/]"),
+    force:bool = typer.Option(False, help="execute notebooks again even if nothing has changed"),
+    dry_run:bool = typer.Option(False, help="show what would be executed, and execute nothing"),
 ):
-    "Make tables and figures: papermill over the reproduction notebooks."
+    "Reproduce tables and figures: papermill executes their notebooks."
     from refcomm.runs.executors import check_executor
     from refcomm.training.loggers import check_logger
     check_choice("profile", profile, PROFILES)
@@ -192,13 +199,14 @@ def reproduce(
         if status != "failed" and profile != "smoke": print_comparison(item, profile)
     written = (lambda i, s, e: f"{e}" if s == "failed"
         else f"{figures_dir(profile)/i.replace('/', '_')}.{{png,csv,json}}\n{e}")
-    print_table("\nReproduced" + (" (smoke: the path was checked, no number is a result)" if profile == "smoke"
+    print_table("\nReproduced" + (" (smoke: only the code path was checked; the numbers are no results)" if profile == "smoke"
         else ""), ("item", "status", "time", "written"),
         [(i, f"failed: {m}" if s == "failed" else s, f"{t:.0f} s", written(i, s, e)) for i,s,e,m,t in results])
     made = {i for i, s, *_ in results if s != "failed" and profile != "smoke"}.intersection(HEADLINE)
     if made: print("\n" + "\n".join(map(_in_short, sorted(made), [profile]*len(made))))
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
 
+# %% ../nbs/99_cli.ipynb #c9d7de05
 def _in_short(item, profile):
     import pandas as pd
     from refcomm.runs.costs import shipped
@@ -221,7 +229,7 @@ def print_comparison(item, profile):
             if max(map(len, wide.columns)) > 14:
                 columns = ("", *(" ".join(i) for i in wide.index))
                 rows = [(c, *v) for c, v in zip(wide.columns, wide.T.values)]
-            heading = f"{recipe['title']} [profile {recipe['profile']}; * the 95 % interval of the difference leaves out 0]"
+            heading = f"{recipe['title']} [profile {recipe['profile']}; * the 95 % interval of the difference excludes 0]"
             print_table(f"\n{heading}", columns, rows)
         for c in recipe["claims"]:
             print(printable(f"  {c['verdict']:22} {c['sentence']}\n{'':25}{c['cause']} {c['power']}"))
@@ -247,32 +255,33 @@ def _experiment_named(name):
 def read_grid(
     path, # a JSON file
 )->tuple: # an experiment, fixed fields, grid
-    "What `refcomm sweep` is to do."
+    "The experiment and the grid of `refcomm sweep`."
     try: said = from_json(Path(path).read_text(encoding="utf-8"))
     except OSError as e: raise ConfigError(f"cannot read {path}: {e.strerror}") from None
     except ValueError as e: raise ConfigError(f"{path} is no JSON: {e}") from None
     kinds = dict(experiment=str, fields=dict, grid=dict)
     if not isinstance(said, dict) or not said.get("grid"):
-        raise ConfigError(f"{path} is to hold a grid, such as {{\"grid\": {{\"seed\": [0, 1, 2]}}}}")
+        raise ConfigError(f"{path} must contain a grid, such as {{\"grid\": {{\"seed\": [0, 1, 2]}}}}")
     for k, v in said.items():
         if not isinstance(v, kinds[check_choice(f"entry of {Path(path).name}", k, kinds)]):
             raise ConfigError(f"{k!r} in {path} is {type(v).__name__}, {kinds[k].__name__} is expected")
     return _experiment_named(said.get("experiment", "page")), said.get("fields", {}), said["grid"]
 
+# %% ../nbs/99_cli.ipynb #8ee8263f
 @app.command("sweep")
 def sweep(
     grid:Path = typer.Argument(..., help="a JSON file with experiment, fields and grid"),
-    jobs:int = typer.Option(1, help="trainings at a time"),
+    jobs:int = typer.Option(1, help="number of parallel trainings"),
     device:str = typer.Option("auto", help="auto, cpu, cuda …"),
-    executor:str = typer.Option(None, help="local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
-    logger:str = typer.Option(None, help="csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
+    executor:str = typer.Option(None, help="local | slurm | ray [default: REFCOMM_EXECUTOR, or local]"),
+    logger:str = typer.Option(None, help="csv | tensorboard | wandb | mlflow [default: REFCOMM_LOGGER, or none]"),
     weights:bool = typer.Option(False, help="keep the trained weights in the store"),
-    out:Path = typer.Option(None, help="the .csv file to write; beside the grid when none is named"),
-    x:str = typer.Option(None, help="the field along the plot's axis; the first of the grid when none is named"),
-    y:str = typer.Option("accuracy", help="the metric to plot"),
-    by:str = typer.Option(None, help="the field that lines differ in"),
+    out:Path = typer.Option(None, help=".csv file to write [default: beside the grid]"),
+    x:str = typer.Option(None, help="field on the x axis of the plot [default: the first of the grid]"),
+    y:str = typer.Option("accuracy", help="metric to plot"),
+    by:str = typer.Option(None, help="field that distinguishes the lines of the plot"),
 ):
-    "Make the runs of a grid, and write a table and a plot of them."
+    "Execute the runs of a grid, and write a table and a plot of them."
     from refcomm.own import plot_sweep, sweep as made
     make, fixed, values = read_grid(grid)
     with _stopped_in_one_line(): table = made(make, values, jobs, executor, device, None, logger, weights, **fixed)
@@ -292,14 +301,14 @@ def sweep(
 # %% ../nbs/99_cli.ipynb #71aa0c05
 @app.command("plan")
 def plan(
-    items:list[str] = typer.Argument(None, help="items or papers; everything when none is named"),
+    items:list[str] = typer.Argument(None, help="items or papers [default: everything]"),
     profile:str = typer.Option("cpu", help="smoke | cpu | gpu | paper"),
     parameters:list[str] = typer.Option([], "-p", help="name=value, as for `refcomm reproduce`"),
     device:str = typer.Option("auto",
-        help="where they would be made: auto, cpu, cuda, or H200; at gpu and paper without a GPU here, auto is H200"),
-    steps:Path = typer.Option(None, help="times of real steps, a file from tests/on_gpu.py"),
+        help="device of the estimate: auto, cpu, cuda, or H200; without a GPU, auto means H200 at gpu and paper"),
+    steps:Path = typer.Option(None, help="file with measured times of training steps, from tests/on_gpu.py"),
 ):
-    "Show which runs are to be made and which are there, and estimate time, disk and memory. Makes nothing."
+    "Show missing and finished runs, and estimate time, disk and memory. Executes nothing."
     from refcomm.papers.counts import plan_model
     from refcomm.runs.costs import duration, plan_costs, recorded, shipped, size
     check_choice("profile", profile, PROFILES)
@@ -315,7 +324,7 @@ def plan(
             if specs is not None: wanted[item] = specs
             else:
                 without[item] = ("trains nothing" if recipes.get(item, {}).get("runs") == "no training"
-                    else "only its notebook knows its runs, if it has any")
+                    else "its runs are defined in its notebook only, if there are any")
     model = plan_model(wanted, profile, device, steps)
     *lines, total = plan_costs(wanted, profile, recorded(device="auto" if model.nominal else device), recipes, model)
     cells = {l.item: (l.item, l.runs, l.cached, l.runs - l.cached, duration(l.seconds, l.untimed),
@@ -324,28 +333,28 @@ def plan(
     print_table(f"Profile {profile}", ("item", "runs", "cached", "to do", "time", "disk", "memory", "time estimated"),
         [*rows, cells["total"]])
     if profile == "gpu" and (long := [f"{l.item} ({l.runs} runs)" for l in lines if l.seconds > 600]):
-        print(f"More than ten minutes, for their many runs, most of which other items need, too: {', '.join(long)}.")
-    print("A run shared by several items counts once in the total. Time is of training, one run after the other on "
-        "this machine; evaluation, data and figures come on top.")
+        print(f"More than ten minutes, because of many runs, most of which are shared with other items: {', '.join(long)}.")
+    print("A run shared by several items counts once in the total. Times are of training, one run after the other on "
+        "this machine, without evaluation, data and figures.")
 
 # %% ../nbs/99_cli.ipynb #c963acb6
 @app.command("redraw")
 def redraw(
     items:list[str] = typer.Argument(None,
-        help="items or papers, e.g. eqc/table5 or eqc; all that have records when none is named"),
+        help="items or papers, e.g. eqc/table5 or eqc [default: all with records]"),
     from_store:bool = typer.Option(False, "--from-store",
-        help="read the runs of your store and keep them as records, in place of reading records"),
+        help="use the runs of your store instead of kept records, and keep them as records"),
     from_numbers:bool = typer.Option(False, "--from-numbers",
-        help="draw pictures alone again, from the .csv kept beside each; for notebooks whose drawing cells are tagged `draw`"),
+        help="redraw only the pictures, from the .csv file beside each; for notebooks with cells tagged `draw`"),
     profile:str = typer.Option("cpu", help="with --from-store: cpu | gpu | paper"),
     parameters:list[str] = typer.Option([], "-p",
         help="with --from-store: name=value, for the notebook's parameters cell"),
     into:Path = typer.Option(None,
-        help="the folder for what is redrawn; the one that has the records when none is named"),
+        help="folder for the new files [default: the folder of the kept figures]"),
     check:bool = typer.Option(False, "--check",
-        help="only say which items have no records, or older ones than the code"),
+        help="only list items without records, or with records older than the code"),
 ):
-    "Make figures, statistics and claims again from kept runs, without training."
+    "Recompute figures, statistics and claims from kept runs, without training."
     known, have = notebooks(), kept_items()
     chosen = choose(items) if items else {i: known[i] for i in known if i in have or from_store or from_numbers}
     if from_numbers and from_store: raise ConfigError("--from-numbers reads no runs: give one of --from-numbers and --from-store")
@@ -371,6 +380,7 @@ def redraw(
     print_table(None, ("item", "", ""), results)
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
 
+# %% ../nbs/99_cli.ipynb #3e8dccd2
 def _from_numbers(item, path, into)->tuple: # status, message
     "Draw an item's picture again from its numbers."
     from refcomm.publish.figures import redraw_from_numbers
@@ -401,11 +411,11 @@ def _with_figures()->Path:
 @app.command("report")
 def report(
     out:Path = typer.Option(None,
-        help="the file to write; refcomm-report.html in the working folder when none is named"),
+        help="file to write [default: refcomm-report.html in the working folder]"),
     figures:Path = typer.Option(None,
-        help="the folder of figures; the one that `refcomm reproduce` writes to, or the checkout's kept figures if that has none"),
+        help="folder of figures [default: the folder that `refcomm reproduce` writes to, or the kept figures of the checkout if it is empty]"),
 ):
-    "Write one HTML page of everything that was made, and full pictures and numbers into a folder beside it."
+    "Write an HTML page of all results, and a folder with full pictures and numbers beside it."
     from refcomm.publish.report import write_report
     out = expanded(out or "refcomm-report.html", "--out").absolute()
     folder = expanded(figures or _with_figures(), "--figures").absolute()
@@ -415,23 +425,26 @@ def report(
 
 # %% ../nbs/99_cli.ipynb #07791de4
 @runs_app.command("list")
-def runs_list():
-    "Every finished run."
+def runs_list(limit:int = typer.Option(1000, min=0, help="number of runs to show; 0 for all")):
+    "List all finished runs."
     from refcomm.runs.costs import size
-    from refcomm.runs.store import Store
-    store = Store()
-    rows, bad = store.survey()
-    show = ("channel", "bottleneck", "alphabet_size", "word_length", "lr", "seed")
-    weights = lambda r: size(r.bytes("weights.safetensors")) if "weights.safetensors" in r.files else "–"
-    print_table(f"{len(rows)} runs in {store.root}", ("run", *show, "seconds", "disk", "weights", "device", "commit"),
-        [(f"{r.experiment}/{r.key}", *(r.spec.get(k, "") for k in show),
-            f"{r.provenance['seconds']/r.provenance['trained_together']:.1f}", size(r.bytes()), weights(r),
-                r.provenance["device"], r.provenance["commit"]) for r in rows])
+    from refcomm.runs.store import Store, indexed
+    store, bad = Store(), []
+    db, show = indexed(store, bad), ("channel", "bottleneck", "alphabet_size", "word_length", "lr", "seed")
+    n = db.execute("SELECT count(*) FROM runs").fetchone()[0]
+    found = db.execute("SELECT experiment, key, spec, seconds, bytes, weights, device, made FROM runs LIMIT ?",
+        (limit or -1,))
+    rows = [(f"{experiment}/{key}", *(json.loads(spec).get(k, "") for k in show), f"{seconds:.1f}", size(taken),
+        size(weights) if weights else "–", device, made)
+        for experiment, key, spec, seconds, taken, weights, device, made in found]
+    db.close()
+    print_table(f"{n} runs in {store.root}", ("run", *show, "seconds", "disk", "weights", "device", "commit"), rows)
+    if len(rows) < n: print(f"and {n - len(rows)} more: refcomm runs list --limit 0 shows all")
     for d in bad: print(d)
 
 @runs_app.command("show")
 def runs_show(run:str = typer.Argument(..., help="experiment/key, or the beginning of a key")):
-    "One run as JSON."
+    "Show one run as JSON."
     from refcomm.runs.store import Store
     store = Store()
     found = [k for k in store.keys() if f"{k[0]}/{k[1]}".startswith(run) or k[1].startswith(run)]
@@ -453,9 +466,9 @@ def runs_verify():
 # %% ../nbs/99_cli.ipynb #63abc3fa
 @runs_app.command("plan")
 def runs_plan(
-    items:list[str] = typer.Argument(None, help="items or papers; everything when none is named"),
+    items:list[str] = typer.Argument(None, help="items or papers [default: everything]"),
     profile:str = typer.Option("gpu", help="smoke | cpu | gpu | paper"),
-    n_seeds:int = typer.Option(3, help="seeds per configuration"),
+    n_seeds:int = typer.Option(3, help="number of seeds per configuration"),
 ):
     "Print the missing runs of some items as JSON, for `refcomm runs execute` elsewhere."
     from refcomm.runs.execute import write_plan
@@ -467,18 +480,18 @@ def runs_plan(
         if own is None: left_out.append(item)
         else: specs += own
     if left_out:
-        print(f"refcomm: not in the plan, as only the notebook knows its runs, if it has any: {', '.join(left_out)}; "
-            f"`refcomm reproduce` makes them", file=sys.stderr)
+        print(f"refcomm: not in the plan, because their runs are defined in their notebooks only: {', '.join(left_out)}; "
+            f"use `refcomm reproduce`", file=sys.stderr)
     print(write_plan([s for s in specs if store.get(s) is None], None))
 
 @runs_app.command("execute")
-def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time; 0: one on each GPU"),
+def runs_execute(plan:Path, jobs:int = typer.Option(1, help="number of parallel stacks of runs; 0: one per GPU"),
     device:str = typer.Option("auto", help="auto, cpu, cuda …"),
-    executor:str = typer.Option(None, help="local | slurm | ray; REFCOMM_EXECUTOR or local when none is named"),
-    logger:str = typer.Option(None, help="csv | tensorboard | wandb | mlflow; REFCOMM_LOGGER when none is named"),
+    executor:str = typer.Option(None, help="local | slurm | ray [default: REFCOMM_EXECUTOR, or local]"),
+    logger:str = typer.Option(None, help="csv | tensorboard | wandb | mlflow [default: REFCOMM_LOGGER, or none]"),
     weights:bool = typer.Option(None,
-        help="keep the trained weights in the store; unless REFCOMM_WEIGHTS is off when not said")):
-    "Make the runs of a plan; those that are in the store are not made again."
+        help="keep the trained weights in the store [default: yes, unless REFCOMM_WEIGHTS is off]")):
+    "Execute the runs of a plan that are not yet in the store."
     from refcomm.distributed import join_processes, processes
     from refcomm.runs.execute import execute, read_plan
     join_processes(int(os.environ.get("WORLD_SIZE", 1)))
@@ -486,8 +499,9 @@ def runs_execute(plan:Path, jobs:int = typer.Option(1, help="stacks at a time; 0
         n = len(execute(read_plan(plan), jobs or None, device, executor=executor, logger=logger, weights=weights))
     if processes()[0] == 0: print(f"{n} runs are in the store")
 
+# %% ../nbs/99_cli.ipynb #a4e74675
 @runs_app.command("export")
-def runs_export(archive:Path, force:bool = typer.Option(False, help="replace a file that is there")):
+def runs_export(archive:Path, force:bool = typer.Option(False, help="replace an existing file")):
     "Pack every run of the store into one tar file."
     from refcomm.runs.archives import export_runs
     left_out = []
@@ -497,22 +511,23 @@ def runs_export(archive:Path, force:bool = typer.Option(False, help="replace a f
 
 @runs_app.command("import")
 def runs_import(archive:Path,
-    partial:bool = typer.Option(False, help="take the sound runs of an archive that is not whole"),
+    partial:bool = typer.Option(False, help="import the intact runs of an incomplete archive"),
     experiments:list[str] = typer.Option([], "--experiment",
-        help="accept the runs of an experiment that refcomm does not know")):
-    "Take over the runs of an archive, each checked first."
+        help="accept runs of an experiment unknown to refcomm")):
+    "Import the runs of an archive; each is checked first."
     from refcomm.runs.archives import import_runs
     done = import_runs(archive, partial=partial, also=experiments)
     for p in done.refused: print(f"refcomm: left out: {p}", file=sys.stderr)
     for e, k in done.replaced: print(f"{e}/{k} was damaged here: set aside, and replaced by the archive's")
     print(f"{len(done.new)} new runs from {archive}" + (f", {len(done.replaced)} replaced" if done.replaced else ""))
 
+# %% ../nbs/99_cli.ipynb #6aa1dc05
 @runs_app.command("clean")
-def runs_clean(everything:bool = typer.Option(False, "--all", help="finished runs too"),
-    yes:bool = typer.Option(False, "--yes", help="do not ask"),
+def runs_clean(everything:bool = typer.Option(False, "--all", help="also remove finished runs"),
+    yes:bool = typer.Option(False, "--yes", help="do not ask for confirmation"),
     adopt:bool = typer.Option(False,
-        help="the folder is a store, though it has no marker and holds other things, which are left")):
-    "Remove what is set aside, unfinished or temporary, and not in use."
+        help="treat the folder as a store although it has no marker; files of other origin are left")):
+    "Remove damaged, unfinished and temporary files that are not in use."
     from refcomm.runs.cleaning import clean, recognise
     from refcomm.runs.store import Store
     store = Store()

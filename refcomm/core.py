@@ -11,7 +11,8 @@ __all__ = ['have_numba', 'SCHEDULES', 'PROFILES', 'PRECISIONS', 'LARGE', 'printa
            'check_parameter', 'check_injected', 'constant', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #94a934ea
-import ast, contextlib, dataclasses, difflib, functools, hashlib, importlib, importlib.util, io, json, math, os, re, signal, sys, types, typing, warnings
+import ast, contextlib, dataclasses, difflib, functools, hashlib, importlib, importlib.util, io, json, math, os, re
+import signal, sys, types, typing, warnings
 
 import lazy_loader
 
@@ -322,9 +323,8 @@ def pick_device(
     name:str="auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
 )->"torch.device":
     "The device called `name`, with its number; `auto` takes a GPU when there is one, and Apple's where it computes as the CPU does."
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and _mps_computes()
-            else "cpu")
+    if name == "auto" and torch.cuda.is_available(): name = "cuda"
+    if name == "auto": name = "mps" if torch.backends.mps.is_available() and _mps_computes() else "cpu"
     try: device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"unknown device {name!r}: {nearest(name, ['auto', 'cpu', 'cuda', 'mps'])}") from None
@@ -339,10 +339,12 @@ def same_device(
 )->bool:
     "Whether two devices are the same; a GPU without an index is the current one."
     a, b = (torch.device(d) for d in (a, b))
-    number = (lambda d: d.index if d.index is not None else torch.cuda.current_device() if d.type == "cuda"
-        and torch.cuda.is_available() else 0)
+    def number(d):
+        if d.index is not None: return d.index
+        return torch.cuda.current_device() if d.type == "cuda" and torch.cuda.is_available() else 0
     return a.type == b.type and number(a) == number(b)
 
+# %% ../nbs/00_core.ipynb #0f0fb044
 def n_cores()->int:
     "Processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -57,6 +57,7 @@ def _integers(rows, what, where="", least=0)->Tensor: # [n, width] int64
         raise ConfigError(f"{where}{what}s must be numbered from 0, got {smallest}")
     return rows.detach().cpu()
 
+# %% ../nbs/74_corpora.ipynb #e5f030cd
 def _spelled(rows, lengths=None, where="")->tuple: # [n, width] int64, and [n] or None
     "Messages, and their lengths if these differ."
     if not isinstance(rows, Tensor):
@@ -82,6 +83,7 @@ def _filled(rows)->tuple: # rows of equal width, −1 from the ends on, and leng
     width = max(max(map(len, rows), default=0), 1)
     return [list(r) + [-1]*(width - len(r)) for r in rows], [len(r) for r in rows]
 
+# %% ../nbs/74_corpora.ipynb #ac505450
 def make_corpus(
     messages, # [n, length] tensor, or a list of lists of any lengths
     meanings=None, # [n, n_attributes] tensor, or a list of lists; None if unknown
@@ -147,6 +149,7 @@ def save_corpus(
     with write_atomic(path) as tmp: pq.write_table(table, tmp, compression="zstd")
     return Path(path)
 
+# %% ../nbs/74_corpora.ipynb #151f6d51
 def load_corpus(
     path, # a file that `save_corpus` wrote
 )->Corpus:
@@ -199,6 +202,7 @@ def _card(name, corpora, numbers, license)->str:
         f'messages = load_dataset("path/to/this/folder", "{first}", split="train")', "```", "",
         "## How they were made", "", "```json", json.dumps(about, indent=1, ensure_ascii=False), "```", ""])
 
+# %% ../nbs/74_corpora.ipynb #144497e3
 def save_elcc(
     folder, # to make; it must not exist
     corpora:dict, # variant → Corpus, such as one for each seed
@@ -231,7 +235,8 @@ def save_elcc(
     with disk_errors(folder):
         try:
             for file, text in files.items():
-                (tmp/file).parent.mkdir(parents=True, exist_ok=True), (tmp/file).write_text(text, encoding="utf-8")
+                (tmp/file).parent.mkdir(parents=True, exist_ok=True)
+                (tmp/file).write_text(text, encoding="utf-8")
             for v, c in corpora.items(): save_corpus(tmp/"data"/v/"corpus.parquet", c)
             os.rename(tmp, folder)
             fsync_dir(folder.parent)
@@ -299,10 +304,11 @@ def from_record(
     return make_corpus(sent, about(record, name or kinds[0]), origin, lengths)
 
 def _about(home): # (record, which of its messages) → meanings; None where it is not known
-    if isinstance(home, Experiment): return lambda record, name: _said(home.made(load_spec(record.experiment, record.spec)))
+    spec_of = lambda record: load_spec(record.experiment, record.spec)
+    if isinstance(home, Experiment): return lambda record, name: _said(home.made(spec_of(record)))
     if hasattr(home, "kept"): return lambda record, name: _said(home.task_of(record))
-    if hasattr(home, "meanings"): return lambda record, name: home.meanings(load_spec(record.experiment, record.spec))
-    if hasattr(home, "labels_of"): return lambda record, name: home.labels_of(load_spec(record.experiment, record.spec), name)
+    if hasattr(home, "meanings"): return lambda record, name: home.meanings(spec_of(record))
+    if hasattr(home, "labels_of"): return lambda record, name: home.labels_of(spec_of(record), name)
 
 def _said(made): # what a trial's or a task's test messages are about; None where it is not known
     task = getattr(made, "task", made)

@@ -92,6 +92,7 @@ class CausalLayer(nn.Module):
         x = x + self.mix(seen.transpose(1, 2).flatten(2))
         return x + self.think(x), (k, v)
 
+# %% ../nbs/28_ending.ipynb #b39d890e
 class TransformerSpeaker(nn.Module):
     "A causal transformer produces the words; the sender's encoding is its first input."
     def __init__(self, width, n_words, hidden, layers=1, heads=4, **_):
@@ -211,7 +212,7 @@ class Ending(EndingChannel):
             if self.gated:
                 end = self.gate(self.stop(h).sigmoid().squeeze(-1), here)[:, None]
                 word = torch.cat([word*(1 - end), end], -1)
-            words.append(word), parts.append(sent), scores.append(x)
+            words.append(word); parts.append(sent); scores.append(x)
             return word
         self.speaker(u, emit, self.message_length)
         return torch.stack(words, 1), parts, torch.stack(scores, 1)
@@ -251,6 +252,7 @@ class Ending(EndingChannel):
         return (self.shares(sent.word) * (losses
             + self.cost*torch.arange(losses.shape[1], device=losses.device))).sum(1)
 
+# %% ../nbs/28_ending.ipynb #e69cdb73
 def _mean_negentropy(scores, said): # [batch, T, alphabet_size], [batch, T] 1 up to the end → mean over messages of the mean over their words
     bits = (scores.softmax(-1) * scores.log_softmax(-1)).sum(-1)
     return ((bits*said).sum(1) / said.sum(1)).mean()

@@ -69,7 +69,8 @@ def matches(
 )->list: # of paths, in order; empty where it is no pattern, or nothing fits it
     "The files that a pattern stands for."
     path = Path(path)
-    return sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?[") and not os.path.exists(path) else []
+    is_pattern = any(c in path.name for c in "*?[") and not os.path.exists(path)
+    return sorted(path.parent.glob(path.name)) if is_pattern else []
 
 def find_data(
     name, # an absolute path, or one relative to REFCOMM_DATA; or a pattern of files, see `matches`
@@ -79,8 +80,10 @@ def find_data(
     paths = [expanded(f"{name}{suffix}", "a source") for suffix in suffixes]
     tried = [p for path in paths for p in ([path] if path.is_absolute()
         else [folder/path for folder in data_folders()])]
-    return next((p for p in tried if os.path.exists(p) or matches(p)), Path(name) if str(name) in known_stamps() else None)
+    known = Path(name) if str(name) in known_stamps() else None
+    return next((p for p in tried if os.path.exists(p) or matches(p)), known)
 
+# %% ../nbs/01_files.ipynb #6e53913e
 def either(
     names, # one name, or several
 )->str:
@@ -93,7 +96,6 @@ def find_any(
 )->str|None: # the first that is found
     "Which of several sources is at hand."
     return next((n for n in ([names] if isinstance(names, str) else names) if find_data(n, suffixes)), None)
-
 
 # %% ../nbs/01_files.ipynb #c0a5e001
 def choose_source(
@@ -190,6 +192,7 @@ def open_regular(
         raise IsADirectoryError(errno.EISDIR, "a folder, a device or a pipe, not a file", str(path))
     return os.fdopen(fd, "rb")
 
+# %% ../nbs/01_files.ipynb #ae865fa2
 def read_text(
     path, # a file in UTF-8
 )->str:
@@ -303,6 +306,7 @@ def set_aside(
     with disk_errors(aside), contextlib.suppress(FileNotFoundError): Path(path).replace(aside)
     return aside
 
+# %% ../nbs/01_files.ipynb #c66cf6d5
 @contextlib.contextmanager
 def made_once(
     path, # of a cached file, there or not

@@ -13,11 +13,14 @@ from .core import Interrupted
 # %% ../nbs/03_interrupts.ipynb #0a9e0007
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)] # Windows has no SIGUSR1
 
+# %% ../nbs/03_interrupts.ipynb #86772a81
 class Interruptible:
     "A block in which signals raise `Interrupted`. Blocks may be nested; outside the main thread a block has no effect."
     def __init__(self,
         grace:float=10., # seconds that held work may take after a signal
-    ): self.grace, self.held, self.signum, self.ended, self.heard, self.timer, self.before = grace, 0, None, False, 0., None, {}
+    ):
+        self.grace, self.held, self.signum, self.ended = grace, 0, None, False
+        self.heard, self.timer, self.before = 0., None, {}
 
     @property
     def pending(self)->bool:

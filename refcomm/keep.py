@@ -47,6 +47,7 @@ def _ending(c):
         embedding=(widths or [c.dim])[0], cell=kinds[0], listener=kinds[1], length_cost=c.length_cost,
         warmup=list(c.warmup), **depth)
 
+# %% ../nbs/75_keep.ipynb #94248b68
 PARTS = { # class → function that returns the constructor arguments
     nn.Linear: _linear, LinearEncoder: _linear, nn.ReLU: lambda m: {}, nn.Tanh: lambda m: {}, nn.GELU: lambda m: {},
     nn.Sigmoid: lambda m: {}, nn.Identity: lambda m: {}, nn.Flatten: lambda m: {},
@@ -67,8 +68,8 @@ PARTS = { # class → function that returns the constructor arguments
     Instant: lambda c: dict(bottleneck=c.bottleneck, dim=c.dim, speak=c.speak, listen=c.listen), Recurrent: _recurrent,
     Ending: _ending,
     ReferentialGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver),
-    DiscriminationGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver, temperature=g.temperature,
-        negatives=g.negatives, n_candidates=g.n_candidates),
+    DiscriminationGame: lambda g: dict(sender=g.sender, channel=g.channel, receiver=g.receiver,
+        temperature=g.temperature, negatives=g.negatives, n_candidates=g.n_candidates),
 }
 
 def described(
@@ -79,6 +80,7 @@ def described(
     if type(x) in PARTS: return dict(part=type(x).__name__, **{k: described(v) for k, v in PARTS[type(x)](x).items()})
     return dict(foreign=type(x).__name__) if isinstance(x, nn.Module) else x
 
+# %% ../nbs/75_keep.ipynb #76f53996
 def built(
     x, # from `described`
     given:dict={}, # name of a class outside `PARTS` → a module, or a function that makes one
@@ -134,6 +136,7 @@ def save_game(
         finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
+# %% ../nbs/75_keep.ipynb #f6fdcd30
 def load_game(
     folder, # from `save_game`, or a repository "user/name" of the Hugging Face hub
     parts:dict={}, # name of a class of another package → a module, or a function that makes one
@@ -168,6 +171,7 @@ def restored(
     game.load_state_dict(weights)
     return game.eval()
 
+# %% ../nbs/75_keep.ipynb #8dff08b0
 def push_game(
     folder, # from `save_game`
     repository:str, # "user/name"
@@ -200,6 +204,7 @@ def find_record(
         + ("name one in full: " + ", ".join("/".join(k) for k in found[:5]) if found
             else "`refcomm runs list` shows them"))
 
+# %% ../nbs/75_keep.ipynb #608010ab
 def load(
     run, # a record or a key, see `find_record`; a `Run` or a `Kept`
     store:Store|None=None, # the default store when None
@@ -213,7 +218,8 @@ def load(
         return Kept(run.game, run.task, load_spec(run.record.experiment, run.record.spec), run.record)
     record = find_record(run, store)
     spec, home, weights = load_spec(record.experiment, record.spec), home_of(record.experiment), record.weights()
-    if hasattr(home, "load_model"): return Kept(home.load_model(record).to(device), _data_of(home, spec, device), spec, record)
+    if hasattr(home, "load_model"):
+        return Kept(home.load_model(record).to(device), _data_of(home, spec, device), spec, record)
     if not weights:
         raise RecordError(f"run {record.experiment}/{record.key} kept no weights: make it again without --no-weights, "
             f"or before that remove it with `refcomm runs clean`")
@@ -260,6 +266,7 @@ def _one_task(runs, store, device)->list: # of `Kept`s
                 f"that differ in the seed alone")
     return kept
 
+# %% ../nbs/75_keep.ipynb #8b102857
 def cross_play_of(
     runs, # records, keys or `Run`s that differ in the seed alone
     store:Store|None=None,
@@ -292,6 +299,7 @@ def ease_of(
     settings = TrainSettings(epochs=epochs, lr=lr, batch_size=min(32, kept.task.n_train), patience=epochs, keep="last")
     return ease_of_learning(kept.game, lambda seed: new_game(kept, 10_000 + seed), kept.task, settings, seeds)
 
+# %% ../nbs/75_keep.ipynb #b3eb21fe
 def probe_of(
     run, # a record, key or `Run`
     store:Store|None=None,

@@ -92,7 +92,7 @@ def load_objects(
         if len(found) == len(distinct) > 20:
             warnings.warn(f"column {name!r} is different in every row: leave a name or a number of the row out, and "
                 f"bin what is measured, bins={{{name!r}: 5}}")
-        values.append(torch.as_tensor(codes.astype("int64"))), kinds.append(found)
+        values.append(torch.as_tensor(codes.astype("int64"))); kinds.append(found)
     return Objects(torch.stack(values, 1), columns, kinds)
 
 # %% ../nbs/76_own.ipynb #efa88aea

@@ -1,4 +1,4 @@
-"""Kill, damage, compete: what tests/test_runs.py does in small, for some ten minutes. `make soak` writes tests/soak.md and fails if anything was lost, doubled or believed.
+"""Kill, damage, compete: what tests/test_runs.py does in small, for some twenty minutes. `make soak` writes tests/soak.md and fails if anything was lost, doubled or believed.
 
 A reproduction is a plan of long runs and then two notebooks. It is killed and told to stop at random until that has happened often enough, and continued each time,
 sometimes after what it left was damaged; what it leaves must equal, bit by bit, what an undisturbed one leaves. Then stored records, checkpoints, lists of members, caches,
@@ -86,8 +86,9 @@ class Place:
     def command(self, *args): return self.run("-c", "from refcomm.cli import main; main()", *map(str, args))
 
     def run(self, *args):
+        heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) # a shell starts what runs in its background deaf to it
         return subprocess.Popen([sys.executable, *args], env=self.env, stdout=subprocess.DEVNULL,
-            stderr=open(self.root/"stderr", "a"), start_new_session=True)
+            stderr=open(self.root/"stderr", "a"), start_new_session=True, preexec_fn=heard)
 
     def said(self): return (self.root/"stderr").read_text(errors="replace") if (self.root/"stderr").exists() else ""
 

@@ -99,7 +99,7 @@ def test_runs_commands(home, command, tmp_path):
 def test_a_plan_names_what_it_leaves_out(home, command):
     r = command("runs", "plan", "beyond", "benchmarks/views", "eqc/table5", "--profile", "smoke", "--n-seeds", "1")
     assert [p["experiment"] for p in json.loads(r.stdout)].count("eqc") == 4 and len(r.stderr.splitlines()) == 1
-    assert "only the notebook knows its runs, if it has any: benchmarks/views, beyond/matrix, beyond/quantisers;" in r.stderr
+    assert "their runs are defined in their notebooks only: benchmarks/views, beyond/matrix, beyond/quantisers;" in r.stderr
     assert not command("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stderr
 
 

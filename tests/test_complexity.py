@@ -189,7 +189,7 @@ def test_auto_takes_numba_for_much_work(monkeypatch):
     for name in BACKENDS:
         monkeypatch.setitem(complexity.BACKENDS, name, lambda t, d, name=name: taken.append(name)
             or (np.ones(t.shape, bool), np.zeros(len(t), bool)))
-    monkeypatch.setattr(complexity, "_auto", auto := complexity._Auto())
+    monkeypatch.setattr(complexity, "automatic", auto := complexity.Automatic())
     few, many = draw(0, 2, 63, 20), (np.zeros((7000, 20), np.uint8), np.ones((7000, 63, 20), np.uint8))
     min_symbols(*few), min_symbols(*many)
     auto.spent = auto.load
@@ -227,7 +227,7 @@ def test_bounds_hold_whenever_the_time_is_over(monkeypatch, numba):
 
 def test_numba_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.setattr(complexity, "_auto", complexity._Auto())
+    monkeypatch.setattr(complexity, "automatic", complexity.Automatic())
     backends._compiled.cache_clear()
     with pytest.raises(ConfigError, match=r"backend 'numba' needs numba: pip install 'refcomm\[fast\]'"):
         min_symbols(*draw(0, 2, 3, 4), backend="numba")

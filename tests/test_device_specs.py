@@ -100,10 +100,10 @@ def test_shapes_are_drawn_and_rendered_on_the_device():
 
 
 def test_many_scenes_are_painted_once(home, monkeypatch):
-    monkeypatch.setattr("refcomm.data.scenes._MANY", 20*32**2)
+    monkeypatch.setattr("refcomm.data.scenes.MANY", 20*32**2)
     world = SceneWorld(32)
     first = world.draw(20, generator(0))
-    monkeypatch.setattr(SceneWorld, "_paint", lambda *a: pytest.fail("painted again"))
+    monkeypatch.setattr(SceneWorld, "paint", lambda *a: pytest.fail("painted again"))
     again = SceneWorld(32).draw(20, generator(0))
     assert all(torch.equal(a, b) for a, b in zip(first,
         again)) and len([*(home/"cache"/"scenes").glob("*.safetensors")]) == 1

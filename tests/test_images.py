@@ -455,6 +455,6 @@ def test_a_set_that_is_cut_into_files(tmp_path, monkeypatch):
         assert iac.images_of("cpu")["source"] == iac.images_of("cpu", "embedded")["source"] == "shapes"
     assert said.getvalue().count("rendered ones stand in") == 2 and len(said.getvalue().splitlines()) == 2
     with pytest.raises(ConfigError, match="there is no 'tiny_imagenet_x"): load_images("tiny_imagenet_x*.parquet", 8)
-    assert "not at hand" in iac.fidelity([iac.configure("cpu")]) and "not at hand" not in iac.fidelity([iac.configure("gpu")])
+    assert "not available" in iac.fidelity([iac.configure("cpu")]) and "not available" not in iac.fidelity([iac.configure("gpu")])
 
 

@@ -1,4 +1,5 @@
 "What the store keeps, what it refuses, and that one bad thing does not take down the rest."
+import contextlib
 import dataclasses
 import json
 import os
@@ -217,3 +218,72 @@ def test_a_system_without_resource_imports_the_store(tmp_path):
     import subprocess
     code = "import sys; sys.modules['resource'] = None\nimport refcomm.runs.store, refcomm.runs.execute, refcomm.runs.executors"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def known(): # keys in the index, and what it says of damaged records
+    from refcomm.runs.store import indexed
+    db = indexed(Store(), said := [])
+    with contextlib.closing(db): return {k for k, in db.execute("SELECT key FROM runs")}, said
+
+
+def test_the_index_follows_the_store(home, monkeypatch):
+    a, b = put(0), put(1)
+    assert known() == ({a.key, b.key}, [])
+    shutil.rmtree(b.path)
+    c = put(2)
+    read, real = [], Store.read
+    monkeypatch.setattr(Store, "read", lambda self, *k: read.append(k) or real(self, *k))
+    assert known() == ({a.key, c.key}, []) and read == [("eqc", c.key)], "what it knows is not read again"
+    text = (a.path/"record.json").read_text()
+    (a.path/"record.json").write_text(text.replace('"best_epoch": 0', '"best_epoch": 1'))
+    for _ in range(2): # a damaged record is said each time
+        keys, said = known()
+        assert keys == {c.key} and len(said) == 1 and f"eqc/{a.key} was edited" in said[0]
+    (a.path/"record.json").write_text(text)
+    assert known() == ({a.key, c.key}, [])
+
+
+@pytest.mark.parametrize("kind", ["no table", "another format", "another table", "cut", "empty", "a pipe", "a folder", "a link",
+    "may not be written", "held by another"])
+def test_an_index_that_cannot_be_used_is_made_anew(home, tmp_path, kind):
+    import sqlite3
+    from refcomm.runs.store import INDEX
+    a, path, victim = put(0), Store().root/INDEX, tmp_path/"victim"
+    assert known() == ({a.key}, [])
+    data, held = path.read_bytes(), None
+    if kind == "no table": path.write_bytes(b"anything"*300)
+    if kind == "cut": path.write_bytes(data[:len(data)//2])
+    if kind == "empty": path.write_bytes(b"")
+    if kind == "another format":
+        with contextlib.closing(sqlite3.connect(path)) as db: db.executescript("PRAGMA user_version=99; DROP TABLE runs")
+    if kind == "another table":
+        with contextlib.closing(sqlite3.connect(path)) as db: db.executescript("DROP TABLE runs; CREATE TABLE runs (key TEXT)")
+    if kind in ("a pipe", "a folder", "a link"): path.unlink()
+    if kind == "a pipe": os.mkfifo(path)
+    if kind == "a folder": path.mkdir()
+    if kind == "a link": victim.write_bytes(data), path.symlink_to(victim)
+    if kind == "may not be written": path.unlink(), (Store().root/f"{INDEX}-journal").mkdir()
+    if kind == "held by another":
+        held = sqlite3.connect(path)
+        held.execute("BEGIN EXCLUSIVE")
+    b = put(1)
+    assert known() == ({a.key, b.key}, [])
+    assert kind != "a link" or victim.read_bytes() == data, "nothing is written through a link"
+    if held: held.close()
+
+
+def test_no_index_is_written_where_no_store_is_marked(home):
+    from refcomm.runs.store import INDEX, MARKER
+    a = put(0)
+    (Store().root/MARKER).unlink()
+    assert known() == ({a.key}, []) and not (Store().root/INDEX).exists()
+    shutil.rmtree(Store().root)
+    assert known() == (set(), []) and not Store().root.exists()
+
+
+def test_the_list_is_limited_and_says_so(home, command):
+    records = [put(n) for n in range(3)]
+    shown = command("runs", "list", "--limit", "2").stdout
+    assert shown.startswith("3 runs in") and "and 1 more: refcomm runs list --limit 0 shows all" in shown
+    shown = command("runs", "list", "--limit", "0").stdout
+    assert all(r.key in shown for r in records) and "more" not in shown

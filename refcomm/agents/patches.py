@@ -24,6 +24,7 @@ from ..bottlenecks.gumbel import GumbelSoftmax
 # %% ../../nbs/34_agents.patches.ipynb #96b70f7d
 SYMBOLS = ("mlp", "linear", "vit")
 
+# %% ../../nbs/34_agents.patches.ipynb #c126a559
 class PatchSymbol(nn.Module):
     "Scores of the symbols of each patch (Gupta et al. 2021, Eq. 4)."
     def __init__(self,
@@ -37,8 +38,8 @@ class PatchSymbol(nn.Module):
         **vit, # dim, layers and heads of `ViT`
     ):
         super().__init__()
-        (check_at_least("vocab_size", vocab_size, 2, "one symbol carries nothing"),
-            check_at_least("symbols_per_patch", symbols_per_patch, 1))
+        check_at_least("vocab_size", vocab_size, 2, "one symbol carries nothing")
+        check_at_least("symbols_per_patch", symbols_per_patch, 1)
         if check_choice("kind of PatchSymbol", kind, SYMBOLS) != "vit" and vit:
             raise ConfigError(f"{', '.join(vit)} belong to kind='vit', got kind={kind!r}")
         self.size = size
@@ -54,7 +55,8 @@ class PatchSymbol(nn.Module):
         self.speak = nn.Sequential(*between, nn.Linear(hidden, symbols_per_patch*vocab_size))
         self.norm = None if norm is None else nn.BatchNorm1d(symbols_per_patch*vocab_size)
         if norm is not None:
-            check_choice("norm of PatchSymbol", norm, ("batch",)), nn.init.constant_(self.norm.weight, 3.)
+            check_choice("norm of PatchSymbol", norm, ("batch",))
+            nn.init.constant_(self.norm.weight, 3.)
 
     def forward(self, images)->Tensor: # [batch, n_patches, symbols_per_patch, vocab_size]
         "Scores of the symbols of each patch of images `[batch, 3, size, size]`."
@@ -76,8 +78,8 @@ class PatchRank(nn.Module):
         dropout:float=0., # share of features dropped in training; .1 in the public code
     ):
         super().__init__()
-        (check_choice("patch_size of PatchRank", patch_size, RANK_SIZES),
-            check_choice("trunk of PatchRank", trunk, RANK_TRUNKS))
+        check_choice("patch_size of PatchRank", patch_size, RANK_SIZES)
+        check_choice("trunk of PatchRank", trunk, RANK_TRUNKS)
         if not 0 <= dropout < 1: raise ConfigError(f"dropout must be from 0 to below 1, got {dropout!r}")
         self.patch_size, self.dropout = patch_size, dropout
         grid = grid_trunk(trunk, patch_size)
@@ -142,6 +144,7 @@ def message_of(
 
 BUDGETS = ("half", "learned", "minmax", "l2")
 
+# %% ../../nbs/34_agents.patches.ipynb #cc7a18f7
 def keep_by(
     scores:Tensor, # [batch, n_patches]
     budget:str, # "learned", "minmax" or "l2", see `Speaker`
@@ -153,6 +156,7 @@ def keep_by(
         return (scores - low) / (high - low).clamp_min(1e-6)
     return F.normalize(F.softplus(scores), dim=-1) if budget == "l2" else scores.sigmoid()
 
+# %% ../../nbs/34_agents.patches.ipynb #f9c1b5e9
 class Speaker(nn.Module):
     "Send the symbols of the important patches of an image (Gupta et al. 2021, Eq. 9)."
     def __init__(self,

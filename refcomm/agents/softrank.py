@@ -106,8 +106,10 @@ def _tables(*tensors): return [x.contiguous().view(-1, x.shape[-1]).numpy() for 
 
 def _by_rows(ordered, order):
     "Ranks, the order and blocks (int32), as `_SoftRank` returns them."
-    n, ranks, block = ordered.shape[-1], torch.empty(ordered.shape, dtype=ordered.dtype), torch.empty(order.shape, dtype=torch.int32)
-    _compiled()["_pool_rows"](*_tables(ordered.detach(), order, ranks, block), np.empty(n + 1), np.empty(n + 1, np.int64))
+    n, ranks = ordered.shape[-1], torch.empty(ordered.shape, dtype=ordered.dtype)
+    block = torch.empty(order.shape, dtype=torch.int32)
+    tables = _tables(ordered.detach(), order, ranks, block)
+    _compiled()["_pool_rows"](*tables, np.empty(n + 1), np.empty(n + 1, np.int64))
     return ranks, order, block
 
 def _back_by_rows(gradient, order, block):
@@ -148,6 +150,7 @@ class _SoftRank(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, scores): return _SoftRank.apply(scores.movedim(in_dims[0], 0)), (0, 0, 0)
 
+# %% ../../nbs/32_agents.softrank.ipynb #3022d448
 def soft_rank(
     scores:Tensor, # [..., n]
     strength:float=1., # above 0; scores at least this far apart get hard ranks

@@ -56,6 +56,7 @@ def _of_first(layer, x, hidden):
     one = layer.norm1(one)
     return layer.norm2(one + think(one))
 
+# %% ../../nbs/33_agents.transformer.ipynb #6ad20f54
 class Transformer(nn.Module):
     "A transformer encoder over tokens with learned positions and a CLS token."
     def __init__(self,
@@ -113,9 +114,9 @@ class Transformer(nn.Module):
 # %% ../../nbs/33_agents.transformer.ipynb #6547b278
 def _check_keep(keep, batch, n_patches):
     "Raise a `ConfigError` for patches that do not exist or occur twice; on a GPU only the shape is checked, to avoid waiting."
-    if keep.dim() == 2 and keep.dtype == torch.int64 and len(keep) == batch and 0 < keep.shape[1] <= n_patches and keep.device.type == "cuda":
-        return keep
-    if keep.dim() == 2 and keep.dtype == torch.int64 and len(keep) == batch and keep.shape[1]:
+    shaped = keep.dim() == 2 and keep.dtype == torch.int64 and len(keep) == batch and keep.shape[1] > 0
+    if shaped and keep.shape[1] <= n_patches and keep.device.type == "cuda": return keep
+    if shaped:
         ordered = keep.sort(1).values
         if int(ordered[:, 0].min()) >= 0 and int(ordered[:, -1].max()) < n_patches and (ordered.diff() > 0).all():
             return keep
@@ -124,6 +125,7 @@ def _check_keep(keep, batch, n_patches):
     raise ConfigError(f"keep must be [batch, k] patch numbers, int64 and at least one for each of the {batch} images, "
         f"got {keep.dtype} {list(keep.shape)}: see top_patches")
 
+# %% ../../nbs/33_agents.transformer.ipynb #ae5074d8
 class ViT(nn.Module):
     "A vision transformer (Dosovitskiy et al. 2021); `feature_dim` is its output's size."
     def __init__(self,

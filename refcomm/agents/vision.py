@@ -39,6 +39,7 @@ def _pretrained(name):
     return fetch_weights(lambda: models.get_model(name, weights=models.get_model_weights(name).DEFAULT), name,
         f"folder {torch.hub.get_dir()}", "train from scratch with pretrained=False")
 
+# %% ../../nbs/31_agents.vision.ipynb #c7920e86
 def make_trunk(
     name:str="resnet50", # "narrow", or a name in `RESNETS`
     small_stem:bool=False, # begin with a 3×3 convolution at full resolution: for images of 32 or 64 pixels
@@ -49,7 +50,8 @@ def make_trunk(
     check_choice("trunk", name, ("narrow", *RESNETS))
     if pretrained and small_stem:
         raise ConfigError("pretrained weights are those of a 7×7 stem: set small_stem=False, or pretrained=False")
-    net = _pretrained(name) if pretrained else _narrow() if name == "narrow" else models.get_model(name, weights=None)
+    if pretrained: net = _pretrained(name)
+    else: net = _narrow() if name == "narrow" else models.get_model(name, weights=None)
     net.feature_dim, net.fc = net.fc.in_features, nn.Identity()
     if small_stem: _small_stem(net)
     return net

@@ -55,6 +55,7 @@ class OneSymbol(Bottleneck):
         "The word in training, from logits and noise `[..., width]`."
         raise NotImplementedError # what is sent in training
 
+# %% ../../nbs/23_bottlenecks.gumbel.ipynb #8def9d16
 class GumbelSoftmax(OneSymbol):
     "Send one of `alphabet_size` symbols as a one-hot word, relaxed by Gumbel-softmax in training (Jang et al. 2016; GS in Carmeli et al. 2023)."
     noise_for = "Gumbel-softmax trains on noise"

@@ -34,7 +34,8 @@ class UniformQuantizer(Bottleneck):
     ):
         super().__init__(word_length)
         check_at_least("alphabet_size", alphabet_size, 2, "one level carries nothing")
-        check_choice("when", when, ("always", "inference")), check_choice("grid", grid, ("exact", "paper"))
+        check_choice("when", when, ("always", "inference"))
+        check_choice("grid", grid, ("exact", "paper"))
         self.steps = alphabet_size - (grid == "exact")
         self.alphabet_size, self.when, self.normalize = self.steps + 1, when, normalize
         self.gradient = check_choice("gradient", gradient, ("straight-through", "none"))
@@ -109,7 +110,8 @@ class LearnedQuantizer(Bottleneck):
         word_length:int=100, # symbols in a word
         symbol_width:int=1, # numbers per symbol
     ):
-        check_at_least("word_length", word_length, 1), check_at_least("symbol_width", symbol_width, 1)
+        check_at_least("word_length", word_length, 1)
+        check_at_least("symbol_width", symbol_width, 1)
         super().__init__(word_length * symbol_width, n_symbols=word_length)
         self.alphabet_size = check_at_least("alphabet_size", alphabet_size, 2, "one level carries nothing")
         start = (torch.linspace(0, 1, alphabet_size)[:, None] if symbol_width == 1

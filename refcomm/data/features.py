@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from ..core import ConfigError, check_at_least, check_choice, fetch_weights, generator, need, pick_device, progress_bar, seeded_init
+from ..core import (ConfigError, check_at_least, check_choice, fetch_weights, generator, need, pick_device,
+    progress_bar, seeded_init)
 from ..files import cached_tensor, check_unpacked, content_digest, find_data, home, zip_size
 from .images import LabelledImages, load_images, missing_data, number_classes
 

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import ConfigError, StoreError, check_at_least, check_choice, free_memory, from_json, generator, n_cores, nearest, printable, progress_bar
-from ..files import content_digest, data_dir, data_folders, find_data, home, made_once, matches, read_parquet, write_atomic
+from ..core import (ConfigError, StoreError, check_at_least, check_choice, free_memory, from_json, generator, n_cores,
+    nearest, printable, progress_bar)
+from refcomm.files import (content_digest, data_dir, data_folders, find_data, home, made_once, matches, read_parquet,
+    write_atomic)
 from .objects import draw_distinct
 from .scenes import SceneWorld
 from .shapes import ShapeWorld
@@ -423,7 +425,8 @@ def _torchvision(name, split)->_Source:
     import torchvision.datasets as sets
     kind = getattr(sets, check_choice("torchvision set", name, sets.__all__))
     takes = inspect.signature(kind).parameters
-    which = dict(train=split == "train") if "train" in takes else dict(split=split) if "split" in takes else {}
+    which = dict(split=split) if "split" in takes else {}
+    if "train" in takes: which = dict(train=split == "train")
     try:
         if not data_dir(): raise FileNotFoundError("REFCOMM_DATA is not set")
         data = bounded(kind)(str(data_dir()), **which)
@@ -472,7 +475,8 @@ def load_images(
     split:str="train", # split of a hub or torchvision set; files are read whole
 )->LabelledImages:
     "Labelled images from any source, as square RGB images in memory."
-    check_at_least("size", size, 8), n is None or check_at_least("n", n, 2)
+    check_at_least("size", size, 8)
+    if n is not None: check_at_least("n", n, 2)
     if source in list(_RENDERED): return _RENDERED[source](size, n or 10_000)
     kind, path = str(source).partition(":"), find_data(source)
     if kind[0] == "torchvision": opened = _torchvision(kind[2], split)

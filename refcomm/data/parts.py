@@ -112,7 +112,9 @@ def _voc07(size):
     "Pascal VOC 2007, labelled by all classes in the image."
     images, seen, parts = [], [], []
     for part, image, objects in voc07_items("probe 'voc07'"):
-        images.append(square(image, size)), seen.append({o["name"] for o in objects}), parts.append(part)
+        images.append(square(image, size))
+        seen.append({o["name"] for o in objects})
+        parts.append(part)
     classes = sorted(set().union(*seen))
     return torch.stack(images), torch.tensor([[c in s for c in classes] for s in seen]).long(), parts
 

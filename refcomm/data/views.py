@@ -51,7 +51,8 @@ class ViewSpec:
     def __post_init__(self):
         if not isinstance(self.size, int):
             raise ConfigError(f"size must be a whole number of pixels, got {self.size!r}")
-        check_at_least("size", self.size, 1), check_choice("interpolation", self.interpolation, pixels.REACH)
+        check_at_least("size", self.size, 1)
+        check_choice("interpolation", self.interpolation, pixels.REACH)
         for name in ("crop", "flip", "jitter", "grey", "blur", "solarise"):
             p = getattr(self, name)
             if not (isinstance(p, float) and 0 <= p <= 1):
@@ -60,8 +61,9 @@ class ViewSpec:
         if not 0 <= self.threshold <= 255: raise ConfigError(f"threshold must be from 0 to 255, got {self.threshold!r}")
         if not 0 <= self.hue <= .5:
             raise ConfigError(f"hue must be from 0 to 0.5, half a circle either way: got {self.hue!r}")
-        (_check_range("scale", self.scale, 0, 1), _check_range("ratio", self.ratio, 0, math.inf),
-            _check_range("sigma", self.sigma, 0, math.inf))
+        _check_range("scale", self.scale, 0, 1)
+        _check_range("ratio", self.ratio, 0, math.inf)
+        _check_range("sigma", self.sigma, 0, math.inf)
         if self.kernel and (self.kernel < 1 or self.kernel % 2 == 0):
             raise ConfigError(f"kernel must be odd, or 0 for a tenth of the view: got {self.kernel!r}")
         if self.taps // 2 >= self.size:
@@ -126,7 +128,8 @@ def draw_views(
     generator:torch.Generator, # on the device of the images
 )->DrawnViews: # on the generator's device
     "Draw the parameters of the views of `n` images."
-    check_at_least("height", height, 1), check_at_least("width", width, 1)
+    check_at_least("height", height, 1)
+    check_at_least("width", width, 1)
     u = torch.rand(n, 37, generator=generator, device=generator.device).T
     strength = constant((*((max(1 - x, 0), 1 + x) for x in (spec.brightness, spec.contrast, spec.saturation)),
         (-spec.hue, spec.hue)), u.device)
@@ -290,5 +293,6 @@ def gaussian_blobs(
     generator:torch.Generator,
 )->Tensor: # [n, 3, size, size]
     "Images without content: each value from a standard normal (Dessì et al. 2021)."
-    check_at_least("n", n, 1), check_at_least("size", size, 1)
+    check_at_least("n", n, 1)
+    check_at_least("size", size, 1)
     return torch.randn(n, 3, size, size, generator=generator, device=generator.device)

@@ -84,6 +84,7 @@ def _frozen(net):
             m.register_buffer(name, p.detach())
     return net
 
+# %% ../../nbs/42_games.baselines.ipynb #6d49efe2
 class MoCo(Baseline):
     "Momentum contrast (He et al. 2020; Chen et al. 2020)."
     def __init__(self,

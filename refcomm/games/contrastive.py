@@ -69,6 +69,7 @@ def own_places(a, negatives:str)->Tensor: # [batch]
     check_choice("negatives", negatives, NEGATIVES)
     return torch.arange(len(a), device=a.device) + len(a)*processes()[0]*(negatives == "global")
 
+# %% ../../nbs/40_games.contrastive.ipynb #fbb1d9b5
 def info_nce(
     queries:Tensor, # [batch, dim]
     keys:Tensor, # [batch, dim] in the same order
@@ -94,6 +95,7 @@ def nt_xent(
     scores = scores.scatter(1, torch.cat([one, other])[:, None], -math.inf)
     return F.cross_entropy(scores, torch.cat([other, one]))
 
+# %% ../../nbs/40_games.contrastive.ipynb #4ab1ecaa
 class SymmetricInfoNCE(nn.Module):
     "InfoNCE in both directions, with a constant or a learned temperature (Radford et al. 2021)."
     def __init__(self,
@@ -142,6 +144,7 @@ class Played(NamedTuple):
     accuracy:Tensor # scalar, share of targets with the highest score
     symbols:Tensor|None # [batch, symbols_per_message], None for continuous words
 
+# %% ../../nbs/40_games.contrastive.ipynb #f64aa92a
 class DiscriminationGame(ReferentialGame):
     "Identify an image among the others of its batch by a message (Dessì et al. 2021, §3.1)."
     def __init__(self,
@@ -185,6 +188,7 @@ class DiscriminationGame(ReferentialGame):
         candidates, (understood, symbols) = self.candidates(check_batch(x, seen)[1]), self.understand(x)
         return _played(candidates.scores(self.receiver, understood), candidates.target, symbols)
 
+# %% ../../nbs/40_games.contrastive.ipynb #021fbcbf
 def _played(scores, target, symbols):
     return Played(F.cross_entropy(scores, target), (scores.argmax(-1) == target).float().mean(), symbols)
 

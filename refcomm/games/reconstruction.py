@@ -39,6 +39,7 @@ class Attributes(NamedTuple):
             for a, p in enumerate(self.logits(receiver, z)))
         return each.mean() if reduction == "mean" else each
 
+# %% ../../nbs/44_games.reconstruction.ipynb #e258f5dd
 class Reconstruction(Task):
     "Predict the value of each attribute of the target (as in EGG's basic games and attribute–value games)."
     def __init__(self,

@@ -33,6 +33,7 @@ def _moved(x, device): # tensors, and what of this package holds tensors
     vars(new).update({k: tree_map(lambda v: _moved(v, device), v) for k, v in vars(x).items()})
     return new
 
+# %% ../../nbs/39_games.tasks.ipynb #fa1784c2
 class Task:
     "Base of all tasks."
     n_train:int # training targets
@@ -223,6 +224,7 @@ class Valued(NamedTuple):
         places = self.values.long() + self.n_values*torch.arange(self.values.shape[-1], device=self.values.device)
         return receiver.pull_back(z).gather(1, places.flatten(1)).view(places.shape).sum(-1)
 
+# %% ../../nbs/39_games.tasks.ipynb #9e607b95
 class SampledTask(Task):
     "Games with stored distractors for every target (Zhang 2024, §3.2)."
     def __init__(self,

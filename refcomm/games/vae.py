@@ -28,6 +28,7 @@ def _halve(i, o): return nn.Conv2d(i, o, 4, 2, 1)
 def _double(i, o): return nn.ConvTranspose2d(i, o, 4, 2, 1)
 def _same(i, o): return nn.Conv2d(i, o, 3, 1, 1)
 
+# %% ../../nbs/43_games.vae.ipynb #4fc8031a
 class VQVAE2(Baseline):
     "Autoencoder with two levels of symbols (Razavi et al. 2019)."
     def __init__(self,
@@ -152,6 +153,7 @@ def _grow(in_dim, width, times):
     for i, o in zip(widths, widths[1:]): layers += [nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False), *tidy(o)]
     return nn.Sequential(*layers, _double(widths[-1], 3))
 
+# %% ../../nbs/43_games.vae.ipynb #74742063
 class PatchVAE(Baseline):
     "Autoencoder whose code is the occurrence and appearance of parts (Gupta et al. 2020)."
     def __init__(self,

@@ -92,6 +92,7 @@ class Explorer:
 
     def _repr_html_(self): return game_html(self, 0)
 
+# %% ../../nbs/77_interact.explore.ipynb #2accf344
 def within(
     what:str, # the name of the number, for the message
     value:int,
@@ -121,6 +122,7 @@ def _trained(game):
     if game.training:
         raise ConfigError("this game is in training mode, where symbols may be soft or drawn: call game.eval() first")
 
+# %% ../../nbs/77_interact.explore.ipynb #443eea27
 @torch.no_grad()
 def explore_games(
     game, # a trained `ReferentialGame`, in evaluation mode
@@ -208,6 +210,7 @@ def looks_of(
     if hasattr(data, "texts"): return lambda i: data.texts[parts[part][i]]
     return lambda i: f"{data.classes[data.labels[parts[part][i]]]} ({i})"
 
+# %% ../../nbs/77_interact.explore.ipynb #9fa954e4
 def explorer_of(
     run, # a record, a key, a `Run` or what `load` gives
     n:int=20, # games
@@ -252,6 +255,7 @@ def look_html(
     Image.fromarray(look.cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
+# %% ../../nbs/77_interact.explore.ipynb #78dac914
 def message_html(
     e:Explorer,
     game:int,
@@ -302,6 +306,7 @@ def game_html(
         f'{game}</b>{message_html(e, game, changes)}<div>{"".join(cards)}</div><div>Among {len(after)} candidates the '
         f'receiver {found}.</div></div>')
 
+# %% ../../nbs/77_interact.explore.ipynb #84179fae
 def static_page(
     e:Explorer,
     games=range(5), # to show
@@ -339,7 +344,9 @@ def explore(
         if symbol.value == e.symbols[game.value, place.value]: changes.pop(place.value, None)
         else: changes[place.value] = symbol.value
         draw()
-    (game.observe(restart, "value"), place.observe(point, "value"), symbol.observe(change, "value"),
-        sent.on_click(restart))
+    game.observe(restart, "value")
+    place.observe(point, "value")
+    symbol.observe(change, "value")
+    sent.on_click(restart)
     restart(None)
     return w.VBox([w.HBox([game, place, symbol, sent]), shown])

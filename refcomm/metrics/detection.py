@@ -69,8 +69,8 @@ def voc07(
         corners = torch.tensor([[float(o["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")]
             for o in objects]).view(-1, 4)
         images.append(square(image.resize((size, size)), size))
-        (boxes.append((corners - torch.tensor([1, 1, 0, 0])) * size / torch.tensor(image.size*2)),
-            names.append([o["name"] for o in objects]))
+        boxes.append((corners - torch.tensor([1, 1, 0, 0])) * size / torch.tensor(image.size*2))
+        names.append([o["name"] for o in objects])
     classes = sorted({name for *_, names in found.values() for some in names for name in some})
     labels = lambda names: [torch.tensor([classes.index(name) for name in some]).long() for some in names]
     return {part: check_boxes(BoxedImages(torch.stack(images), boxes, labels(names), classes))
@@ -130,6 +130,7 @@ def _backbone(
             f"width], got {list(maps.shape) if torch.is_tensor(maps) else type(maps).__name__}")
     return _OneMap(trunk, maps.shape[1])
 
+# %% ../../nbs/54_metrics.detection.ipynb #70072a1f
 def make_detector(
     trunk:nn.Module, # from `make_trunk`, or any module that maps [batch, 3, size, size] to [batch, channels, height, width]
     n_classes:int, # number of classes
@@ -184,10 +185,11 @@ def fine_tune(
             loss = sum(detector([*(data.images[rows].to(device)/255)], targets).values())
             if not loss.isfinite():
                 raise TrainingDiverged(f"the detector's loss became {loss.item()} in epoch {epoch + 1}: lower lr, now {lr}")
-            optimizer.zero_grad(), loss.backward(), optimizer.step()
+            optimizer.zero_grad(); loss.backward(); optimizer.step()
             losses[-1] += loss.item()/steps
     return losses
 
+# %% ../../nbs/54_metrics.detection.ipynb #ace1a741
 def find_objects(
     detector:nn.Module, # from `make_detector`
     images:Tensor, # [n, 3, size, size] uint8
@@ -210,7 +212,8 @@ def detect(
     **sizes, # width and hidden, see `make_detector`
 )->Detection:
     "Fine-tune Faster R-CNN on a pretrained trunk and measure mAP-50 (Gupta et al. 2021, §4.4)."
-    check_at_least("epochs", epochs, 1), check_at_least("batch_size", batch_size, 1)
+    check_at_least("epochs", epochs, 1)
+    check_at_least("batch_size", batch_size, 1)
     if check_boxes(train).classes != check_boxes(test).classes:
         raise ConfigError(f"training and test images must have the same classes, got {train.classes} and {test.classes}")
     if train.images.shape[1:] != test.images.shape[1:]:

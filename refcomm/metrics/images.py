@@ -87,6 +87,7 @@ def _own(trunk, device):
         return [x if x.dim() == 4 else x.flatten(1)[..., None, None]], [torch.tensor(.5, device=x.device)]
     return see
 
+# %% ../../nbs/55_metrics.images.ipynb #32e38f3d
 def best_perceptual()->str: # a name in `PERCEPTUAL`
     """The distance nearest to the paper's that needs no download.
 

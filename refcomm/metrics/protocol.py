@@ -118,13 +118,15 @@ def adjusted_mutual_information(
     return float(adjusted_mutual_info_score(*(x.repeat_interleave(table[symbols, classes]).cpu().numpy()
         for x in (symbols, classes))))
 
+# %% ../../nbs/51_metrics.protocol.ipynb #3c2453d1
 def within_symbol_similarity(
     table:Tensor, # [..., n_symbols, n_classes] counts
     similarity:Tensor, # [n_classes, n_classes] symmetric, of classes
 )->Tensor: # [...] float64; NaN if no symbol is shared
     "Mean similarity of the classes of two different targets that share a symbol (WNSim, with WordNet's path similarity)."
     table, similarity = integers(table, "counts", whole=True), torch.as_tensor(similarity)
-    if similarity.shape != (k := table.shape[-1],)*2:
+    k = table.shape[-1]
+    if similarity.shape != (k, k):
         raise ConfigError(f"similarity must be [{k}, {k}] for {k} classes, got {list(similarity.shape)}")
     if not similarity.isfinite().all(): raise ConfigError("similarity contains NaN or infinity")
     counts, w = table.to(similarity.dtype), similarity.to(table.device)

@@ -46,6 +46,7 @@ def _loss(logits, labels):
     return (F.cross_entropy(logits, labels) if labels.dim() == 1
         else F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(-1).mean())
 
+# %% ../../nbs/52_metrics.representation.ipynb #ce6f203f
 def fit_linear(
     features:Tensor, # [n, dim] standardised
     labels:Tensor, # [n] classes from 0, or [n, n_classes] zeros and ones
@@ -96,6 +97,7 @@ class Probe(NamedTuple):
     weights:Tensor # [dim, n_classes] of standardised features
     biases:Tensor # [n_classes]
 
+# %% ../../nbs/52_metrics.representation.ipynb #4850e95e
 def linear_probe(
     train:Tensor, # [n, dim] features
     train_labels:Tensor, # [n] classes from 0, or [n, n_classes] zeros and ones
@@ -107,7 +109,7 @@ def linear_probe(
 )->Probe:
     "Train a linear classifier on frozen features and test it."
     train_labels, test_labels = integers(train_labels, "labels"), integers(test_labels, "labels")
-    _check(train, train_labels), _check(test, test_labels, train.shape[1])
+    _check(train, train_labels); _check(test, test_labels, train.shape[1])
     if not 0 < kept_back < 1: raise ConfigError(f"kept_back must lie between 0 and 1, got {kept_back!r}")
     check_at_least("number of strengths", len(strengths), 1)
     n_classes = (train_labels.shape[1] if train_labels.dim() == 2 else int(max(train_labels.max(), test_labels.max()))
@@ -140,8 +142,9 @@ def knn_votes(
 )->Tensor: # [m, n_classes] weight of each class; 0 without a neighbour of it
     "The weighted votes of the nearest neighbours for each class."
     train_labels = integers(train_labels, "labels")
-    _check(train, train_labels), _check(test, dim=train.shape[1])
-    check_at_least("k", k, 1), check_at_least("number of training images", len(train), k, f"{k} neighbours vote")
+    _check(train, train_labels); _check(test, dim=train.shape[1])
+    check_at_least("k", k, 1)
+    check_at_least("number of training images", len(train), k, f"{k} neighbours vote")
     check_temperature(temperature, .07)
     train, test, votes = _unit(train), _unit(test), []
     for part in test.split(batch):
@@ -235,7 +238,7 @@ def similarity_correlation(
     batch:int=512, # rows of cosines per block
 )->float: # from -1 to 1; NaN if all pairs are equally similar for one trunk
     "Spearman correlation of the pairwise cosines of two sets of features."
-    _check(a), _check(b)
+    _check(a); _check(b)
     if len(a) != len(b):
         raise ConfigError(f"{len(a)} images in one set of features and {len(b)} in the other: the same images are expected")
     check_at_least("number of images", len(a), 3, "there must be pairs to rank")

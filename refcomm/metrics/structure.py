@@ -18,7 +18,9 @@ from ..core import ConfigError, check_at_least, check_choice, integers
 from .protocol import symbol_counts
 
 # %% ../../nbs/53_metrics.structure.ipynb #21c266f2
-def _small(n): return torch.uint8 if n <= 2**8 else torch.int16 if n <= 2**15 else torch.int32 # the smallest type for numbers below n
+def _small(n): # the smallest type for numbers below n
+    if n <= 2**8: return torch.uint8
+    return torch.int16 if n <= 2**15 else torch.int32
 
 def _hamming(a, b): # [n, length], [m, length] → [n, m] numbers, distances
     "The number of positions that differ."
@@ -44,6 +46,7 @@ def _edit(a, b, ends_a=None, ends_b=None):
         if ends_a is not None: found = read(i + 1, row, found)
     return above[-1] if found is None else found, torch.arange(length + 1.)
 
+# %% ../../nbs/53_metrics.structure.ipynb #880365f4
 def _jaccard(a, b, ends_a=None, ends_b=None):
     "Jaccard distance of the sets of symbols; with `ends`, number 0 stands for no symbol."
     k, length = int(max(a.max(), b.max())) + 1, a.shape[1]
@@ -88,11 +91,13 @@ def _all_pairs(x, kind, batch=256, ends=None)->tuple: # [n(n-1)/2] indices of di
 def _rows(x, what)->Tensor: # [n, width]
     "Messages or meanings as a table; also from a single column [n] or from words [n, n_words, n_symbols]."
     x = integers(x, what, fractions=True)
-    x = x[:, None] if x.dim() == 1 else x.flatten(1) if x.dim() > 2 else x
+    if x.dim() == 1: x = x[:, None]
+    if x.dim() > 2: x = x.flatten(1)
     if x.dim() != 2 or not x.numel():
         raise ConfigError(f"{what} must be [n, width] with at least one row and column, got {list(x.shape)}")
     return x
 
+# %% ../../nbs/53_metrics.structure.ipynb #f9f88366
 def distances(
     x:Tensor, # [n, width] messages or meanings
     kind:str="edit", # a name in `MESSAGE_DISTANCES`, or "cosine"
@@ -148,10 +153,11 @@ def _spearman(x, y, counts): # indices of distances [n_cells] on both sides, flo
     return (counts * _scores(x, counts)[..., x] * _scores(y, counts)[..., y]).sum(-1).clamp(-1, 1)
 
 def _check_pairs(symbols, message_distance, meaning_distance):
-    (check_choice("message_distance", message_distance, MESSAGE_DISTANCES),
-        check_choice("meaning_distance", meaning_distance, MEANING_DISTANCES))
+    check_choice("message_distance", message_distance, MESSAGE_DISTANCES)
+    check_choice("meaning_distance", meaning_distance, MEANING_DISTANCES)
     check_at_least("number of messages", len(symbols), 3, "there must be pairs to rank")
 
+# %% ../../nbs/53_metrics.structure.ipynb #a1576765
 class _Pairs:
     "Topographic similarity, prepared for permutations and resampling."
     def __init__(self, symbols, meanings, message_distance="edit", meaning_distance="hamming", ends=None):
@@ -207,7 +213,8 @@ def _pair_counts(symbols, meanings, message_distance, ends=None,
     side=None)->tuple|None: # as `_spearman` takes them; None where there are too many kinds of pairs
     "Pairs of each distance of meanings and each of messages, counted in tiles of `side` rows and columns."
     side, far = side or (4096 if symbols.is_cuda else 512), MESSAGE_DISTANCES[message_distance]
-    x, y = _compact(meanings), _compact(symbols if ends is None else F.pad(symbols, (0, 1), value=-1))[:, :symbols.shape[1]]
+    padded = symbols if ends is None else F.pad(symbols, (0, 1), value=-1)
+    x, y = _compact(meanings), _compact(padded)[:, :symbols.shape[1]]
     until = lambda *tiles: () if ends is None or message_distance == "hamming" else [ends[t] for t in tiles]
     n_x, n_y = x.shape[1] + 1, len(far(y[:1], y[:1], *until(slice(1), slice(1)))[1])
     if n_x*n_y > 2**16: return None
@@ -267,6 +274,7 @@ def _nats(counts, *dims): # entropy of counts
     p = counts / counts.sum(dims, keepdim=True)
     return -torch.xlogy(p, p).sum(dims)
 
+# %% ../../nbs/53_metrics.structure.ipynb #82329d4c
 class _Gap:
     "The gap between the two most informative attributes, prepared for permutations and resampling."
     def __init__(self, parts, meanings, gaps=False):
@@ -301,6 +309,7 @@ def posdis(
     symbols, attributes, ends = _told(symbols, attributes, lengths)
     return float(_Gap(symbols, attributes, ends is not None).value())
 
+# %% ../../nbs/53_metrics.structure.ipynb #2a4bf150
 def bosdis(
     symbols:Tensor, # [n, length] messages
     attributes:Tensor, # [n, n_attributes] integers
@@ -360,6 +369,7 @@ class Measure(NamedTuple):
     high:float
     p:float # one-sided
 
+# %% ../../nbs/53_metrics.structure.ipynb #fb58bd72
 def measure(
     statistic:str, # a name in `STATISTICS`
     symbols:Tensor, # [n, length] messages
@@ -372,8 +382,9 @@ def measure(
     **options, # of `topographic_similarity`: message_distance, meaning_distance
 )->Measure:
     "A statistic with its bootstrap interval over objects and its permutation p-value."
-    (check_choice("statistic", statistic, STATISTICS), check_at_least("n_resamples", n_resamples, 0),
-        check_at_least("n_permutations", n_permutations, 0))
+    check_choice("statistic", statistic, STATISTICS)
+    check_at_least("n_resamples", n_resamples, 0)
+    check_at_least("n_permutations", n_permutations, 0)
     if not 0 < level < 1: raise ConfigError(f"level must lie between 0 and 1, got {level!r}")
     if options and statistic != "topsim":
         raise ConfigError(f"{statistic} has no options, got {', '.join(options)}: distances are for 'topsim'")

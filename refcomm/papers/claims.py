@@ -66,6 +66,7 @@ def _linear(node, values, key)->dict: # name → factor; "" for the constant
             return {k: factor*c for k, c in other.items()}
     raise ConfigError(f"a test adds and scales values, got {ast.unparse(node)!r}")
 
+# %% ../../nbs/82_papers.claims.ipynb #e2ddb7f1
 def _value(values, name, key):
     found = values[name]
     if not isinstance(found, dict): return as_estimate(found)
@@ -98,6 +99,7 @@ def _leaf(text, excess, strict, level_true, level_false):
     above, below = interval(excess, level_true)[0], interval(excess, level_false)[1]
     return Part(text, excess, bool(above > 0 or above == 0 and not strict), bool(below < 0 or below == 0 and strict))
 
+# %% ../../nbs/82_papers.claims.ipynb #51b6c487
 def answer(
     test, # an expression, or its syntax tree
     values:dict, # name → number, `Estimate`, or a dict of them
@@ -157,6 +159,7 @@ def cause(
         and bool(explanation))
     return "; ".join([_in_words(weakest), *more]).rstrip(".") + "."
 
+# %% ../../nbs/82_papers.claims.ipynb #d4197ed1
 def power(
     says:Answer|None,
 )->str:
@@ -188,11 +191,13 @@ def check_claim(
     decide = row["decide"] or (f"the paper's sizes: {short}" if short and word == "not seen at this scale" else "")
     return dict({k: row[k] for k in ("id", "item", "game", "sentence", "test", "source", "kind")},
         ours=bool(row["ours"]), verdict=word,
-        cause=cause(says, near, row["explanation"], short), power=power(says), decide=decide
-        if word in ("not seen at this scale", "undecided") else "",
+        cause=cause(says, near, row["explanation"], short), power=power(says),
+        explanation=row["explanation"] if says is not None and says.false else "",
+        decide=decide if word in ("not seen at this scale", "undecided") else "",
         numbers={k: round(e.value, 5) for k, e in flat.items() if known},
         intervals={k: [round(x, 5) for x in ab] for k, ab in ends.items() if not any(map(math.isnan, ab))})
 
+# %% ../../nbs/82_papers.claims.ipynb #e06ac894
 def check_claims(
     paper:str, # "eqc"
     item:str, # "table5"

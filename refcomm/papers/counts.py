@@ -30,9 +30,11 @@ def operations(): # a context that counts while it is entered: products, convolu
     from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import flop_registry
     a, tensors = torch.ops.aten, lambda x: [t for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
-    free = {a.empty, a.empty_strided, a.empty_like, a.new_empty, a.new_empty_strided, a._unsafe_view, a.detach, a.lift_fresh}
+    free = {a.empty, a.empty_strided, a.empty_like, a.new_empty, a.new_empty_strided, a._unsafe_view, a.detach,
+        a.lift_fresh}
     taking = {a.index, a._unsafe_index, a.gather, a.index_select, a.embedding}
-    putting = {a.index_put, a.index_put_, a._index_put_impl_, a.scatter_, a.scatter_add_, a.index_add_, a.embedding_dense_backward}
+    putting = {a.index_put, a.index_put_, a._index_put_impl_, a.scatter_, a.scatter_add_, a.index_add_,
+        a.embedding_dense_backward}
     size = lambda t: min(t.numel()*t.element_size(), t.untyped_storage().nbytes())
 
     class Operations(TorchDispatchMode):
@@ -51,14 +53,18 @@ def operations(): # a context that counts while it is entered: products, convolu
                 self.peak = max(self.peak, self.live)
                 weakref.finalize(held, self.freed, held.nbytes())
             if packet in free: return out
-            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out) if packet in flop_registry else _attention(func, given)
+            flops = (flop_registry[packet](*args, **(kwargs or {}), out_val=out) if packet in flop_registry
+                else _attention(func, given))
             if "conv" in func.name(): self.convolutions += flops
             else: self.products += flops
-            moved = given[1:] + made if packet in taking else given[1:] if packet in putting else given + made
+            if packet in taking: moved = given[1:] + made
+            elif packet in putting: moved = given[1:]
+            else: moved = given + made
             self.bytes, self.kernels = self.bytes + sum(map(size, moved)), self.kernels + 1
             return out
     return Operations()
 
+# %% ../../nbs/57_papers.counts.ipynb #3879a3b7
 def _attention(func, given)->float: # FLOPs of attention on a processor, which PyTorch's own table leaves out
     if "scaled_dot_product" not in func.name(): return 0
     back = "backward" in func.name()
@@ -86,7 +92,8 @@ def _eqc_task(s, device):
     n, n_classes, width = s.n_train + s.n_valid + s.n_test, 200 if s.game == "image" else 77, WIDTHS.get(s.encoder, 384)
     parts = split(n, dict(train=s.n_train, valid=s.n_valid, test=s.n_test), generator(0, "split"))
     x, labels = torch.rand(n, width, generator=generator(0, "stand-in")), torch.arange(n) % n_classes
-    drawn = dict(n_negatives=s.n_negatives, n_candidates=max(s.candidates), pool=s.pool, generator=generator(0, "games"), device=device)
+    drawn = dict(n_negatives=s.n_negatives, n_candidates=max(s.candidates), pool=s.pool,
+        generator=generator(0, "games"), device=device)
     if s.game == "image": return ItemTask(x, labels, parts, informed=True, other_classes=True, **drawn)
     if s.game == "sent-ref": return ItemTask(x, labels, parts, **drawn)
     classes = x[:n_classes]
@@ -172,7 +179,8 @@ def count(
     "Count a training step and a validation."
     if (tuned := getattr(s, "fine_tune", False)) and s.n_valid > 16: # in one block: kernels are those of few
         c, k = count(dataclasses.replace(s, n_valid=16, n_train=64)), s.n_valid/16
-        return c._replace(valid_products=k*c.valid_products, valid_convolutions=k*c.valid_convolutions, valid_bytes=k*c.valid_bytes)
+        return c._replace(valid_products=k*c.valid_products, valid_convolutions=k*c.valid_convolutions,
+            valid_bytes=k*c.valid_bytes)
     if s.experiment not in ("iac", "patch") and not tuned: return Counts(*map(float, _measured(s, s.batch_size)))
     few = 4 if tuned else 8
     if 2*few >= s.batch_size: return Counts(*map(float, _measured(s, s.batch_size)))
@@ -209,6 +217,7 @@ def _shipped()->dict: # shape → `Counts`
     with open(Path(refcomm.papers.__file__).parent/"counts.csv", encoding="utf-8", newline="") as f:
         return {r["shape"]: Counts(*(float(r[k]) for k in Counts._fields)) for r in csv.DictReader(f)}
 
+# %% ../../nbs/57_papers.counts.ipynb #9adb1b70
 def counted(
     s, # a Spec
     gpu:bool=False, # trained on one, where some things are computed with fewer operations; known of what is shipped alone
@@ -240,7 +249,8 @@ def ship_counts(
     todo = {shape_of(s, gpu): s for s in specs if trains(s) and shape_of(s, gpu) not in have}
     with progress_bar(len(todo), "counting") as bar:
         for shape, s in todo.items():
-            have[shape] = dict(shape=shape, experiment=s.experiment, **{k: f"{v:.0f}" for k, v in how(s)._asdict().items()})
+            counted = {k: f"{v:.0f}" for k, v in how(s)._asdict().items()}
+            have[shape] = dict(shape=shape, experiment=s.experiment, **counted)
             bar.update()
             with write_atomic(path) as tmp, open(tmp, "w", encoding="utf-8", newline="") as f:
                 rows = csv.DictWriter(f, ("shape", "experiment", *Counts._fields), lineterminator="\n")
@@ -278,7 +288,8 @@ def _parted(n): return round(.8*n), n - round(.8*n)
 def _rows(name)->int: # images of a source
     import pyarrow.parquet as pq
     path = find_data(name)
-    files = [] if path is None else matches(path) or [path] if not path.is_dir() else sorted(path.glob("*.parquet"))
+    if path is None: files = []
+    else: files = sorted(path.glob("*.parquet")) if path.is_dir() else matches(path) or [path]
     if files and all(f.suffix == ".parquet" and f.is_file() for f in files):
         return sum(pq.ParquetFile(f).metadata.num_rows for f in files)
     if path is None or not path.is_dir():
@@ -345,4 +356,5 @@ def plan_model(
     "The model by which a plan is estimated: of a device that is here, or at `gpu` and `paper` of an H200 where no GPU is."
     if device == "auto" and profile in ("gpu", "paper") and no_gpu(): device = "H200"
     speed = SPEEDS.get(device) or (lambda: speed_of(device))
-    return Model([s for specs in wanted.values() for s in specs], speed, device in SPEEDS, timed(steps) if steps else None)
+    specs = [s for own in wanted.values() for s in own]
+    return Model(specs, speed, device in SPEEDS, timed(steps) if steps else None)

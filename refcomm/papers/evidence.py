@@ -30,8 +30,8 @@ def paper_table(
     kind:str, # "published", "claims" or "deviations"
 )->"pd.DataFrame": # columns of text, and numbers if `kind` is "published"
     "One of a paper's data tables; the only function that reads them."
-    (check_choice("paper", paper, [*PAPERS, "beyond"]),
-        check_choice("kind of table", kind, ("published", "claims", "deviations")))
+    check_choice("paper", paper, [*PAPERS, "beyond"])
+    check_choice("kind of table", kind, ("published", "claims", "deviations"))
     path = resources.files("refcomm.papers")/paper/f"{kind}.csv"
     with path.open(encoding="utf-8") as f:
         if kind != "published": return pd.read_csv(f, dtype=str, keep_default_na=False)
@@ -130,7 +130,7 @@ def side_by_side(
     comparison:"pd.DataFrame", # from `compare`
     digits:int=3, # decimals of a column; none where all of its means are integers and one is above 1
     intervals:bool=False, # a third line with our interval, if there is any
-)->"pd.DataFrame": # two lines a row: the paper's, and refcomm's; a star marks a difference whose interval leaves out 0
+)->"pd.DataFrame": # two lines a row: the paper's, and refcomm's; a star marks a difference whose interval excludes 0
     "A comparison laid out like the paper's table; rows are named by `row_name`."
     whole = {name: _integers(part) for name, part in comparison.groupby("column", sort=False)}
     def cell(column, mean, sd, star=""):
@@ -139,9 +139,11 @@ def side_by_side(
         return f"{mean:.{places}f}" + (f" ±{sd:.{max(places, 1)}f}" if not pd.isna(sd) and digits else "") + star
     lines = ["paper", "refcomm"] + ["95 %"]*(intervals and "low" in comparison and bool(comparison.low.notna().any()))
     t = comparison.assign(low=comparison.get("low", comparison.ours), high=comparison.get("high", comparison.ours))
+    known = comparison.reindex(columns=["low", "difference_low", "ours_sd"]).notna().any(axis=1)
     c = comparison.assign(row=comparison.row.map(row_name),
         paper=[cell(*x) for x in zip(t.column, t.published, t.published_sd)],
-        refcomm=[cell(*x, "*" if str(w) == "False" else "") for *x, w in zip(t.column, t.ours, t.ours_sd, t.within)],
+        refcomm=[cell(*x, "*" if known_ and str(w) == "False" else "")
+            for *x, w, known_ in zip(t.column, t.ours, t.ours_sd, t.within, known)],
         **{"95 %": ["" if pd.isna(a) else f"{cell(n, a, None)} … {cell(n, b, None)}"
             for n, a, b in zip(t.column, t.low, t.high)]})
     wide = c.melt(["row", "column"], lines, "source").pivot(index=["row", "source"], columns="column", values="value")

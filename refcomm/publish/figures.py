@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..core import ConfigError, from_json
 from ..files import figures_dir, read_text, write_atomic, write_together
+from ..papers.deviations import in_brief
 from ..runs.execute import origins, spent
 from ..runs.store import sealed, unsealed
 from .style import AXES, MAP, line_styles
@@ -55,6 +56,7 @@ def aligned(
         return gaps[0] + m[0] + "".join(gaps[1:])
     return [padded(m) if m and m[1] else c for m, c in zip(parts, cells)]
 
+# %% ../../nbs/94_publish.figures.ipynb #168654b7
 def draw_table(
     table:pd.DataFrame, # the table with its index; cells are printed unchanged
     title:str="",
@@ -75,26 +77,33 @@ def draw_table(
     groups = pd.factorize(flat.iloc[:, 0])[0]
     for (i, j), c in t.get_celld().items():
         c.set_linewidth(0)
-        c.set_facecolor("#dfe4ea" if i == 0 else "#f4f6f8" if groups[i-1] % 2 else "white")
+        shade = "#f4f6f8" if groups[i-1] % 2 else "white"
+        c.set_facecolor("#dfe4ea" if i == 0 else shade)
         if j < table.index.nlevels: c.set_text_props(ha="left")
     if title: ax.set_title(title, loc="left", fontsize=10, weight="bold")
     if any(c.endswith("*") for row in cells for c in row):
-        ax.annotate("* the 95 % interval of the difference from the paper leaves out 0", (0, 0), (0, -4),
+        ax.annotate("* the 95 % interval of the difference from the paper excludes 0", (0, 0), (0, -4),
             xycoords="axes fraction", textcoords="offset points", va="top", fontsize=7)
     return literal(fig)
 
+# %% ../../nbs/94_publish.figures.ipynb #fd916c8b
 def footnote(
     figure, # matplotlib figure
-    *paragraphs:str, # wrapped to its width
+    *sentences:str, # the most important one first; wrapped to the figure's width
+    origin:str="", # the last line
 ):
-    "Small print at the bottom of a figure, at most three lines; longer text is in the recipe."
+    "Small print at the bottom of a figure: two lines of whole sentences, and one line on the origin."
     literal(figure).draw_without_rendering() # a constrained layout is computed when the figure is drawn
     box, (w, h) = figure.get_tightbbox(), figure.get_size_inches()
-    width, lines = max(40, int(box.width*17)), []
-    for n, paragraph in enumerate(reversed(paragraphs)): # the last one, on what made it, is given its lines first
-        room = max(1, 3 - len(lines) - (len(paragraphs) - 1 - n))
-        lines = textwrap.wrap(paragraph, width, max_lines=room, placeholder=" … (all in the .json)") + lines
-    figure.text(box.x0/w, (box.y0 - .12)/h, "\n".join(lines), fontsize=7, color="#666", va="top", parse_math=False)
+    width = max(80, int(box.width*17))
+    last = textwrap.wrap(origin, width, max_lines=1, placeholder=" …")
+    lines, shown = [], ""
+    for n, sentence in enumerate(sentences):
+        longer = textwrap.wrap(together := f"{shown} {sentence}".strip(), width)
+        if n == 0: lines, shown = textwrap.wrap(sentence, width, max_lines=2, placeholder=" …"), sentence
+        elif len(longer) <= 2: lines, shown = longer, together
+    figure.text(box.x0/w, (box.y0 - .12)/h, "\n".join(lines + last), fontsize=7, color="#666", va="top",
+        parse_math=False)
 
 # %% ../../nbs/94_publish.figures.ipynb #5dc379c7
 def curves(
@@ -119,6 +128,7 @@ def curves(
     literal(ax.figure)
     return ax
 
+# %% ../../nbs/94_publish.figures.ipynb #e0cf4194
 def candidate_curves(
     numbers:pd.DataFrame, # from `evidence.compare`: a column for each number of candidates
     axes, # two: ours, and the paper's
@@ -146,7 +156,7 @@ def heatmap(
     import matplotlib.pyplot as plt, seaborn as sns
     ax = ax or plt.subplots(figsize=(5, 3.6))[1]
     with plt.rc_context({"text.parse_math": False}): # seaborn draws to check for overlapping labels
-        ax.xaxis.reset_ticks(), ax.yaxis.reset_ticks()
+        ax.xaxis.reset_ticks(); ax.yaxis.reset_ticks()
         sns.heatmap(grid, annot=True, fmt=fmt, cmap=MAP, cbar=False, annot_kws=dict(size=7.5), ax=ax, **kwargs)
     ax.set_title(title, fontsize=9)
     ax.grid(False)
@@ -172,7 +182,9 @@ def capacity_maps(
             heatmap(cells, f"{name}, {mode}", fmt, axes[i, j], vmin=0, vmax=top).set(xlabel=AXES["word_length"],
                 ylabel=AXES["alphabet"])
     if title: fig.suptitle(title, x=.01, ha="left", weight="bold", fontsize=11)
-    fig.tight_layout()
+    fig.tight_layout(rect=(0, .03, 1, 1))
+    fig.text(.01, 0, "NoUM: number of unique messages among the test targets. Colours: accuracy from 0 to 1; NoUM from 0 to its "
+        "maximum. The paper prints no numbers of these maps.", fontsize=8)
     return fig
 
 # %% ../../nbs/94_publish.figures.ipynb #120b9f68
@@ -218,15 +230,19 @@ def heat_maps(
 # %% ../../nbs/94_publish.figures.ipynb #9be5018f
 DPI = 110 # of a saved picture
 
-def _picture(figure, recipe, dpi)->bytes: # PNG, with the recipe's note below the figure
-    seeds = ", ".join(map(str, recipe["seeds"])) or "none"
-    footnote(figure, recipe["note"], f"Profile {recipe['profile']} · data: {recipe['data']} · seeds {seeds} · {recipe['runs']}")
+def _picture(figure, recipe, dpi)->bytes: # PNG, with the recipe's note in brief below the figure
+    n = len(recipe["seeds"])
+    seeds = [f"{n} seed{'s'*(n > 1)}"]*(n > 0)
+    runs = recipe["runs"].split(" · ")[:2] # their number and commits; device and versions are in the recipe
+    footnote(figure, *in_brief(recipe["note"]),
+        origin=" · ".join([f"Profile {recipe['profile']}", f"data: {recipe['data']}", *seeds, *runs]))
     if recipe["profile"] == "smoke":
         figure.text(.5, .5, "SMOKE: NOT A RESULT", fontsize=26, color="red", alpha=.35, rotation=18, ha="center",
             va="center")
     figure.savefig(png := io.BytesIO(), format="png", dpi=dpi, bbox_inches="tight")
     return png.getvalue()
 
+# %% ../../nbs/94_publish.figures.ipynb #91221ad7
 def save(
     paper:str, # "eqc"
     item:str, # "table5"
@@ -260,6 +276,7 @@ def save(
         stem.with_suffix(".json"): text.encode()})
     return stem.with_suffix(".png")
 
+# %% ../../nbs/94_publish.figures.ipynb #83324dd4
 def load_recipe(path)->dict: # as written by `save`
     "Read an item's recipe."
     try:
@@ -273,7 +290,7 @@ def redraw_from_numbers(
     png, # its kept picture, with .csv and .json beside it
     into=None, # folder for the new picture; that of the kept one when None
 )->Path: # the new picture
-    "Execute a notebook's cells tagged `draw`, which make `figure` from `numbers`, `title` and `profile`; nothing else is computed."
+    "Execute a notebook's cells tagged `draw`, which make `figure` from `numbers`, `title`, `note` and `profile`; nothing else is computed."
     png, cells = Path(png), json.loads(read_text(notebook))["cells"]
     tagged = lambda tag: ["".join(c["source"]) for c in cells if tag in c["metadata"].get("tags", [])]
     if not tagged("draw"):
@@ -284,7 +301,7 @@ def redraw_from_numbers(
     imports = ["".join(c["source"]) for c in cells if "check_injected(globals())" in "".join(c["source"])]
     names = {}
     for source in [*tagged("parameters"), *imports]: exec(source, names)
-    names |= dict(numbers=numbers, profile=recipe["profile"], title=recipe["title"])
+    names |= dict(numbers=numbers, profile=recipe["profile"], title=recipe["title"], note=recipe["note"])
     for source in tagged("draw"): exec(source, names)
     new = (Path(into) if into else png.parent)/png.name
     with write_atomic(new) as tmp: tmp.write_bytes(_picture(names["figure"], recipe, DPI))

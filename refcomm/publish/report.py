@@ -47,7 +47,8 @@ BESIDE = ("row", "column", "published", "published_sd", "ours", "ours_sd", "diff
 def _interval(c, places)->str: # or the number of seeds, if there is no interval
     if not pd.isna(c.get("low")): return f"{digits(c.low, places)} … {digits(c.high, places)}"
     n = c.get("n_seeds", 0)
-    return "–" if pd.isna(n) or n < 1 else "one seed" if n == 1 else f"{n:.0f} seeds"
+    if pd.isna(n) or n < 1: return "–"
+    return "one seed" if n == 1 else f"{n:.0f} seeds"
 
 def _line(c, places, mark)->dict:
     means = {k: digits(c[k], n) for k,n in places.items()}
@@ -55,6 +56,7 @@ def _line(c, places, mark)->dict:
     return dict(column=c["column"], **means, **sds, difference=digits(c.difference, max(places.values()), sign=True),
         off=str(c.within) == "False", interval=_interval(c, places["ours"]), known=not pd.isna(c.get("low")), mark=mark)
 
+# %% ../../nbs/97_publish.report.ipynb #0e1334ae
 def comparison(
     numbers:pd.DataFrame, # of one item
 )->dict|None: # unit, n_within, n_compared, tables, remarks; None without a comparison
@@ -104,6 +106,7 @@ def _check_recipe(recipe, file):
         if not all(isinstance(v, (int, float)) for v in c["numbers"].values()):
             raise ConfigError(f"a claim in {file}.json is decided by what is not a number")
 
+# %% ../../nbs/97_publish.report.ipynb #930d9994
 def read_item(
     stem, # path of its three files, without their endings
 )->dict: # the recipe, with `name`, `heading`, `png`, `size`, `csv` and `beside`, the comparison
@@ -153,7 +156,8 @@ def ledger(
     rows = {}
     for item in items:
         for c in item["claims"]:
-            group = "check" if c["kind"] == "check" else "ours" if c["ours"] else "paper"
+            whose = "ours" if c["ours"] else "paper"
+            group = "check" if c["kind"] == "check" else whose
             rows.setdefault(c["id"], dict(c, paper=item["paper"], group=group, items=[]))["items"].append(item)
     return list(rows.values())
 

@@ -13,10 +13,10 @@ from .report import sections, standing
 
 # %% ../../nbs/98_publish.results.ipynb #ca375fb1
 HEADLINES = dict(
-    eqc=("table5", "QT-RNN", "10000", "quantised words, target found among 10,000 objects", 1., ""),
-    iac=("table1", "+augmentations -shared", "ILSVRC-val", "new images, target found among 128", 1., " %"),
-    patch=("table1", "Ours (R18, S=32)", "Top-1", "nearest neighbours by the listener's features", 1., " %"),
-    sms=("epoch30", "min|M|=2", "accuracy at L=1", "games of min|M| = 2, messages of one symbol", 1., " %"),
+    eqc=("table5", "QT-RNN", "10000", "quantised words, accuracy among 10,000 objects", 1., ""),
+    iac=("table1", "+augmentations -shared", "ILSVRC-val", "new images, accuracy among 128 candidates", 1., " %"),
+    patch=("table1", "Ours (R18, S=32)", "Top-1", "kNN accuracy with the listener's features", 1., " %"),
+    sms=("epoch30", "min|M|=2", "accuracy at L=1", "accuracy in games of min|M| = 2, messages of one symbol", 1., " %"),
 ) # paper → item, row, column, description, factor, unit
 
 def headline(
@@ -45,7 +45,7 @@ def results_in_rows(
     items, # from `read_items`
 )->str: # markdown
     "One row per paper: items, claims by verdict, and one number compared with the paper's."
-    lines = ["| paper | tables and figures | claims of the paper | a number |", "|---|---|---|---|"]
+    lines = ["| paper | tables and figures | claims of the paper | headline result |", "|---|---|---|---|"]
     for s in sections(items, {}):
         if s["paper"] not in PAPERS: continue
         claims = [c for c in s["claims"] if not c.get("ours")]
@@ -56,7 +56,7 @@ def results_in_rows(
 # %% ../../nbs/98_publish.results.ipynb #7c2e3edd
 def _items(section)->list: # lines
     "A table of a paper's items with their commands."
-    lines = ["| item | profile | cells near the paper's | claims | command |", "|---|---|---|---|---|"]
+    lines = ["| item | profile | numbers in agreement | claims | command |", "|---|---|---|---|---|"]
     for i in section["items"]:
         name = f"[{cell(i['heading'])}]({i['paper']}_{i['item']}.png)"
         lines.append(f"| {name} | {i['profile']} | {standing(i)['within']} | {cell(verdicts(i['claims']))} | `{cell(i['command'])}` |")
@@ -78,9 +78,12 @@ def results_page(
 )->str: # markdown, for `figures/README.md`
     "Every item and every claim, paper by paper."
     page = ["# Results", "",
-        "Every kept table and figure with the command that makes it again, and every claim with its verdict.",
-            "This page is generated from the recipes in this folder; `refcomm report` makes a page with all numbers beside the papers'.",
-            ""]
+        "All kept tables and figures with the commands that reproduce them, and all claims with their verdicts.",
+        "This page is generated from the recipes in this folder. `refcomm report` writes a page that compares all numbers with the papers'.",
+        "", "*Numbers in agreement*: cells whose difference from the paper has a 95 % interval that includes 0. *Verdicts*: "
+        "`reproduced`, `refuted` (at about the paper's sizes), `not seen at this scale` (smaller sizes or other data), "
+        "`undecided` (the interval includes both answers), `untestable here`. The column *cause* gives the comparison that "
+        "decides. Claims marked (ours) are our own statements, not the paper's.", ""]
     for s in sections(items, {}):
         if not s["items"]: continue
         page += [f"## {s['name']}", "", *_items(s), ""]

@@ -152,6 +152,7 @@ def _store_member(f, file, size)->str: # its checksum
         os.fsync(out.fileno())
     return digest.hexdigest()
 
+# %% ../../nbs/69_runs.archives.ipynb #7e79e0c6
 def _unpack(path, folder)->list: # sentences about what is wrong
     problems, listed, seen, total = [], None, {}, 0
     try:
@@ -203,6 +204,7 @@ def _checked(check, store, also)->tuple: # keys of the sound records, sentences 
         except Exception as error: problems.append(f"run {e}/{k} is unreadable: {type(error).__name__}: {error}")
     return sound, problems
 
+# %% ../../nbs/69_runs.archives.ipynb #42c29ecc
 def import_runs(
     path, # the tar file, gzip, xz and bzip2 included
     store:Store|None=None,

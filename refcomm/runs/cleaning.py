@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .archives import DROPPINGS
 from ..core import ConfigError
 from ..files import content_digest, disk_errors, home
-from .store import FILES, MARKER, NAME, Store
+from .store import FILES, INDEX, MARKER, NAME, Store
 
 # %% ../../nbs/70_runs.cleaning.ipynb #87a00007
 _DRIVER, _RUN = "(progress|import|slurm|ray)-[0-9a-f]{8,32}", "[a-z][a-z0-9_]*-[0-9a-f]{16}"
@@ -31,7 +31,7 @@ def foreign(
     found = []
     for name in _names(root):
         inside = _names(root/name)
-        if name == MARKER: continue
+        if name in (MARKER, INDEX, f"{INDEX}-journal"): continue
         if not (root/name).is_dir(): found.append(root/name)
         elif name in MADE: found += [root/name/n for n in inside if not MADE[name].fullmatch(n)]
         else:
@@ -86,10 +86,13 @@ def _age(path): # seconds since the last change of it or its content
     with contextlib.suppress(OSError): return time.time() - max(p.lstat().st_mtime for p in (path, *path.rglob("*")))
     return 0.
 
+# %% ../../nbs/70_runs.cleaning.ipynb #4ecfd2d5
 def _busy(path)->bool: # whether a folder under tmp may be in use without a lock
     lock = path.parents[1]/"locks"/f"{path.name}.lock"
     if path.name.startswith("slurm-") and _queued(path): return True
-    return _age(path) < (60 if re.match("[0-9a-f]{16}-", path.name) else 0 if lock.exists() else 86400)
+    if re.match("[0-9a-f]{16}-", path.name): limit = 60
+    else: limit = 0 if lock.exists() else 86400
+    return _age(path) < limit
 
 # %% ../../nbs/70_runs.cleaning.ipynb #87a00013
 def _remove_record(path, done):
@@ -107,6 +110,7 @@ def _remove(path, done):
     except FileNotFoundError: return
     done.removed.append(path)
 
+# %% ../../nbs/70_runs.cleaning.ipynb #119837d2
 def clean(
     store:Store|None=None,
     everything:bool=False, # remove finished runs, too
@@ -138,6 +142,7 @@ def clean(
         if store.root == home()/"runs": _sweep_caches(done)
     return done
 
+# %% ../../nbs/70_runs.cleaning.ipynb #fdf09d2d
 def _sweep_caches(done):
     from filelock import FileLock, Timeout
     for path in (home()/"cache").rglob(".*.tmp"):

@@ -18,7 +18,7 @@ torch = lazy_loader.load("torch")
 
 from refcomm.core import ConfigError, StoreError, from_json, no_cuda, pick_device, printable
 from refcomm.files import checkout, read_text, home, write_atomic
-from refcomm.runs.store import Store, digest, run_key, spec_fields, unsealed
+from refcomm.runs.store import Store, digest, indexed, run_key, spec_fields, unsealed
 
 # %% ../../nbs/73_runs.costs.ipynb #fa7a64dd
 FREE = ("seed", "split_seed", "games_seed", "lr", "encoder_lr", "warmup", "weight_decay", "weight_decay_end",
@@ -49,22 +49,28 @@ def recorded(
     store:Store|None=None, # the default store when None
     device="auto", # device of the planned runs
 )->Recorded:
-    "Read every record once."
-    seconds, sizes, here = collections.defaultdict(list), collections.defaultdict(list), device_name(device)
-    sound, _ = (store or Store()).survey()
-    for r in sound:
-        k = kind(r.experiment, r.spec)
-        sizes[k].append(r.bytes())
-        if r.provenance["device"].startswith(here):
-            seconds[k].append(r.provenance["seconds"] / r.provenance["trained_together"] / r.spec.get("epochs", 1))
-    return Recorded({(r.experiment, r.key) for r in sound}, seconds, sizes)
+    "What is known of every sound record, from the store's index."
+    here, left_out = device_name(device), ", ".join(f"'$.{f}'" for f in (*FREE, "epochs"))
+    db = indexed(store or Store())
+    rows = db.execute(f"""SELECT experiment, json_remove(spec, {left_out}) AS rest, json_group_array(bytes), json_group_array(
+        CASE WHEN substr(device, 1, length(:here)) = :here THEN seconds/coalesce(json_extract(spec, '$.epochs'), 1) END)
+        FROM runs GROUP BY experiment, rest""", dict(here=here))
+    seconds, sizes = {}, {}
+    for experiment, rest, taken, times in rows:
+        k = kind(experiment, json.loads(rest))
+        sizes[k] = json.loads(taken)
+        seconds[k] = [t for t in json.loads(times) if t is not None]
+    keys = set(db.execute("SELECT experiment, key FROM runs"))
+    db.close()
+    return Recorded(keys, seconds, sizes)
 
 # %% ../../nbs/73_runs.costs.ipynb #437b41de
 def shipped(
     folder=None, # with recipes; None: those of this package
 )->dict: # item → its recipe
     "The recipes of the shipped figures."
-    folder = Path(folder) if folder else checkout()/"figures" if checkout() else Path(__file__).parent.parent/"recipes"
+    kept = checkout()/"figures" if checkout() else Path(__file__).parent.parent/"recipes"
+    folder = Path(folder) if folder else kept
     found = {}
     for file in sorted(folder.glob("*.json")):
         try:
@@ -83,6 +89,7 @@ class Cost(NamedTuple):
     basis:str # what the time is derived from
     memory:float|None = None # bytes on the device while it trains
 
+# %% ../../nbs/73_runs.costs.ipynb #3f761828
 def estimate(
     spec,
     item:str, # "eqc/table5"
@@ -107,8 +114,8 @@ def estimate(
         basis = (f"as shipped runs of {of} ({', '.join(sorted({r['costs']['device'] for r in own}))}; "
             f"{', '.join(sorted({r['data'] for r in own}))})")
     if not sizes: sizes = [r["costs"]["bytes"]/r["costs"]["runs"] for r in own if "bytes" in r["costs"]]
-    return Cost(statistics.median(seconds)*getattr(spec, "epochs", 1) if seconds else None, statistics.median(sizes) if sizes
-        else None, basis if seconds else "unknown")
+    return Cost(statistics.median(seconds)*getattr(spec, "epochs", 1) if seconds else None,
+        statistics.median(sizes) if sizes else None, basis if seconds else "unknown")
 
 # %% ../../nbs/73_runs.costs.ipynb #c0de0003
 class Counts(NamedTuple):
@@ -183,13 +190,15 @@ def _rate(work, device, seconds=.4)->float: # seconds for one call
     return (clock() - begun)/n
 
 def _products(device, dtype, shapes)->float: # FLOPs a second
-    made = [(torch.randn(a, b, device=device, dtype=dtype), torch.randn(b, c, device=device, dtype=dtype)) for a, b, c in shapes]
+    draw = lambda a, b: torch.randn(a, b, device=device, dtype=dtype)
+    made = [(draw(a, b), draw(b, c)) for a, b, c in shapes]
     return sum(2*a*b*c for a, b, c in shapes)/sum(_rate(lambda: x @ y, device) for x, y in made)
 
 def _convolutions(device, dtype, shapes)->float:
     def one(n, channels, side):
-        net = torch.nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-        x = torch.randn(n, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+        last = dict(memory_format=torch.channels_last)
+        net = torch.nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype).to(**last)
+        x = torch.randn(n, channels, side, side, device=device, dtype=dtype).to(**last).requires_grad_()
         return _rate(lambda: net(x).sum().backward(), device)
     return sum(3*2*9*n*c*c*side**2 for n, c, side in shapes)/sum(one(*shape) for shape in shapes)
 
@@ -211,9 +220,10 @@ def measure_speed(
     products = [(2048, 2048, 2048), (256, 4096, 4096)] if large else [(512, 512, 512), (32, 1024, 1024)]
     maps = [(64, 64, 56), (64, 256, 14)] if large else [(16, 16, 32), (16, 64, 16)]
     v = torch.randn(2**27 if large else 2**21, device=d)
-    rates = [f(d, dtype, shapes) for dtype in (torch.float32, torch.bfloat16) for f, shapes in ((_products, products), (_convolutions, maps))]
-    return Speed(device_name(d) if large else f"cpu, {torch.get_num_threads()} threads", *rates, 12*len(v)/_rate(lambda: v + v, d), _launch(d),
-        1.7, large, 2.)
+    rates = [f(d, dtype, shapes) for dtype in (torch.float32, torch.bfloat16)
+        for f, shapes in ((_products, products), (_convolutions, maps))]
+    name = device_name(d) if large else f"cpu, {torch.get_num_threads()} threads"
+    return Speed(name, *rates, 12*len(v)/_rate(lambda: v + v, d), _launch(d), 1.7, large, 2.)
 
 def speed_of(
     device="auto",

@@ -15,13 +15,14 @@ import lazy_loader
 
 torch = lazy_loader.load("torch")
 
-from refcomm.core import ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, from_json, pick_device, progress_bar
-from refcomm.core import Interrupted, nearest, usable_precision
+from refcomm.core import (ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, from_json,
+    pick_device, progress_bar, Interrupted, nearest, usable_precision)
 from refcomm.runs.executors import EXECUTORS, cards_of, check_executor, named_deaths
 from refcomm.files import disk_errors, open_regular, write_atomic
 from refcomm.interrupts import Interruptible
 from refcomm.training.loggers import StackLogs, check_logger
-from refcomm.runs.store import Store, digest, package_commit, provenance, run_key, runner_of, spec_fields, sealed, unsealed
+from refcomm.runs.store import (Store, digest, package_commit, provenance, run_key, runner_of, spec_fields, sealed,
+    unsealed)
 from refcomm.runs.experiments import EXPERIMENTS, Experiment, packaged, spec_class
 
 # %% ../../nbs/72_runs.execute.ipynb #9f20eda8
@@ -66,6 +67,7 @@ def checkpoint_interval()->float: # seconds
     except ValueError: raise ConfigError(f"REFCOMM_CHECKPOINT_SECONDS is a number of seconds, got {text!r}") from None
     return check_at_least("REFCOMM_CHECKPOINT_SECONDS", seconds, 0)
 
+# %% ../../nbs/72_runs.execute.ipynb #ed21b4cc
 def run_stack(
     specs, # Specs with equal `stack_key`
     root, # the store's folder
@@ -82,7 +84,8 @@ def run_stack(
     interval = checkpoint_interval() if checkpoint_seconds is None else checkpoint_seconds
     check_logger(logger)
     if processes()[0]: return _follow(specs, store, device)
-    say = report if callable(report) else _reporter(report) if report else lambda done, text: None
+    say = lambda done, text: None
+    if report: say = report if callable(report) else _reporter(report)
     with disk_errors(store.root), Interruptible() as stop, contextlib.ExitStack() as held:
         folder = _unfinished(store, specs)
         for key in [*sorted(map(run_key, specs)), folder.name.split("-")[1]]: # in sorted order, which avoids deadlocks
@@ -102,13 +105,15 @@ def run_stack(
                 except (ConfigError, TrainingDiverged): shutil.rmtree(folder, ignore_errors=True); raise
                 with stop.hold():
                     for s, result in zip(members, results):
-                        if s in missing: store.put(s, result, _origin(device, s, result, results[0], len(members)), weights)
+                        if s not in missing: continue
+                        store.put(s, result, _origin(device, s, result, results[0], len(members)), weights)
                     logs.finish(results)
         with stop.hold(): shutil.rmtree(folder, ignore_errors=True) # also if nothing is missing: its process may have died here
         agree([True]) # that the records are there
     say(1., "done")
     return [run_key(s) for s in specs]
 
+# %% ../../nbs/72_runs.execute.ipynb #55b4b276
 def _origin(device, s, result, first, n): # a stack may hold groups that are trained one after the other
     alone, d, precision = result.summary.get("trained_together"), pick_device(device), getattr(s, "precision", "fp32")
     made = provenance(d, float((result if alone else first).history["seconds"].sum()), alone or n)
@@ -187,6 +192,7 @@ def execute(
     _note_used(records)
     return records
 
+# %% ../../nbs/72_runs.execute.ipynb #ee17bc3b
 def _refuse_training(missing):
     "Raise an error for missing runs if `REFCOMM_TRAINING` is \"refuse\", as in `refcomm redraw`."
     if not missing or os.environ.get("REFCOMM_TRAINING") != "refuse": return
@@ -219,6 +225,7 @@ def _kept(e, found, store)->Interrupted:
     return Interrupted(f"stopped by {e.name}: {done} of {len(found)} runs are in {store.root}, and {states} unfinished "
         f"training{'s have' if states != 1 else ' has'} a checkpoint there; the same command continues", e.signum)
 
+# %% ../../nbs/72_runs.execute.ipynb #7440a080
 def _inline(stacks, store, device, logger, weights, bar):
     for stack in stacks:
         done = bar.n

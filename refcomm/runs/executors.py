@@ -7,7 +7,8 @@ __all__ = ['PATIENT', 'EXECUTORS', 'PACKAGES', 'LocalExecutor', 'local_executor'
            'RemoteExecutor', 'asked_gpus', 'SlurmExecutor', 'slot', 'RayExecutor', 'check_executor']
 
 # %% ../../nbs/71_runs.executors.ipynb #b00539bc
-import _thread, concurrent.futures, contextlib, importlib, logging, math, multiprocessing, os, pickle, signal, socket, threading, time, uuid
+import _thread, concurrent.futures, contextlib, importlib, logging, math, multiprocessing, os, pickle, signal, socket
+import threading, time, uuid
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,7 +16,8 @@ import lazy_loader
 
 torch = lazy_loader.load("torch")
 
-from refcomm.core import ConfigError, Interrupted, WorkerDied, check_choice, n_cores, need, no_cuda, pick_device, say_once
+from refcomm.core import (ConfigError, Interrupted, WorkerDied, check_choice, n_cores, need, no_cuda, pick_device,
+    say_once)
 from refcomm.files import disk_errors
 from refcomm.runs.store import Store
 
@@ -43,6 +45,7 @@ def _unless_stopped(fn, *args):
     try: return fn(*args)
     except Interrupted: worker.stopped = True; raise
 
+# %% ../../nbs/71_runs.executors.ipynb #153f0985
 class LocalExecutor(concurrent.futures.ProcessPoolExecutor):
     "Worker processes on this machine, started afresh and sharing the cores; each gets the next GPU in turn."
     def __init__(self,
@@ -183,6 +186,7 @@ class RemoteExecutor(concurrent.futures.ThreadPoolExecutor):
                 raise concurrent.futures.CancelledError
         return self.outcome(job)
 
+# %% ../../nbs/71_runs.executors.ipynb #9fa9a64f
 def _tail(log, lines=20): return "\n".join(str(log).strip().splitlines()[-lines:])
 
 # %% ../../nbs/71_runs.executors.ipynb #5fea7868
@@ -195,6 +199,7 @@ def asked_gpus(
             "for a GPU a job, or device='cpu'")
     return int(torch.device(device).type == "cuda")
 
+# %% ../../nbs/71_runs.executors.ipynb #0801939f
 class SlurmExecutor(RemoteExecutor):
     "Jobs in Slurm's queue; without Slurm, processes on this machine that outlive a killed driver."
     def __init__(self,
@@ -286,6 +291,7 @@ def _gpus():
         if 0 <= (gpus := float(said)) <= 1: return gpus
     raise ConfigError(f"REFCOMM_GPUS is the number of GPUs that a run takes on Ray, from 0 to 1, got {said!r}")
 
+# %% ../../nbs/71_runs.executors.ipynb #fe1109a7
 class RayExecutor(RemoteExecutor):
     "Tasks on the Ray cluster at RAY_ADDRESS, or on a local one that ends with the executor."
     def __init__(self,

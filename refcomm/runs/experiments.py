@@ -37,7 +37,8 @@ def spec_class(
 ): # its class; None for one that is not known
     "The Spec of an experiment."
     light = EXPERIMENTS.get(experiment) is None and experiment in packaged() and experiment not in AT_HOME
-    if light and (_papers()/experiment/"spec.py").is_file(): home = importlib.import_module(f"refcomm.papers.{experiment}.spec") # without what runs it
+    if light and (_papers()/experiment/"spec.py").is_file(): # without what runs it
+        home = importlib.import_module(f"refcomm.papers.{experiment}.spec")
     else: home = home_of(experiment)
     if home is None or isinstance(home, Experiment): return home and home.Spec
     return next((x for x in vars(home).values() if getattr(x, "experiment", None) == experiment), None)
@@ -122,7 +123,8 @@ class Experiment:
         "The function's result for a Spec; modules built in it are initialised from the Spec's seed."
         given = dataclasses.asdict(s) | {f: str(find_data(unstamped(getattr(s, f))) or unstamped(getattr(s, f)))
             for f in self.files if getattr(s, f)}
-        with seeded_init(getattr(s, "seed", 0)): return self.make(**given, **({"context": context} if self.context else {}))
+        if self.context: given["context"] = context
+        with seeded_init(getattr(s, "seed", 0)): return self.make(**given)
 
     def stack_key(self, s, device): # Specs with equal keys are made together
         first = {f.name: f.default for f in dataclasses.fields(s) if f.name in self.stack}

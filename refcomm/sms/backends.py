@@ -254,6 +254,7 @@ def _descend(lists, counts, named, barred, branch, state, budget):
     state[1], state[2] = depth, fresh
     return solution
 
+# %% ../../nbs/58_sms.backends.ipynb #fd666e8c
 def _deep(targets, distractors, games, sets):
     "Find smallest sets of `games` that no pair solves, in place (compiled)."
     n_distractors, n_attributes = distractors.shape[1:]

@@ -95,7 +95,8 @@ def picture_world(
     device="cpu", # where images are made
 )->ShapeWorld:
     "A world of images for games of `n_attributes` attributes with `n_values` values each."
-    check_at_least("n_attributes", n_attributes, 1), check_at_least("n_values", n_values, 2)
+    check_at_least("n_attributes", n_attributes, 1)
+    check_at_least("n_values", n_values, 2)
     enough = {name: values[:n_values] for name, values in ATTRIBUTES.items() if len(values) >= n_values}
     if len(enough) < n_attributes:
         raise ConfigError(f"{len(enough)} attributes of pictures have {n_values} values "

@@ -203,7 +203,8 @@ def _pack(differs, m, packed):
 # %% ../../nbs/61_sms.sampling.ipynb #6735b932
 def _keep(differs, sets, packed, m, new, allowed, which):
     "The rest of `_step`: take the proposals that leave min|M| as it is (compiled)."
-    no, found, copied, one = np.zeros_like(differs[0, :1]), np.zeros_like(sets[:1]), np.zeros(1, np.bool_), np.zeros(1, np.int64)
+    no, found = np.zeros_like(differs[0, :1]), np.zeros_like(sets[:1])
+    copied, one = np.zeros(1, np.bool_), np.zeros(1, np.int64)
     for g in range(len(differs)):
         if not allowed[g]: continue
         d, hit, failed = which[g], False, True
@@ -271,7 +272,8 @@ def covariates(
     h = games.differs.sum(-1)
     code = torch.unique(games.distractors.flatten(0, 1), dim=0, return_inverse=True)[1].view(h.shape).sort(1).values
     everyone = games.candidates
-    alike = sum((everyone == v).sum(1, keepdim=True) * (everyone == v) for v in range(games.n_values)).sum(-1) # values shared with other candidates
+    shared = sum((everyone == v).sum(1, keepdim=True) * (everyone == v) for v in range(games.n_values))
+    alike = shared.sum(-1) # values shared with other candidates
     central = (alike[:, 0] > alike[:, 1:].amax(1)).double().mean()
     return dict(hamming=h.double().mean().item(), singletons=(h == 1).double().mean().item(),
         repeated=(code.diff(dim=1) == 0).double().mean().item(), central=central.item())

@@ -18,7 +18,9 @@ from ..core import ConfigError, check_at_least
 # %% ../../nbs/60_sms.theory.ipynb #f2186d19
 def _log_tails(m, n, n_classes):
     "Logarithms of P(X ≥ m) and P(X < m) for the number X of `n` images that are of one given class."
-    check_at_least("m", m, 1), check_at_least("n", n, 1), check_at_least("n_classes", n_classes, 1)
+    check_at_least("m", m, 1)
+    check_at_least("n", n, 1)
+    check_at_least("n_classes", n_classes, 1)
     k, total = np.arange(n + 1), lambda terms: logsumexp(terms) if len(terms) else -np.inf
     terms = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1) - k*math.log(n_classes) + xlog1py(n - k, -1/n_classes)
     upper, lower = total(terms[m:]), total(terms[:m])
@@ -58,7 +60,9 @@ def p_some_class(
     n_classes:int, # equally likely classes
 )->float:
     "P(∃X ≥ m) exactly: the birthday problem for any `m` (Levin 1981)."
-    check_at_least("m", m, 1), check_at_least("n", n, 1), check_at_least("n_classes", n_classes, 1)
+    check_at_least("m", m, 1)
+    check_at_least("n", n, 1)
+    check_at_least("n_classes", n_classes, 1)
     if n > 20_000:
         raise ConfigError(f"the exact probability takes n² steps, got n = {n}: use log_p_some_class above 20000")
     k, rate = np.arange(n + 1), n/n_classes
@@ -113,6 +117,7 @@ def _most_distinct(m, n_attributes, n_values, min_hamming):
     return sum((math.comb(n_attributes, h) - math.comb(n_attributes - m, h)) * (n_values - 1)**h
         for h in range(min_hamming, n_attributes + 1))
 
+# %% ../../nbs/60_sms.theory.ipynb #09a5b685
 def feasible(
     m:int, # min|M|
     n_attributes:int, # |A|
@@ -161,7 +166,8 @@ def uniform_law(
     n_distractors:int=63, # K
 )->pd.DataFrame: # a row for each k: expected (sets of k that identify), lower ≤ P(min|M| ≤ k) ≤ upper, estimate, share (of min|M| = k)
     "The distribution of min|M| in uniform games, from the first two moments of the number of identifying sets."
-    check_at_least("n_attributes", n_attributes, 1), check_at_least("n_distractors", n_distractors, 1)
+    check_at_least("n_attributes", n_attributes, 1)
+    check_at_least("n_distractors", n_distractors, 1)
     if not n_values > 1: raise ConfigError(f"n_values must be above 1, got {n_values!r}: one value tells nothing apart")
     one, two = _moments(n_attributes, n_values, n_distractors)
     mean, excess = np.exp(one), np.maximum(np.exp(two - one) - np.exp(one) - 1, -1)

@@ -67,6 +67,7 @@ class TensorBoardLog:
         "Close the log."
         self.writer.close()
 
+# %% ../../nbs/66_training.loggers.ipynb #c4cd646a
 class WandbLog:
     "An offline run of Weights & Biases, for `wandb sync`."
     def __init__(self, folder, fields):
@@ -86,6 +87,7 @@ class WandbLog:
         "Close the log."
         self.run.finish(0 if status == "success" else 1)
 
+# %% ../../nbs/66_training.loggers.ipynb #07834bd8
 class MLflowLog:
     "A run in the SQLite database `mlflow.db`, two folders up."
     def __init__(self, folder, fields):
@@ -140,6 +142,7 @@ def final_metrics(
         for i, row in enumerate(result.rows)]
     return [(numbers(result.summary, "summary"), len(result.history) - 1), *rows]
 
+# %% ../../nbs/66_training.loggers.ipynb #70a5ab9c
 class StackLogs:
     "The logs of runs that are trained together; a context manager that closes them."
     def __init__(self,

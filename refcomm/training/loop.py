@@ -14,8 +14,8 @@ from typing import NamedTuple
 import pandas as pd, torch
 from torch import Tensor, nn
 
-from ..core import ConfigError, Interrupted, TrainingDiverged, anneal, autocast, check_at_least, check_choice, generator, need, progress_bar, spec
-from ..core import usable_precision
+from ..core import (ConfigError, Interrupted, TrainingDiverged, anneal, autocast, check_at_least, check_choice,
+    generator, need, progress_bar, spec, usable_precision)
 from ..distributed import agree, any_process, gather_batches, processes, sum_over_processes
 from ..files import distrust_checkpoint, load_checkpoint, save_checkpoint
 from ..interrupts import Interruptible
@@ -31,6 +31,7 @@ OPTIMIZERS = {
     "lars": lambda params, lr: need("timm.optim", _TIMM).Lars(params, lr, momentum=.9, trust_coeff=.001), # You et al. 2017
 }
 
+# %% ../../nbs/64_training.loop.ipynb #5ae43b9a
 @spec
 class TrainSettings:
     "Settings of a training; the defaults suit a small game."
@@ -52,7 +53,8 @@ class TrainSettings:
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "patience", "accumulate"): check_at_least(name, getattr(self, name), 1)
-        check_choice("optimizer", self.optimizer, OPTIMIZERS), check_choice("keep", self.keep, ("best", "last"))
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("keep", self.keep, ("best", "last"))
         if not self.lr > 0: raise ConfigError(f"lr must be above 0, got {self.lr!r}")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup is a share of the training, from 0 to below 1: got {self.warmup!r}")
@@ -273,6 +275,7 @@ def misfit(
         return "its order of items is none"
     return ""
 
+# %% ../../nbs/64_training.loop.ipynb #d29f83cf
 def resume(
     make, # () → a new `Training`
     checkpoint, # a file, or None
@@ -327,6 +330,7 @@ def stopped(e:Interrupted, t, save, path)->Interrupted:
     what = f"its state is kept in {path}; the same command continues" if path and t.kept else "nothing of it is kept"
     return Interrupted(f"{e.name} stopped training in epoch {t.epoch + 1} of {t.settings.epochs}: {what}", e.signum)
 
+# %% ../../nbs/64_training.loop.ipynb #e46805de
 def fit(
     ensemble, # an `Ensemble`: one model or many
     loss, # (indices [n_members, batch], generators [n_members]) -> [n_members] losses
@@ -341,7 +345,7 @@ def fit(
     on_progress=None, # called with the share done before every step: temperature schedules
     lr_factors=(), # pairs: (prefix of a parameter's name, factor on the learning rate)
     log=None, # called with new rows of the history: first those of a checkpoint, then of each epoch
-    announce=None, # called in each epoch with the batches of indices to come, which then stay on the CPU: for data that are read ahead
+    announce=None, # called in each epoch with the batches of indices to come, which then stay on the CPU
 )->Fit:
     "Train `ensemble` in place; its final weights are chosen by `settings.keep`."
     seeds, (path, owner) = list(seeds), checkpoint_of(checkpoint)
@@ -395,6 +399,7 @@ def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop=Non
             with stop.hold(): save()
         if halt: stop.end()
 
+# %% ../../nbs/64_training.loop.ipynb #db2f45d2
 def train_step(t, loss, device, on_progress):
     "One step of the optimiser, on the next batches of the epoch's order."
     s, t.whole = t.settings, False
@@ -427,6 +432,7 @@ def check_losses(t, losses:Tensor):
         raise TrainingDiverged(f"gradients of seeds {t.seeds} became NaN or infinite under fp16 again and again in "
             f"epoch {t.epoch} (loss scale {t.scaler.get_scale():.1e}): {way}")
 
+# %% ../../nbs/64_training.loop.ipynb #a1f525c2
 @torch.no_grad()
 def finish_epoch(t, validate, stop=None)->dict: # means over members, for the progress line
     "Check the losses, validate, keep the best weights, and write the history."

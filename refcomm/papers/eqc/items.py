@@ -10,7 +10,7 @@ __all__ = ['CONFIGS', 'BEST', 'TUNED_EPOCHS', 'FROZEN', 'MAP_EPOCHS', 'HEATMAP',
            'trial_values', 'fidelity', 'data_names', 'stopped_early', 'daggered', 'unfinished']
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #bfc00e02
-import dataclasses
+import dataclasses, re
 from pathlib import Path
 
 import lazy_loader
@@ -72,6 +72,7 @@ SMALL = { # at smoke
     "sent-cls": TINY | dict(n_train=300, candidates=(2, 77)),
 }
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #a329c783
 def configure(
     name:str, # a name in `CONFIGS`
     profile:str="cpu", # a name in core's `PROFILES`
@@ -84,8 +85,9 @@ def configure(
 )->list: # one EQCSpec per seed
     "The Specs of one configuration of one game at one profile."
     base = CONFIGS[check_choice("configuration", name, CONFIGS)]
-    (check_choice("profile", profile, PROFILES), check_choice("setting", setting, ("tuned", "printed")),
-        check_choice("game", game, GAMES))
+    check_choice("profile", profile, PROFILES)
+    check_choice("setting", setting, ("tuned", "printed"))
+    check_choice("game", game, GAMES)
     by = lambda table: {k: v for part in ("", base.get("channel", "instant").replace("ending", "recurrent"),
         name.removesuffix(" EGG")) for k,v in table[game].get(part, {}).items()}
     changes = [GAMES[game], base, BEST.get(game, {}).get(name, {}),
@@ -134,12 +136,14 @@ ITEMS = { # item → games, configurations; Figures 4–7 and `TRIALS` have thei
 }
 
 def _small(changes): # at smoke
-    return {k: 8 if k in ("hidden", "embedding") else 2 if k == "epochs" else min(v, 9) if k == "n_negatives" and v
-        else v for k, v in changes.items()}
+    most = dict(hidden=8, embedding=8, epochs=2, n_negatives=9)
+    return {k: min(v, most[k]) if k in most and v else v for k, v in changes.items()}
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #bd6de98c
 def _settings(item, game):
     return "printed" if item.endswith("_printed") or item == "table2_gradient" and game != "object" else "tuned"
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #bf30634b
 def grid(
     item:str, # a name in `ITEMS`
     profile:str="cpu", # a name in core's `PROFILES`
@@ -152,7 +156,8 @@ def grid(
 )->list: # EQCSpecs
     "All runs that an item needs."
     games, names = ITEMS[check_choice("item", item, ITEMS)]
-    check_at_least("n_seeds", n_seeds, 1), check_at_least("recurrent", recurrent, 0)
+    check_at_least("n_seeds", n_seeds, 1)
+    check_at_least("recurrent", recurrent, 0)
     tuned = {}
     if item == "table8_finetuned" and profile == "cpu":
         tuned, encoder = dict(fine_tune=True, encoder_lr=.03, epochs=2), encoder or "minilm"
@@ -380,6 +385,7 @@ def order_values(
     return {"eqc.object.noum-accuracy": dict(correlation=correlation("noum")),
         "eqc.object.topsim-accuracy": dict(noum=correlation("noum"), topsim=correlation("topsim"))}
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #2e5fae72
 def trial_values(
     claim:str, # its id
     name:str, # name of the value in its test
@@ -400,7 +406,7 @@ def fidelity(
     "What differs from the paper, read off the table of deviations and the Specs."
     embedded = {s.game for s in specs if s.data and s.data == SOURCES[s.game]["embedded"][0]}
     return " ".join(f"{TITLES[game]}: {note('eqc', [s for s in specs if s.game == game])}"
-        + " The real data were not at hand, or not asked for."*(game in embedded)
+        + " The real data were not available or not requested."*(game in embedded)
         for game in dict.fromkeys(s.game for s in specs))
 
 def _source_name(data)->str: # without digest and folder
@@ -433,10 +439,11 @@ def stopped_early(
 
 def daggered(
     table, # from `evidence.side_by_side`, of one game
-    early, # from `stopped_early`
+    note:str, # the fidelity note of the item, with the sentence of `unfinished`
 ): # the same table
-    "Mark the rows that were stopped early."
-    return table.rename(index={row: f"{row} †" for row in early.row}, level=0)
+    "Mark the rows that the note names as stopped early."
+    early = re.findall(r"([A-Z][\w-]+(?: EGG)?) in [A-Z]", note.partition("†")[2])
+    return table.rename(index={row: f"{row} †" for row in early}, level=0)
 
 def unfinished(
     early, # from `stopped_early`

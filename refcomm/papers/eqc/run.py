@@ -36,17 +36,24 @@ def load(
 )->tuple: # the world, `Features` or `Sentences`; the number of objects; and the disjoint "train", "valid" and "test" targets
     "A game's objects and their split (Carmeli et al. 2023, §4.1, Table 1)."
     name = unstamped(s.data, SUFFIXES)
-    if s.game == "object": data, n = (world := ObjectWorld(s.n_attributes, s.n_values)), world.size
+    if s.game == "object":
+        data = ObjectWorld(s.n_attributes, s.n_values)
+        n = data.size
     elif s.game == "image":
-        data, n = (f := load_features(name, **({"trunk": s.encoder} if s.encoder else {}),
-            **({"n": s.n_train + s.n_valid + s.n_test} if name == "shapes" else {}))), len(f.x)
-    else: data, n = (t := load_sentences(name)), len(t.texts)
+        own = dict(trunk=s.encoder) if s.encoder else {}
+        if name == "shapes": own["n"] = s.n_train + s.n_valid + s.n_test
+        data = load_features(name, **own)
+        n = len(data.x)
+    else:
+        data = load_sentences(name)
+        n = len(data.texts)
     return data, n, split(n, dict(train=s.n_train, valid=s.n_valid, test=s.n_test), generator(s.split_seed, "split"))
 
 def _scale(s, x):
     "Rows of length 1, or of mean square 1."
     return nn.functional.normalize(x, dim=-1) * (x.shape[-1]**.5 if s.feature_scale == "rms" else 1.)
 
+# %% ../../../nbs/83_papers.eqc.run.ipynb #7dd44b55
 def make_task(
     s:EQCSpec,
     device="cpu", # the data's device
@@ -87,8 +94,8 @@ def build(
         "quantized": dict(alphabet_size=s.alphabet_size, word_length=s.word_length, grid=s.grid, when=s.when,
             gradient=s.gradient, normalize=s.normalize),
         "fsq": dict(alphabet_size=s.alphabet_size, word_length=s.word_length, when=s.when),
-        **dict.fromkeys(("vq", "learned"),
-            dict(alphabet_size=s.alphabet_size, word_length=s.word_length // s.symbol_width, symbol_width=s.symbol_width)),
+        **dict.fromkeys(("vq", "learned"), dict(alphabet_size=s.alphabet_size,
+            word_length=s.word_length // s.symbol_width, symbol_width=s.symbol_width)),
     }[s.bottleneck]
     extra = (dict(message_length=s.message_length, hidden=s.hidden, embedding=s.embedding, cell=s.cell)
         if s.channel != "instant" else {})
@@ -136,7 +143,8 @@ def _play(ensemble, games, candidates, draws)->tuple: # messages [n_members, n_t
             words, symbols = game.send(g.x)[:2]
             return words if symbols is None else symbols, game.scores(words, g.candidates)
         out, scores = ensemble.map(play)
-        sent.append(out), won.append(hits(scores, g.target, candidates, draws(i)))
+        sent.append(out)
+        won.append(hits(scores, g.target, candidates, draws(i)))
     return torch.cat(sent, 1), torch.cat(won, 1)
 
 def _quantizers(ensemble, s, task)->dict: # (alphabet, symbol width if fitted) → bottleneck for evaluation
@@ -151,6 +159,7 @@ def _quantizers(ensemble, s, task)->dict: # (alphabet, symbol width if fitted) �
             tried[v, width] = LearnedQuantizer(v**width, s.word_length//width, width).fit(words).to(words.device)
     return tried
 
+# %% ../../../nbs/83_papers.eqc.run.ipynb #05e8f714
 @torch.no_grad()
 def evaluate(
     ensemble:Ensemble, # of games

@@ -64,8 +64,8 @@ class EQCSpec:
 
     def __post_init__(self):
         check_choice("game", self.game, GAMES)
-        (check_choice("channel", self.channel, CHANNELS),
-            check_choice("bottleneck", self.bottleneck, ("continuous", "gumbel", "quantized", "fsq", "vq", "learned")))
+        check_choice("channel", self.channel, CHANNELS)
+        check_choice("bottleneck", self.bottleneck, ("continuous", "gumbel", "quantized", "fsq", "vq", "learned"))
         if (self.bottleneck == "continuous") != (self.alphabet_size is None):
             raise ConfigError(f"alphabet_size={self.alphabet_size!r} does not go with bottleneck={self.bottleneck!r}: "
                 f"a continuous one has none, every other needs one")
@@ -90,8 +90,8 @@ class EQCSpec:
         if self.fitted and (self.game == "image" or self.bottleneck != "continuous"):
             raise ConfigError(f"fitted={self.fitted} is for continuous channels and senders that see the target alone, "
                 f"got {self.bottleneck!r} in the {self.game!r} game")
-        (check_choice("grid", self.grid, ("exact", "paper")),
-            check_choice("feature_scale", self.feature_scale, ("rms", "length")))
+        check_choice("grid", self.grid, ("exact", "paper"))
+        check_choice("feature_scale", self.feature_scale, ("rms", "length"))
         for name, least in (("candidates", self.candidates or (0,)), ("alphabets", self.alphabets or (2,))):
             check_at_least(name, min(least), 2)
         if self.game == "object" and self.n_values**self.n_attributes < max(self.candidates):
@@ -99,6 +99,7 @@ class EQCSpec:
         if self.fine_tune and self.game != "sent-cls":
             raise ConfigError(f"fine_tune=True is for game='sent-cls', got {self.game!r}: the paper fine-tunes its encoder there alone")
 
+# %% ../../../nbs/45_papers.eqc.spec.ipynb #c51ed385
 GAMES = { # game → what differs from the Spec's defaults (Tables 1 and 4, App. A.4)
     "object": {},
     "image": dict(n_train=8032, n_valid=1024, n_test=1024, n_negatives=99, hidden=20, embedding=50, lr=1e-3,

@@ -54,9 +54,9 @@ SIZES = { # profile → smaller sizes than published
     "cpu": _SMALL | dict(n_images=8000, n_ood=40, image_size=64, view_size=64, alphabet_size=512, dim=256, epochs=6,
         n_blobs=5120, probes=("valid", "shapes", "digits")),
     # ten minutes an item on one large GPU: 512 images a step as published, but seen at once; 128 of them are a game's candidates
-    "gpu": dict(ood_source=None, n_ood=40, image_size=64, view_size=32, trunk="resnet18", small_stem=True, batch_size=512,
-        train_candidates=128, accumulate=1, optimizer="adamw", lr=2e-3, warmup=.2, lr_per_epoch=False, weight_decay=.01,
-        epochs=16, precision="bf16", clusters_share=1., probes=("valid", "shapes", "digits")),
+    "gpu": dict(ood_source=None, n_ood=40, image_size=64, view_size=32, trunk="resnet18", small_stem=True,
+        batch_size=512, train_candidates=128, accumulate=1, optimizer="adamw", lr=2e-3, warmup=.2, lr_per_epoch=False,
+        weight_decay=.01, epochs=16, precision="bf16", clusters_share=1., probes=("valid", "shapes", "digits")),
     "paper": {},
 }
 EMBEDDED = {"cpu": dict(image_size=32, view_size=32)} # profile → what is smaller still for rendered shapes, which are simple
@@ -79,6 +79,7 @@ def images_of(
     more = {"probes": own["probes"] + tuple(stamped(m) for m in more if find_data(m))} if "probes" in own else {}
     return dict(source=stamped(name), n_images=None) | more
 
+# %% ../../../nbs/86_papers.iac.items.ipynb #cd78159b
 def configure(
     profile:str="cpu", # a name in core's `PROFILES`
     images:str="auto", # see `images_of`
@@ -99,7 +100,8 @@ def grid(
 )->list: # IACSpecs
     "All runs that an item needs."
     models, varied = ITEMS[check_choice("item", item, ITEMS)]
-    check_at_least("n_seeds", n_seeds, 1), check_at_least("epochs", epochs, 0)
+    check_at_least("n_seeds", n_seeds, 1)
+    check_at_least("epochs", epochs, 0)
     usual = configure(profile, images, **({"epochs": epochs} if epochs else {}),
         **({} if precision == "auto" else {"precision": precision}))
     specs = []
@@ -142,6 +144,7 @@ def best_spoken(
     kept = kind.isna() | rows.row.isin(best)
     return rows[kept].assign(spoken=rows.player, row=rows.row.where(kind.isna(), kind))
 
+# %% ../../../nbs/86_papers.iac.items.ipynb #43e84de8
 def play_rows(
     records, # from `runs.execute`
     augmented:bool=False, # augmented views at test time
@@ -169,7 +172,7 @@ def fidelity(
     specs, # IACSpecs of one item
 )->str: # sentences
     "What differs from the paper, read off the table of deviations and the Specs."
-    rendered = " Real images were not at hand, or not asked for." * any(s.source == "shapes" for s in specs)
+    rendered = " Real images were not available or not requested." * any(s.source == "shapes" for s in specs)
     return f"Images: {data_name(specs)} (paper: ILSVRC-2012).{rendered} {note('iac', specs)}"
 
 def data_name(
@@ -226,7 +229,8 @@ def protocol_values(
     def at(row, data, measure):
         part = protocol[(protocol.row == row) & (protocol.data == data)]
         return estimate(part[measure].fillna(0.)) # 0 if not significant
-    named = lambda row, data: float((protocol[(protocol.row == row) & (protocol.data == data)].nmi.notna()).mean()) # share of seeds
+    def named(row, data): # share of seeds
+        return float(protocol[(protocol.row == row) & (protocol.data == data)].nmi.notna().mean())
     sets, silent = ("valid", "ood"), "-augmentations +shared"
     other = [m for m in (*GAMES, "SimCLR_disc", "SimCLR_kmeans") if m != silent]
     gain = lambda row, measure: combine([(1, at(row, "valid", measure)),
@@ -270,6 +274,7 @@ def seeds_values(
     return {"iac.seeds": dict(spread=Estimate(float(sd/mean), float(sd/mean)/math.sqrt(2*(n - 1)), n - 1, 0., n)
         if n > 1 else Estimate(math.nan))}
 
+# %% ../../../nbs/86_papers.iac.items.ipynb #76b5e909
 def views_values(
     play, # from `play_rows` with augmented views
     n_candidates:int,

@@ -22,7 +22,8 @@ from ...training.ensemble import Ensemble
 from ...files import unstamped
 from ...games.baselines import Supervised
 from ...games.contrastive import SimCLR, cosine_similarities, make_discrimination_game
-from ...metrics.protocol import adjusted_mutual_information, cooccurrence, normalized_mutual_information, permutation_test, within_symbol_similarity
+from ...metrics.protocol import (adjusted_mutual_information, cooccurrence, normalized_mutual_information,
+    permutation_test, within_symbol_similarity)
 from ...metrics.representation import Clusters, linear_probe, similarity_correlation
 from ...metrics.task import expected_accuracy, n_unique
 from ...runs.execute import Context
@@ -150,6 +151,7 @@ def features(
     "The features of plain images."
     return map_images(lambda x, _: (model.trunks[of](x),), images, s, device)[0]
 
+# %% ../../../nbs/85_papers.iac.run.ipynb #213ab2e3
 def players(
     model, # a game, SimCLR or an untrained trunk
     s:IACSpec,
@@ -177,7 +179,8 @@ def players(
         layers = model.layers(x)
         told = [model.understand(layers, layer) for layer in "hsz"]
         for c in clusters.values():
-            told.append((model.projector(c.centres[(symbols := c(layers["h"]))]), symbols[:, None]))
+            symbols = c(layers["h"])
+            told.append((model.projector(c.centres[symbols]), symbols[:, None]))
         return (layers if seen is x else model.layers(seen))["z"], *(t for pair in told for t in pair)
     return [*(f"disc {layer}" for layer in "hsz"), *clusters], describe
 
@@ -198,6 +201,7 @@ def _protocol(symbols, images, s, parts, where)->list: # rows
         rows.append(row)
     return rows
 
+# %% ../../../nbs/85_papers.iac.run.ipynb #0e3368fa
 @torch.no_grad()
 def play(
     model, # a game or SimCLR, in evaluation mode

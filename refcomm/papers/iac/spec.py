@@ -15,6 +15,7 @@ from ...names import RESNETS
 UNTRAINED = ("untrained", "thumbnail") # references for trained trunks: their initial weights, and the mean colours of 4 × 4 tiles
 MODELS, BOTTLENECKS = ("game", "simclr", "supervised", *UNTRAINED), ("gumbel", "quantized")
 
+# %% ../../../nbs/46_papers.iac.spec.ipynb #9cbf0744
 @spec
 class IACSpec:
     "One training of the game, of SimCLR or of a supervised trunk, with one seed; or an untrained reference."
@@ -57,8 +58,9 @@ class IACSpec:
     seed:int = 0
 
     def __post_init__(self):
-        (check_choice("model", self.model, MODELS), check_choice("trunk", self.trunk, ("narrow", *RESNETS)),
-            check_choice("bottleneck", self.bottleneck, BOTTLENECKS))
+        check_choice("model", self.model, MODELS)
+        check_choice("trunk", self.trunk, ("narrow", *RESNETS))
+        check_choice("bottleneck", self.bottleneck, BOTTLENECKS)
         for name in ("n_ood", "batch_size", "accumulate", "epochs", "word_length", "message_length", "dim", "n_blobs",
             "n_permutations"):
             check_at_least(name, getattr(self, name), 1)

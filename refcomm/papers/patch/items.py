@@ -44,6 +44,8 @@ COMPARED_EPOCHS = {"cpu": 20, "gpu": 40} # profile → epochs where models are c
 COMPARED = ( # the longest trainings first, so that no processor waits for one at the end
     FINE, "PatchVAE (R18, S=16)", "VQ-VAE2", "PatchVAE (R18, S=32)", OURS, "MoCo-v2 (R18)", "Supervised",
     *UNTRAINED)
+
+# %% ../../../nbs/89_papers.patch.items.ipynb #35c08fc5
 ITEMS = { # item → models, and fields that are varied one at a time
     "table1": (COMPARED, {}), "table2": (tuple(m for m in COMPARED if "VQ-VAE2" not in m), {}),
     "table5": (COMPARED, {}),
@@ -72,19 +74,21 @@ CHOICES = { # settings mentioned or left open in the text → fields that differ
 _EARLY = dict(norm="batch", strength=.05)
 VARIANTS = { # variant → fields that differ from the text
     "text": {},
-    "code": PUBLIC_CODE | dict(optimizer="adamw", lr=2e-4, weight_decay=.04, weight_decay_end=.4, precision="fp16"), # the learning rate for 512 images
+    "code": PUBLIC_CODE | dict(optimizer="adamw", weight_decay=.04, weight_decay_end=.4, precision="fp16",
+        lr=2e-4), # for 512 images
 }
 _SMALL = _EARLY | dict(precision="fp32", rank="thin", symbol_width=192, vision="narrow", optimizer="adamw",
     weight_decay=.04, warmup=.1)
 SIZES = { # profile → smaller sizes than published
     "smoke": _SMALL | dict(source="scenes", n_images=120, image_size=56, view_size=56, vocab_size=16, width=24,
-        layers=1, heads=2, hidden=32, narrow=16, dim=32, queue=64, autoencoder_width=8, batch_size=32, lr=1e-3, epochs=1,
-        test_candidates=(2, 16)),
+        layers=1, heads=2, hidden=32, narrow=16, dim=32, queue=64, autoencoder_width=8, batch_size=32, lr=1e-3,
+        epochs=1, test_candidates=(2, 16)),
     "cpu": _SMALL | dict(source="scenes", n_images=1800, image_size=64, view_size=56, width=64, layers=2, heads=2,
         hidden=256, narrow=128, dim=1024, queue=1024, momentum=.99, autoencoder_width=32, batch_size=128, lr=5e-4,
         epochs=30, test_candidates=(2, 16, 128)),
     "gpu": _EARLY | dict(source="scenes", layers=6, dim=8192, queue=4096, momentum=.99, batch_size=256,
-        optimizer="adamw", lr=5e-4, weight_decay=.04, warmup=.1, epochs=50, precision="bf16", test_candidates=(2, 16, 128, 512)),
+        optimizer="adamw", lr=5e-4, weight_decay=.04, warmup=.1, epochs=50, precision="bf16",
+        test_candidates=(2, 16, 128, 512)),
     "paper": {},
 }
 DETECTION = { # profile → settings of the detectors
@@ -93,6 +97,8 @@ DETECTION = { # profile → settings of the detectors
     "gpu": dict(boxes="auto", size=224, n_train=4000, n_test=1000, epochs=12),
     "paper": dict(boxes="voc07", size=224, epochs=12),
 }
+
+# %% ../../../nbs/89_papers.patch.items.ipynb #3a3d7f9b
 def boxes_of(
     profile:str, # a name in core's `PROFILES`
 )->str: # one sentence
@@ -118,6 +124,7 @@ def images_of(
     small = dict(image_size=64, view_size=56) if Path(name).name.startswith("tiny_imagenet") else {} # it has no more pixels
     return dict(source=stamped(name), n_images=None) | small
 
+# %% ../../../nbs/89_papers.patch.items.ipynb #5f779b4e
 def configure(
     profile:str="cpu", # a name in core's `PROFILES`
     images:str="auto", # see `images_of`
@@ -132,6 +139,7 @@ def configure(
     share = 1 if profile == "paper" else (7/side)**2 # smaller, because more ranks are closer together
     return dataclasses.replace(usual, patch_size=usual.view_size//side, strength=usual.strength*share, **fields)
 
+# %% ../../../nbs/89_papers.patch.items.ipynb #7d8b53a6
 def grid(
     item:str, # a name in `ITEMS`
     profile:str="cpu", # a name in core's `PROFILES`
@@ -143,7 +151,8 @@ def grid(
 )->list: # PatchSpecs
     "All runs that an item needs."
     models, varied = ITEMS[check_choice("item", item, ITEMS)]
-    check_at_least("n_seeds", n_seeds, 1), check_at_least("epochs", epochs, 0)
+    check_at_least("n_seeds", n_seeds, 1)
+    check_at_least("epochs", epochs, 0)
     epochs = epochs or (COMPARED_EPOCHS.get(profile, 0) if len({*models} - {*UNTRAINED}) > 1 else 0)
     budget, specs = dict(budget="learned") if item == "budget" else {}, []
     for name in (m for m in models if m not in LEFT_OUT.get(profile, ())
@@ -204,10 +213,10 @@ def fidelity(
     specs = [s for s in specs if s.trained] or specs
     fine = (any(s.model == "patchvae" for s in specs)
         and all(s.view_size//s.patch_size == 7 for s in specs if s.model == "patchvae"))
-    rendered = " Real images were not at hand, or not asked for." * any(s.source == "scenes" for s in specs)
-    return (f"Images: {data_name(specs)} (paper: ILSVRC-2012).{rendered} {note('patch', specs)} S counts pixels of an image of "
-        f"224: S=32 cuts any image into 7 × 7 patches, S=16 into 14 × 14."
-            + " PatchVAE with S=16 is left out, as it would take a processor half an hour."*fine)
+    rendered = " Real images were not available or not requested." * any(s.source == "scenes" for s in specs)
+    return (f"Images: {data_name(specs)} (paper: ILSVRC-2012).{rendered} {note('patch', specs)} S refers to images of "
+        "224 pixels: S=32 divides any image into 7 × 7 patches, S=16 into 14 × 14."
+        + " PatchVAE with S=16 is omitted, as it would take half an hour on a CPU."*fine)
 
 def data_name(
     specs, # PatchSpecs of one item

@@ -63,8 +63,9 @@ def suffice(
     weights = gate_weights(game, images, s, device)
     counts, own = [n for n in s.test_candidates if n <= len(images)], torch.arange(len(images), device=seen.device)
     lengths = list(range(1, int((symbols >= 0).sum(1).max()) + 1))
-    won = torch.stack([hits(cosine_similarities(decode_messages(game, most_important(symbols, importance, k), weights), seen), own,
-        counts, generator(0, "distractors", seen.device)) for k in lengths])
+    decoded = lambda k: decode_messages(game, most_important(symbols, importance, k), weights)
+    won = torch.stack([hits(cosine_similarities(decoded(k), seen), own, counts,
+        generator(0, "distractors", seen.device)) for k in lengths])
     rows = [dict(kind="kept", n_symbols=k, n_candidates=n, accuracy=a)
         for k, each in zip(lengths, won.double().mean(1).tolist()) for n, a in zip(counts, each)]
     needed = len(lengths) + 1 - won.flip(0).long().cumprod(0).sum(0) # [n, counts]; the number of symbols + 1: never
@@ -124,8 +125,9 @@ def top_k_play(
     weights = gate_weights(game, images, s, device)
     whole, seen = map_images(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1), game.listener.see(x)), images, s,
         device)
+    decoded = lambda scores, k: decode_messages(game, most_important(whole, scores.to(whole.device), k), weights)
     return [dict(order=name, k=k, n_candidates=n, accuracy=a) for name, scores in orders.items() for k in ks
-            for n, a in retrieval_accuracy(decode_messages(game, most_important(whole, scores.to(whole.device), k), weights), seen, s).items()]
+        for n, a in retrieval_accuracy(decoded(scores, k), seen, s).items()]
 
 # %% ../../../nbs/88_papers.patch.probes.ipynb #6ab0afe4
 class LiteTrunk(nn.Module):
@@ -159,8 +161,8 @@ def boxed_by(
     boxes:str="auto", # "voc07", "scenes", or "auto": VOC07 if it is in REFCOMM_DATA
 )->str: # "voc07" or "scenes"
     "The source of images with boxes."
-    return (boxes if check_choice("boxes", boxes, ("auto", "scenes", "voc07")) != "auto" else "voc07"
-        if find_data("VOCdevkit") else "scenes")
+    if check_choice("boxes", boxes, ("auto", "scenes", "voc07")) != "auto": return boxes
+    return "voc07" if find_data("VOCdevkit") else "scenes"
 
 def detections(
     models:dict, # name → model, in evaluation mode

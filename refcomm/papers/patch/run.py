@@ -88,6 +88,7 @@ def map_images(
         return tuple(map(torch.cat,
             zip(*(fn(random_views(part.to(device), plain, draws)) for part in images.split(batch)))))
 
+# %% ../../../nbs/87_papers.patch.run.ipynb #7477d790
 def objectives(
     ensemble:Ensemble, # of one model
     s:PatchSpec,
@@ -117,6 +118,7 @@ def objectives(
             loss=torch.stack([p.loss for p in played]).mean()[None])
     return loss, validate
 
+# %% ../../../nbs/87_papers.patch.run.ipynb #3842a878
 @torch.no_grad()
 def settle(
     ensemble:Ensemble, # of one untrained model
@@ -174,6 +176,7 @@ def gate_weights(
     return (map_images(lambda x: (game.send(x).word.sum(-1),), images, s, device)[0] if game.speaker.gate.kind == "soft"
         else None)
 
+# %% ../../../nbs/87_papers.patch.run.ipynb #f6f7c49a
 @torch.no_grad()
 def decode_messages(
     game,
@@ -200,6 +203,7 @@ def retrieval_accuracy(
         for m, place in zip(meant.split(512), own.split(512))]).mean(0)
     return dict(zip(counts, accuracy.tolist()))
 
+# %% ../../../nbs/87_papers.patch.run.ipynb #68bfc0e8
 def play(
     game,
     images:Tensor, # [n, 3, height, width] uint8
@@ -214,7 +218,8 @@ def play(
 def symbols_of(model, images, s, device="cpu")->Tensor|None: # [n, n_symbols]; None without discrete symbols
     "The symbols of a model for images."
     if s.model == "game": return encode_messages(model, images, s, device)[0]
-    return map_images(lambda x: (model.symbols(x),), images, s, device)[0] if s.model in ("vqvae2", "patchvae") else None
+    if s.model not in ("vqvae2", "patchvae"): return None
+    return map_images(lambda x: (model.symbols(x),), images, s, device)[0]
 
 def classify(
     model, # in evaluation mode
@@ -269,6 +274,7 @@ def run(
         n_classes=len(parts.train.classes), n_parameters=ensemble.n_parameters)
     return [RunResult(rows, summary, history, kept | {f"weights/{k}": v for k, v in model.state_dict().items()})]
 
+# %% ../../../nbs/87_papers.patch.run.ipynb #f8fa53c5
 def load_model(
     record:RunRecord,
 )->nn.Module: # in evaluation mode

@@ -14,6 +14,7 @@ from ...names import RESNETS
 # %% ../../../nbs/47_papers.patch.spec.ipynb #3e7bdc4a
 MODELS = ("game", "moco", "vqvae2", "patchvae", "supervised", "vit")
 
+# %% ../../../nbs/47_papers.patch.spec.ipynb #c19c021b
 @spec
 class PatchSpec:
     "One training of the game or of a baseline, with one seed."
@@ -70,7 +71,8 @@ class PatchSpec:
         return 4 # +1 whenever the same fields would give another model
 
     def __post_init__(self):
-        check_choice("model", self.model, MODELS), check_choice("vision", self.vision, ("vit", "narrow", *RESNETS))
+        check_choice("model", self.model, MODELS)
+        check_choice("vision", self.vision, ("vit", "narrow", *RESNETS))
         for name in ("vocab_size", "symbols_per_patch", "epochs", "patch_size"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("batch_size", self.batch_size, 2, "candidates are the images of a batch")

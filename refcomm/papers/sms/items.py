@@ -38,6 +38,7 @@ PICTURES = { # profile → fields that differ for games with images
     "gpu": SEEN, "paper": SEEN,
 }
 
+# %% ../../../nbs/91_papers.sms.items.ipynb #c06f4687
 def grid(
     item:str, # a name in `ITEMS`
     profile:str="cpu", # a name in core's `PROFILES`
@@ -45,7 +46,8 @@ def grid(
 )->list: # SMSSpecs
     "All runs that an item needs."
     played, lengths = ITEMS[check_choice("item", item, ITEMS)]
-    check_choice("profile", profile, PROFILES), check_at_least("n_seeds", n_seeds, 1)
+    check_choice("profile", profile, PROFILES)
+    check_at_least("n_seeds", n_seeds, 1)
     if profile == "smoke": played, lengths = {k: v[:2] for k,v in played.items()}, lengths[:2]
     base = SMSSpec(**SIZES[profile])
     if item == "pictures": base = dataclasses.replace(base, **PICTURES[profile])

@@ -98,6 +98,7 @@ def evaluate(
                          for i in range(L))])
     return rows, symbols
 
+# %% ../../../nbs/90_papers.sms.run.ipynb #32958ccc
 def stack_key(
     s:SMSSpec,
     device:torch.device, # the training device

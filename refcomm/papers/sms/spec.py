@@ -14,6 +14,7 @@ from ...names import SAMPLERS
 # %% ../../../nbs/48_papers.sms.spec.ipynb #c27bdb3f
 BOTTLENECKS = ("gumbel", "reinforce")
 
+# %% ../../../nbs/48_papers.sms.spec.ipynb #91fb972a
 @spec
 class SMSSpec:
     "One training of one game at one message length with one seed."
@@ -46,7 +47,8 @@ class SMSSpec:
     seed:int = 0
 
     def __post_init__(self):
-        check_choice("sampler", self.sampler, SAMPLERS), check_choice("bottleneck", self.bottleneck, BOTTLENECKS)
+        check_choice("sampler", self.sampler, SAMPLERS)
+        check_choice("bottleneck", self.bottleneck, BOTTLENECKS)
         for name in ("min_symbols", "message_length", "n_distractors", "n_train", "hidden", "embedding", "epochs"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("n_valid", self.n_valid, 2, "symbols are exchanged between messages")
