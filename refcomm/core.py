@@ -385,7 +385,8 @@ def free_memory(
     free, group = _read_numbers("/proc/meminfo").get("MemAvailable", 0)*1024, "/sys/fs/cgroup/memory"
     if not free: free = os.sysconf("SC_PHYS_PAGES")*os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**34
     try:
-        with open(f"{group}.max", encoding="utf-8") as f: return min(free, int(f.read()) - _read_numbers(f"{group}.stat").get("anon", 0))
+        with open(f"{group}.max", encoding="utf-8") as f: most = int(f.read())
+        return min(free, most - _read_numbers(f"{group}.stat").get("anon", 0))
     except (OSError, ValueError): return free
 
 # %% ../nbs/00_core.ipynb #00c0a005

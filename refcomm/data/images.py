@@ -77,7 +77,8 @@ def fits(
     try: share = float(given)
     except ValueError: share = -1.
     if not 0 <= share <= 1:
-        raise ConfigError(f"REFCOMM_IMAGE_MEMORY is the share of free memory that images may take, from 0 to 1: got {given!r}")
+        raise ConfigError(f"REFCOMM_IMAGE_MEMORY is the share of free memory that images may take, from 0 to 1: "
+            f"got {given!r}")
     return n_bytes <= share*free_memory(device)
 
 def read_rows(
@@ -116,7 +117,8 @@ class StoredImages:
 
     def __getitem__(self, i)->Tensor: # [m, 3, size, size]; of a number [3, size, size]
         rows = self.rows[i.cpu() if isinstance(i, Tensor) else i]
-        return read_rows(StoredImages(self.tensors, rows.reshape(-1)), torch.arange(rows.numel())).view(*rows.shape, *self.shape[1:])
+        some = StoredImages(self.tensors, rows.reshape(-1))
+        return read_rows(some, torch.arange(len(some))).view(*rows.shape, *self.shape[1:])
 
     def split(self, n:int): # yields tensors [n, 3, size, size], the last one shorter
         "Read block by block."
@@ -228,8 +230,9 @@ def _write_decoded(source, rows, size, path, bar):
     with write_atomic(path) as tmp, open(tmp, "wb") as f:
         free, flags = shutil.disk_usage(tmp.parent).free, np.zeros(len(rows), np.uint8)
         if needed > free:
-            raise StoreError(f"{source.name}: {len(rows):,} images of {size} × {size} pixels are {needed/2**30:,.1f} GiB, but {path.parent} has "
-                f"{free/2**30:,.1f} GiB left: set REFCOMM_HOME to a larger disk, or ask for fewer or smaller images")
+            raise StoreError(f"{source.name}: {len(rows):,} images of {size} × {size} pixels are {needed/2**30:,.1f} "
+                f"GiB, but {path.parent} has {free/2**30:,.1f} GiB left: set REFCOMM_HOME to a larger disk, or ask for "
+                f"fewer or smaller images")
         for start in range(0, len(rows), _BLOCK):
             some = rows[start:start + _BLOCK]
             images = torch.zeros(len(some), 3, size, size, dtype=torch.uint8)
@@ -375,7 +378,8 @@ def _parquet(path, image_column, label_column)->_Source:
     if not rows: raise ConfigError(f"{path} has no rows")
     images, labels, part, where = zip(*rows)
     if later: images = _EncodedRows(files, image_column)
-    here = later or all(x.get("bytes") if isinstance(x, dict) else isinstance(x, bytes) for x in images) # not in other files
+    inside = lambda x: x.get("bytes") if isinstance(x, dict) else isinstance(x, bytes) # not in other files
+    here = later or all(map(inside, images))
     return _Source(lambda i: _open(images[i], [folder]), lambda i: where[i], labels, names, part,
         f"parquet: {path.stem}", wnids, lambda: [image_column, *_states(files)] if here else None)
 

@@ -73,4 +73,5 @@ class ImageBatches:
         if not self.streamed: return self.images[idx], self.labels[idx]
         idx = idx.cpu()
         images, labels = self.images[idx], self.labels[idx]
-        return tuple(x.to(self.device, non_blocking=True) for x in (images, labels.pin_memory() if self.pinned else labels))
+        if self.pinned: labels = labels.pin_memory()
+        return tuple(x.to(self.device, non_blocking=True) for x in (images, labels))

@@ -102,8 +102,9 @@ def _eqc_task(s, device):
 
 def _beyond_task(s, device): # with random numbers for the features of rendered images
     run = runner_of(s)
-    features = lambda source, n: types.SimpleNamespace(x=torch.rand(n, WIDTHS["shapes-cnn"], generator=generator(0, "stand-in")),
-        labels=torch.arange(n) % 100)
+    def features(source, n):
+        x = torch.rand(n, WIDTHS["shapes-cnn"], generator=generator(0, "stand-in"))
+        return types.SimpleNamespace(x=x, labels=torch.arange(n) % 100)
     stock = run._stock.__wrapped__ if s.game == "images" else run._stock
     with patch.multiple(run, load_features=features, _stock=stock): return run.make_task(s, device)
 
@@ -144,8 +145,9 @@ def trial(
     from refcomm.training.loop import Training, TrainSettings, train_step
     (ensemble, loss, validate, n), here = stand_in(s, batch, device), torch.device(device)
     precision = getattr(s, "precision", "fp32").replace("fp16", "bf16")
-    t = Training(ensemble, TrainSettings(epochs=1, batch_size=batch, optimizer=getattr(s, "optimizer", "adam"), precision=precision,
-        drop_last=True), [0], n, here, ())
+    settings = TrainSettings(epochs=1, batch_size=batch, optimizer=getattr(s, "optimizer", "adam"),
+        precision=precision, drop_last=True)
+    t = Training(ensemble, settings, [0], n, here, ())
     t.order = torch.randperm(n, generator=generator(0, "order"))[None].to(here)
     for p in ensemble.parameters(): p.grad = torch.zeros_like(p)
     t.mode("train")
@@ -208,7 +210,8 @@ def shape_of(
     "Digest of the fields that decide what a step computes."
     fields = {k: v for k, v in dataclasses.asdict(s).items() if k not in (*COMMON, *FREE[s.experiment])}
     if fields.get("bottleneck") == "quantized": fields["alphabet_size"] = 2 # rounding costs the same
-    if isinstance(fields.get("candidates"), tuple): fields["candidates"] = max(fields["candidates"]) if s.game in ("image", "sent-ref") else 0
+    if isinstance(several := fields.get("candidates"), tuple):
+        fields["candidates"] = max(several) if s.game in ("image", "sent-ref") else 0
     other = gpu and s.experiment in ("iac", "patch") # views and soft ranks are computed otherwise there
     return digest([s.experiment, fields, *["gpu"]*other])[:12]
 

@@ -271,8 +271,8 @@ def run(
     history = pd.DataFrame(dict(seconds=[0.]))
     if s.model not in UNTRAINED:
         train = ImageBatches(parts.train, device)
-        history = fit(ensemble, *objectives(ensemble, s, parts, device, train), len(parts.train.images), settings, [s.seed],
-            device, context.checkpoint, context.checkpoint_seconds, context.report, log=context.log,
+        history = fit(ensemble, *objectives(ensemble, s, parts, device, train), len(parts.train.images), settings,
+            [s.seed], device, context.checkpoint, context.checkpoint_seconds, context.report, log=context.log,
             announce=train.announce).member(0, s.epochs)
         del train
     ensemble.eval()
