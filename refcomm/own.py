@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_flatten
 
 from .agents.encoders import LinearEncoder
 from .channels import BOTTLENECKS, Instant, make_bottleneck, make_channel
-from .core import ConfigError, RecordError, check_at_least, check_choice, generator, nearest, need, pick_device, seeded_init, spec
+from .core import (ConfigError, RecordError, check_at_least, check_choice, generator, nearest, need, pick_device,
+    seeded_init, spec)
 from .corpora import Corpus, make_corpus, save_corpus
 from .data.objects import split
 from .files import content_digest
@@ -351,7 +352,8 @@ def _trained(trials, places, context, n, n_groups)->list: # of `RunResult`s
         context.report and (lambda done, text: context.report((n + done)/n_groups, text)), on_progress=step, log=log)
     ensemble.eval()
     about, own = t.task.about() if hasattr(t.task, "about") else ({}, {})
-    summary = dict(n_parameters=ensemble.n_parameters, epochs=t.settings.epochs, trained_together=len(trials), task=about)
+    summary = dict(n_parameters=ensemble.n_parameters, epochs=t.settings.epochs, trained_together=len(trials),
+        task=about)
     results = []
     for m in range(len(trials)):
         member = ensemble.member(m)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
+from conftest import ROOT
 from refcomm.publish import catalogue
 from refcomm.papers.claims import VERDICTS, Answer, answer, check_claim, claims, counted, verdict
 from refcomm.core import PROFILES, ConfigError
@@ -110,6 +111,20 @@ def test_no_two_claims_read_alike():
     assert ALL.sentence.str.lower().str.replace(r"\W", "", regex=True).is_unique
     assert (ALL["id"].str.partition(".")[0] == ALL.paper).all() and set(ALL.kind) == {"result", "check"}
     assert (ALL.source.ne("") | ALL.ours).all(), "a claim of a paper has its place there"
+
+
+def test_claims_about_one_game_name_it():
+    for row in ALL[ALL.paper == "eqc"].itertuples():
+        if row.game in ("Object", "Image", "Sent-Ref", "Sent-Cls"): assert f"the {row.game} game" in row.sentence, row.id
+    assert ALL.sentence.str.endswith(".").all() and not ALL.sentence.str.contains("on-par|dealt|at work").any()
+
+
+def test_kept_recipes_have_the_words_of_the_tables():
+    table = ALL.set_index("id")
+    for path in sorted((ROOT/"figures").glob("*.json")):
+        for c in json.loads(path.read_text())["claims"]:
+            if c["id"] in table.index and table.test[c["id"]] == c["test"]:
+                assert c["sentence"] == table.sentence[c["id"]], f"{path.name}: python .ci/kept.py copies the words of {c['id']}"
 
 
 def test_tests_are_expressions():

@@ -266,7 +266,7 @@ def test_results_go_where_they_are_named_and_never_over_the_kept_ones(home, tmp_
 def test_a_headline_in_one_line(shipped_figures, item):
     stem, kept = shipped_figures/item.replace("/", "_"), costs.shipped(shipped_figures)[item]
     line = catalogue.in_short(item, pd.read_csv(stem.with_suffix(".csv"), dtype={"column": str}), kept, kept)
-    assert re.search(r"\d \(published|times as often",
+    assert re.search(r"\d \(published|times chance",
         line) and "nan" not in line and "–" not in line and kept["command"] in line and "\n" not in line
 
 

@@ -162,3 +162,14 @@ def test_the_page_from_table_to_corpus_runs_from_the_wheel(installed, tmp_path):
         "print(game.send(task.seen('test')).symbols.flatten(1).tolist() == corpus.messages.tolist() and corpus.messages.tolist())")
     assert two.returncode == 0, two.stderr
     assert json.loads(two.stdout) == json.loads(messages)
+
+
+def test_statements_are_statements():
+    "No tuples of calls as statements, no assignments inside tuples, no conditional expressions inside others."
+    import ast
+    for p in (ROOT/"refcomm").rglob("*.py"):
+        for n in ast.walk(ast.parse(p.read_text())):
+            where = f"{p.relative_to(ROOT)}:{getattr(n, 'lineno', 0)}"
+            assert not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Tuple)), where
+            if isinstance(n, ast.Tuple): assert not any(isinstance(x, ast.NamedExpr) for x in ast.walk(n)), where
+            if isinstance(n, ast.IfExp): assert not any(isinstance(x, ast.IfExp) for x in (n.body, n.orelse, n.test)), where

@@ -266,7 +266,7 @@ def test_intervals_are_shown_where_they_were_kept(html, folder):
         if low.notna().any():
             assert ((numbers.low <= numbers.ours)[low.notna()].all()
                 and (numbers.ours <= numbers.high)[low.notna()].all())
-    assert "95 % interval" in html and "standard errors of both sides" in html
+    assert "95 % interval" in html and "standard errors of both numbers" in html
     t = pd.read_csv(folder/"eqc_table5.csv").assign(low=.1234, high=.5678)
     t.loc[0, ["low", "high"]] = float("nan")
     t.to_csv(folder/"eqc_table5.csv", index=False)

@@ -104,25 +104,25 @@ def in_short(
         found = numbers[(numbers.row == row) & (numbers.column == column)]
         return f"{found.ours.iloc[0]:{form}} (published {found.published.iloc[0]:{form}})" if len(found) else "–"
     if item == "eqc/table5":
-        seen = (f"of 10,000 objects quantised messages find {cell('QT-Inst', '10000', '.2f')}, Gumbel-softmax over the "
-            f"Recurrent channel {cell('GS-RNN', '10000', '.2f')}")
+        seen = (f"accuracy among 10,000 objects: quantised messages {cell('QT-Inst', '10000', '.2f')}, Gumbel-softmax over "
+            f"the Recurrent channel {cell('GS-RNN', '10000', '.2f')}")
     elif item == "iac/table1":
-        seen = (f"symbols for images, 128 candidates, chance 0.8 %: with augmentations "
+        seen = (f"accuracy among 128 images, chance 0.8 %: with augmentations "
             f"{cell('+augmentations -shared', 'ILSVRC-val')} % on new images and "
             f"{cell('+augmentations -shared', 'Gaussian Blobs')} % on noise, without "
             f"{cell('-augmentations -shared', 'ILSVRC-val')} and {cell('-augmentations -shared', 'Gaussian Blobs')} %")
     elif item == "patch/figure9":
         played = [c["numbers"] for c in recipe["claims"] if {"accuracy", "chance"} <= set(c["numbers"])]
-        found = (f"; targets are found {played[0]['accuracy']/played[0]['chance']:.0f} times as often as by chance"
+        found = (f"; accuracy is {played[0]['accuracy']/played[0]['chance']:.0f} times chance"
             if played else "")
         seen = (f"messages of {numbers.length.mean():.0f} patches (published 24 or 25) with "
-            f"{numbers.unique.mean():.1f} different symbols (published most often 13){found}")
+            f"{numbers.unique.mean():.1f} different symbols (published: most often 13){found}")
     elif item == "sms/epoch30":
         behind = "maximum accuracy minus accuracy at L=2, epoch 30"
-        seen = (f"accuracy at L = 1 {cell('min|M|=2', 'accuracy at L=1', '.0f')} %; the best L is above L = 2 by "
-            f"{cell('min|M|=2', behind, '.0f')} points where two symbols suffice, by {cell('min|M|=3', behind, '.0f')} "
-            f"where it takes three")
+        seen = (f"accuracy at L = 1 {cell('min|M|=2', 'accuracy at L=1', '.0f')} %; the best L exceeds L = 2 by "
+            f"{cell('min|M|=2', behind, '.0f')} points at min|M| = 2, by {cell('min|M|=3', behind, '.0f')} "
+            f"at min|M| = 3")
     else: raise ConfigError(f"{item} is no headline item: {', '.join(HEADLINE)}")
-    rest = (f" The kept figure: {kept['command']} on {kept['data']}, {duration(kept['costs']['seconds'])} of one core."
+    rest = (f" The kept figure: {kept['command']} on {kept['data']}, {duration(kept['costs']['seconds'])} on one core."
         if kept and kept.get("costs") else "")
-    return f"{item.split('/')[0]}: {seen}.{rest} All else: refcomm plan {item.split('/')[0]}."
+    return f"{item.split('/')[0]}: {seen}.{rest} All other items: refcomm plan {item.split('/')[0]}."

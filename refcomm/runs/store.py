@@ -462,8 +462,8 @@ def _stamps(store, problems)->dict: # (experiment, key) → age, length and plac
 
 def _entry(r, stamp): # a row of the table
     own = r.provenance["seconds"]/r.provenance["trained_together"]
-    return (r.experiment, r.key, stamp, json.dumps(r.spec, sort_keys=True), own, r.bytes(), r.bytes("weights.safetensors"),
-        r.provenance["device"], r.provenance["commit"])
+    return (r.experiment, r.key, stamp, json.dumps(r.spec, sort_keys=True), own, r.bytes(),
+        r.bytes("weights.safetensors"), r.provenance["device"], r.provenance["commit"])
 
 def _renew(db, store, stamps, problems):
     if db.execute("PRAGMA user_version").fetchone()[0] != _FORMAT:

@@ -131,7 +131,9 @@ def iterated(
     report=None, # called with (share done, text)
 ): # iterator of (generation, game in evaluation mode, history)
     "Iterated learning: one side begins anew in every generation, and the optimisers with it (Li and Bowling 2019)."
-    if every is not None: settings = dataclasses.replace(settings, epochs=_whole_epochs(every, settings.batches(task.n_train)))
+    if every is not None:
+        epochs = _whole_epochs(every, settings.batches(task.n_train))
+        settings = dataclasses.replace(settings, epochs=epochs)
     game = make(seed)
     for generation in range(check_at_least("generations", generations, 1)):
         if generation: game = renewed(game, make(seed + 1000*generation), side)

@@ -228,7 +228,9 @@ def grid(
     games:str="", # names in `GAMES` with commas between; all when empty
 )->list: # BeyondSpecs
     "Every bottleneck over every channel in every game."
-    check_choice("item", item, ITEMS), check_choice("profile", profile, PROFILES), check_at_least("n_seeds", n_seeds, 1)
+    check_choice("item", item, ITEMS)
+    check_choice("profile", profile, PROFILES)
+    check_at_least("n_seeds", n_seeds, 1)
     if item == "iterated":
         base = dict(game="objects", bottleneck="straight-through", channel="recurrent", **SIZES[profile])
         epochs = base.pop("epochs", 48) // 8 or 1

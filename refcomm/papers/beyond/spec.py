@@ -43,7 +43,8 @@ class BeyondSpec:
     seed:int = 0
 
     def __post_init__(self):
-        check_choice("game", self.game, GAMES), check_choice("bottleneck", self.bottleneck, BOTTLENECKS)
+        check_choice("game", self.game, GAMES)
+        check_choice("bottleneck", self.bottleneck, BOTTLENECKS)
         check_choice("channel", self.channel, CHANNELS)
         if self.bits % 12 or self.bits < 12:
             raise ConfigError(f"bits must be a multiple of 12, which 2, 3 and 4 divide, got {self.bits}")
