@@ -257,6 +257,39 @@ def test_a_checkpoint_of_other_runs_is_not_continued(home, small, monkeypatch):
     assert record.history().loss.equals(calm[0].history().loss)
 
 
+def interrupted_at(n, path, settings):
+    "Train until the `n`th line of the training loop or of the optimiser, where a signal comes; what was trained, None if it was stopped."
+    from refcomm.core import Interrupted
+    from refcomm.interrupts import Interruptible
+    passed = 0
+    def line(frame, event, arg):
+        nonlocal passed
+        passed += event == "line"
+        if event == "line" and passed == n: signal.raise_signal(signal.SIGINT)
+        return line
+    watched = ("training/loop.py", "schedulefree/")
+    sys.settrace(lambda frame, event, arg: line if any(w in frame.f_code.co_filename for w in watched) else None)
+    try:
+        with Interruptible(): found = train(path, settings=settings)
+    except Interrupted: found = None
+    finally: sys.settrace(None)
+    return found, passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adam", "schedulefree"])
+def test_a_signal_at_any_line_changes_no_number(tmp_path, optimizer):
+    "The state is kept as a whole: no half of the weights swapped, no epoch with an order of items drawn twice."
+    settings = TrainSettings(epochs=3, batch_size=16, lr=.01, optimizer=optimizer)
+    whole, n_lines = interrupted_at(0, tmp_path/"whole", settings)
+    stopped = 0
+    for n in sorted(random.Random(0).sample(range(n_lines), 25)):
+        found, _ = interrupted_at(n, tmp_path/str(n), settings)
+        stopped += found is None
+        assert same(found or train(tmp_path/str(n), settings=settings), whole), f"line {n} of {n_lines}"
+    assert stopped > 15
+
+
 def test_a_long_epoch_is_kept_after_a_few_seconds(tmp_path, monkeypatch):
     "A checkpoint a minute, but the first one at once."
     monkeypatch.setattr("refcomm.training.loop.FIRST", .3)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'FIRST', 'TOGETHER', 'TrainSettings', 'scaled_lr', 'rate', 'parameter_groups', 'Best', 'Training',
-           'check_sense', 'misfit', 'resume', 'Fit', 'Checkpoint', 'checkpoint_of', 'keep', 'stopped', 'fit',
-           'train_epoch', 'train_step', 'check_losses', 'finish_epoch']
+           'check_sense', 'misfit', 'resume', 'Fit', 'Checkpoint', 'checkpoint_of', 'keep', 'stopped', 'fit', 'turn',
+           'begin_epoch', 'train_epoch', 'train_step', 'check_losses', 'finish_epoch']
 
 # %% ../../nbs/64_training.loop.ipynb #af95c079
 import contextlib, json, time, warnings
@@ -376,17 +376,29 @@ def fit(
 FIRST = 5. # seconds until the first checkpoint, if the usual ones are further apart
 TOGETHER = 8 # number of steps after which several processes agree whether to save
 
+def turn(t, mode, stop):
+    "Set a training's mode. A schedule-free optimiser swaps weights, half of them swapped are none: a signal waits."
+    with stop.hold():
+        t.whole = False
+        t.mode(mode)
+        t.whole = True
+
+def begin_epoch(t):
+    "Draw the order of an epoch's items."
+    t.whole = False
+    t.order = torch.stack([torch.randperm(t.n_items, generator=g)
+        for g in t.order_generators])[:, :t.batches*t.settings.batch_size]
+    t.total, t.started = torch.zeros_like(t.total), time.monotonic()
+
 def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop=None):
     "Train one epoch, or the rest of an interrupted one; between steps, save every `checkpoint_seconds` and stop on a signal."
     s, stop = t.settings, stop or Interruptible()
-    t.mode("train")
-    if t.step == 0:
-        t.order = torch.stack([torch.randperm(t.n_items, generator=g) for g in t.order_generators])[:,
-            :t.batches*s.batch_size]
-        t.total, t.started = torch.zeros_like(t.total), time.monotonic()
-    t.order = t.order.to(device) # once per epoch, because each copy synchronises
+    if t.step < t.batches: turn(t, "train", stop)
     while t.step < t.batches:
-        with stop.hold(): train_step(t, loss, device, on_progress)
+        with stop.hold(): # what it draws and changes is kept as a whole
+            if t.step == 0: begin_epoch(t)
+            t.order = t.order.to(device) # copied once per epoch, because each copy synchronises
+            train_step(t, loss, device, on_progress)
         due = time.monotonic() - t.saved > (checkpoint_seconds if t.kept else min(checkpoint_seconds, FIRST))
         halt = stop.pending
         if t.size > 1:
@@ -436,14 +448,13 @@ def finish_epoch(t, validate, stop=None)->dict: # means over members, for the pr
     sum_over_processes(t.total)
     losses = (t.total / t.order.shape[1]).cpu()
     stop = stop or Interruptible()
-    states = [g.get_state() for g in t.noise_generators]
     check_losses(t, losses)
+    turn(t, "eval", stop)
+    states = [g.get_state() for g in t.noise_generators]
     with stop.hold() if t.size > 1 else contextlib.nullcontext():
-        t.mode("eval")
         try: valid = validate()
         except Interrupted: # the epoch is resumed before its validation
             for g, state in zip(t.noise_generators, states): g.set_state(state)
-            t.mode("train")
             raise
     with stop.hold():
         t.whole = False
