@@ -6,8 +6,8 @@
 __all__ = ['expanded', 'home', 'checkout', 'figures_dir', 'data_dir', 'data_folders', 'known_stamps', 'matches', 'find_data',
            'either', 'find_any', 'choose_source', 'most_unpacked', 'check_unpacked', 'zip_size', 'read_parquet',
            'disk_errors', 'fsync_dir', 'open_regular', 'read_text', 'make_folder', 'write_atomic', 'write_together',
-           'content_digest', 'files_digest', 'set_aside', 'cached_tensor', 'save_checkpoint', 'load_checkpoint',
-           'distrust_checkpoint', 'stamped', 'unstamped']
+           'content_digest', 'files_digest', 'set_aside', 'made_once', 'cached_tensor', 'save_checkpoint',
+           'load_checkpoint', 'distrust_checkpoint', 'stamped', 'unstamped']
 
 # %% ../nbs/01_files.ipynb #02f11e52
 import contextlib, errno, hashlib, json, os, re, warnings, secrets, stat
@@ -307,21 +307,28 @@ def set_aside(
     return aside
 
 # %% ../nbs/01_files.ipynb #c66cf6d5
+@contextlib.contextmanager
+def made_once(
+    path, # of a cached file, there or not
+):
+    "Hold the lock of a cached file: one process makes it, the others wait."
+    from filelock import FileLock
+    lock = home()/"cache"/"locks"/f"{content_digest(str(Path(path).absolute()))}.lock"
+    with disk_errors(path):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock).acquire()
+    with held: yield
+
 def cached_tensor(
     path, # a .safetensors file, whose name contains a digest of all inputs
     compute, # () → tensor, called when the file is absent or damaged
     what:str, # what it holds, in the plural, for the warning
 )->"torch.Tensor": # on the CPU
     "The tensor in a file, computed and stored if absent; one process computes it, the others wait."
-    from filelock import FileLock
     from safetensors.torch import save_file
     path = Path(path)
     if (x := _stored(path)) is not None: return x
-    lock = home()/"cache"/"locks"/f"{content_digest(str(path.absolute()))}.lock"
-    with disk_errors(path):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(lock).acquire()
-    with held:
+    with made_once(path):
         if (x := _stored(path)) is not None: return x
         if path.exists():
             aside = set_aside(path, ".damaged")

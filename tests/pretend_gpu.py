@@ -209,6 +209,7 @@ class PretendGPU(contextlib.ExitStack):
         if func in (TENSOR.numpy, TENSOR.__array__) and before == CUDA: self.fault(f"{name}() of a cuda tensor")
         if func is TENSOR.tolist and before == CUDA: self.sync("tolist")
         wanted, args, kwargs = self.wanted(func, name, args, kwargs)
+        pinned = kwargs.pop("pin_memory", False)
         for g in generators(args, kwargs):
             here, target = getattr(g, "pretended", torch.device(CPU)).type, wanted or (self.tag(ts[0]) if ts else CPU)
             if target != ANY and here != target:
@@ -218,6 +219,7 @@ class PretendGPU(contextlib.ExitStack):
             and (kwargs.get("num_classes", args[1:] and args[1]) or -1) > 0)
         try: out = func(*args, **kwargs)
         finally: self.asked, self.quiet = None, quiet
+        if pinned: self.pinned.add(self.storage(out))
         return self.tagged(out, func, name, args, kwargs, ts, before, wanted)
 
     def tagged(self, out, func, name, args, kwargs, ts, before, wanted):

@@ -66,7 +66,7 @@ def test_training_games_come_from_a_members_own_generator(game):
     torch.testing.assert_close(seen(both, 1), seen(one, 0), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("profile", ["cpu", "gpu", "paper"])
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
 def test_a_plan_knows_what_the_runs_cost(profile):
     "Counts of all runs are shipped; generations are trained one after the other."
     from refcomm.papers.counts import Model, _shipped, shape_of

@@ -149,3 +149,11 @@ def test_the_script_for_a_real_gpu_says_what_it_timed(home, tmp_path):
     assert [c["near"] for c in told["compared"]] == [True]
     assert all(t["experiment"] == "sms" and t["fields"]["hidden"] == 16 and t["runs"] == 3
         for t in told["timed"]["sms/figure2"])
+
+
+def test_the_table_says_what_a_step_asks_of_a_gpu(home):
+    import count_gpu
+    head, rule, *rows = count_gpu.table("smoke", ["sms/figure2", "iac/figure3"])
+    cells = [[c.strip() for c in row.strip("| ").split("|")] for row in rows]
+    assert [c[0] for c in cells] == ["iac/figure3", "sms/figure2"] and all(int(c[1].split("–")[0]) > 50 for c in cells)
+    assert [c[2] for c in cells] == ["0", "0"] and all(c[3].endswith("s") and c[4].endswith("iB") for c in cells)

@@ -4,6 +4,7 @@ import torch
 
 from refcomm.core import ConfigError, say_once
 from refcomm.runs import execute as module
+from refcomm.runs.store import Store
 from refcomm.runs.executors import LocalExecutor, SlurmExecutor, asked_gpus, cards_of
 
 
@@ -85,3 +86,66 @@ def test_stacks_of_another_machine(small):
     specs = [small(bottleneck="quantized", alphabet_size=v) for v in (2, 3)]
     assert [len(module.make_stacks(specs, torch.device(d))) for d in ("cuda", "cpu")] == [1, 2]
     with pytest.raises(ConfigError, match="sees no GPU"): module.make_stacks(specs, "cuda")
+
+
+@pytest.fixture
+def apple(monkeypatch):
+    "A machine that says it has Apple's GPU; `mps` is the processor under another name, or broken by `how`."
+    from refcomm import core
+
+    def pretend(how):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        monkeypatch.setattr(core, "device_fault", how)
+        core._mps_computes.cache_clear()
+    yield pretend
+    core._mps_computes.cache_clear()
+
+
+def test_auto_takes_apples_gpu_only_where_it_computes(apple, recwarn):
+    from refcomm.core import device_fault, pick_device
+    tried = []
+    apple(lambda device: tried.append(device) or "")
+    assert pick_device("auto") == pick_device("auto") == torch.device("mps") and tried == ["mps"] and not recwarn.list
+    apple(lambda device: device_fault("meta"))
+    assert [pick_device("auto").type for _ in range(3)] == ["cpu"]*3 and pick_device("mps").type == "mps"
+    said, = recwarn.list
+    assert "'auto' leaves Apple's GPU (mps) unused and takes the CPU: " in str(said.message)
+    apple(lambda device: "its numbers differ from the CPU's by 0.5")
+    with pytest.warns(UserWarning, match="differ from the CPU's by 0.5"): assert pick_device("auto").type == "cpu"
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="it works here")
+def test_what_fails_on_apples_gpu_is_named(apple):
+    from refcomm.core import device_fault, pick_device
+    apple(device_fault)
+    with pytest.warns(UserWarning, match="takes the CPU: .*(MPS|mps)"): assert pick_device("auto").type == "cpu"
+
+
+@pytest.mark.parametrize("able, taken", [((9, 0), "bf16"), ((7, 5), "fp16"), ((6, 1), "fp32")])
+def test_gpus_without_bf16_train_in_what_they_have(home, small, monkeypatch, capsys, able, taken):
+    from pretend_gpu import PretendGPU
+    from refcomm.training import loop
+    spec, used, autocast = small(epochs=1, precision="bf16", n_train=64, hidden=8, word_length=4, candidates=(2,)), set(), loop.autocast
+    monkeypatch.setattr(loop, "autocast", lambda precision, device: used.add(precision) or autocast(precision, device))
+    say_once.cache_clear()
+    with PretendGPU():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: able)
+        module.run_stack([spec], home/"runs", "cuda")
+    record = Store(home/"runs").get(spec)
+    assert used == {taken} and record.spec["precision"] == "bf16"
+    other = f"{taken} in place of bf16"
+    assert (other in record.provenance["device"]) == (taken != "bf16")
+    said = f"refcomm: cuda:0 does not compute in bf16: trainings use {taken} in its place\n"
+    assert capsys.readouterr().err.count(said) == (taken != "bf16")
+
+
+def test_a_notebook_suits_its_device(monkeypatch):
+    from refcomm.core import check_injected
+    from pretend_gpu import PretendGPU
+    names = dict(profile="auto", device="auto")
+    with PretendGPU(): check_injected(names)
+    assert names["profile"] == "gpu"
+    named = dict(profile="cpu", device="cpu")
+    check_injected(named)
+    assert named["profile"] == "cpu"

@@ -115,3 +115,39 @@ def test_other_commands_are_few():
 def test_a_command_that_does_not_exist_is_found(command, says):
     tool, *words = shlex.split(command)
     with pytest.raises(AssertionError, match=says): CHECKS[tool](words)
+
+
+ELSEWHERE = [p for p in NOTEBOOKS if p.parts[len(ROOT.parts) + 1] in ("papers", "tutorials")]
+
+
+def test_notebooks_open_elsewhere_from_their_first_cells():
+    "The cell that installs is the first of the code, and the same everywhere; links lead to the notebook's own file."
+    sources = set()
+    for p in ELSEWHERE:
+        cells = json.loads(p.read_text(encoding="utf-8"))["cells"]
+        first = next(i for i, c in enumerate(cells) if c["cell_type"] == "code")
+        assert [c["id"] for c in cells[first - 1:first + 1]] == ["open-elsewhere", "install-refcomm"], name(p)
+        assert "".join(cells[first - 1]["source"]).count(f"/blob/main/{name(p)})") == 2, name(p)
+        sources.add("".join(cells[first]["source"]))
+    assert len(ELSEWHERE) > 60 and len(sources) == 1
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_installation_leaves_torch_as_it_is(there, monkeypatch):
+    import sys
+
+    import torch
+    from IPython.core.interactiveshell import InteractiveShell
+    from packaging.requirements import Requirement
+    cells = json.loads(ELSEWHERE[0].read_text(encoding="utf-8"))["cells"]
+    source, asked = "".join(next(c for c in cells if c["id"] == "install-refcomm")["source"]), []
+    if not there: monkeypatch.setitem(sys.modules, "refcomm", None)
+    shell = InteractiveShell()
+    shell.register_magic_function(asked.append, magic_name="pip")
+    shell.run_cell(source).raise_error()
+    assert len(asked) == (not there)
+    if there: return
+    line, = asked
+    command, quiet, url, pinned = line.split()
+    assert (command, quiet) == ("install", "-q") and url.startswith("git+https://")
+    assert Requirement(pinned).name == "torch" and Requirement(pinned).specifier.contains(torch.__version__, prereleases=True)

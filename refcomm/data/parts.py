@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..core import ConfigError, check_at_least, generator
 from ..files import find_data
-from .images import LabelledImages, bounded, load_images, square
+from .images import LabelledImages, bounded, joined, load_images, square, taken
 from .objects import split
 from .shapes import ShapeWorld
 from .wordnet import class_disjoint_split, path_similarity
@@ -28,7 +28,7 @@ class ImageParts(NamedTuple):
     similarity:Tensor|None # [n_classes, n_classes] of all classes; None without a hierarchy
 
 def _take(images, rows):
-    return images._replace(images=images.images[rows], labels=images.labels[rows],
+    return images._replace(images=taken(images.images, rows), labels=images.labels[rows],
         part=[images.part[i] for i in rows.tolist()])
 
 def _hierarchy(images)->tuple: # names of the classes, and a function from each to its parents; None without a hierarchy
@@ -42,7 +42,7 @@ def _join(a, b)->LabelledImages:
     "Concatenate two sets of images with different classes."
     if both := sorted({*(a.wnids or a.classes)} & {*(b.wnids or b.classes)}):
         raise ConfigError(f"{b.name} has classes of {a.name}, such as {both[0]}: out-of-distribution classes must be others")
-    return LabelledImages(torch.cat([a.images, b.images]), torch.cat([a.labels, b.labels + len(a.classes)]), a.classes
+    return LabelledImages(joined(a.images, b.images), torch.cat([a.labels, b.labels + len(a.classes)]), a.classes
         + b.classes, a.part + ["ood"]*len(b.part), a.name, a.wnids and b.wnids and a.wnids + b.wnids)
 
 def image_parts(
@@ -129,4 +129,4 @@ def probe_set(
     else: images, labels, _, part, *_ = load_images(name, size)
     train = torch.tensor([p == "train" for p in part])
     if not train.any() or train.all(): train = torch.rand(len(images), generator=generator(0, f"probe/{name}")) < .75
-    return images[train], labels[train], images[~train], labels[~train]
+    return taken(images, train), labels[train], taken(images, ~train), labels[~train]

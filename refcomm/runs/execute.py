@@ -16,7 +16,7 @@ import lazy_loader
 torch = lazy_loader.load("torch")
 
 from refcomm.core import (ConfigError, RecordError, TrainingDiverged, check_at_least, check_choice, from_json,
-    pick_device, progress_bar, Interrupted, nearest)
+    pick_device, progress_bar, Interrupted, nearest, usable_precision)
 from refcomm.runs.executors import EXECUTORS, cards_of, check_executor, named_deaths
 from refcomm.files import disk_errors, open_regular, write_atomic
 from refcomm.interrupts import Interruptible
@@ -106,7 +106,7 @@ def run_stack(
                 with stop.hold():
                     for s, result in zip(members, results):
                         if s not in missing: continue
-                        store.put(s, result, _origin(device, result, results[0], len(members)), weights)
+                        store.put(s, result, _origin(device, s, result, results[0], len(members)), weights)
                     logs.finish(results)
         with stop.hold(): shutil.rmtree(folder, ignore_errors=True) # also if nothing is missing: its process may have died here
         agree([True]) # that the records are there
@@ -114,9 +114,11 @@ def run_stack(
     return [run_key(s) for s in specs]
 
 # %% ../../nbs/72_runs.execute.ipynb #55b4b276
-def _origin(device, result, first, n): # a stack may hold groups that are trained one after the other
-    alone = result.summary.get("trained_together")
-    return provenance(pick_device(device), float((result if alone else first).history["seconds"].sum()), alone or n)
+def _origin(device, s, result, first, n): # a stack may hold groups that are trained one after the other
+    alone, d, precision = result.summary.get("trained_together"), pick_device(device), getattr(s, "precision", "fp32")
+    made = provenance(d, float((result if alone else first).history["seconds"].sum()), alone or n)
+    other = usable_precision(precision, d)
+    return made if other == precision else made | dict(device=f"{made['device']}, {other} in place of {precision}")
 
 def _checkpoint(folder, members):
     from refcomm.training.loop import Checkpoint

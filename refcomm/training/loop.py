@@ -15,7 +15,7 @@ import pandas as pd, torch
 from torch import Tensor, nn
 
 from ..core import (ConfigError, Interrupted, TrainingDiverged, anneal, autocast, check_at_least, check_choice,
-    generator, need, progress_bar, spec)
+    generator, need, progress_bar, spec, usable_precision)
 from ..distributed import agree, any_process, gather_batches, processes, sum_over_processes
 from ..files import distrust_checkpoint, load_checkpoint, save_checkpoint
 from ..interrupts import Interruptible
@@ -161,7 +161,8 @@ class Training:
                 f"accumulate a multiple of {self.size}")
         self.batches -= self.batches % self.size # every process has a batch in every step
         self.optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(ensemble, settings, lr_factors), settings.lr)
-        self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=settings.precision == "fp16")
+        self.precision = usable_precision(settings.precision, device)
+        self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=self.precision == "fp16")
         self.order_generators = [generator(s, "order") for s in self.seeds]
         self.noise_generators = [generator(s, f"noise/{self.rank}" if self.rank else "noise", device)
             for s in self.seeds]
@@ -221,7 +222,7 @@ class Training:
         self.order = tensors["order"]
         self.total = tensors[f"total of {self.rank}" if self.rank else "total"].to(self.total.device)
         self.epoch, self.step, self.lr, self.history = (meta[k] for k in ("epoch", "step", "lr", "history"))
-        self.scaler.load_state_dict(meta["scaler"])
+        if meta["scaler"]: self.scaler.load_state_dict(meta["scaler"]) # empty from a device that did not need one
 
 # %% ../../nbs/64_training.loop.ipynb #39d0c3bf
 def check_sense(ensemble, settings:TrainSettings, device):
@@ -344,6 +345,7 @@ def fit(
     on_progress=None, # called with the share done before every step: temperature schedules
     lr_factors=(), # pairs: (prefix of a parameter's name, factor on the learning rate)
     log=None, # called with new rows of the history: first those of a checkpoint, then of each epoch
+    announce=None, # called in each epoch with the batches of indices to come, which then stay on the CPU
 )->Fit:
     "Train `ensemble` in place; its final weights are chosen by `settings.keep`."
     seeds, (path, owner) = list(seeds), checkpoint_of(checkpoint)
@@ -363,7 +365,7 @@ def fit(
     with Interruptible() as stop:
         try:
             while t.epoch < settings.epochs and t.best.active(t.epoch - 1, settings.patience).any():
-                train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop)
+                train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop, announce)
                 row = finish_epoch(t, validate, stop)
                 tell(t.history[-ensemble.n_members:])
                 say(t.epoch/settings.epochs, f"loss {row['loss']:.4f}, validation accuracy {row['accuracy']:.4f}")
@@ -392,14 +394,16 @@ def begin_epoch(t):
         for g in t.order_generators])[:, :t.batches*t.settings.batch_size]
     t.total, t.started = torch.zeros_like(t.total), time.monotonic()
 
-def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop=None):
+def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop=None, announce=None):
     "Train one epoch, or the rest of an interrupted one; between steps, save every `checkpoint_seconds` and stop on a signal."
-    s, stop = t.settings, stop or Interruptible()
+    s, stop, coming = t.settings, stop or Interruptible(), announce
     if t.step < t.batches: turn(t, "train", stop)
     while t.step < t.batches:
         with stop.hold(): # what it draws and changes is kept as a whole
             if t.step == 0: begin_epoch(t)
-            t.order = t.order.to(device) # copied once per epoch, because each copy synchronises
+            if coming: coming(b[0] for b in t.order[:, t.step*s.batch_size:].split(s.batch_size, 1)[t.rank::t.size])
+            if not announce: t.order = t.order.to(device) # copied once per epoch, because each copy synchronises
+            coming = None
             train_step(t, loss, device, on_progress)
         due = time.monotonic() - t.saved > (checkpoint_seconds if t.kept else min(checkpoint_seconds, FIRST))
         halt = stop.pending
@@ -425,7 +429,7 @@ def train_step(t, loss, device, on_progress):
     for p in t.ensemble.parameters(): p.grad = None
     batches = step.split(s.batch_size, 1)
     for indices in batches[t.rank::t.size]:
-        with autocast(s.precision, device): losses = loss(indices, t.noise_generators)
+        with autocast(t.precision, device): losses = loss(indices, t.noise_generators)
         t.scaler.scale(losses.sum() * (indices.shape[1]/step.shape[1])).backward()
         t.total += losses.detach() * indices.shape[1]
     t.step += len(batches)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ...agents.vision import make_trunk, projector
 from ...channels import Instant, Recurrent, make_bottleneck
 from ...core import check_choice, generator, pick_device, seeded_init
+from ...data.images import taken
 from ...data.parts import ImageParts, image_parts, probe_set
+from ...data.stream import ImageBatches
 from ...data.views import ViewSpec, gaussian_blobs, view_spec, random_views
 from ...distributed import share_statistics
 from ...training.ensemble import Ensemble
@@ -103,7 +105,7 @@ def map_images(
 )->tuple: # of tensors [n, ...]
     "The results of `fn` for all images, batch by batch."
     draws, said = generator(0, "views", device), []
-    for part in images.split(batch) if isinstance(images, Tensor) else images:
+    for part in images.split(batch) if hasattr(images, "split") else images:
         part = part.to(device)
         said.append(fn(*((part, part) if part.is_floating_point()
             else pair_of_views(part, augmentations, s.view_size, draws))))
@@ -115,18 +117,21 @@ def objectives(
     s:IACSpec,
     parts:ImageParts,
     device,
+    train:ImageBatches|None=None, # the training images; made when None
 )->tuple: # `loss` and `validate`, the arguments of `fit`
     "The loss on views of training images, and the validation on up to 1,024 plain new images."
-    images, labels, template = parts.train.images.to(device), parts.train.labels.to(device), ensemble.template
+    template = ensemble.template
+    train = train or ImageBatches(parts.train, device)
     n = min(1024, len(parts.valid.images))
     n = n//s.batch_size*s.batch_size or n
     plain, = map_images(lambda x, _: (x,), parts.valid.images[:n], s, device)
     batches = list(zip(plain.split(s.batch_size),
         (parts.valid.labels[:n].to(device) if s.model == "supervised" else plain).split(s.batch_size)))
     def loss(idx, generators):
-        x, seen = pair_of_views(images[idx[0]], s.augmentations, s.view_size, generators[0])
+        images, labels = train[idx[0]]
+        x, seen = pair_of_views(images, s.augmentations, s.view_size, generators[0])
         noise = template.draw_noise(len(x), generators[0])
-        return ensemble.map(lambda model, *args: model(*args), x[None], labels[idx] if s.model == "supervised"
+        return ensemble.map(lambda model, *args: model(*args), x[None], labels[None] if s.model == "supervised"
             else seen[None], None if noise is None else noise[None])
     def validate():
         model = ensemble.member(0)
@@ -157,7 +162,8 @@ def players(
     if s.model == "game":
         def describe(x, seen): return model.receiver(seen), *model.understand(x)
         return ["game"], describe
-    some, known = parts.train.images[:round(s.clusters_share*len(parts.train.images))], len(parts.train.labels.unique())
+    some = taken(parts.train.images, slice(round(s.clusters_share*len(parts.train.images))))
+    known = len(parts.train.labels.unique())
     h = features(model, some, s, device)
     clusters = {f"kmeans {k}": Clusters(h, k, generator(s.seed, f"clusters/{k}"))
         for k in dict.fromkeys((known, 2*known, s.alphabet_size)) if k <= len(h)}
@@ -264,8 +270,11 @@ def run(
                              accumulate=s.accumulate, drop_last=True, keep="last")
     history = pd.DataFrame(dict(seconds=[0.]))
     if s.model not in UNTRAINED:
-        history = fit(ensemble, *objectives(ensemble, s, parts, device), len(parts.train.images), settings, [s.seed],
-            device, context.checkpoint, context.checkpoint_seconds, context.report, log=context.log).member(0, s.epochs)
+        train = ImageBatches(parts.train, device)
+        history = fit(ensemble, *objectives(ensemble, s, parts, device, train), len(parts.train.images), settings,
+            [s.seed], device, context.checkpoint, context.checkpoint_seconds, context.report, log=context.log,
+            announce=train.announce).member(0, s.epochs)
+        del train
     ensemble.eval()
     model = ensemble.member(0)
     rows, sent = play(model, s, parts, device) if s.model != "supervised" else ([], {})

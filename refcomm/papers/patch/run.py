@@ -18,6 +18,7 @@ from ...agents.transformer import ViT
 from ...agents.vision import make_trunk
 from ...core import ConfigError, check_at_least, generator, pick_device, seeded_init
 from ...data.parts import ImageParts, image_parts
+from ...data.stream import ImageBatches
 from ...data.views import random_views, view_spec
 from ...distributed import processes, share_statistics
 from ...training.ensemble import Ensemble
@@ -93,11 +94,11 @@ def objectives(
     s:PatchSpec,
     parts:ImageParts,
     device,
+    train:ImageBatches|None=None, # the training images; made when None
 )->tuple: # `loss` and `validate`, the arguments of `fit`
     "The loss on views of training images, and the validation on up to 1,024 plain new images."
-    images = parts.train.images.to(device)
-    labels = parts.train.labels.to(device)
     template = ensemble.template
+    train = train or ImageBatches(parts.train, device)
     kinds = views_of(s)
     taught = isinstance(template, Supervised)
     plain, = map_images(lambda x: (x,), parts.valid.images[:1024], s, device)
@@ -105,10 +106,11 @@ def objectives(
     batches = [pair for pair in zip(plain.split(s.batch_size), answers.split(s.batch_size))
         if len(pair[0]) == min(s.batch_size, len(plain))]
     def loss(idx, generators):
-        x, seen = (random_views(images[idx[0]], kind, generators[0]).contiguous(memory_format=torch.channels_last)
+        images, labels = train[idx[0]]
+        x, seen = (random_views(images, kind, generators[0]).contiguous(memory_format=torch.channels_last)
             for kind in kinds)
         noise = template.draw_noise(len(x), generators[0])
-        return ensemble.map(lambda model, *args: model(*args), (seen if taught else x)[None], labels[idx] if taught
+        return ensemble.map(lambda model, *args: model(*args), (seen if taught else x)[None], labels[None] if taught
             else seen[None], None if noise is None else noise[None])
     def validate():
         played = [ensemble.member(0).play(*batch) for batch in batches]
@@ -259,9 +261,11 @@ def run(
     history = pd.DataFrame(dict(seconds=[0.]))
     if not s.trained: settle(ensemble, objectives(ensemble, s, parts, device)[0], len(parts.train.images), s, device)
     else:
-        history = fit(ensemble, *objectives(ensemble, s, parts, device), len(parts.train.images), settings_of(s),
-            [s.seed], device, context.checkpoint, context.checkpoint_seconds, context.report, cool,
-            log=context.log).member(0, s.epochs)
+        train = ImageBatches(parts.train, device)
+        history = fit(ensemble, *objectives(ensemble, s, parts, device, train), len(parts.train.images), settings_of(s),
+            [s.seed], device, context.checkpoint, context.checkpoint_seconds, context.report, cool, log=context.log,
+            announce=train.announce).member(0, s.epochs)
+        del train
     ensemble.eval()
     model = ensemble.member(0)
     if cool: cool(1.)
