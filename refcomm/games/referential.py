@@ -116,11 +116,12 @@ class EveryObject:
 def choice_loss(
     scores:Tensor, # [batch, n_candidates] of a receiver
     target:Tensor, # [batch] indices among the candidates
-    u:Tensor, # [batch] uniform numbers, which draw the choices
+    u:Tensor, # [batch] uniform numbers in [0, 1), which draw the choices
 )->Tensor: # [batch] 0 where the choice is right, 1 where it is wrong; with REINFORCE's gradient to the scores
     "Draw a candidate by the softmax of its score; the loss is failure, with a leave-one-out baseline (Williams 1992)."
     log_p = scores.float().log_softmax(-1)
-    choice = (log_p.detach().exp().cumsum(-1) <= u[:, None]).sum(-1).clamp_max(scores.shape[-1] - 1)
+    below = log_p.detach().exp().cumsum(-1)
+    choice = (below <= u[:, None]*below[:, -1:]).sum(-1).clamp_max(scores.shape[-1] - 1)
     wrong = (choice != target).float()
     others = (wrong.sum() - wrong)/max(len(wrong) - 1, 1)
     term = (wrong - others)*log_p.gather(-1, choice[:, None]).squeeze(-1)
