@@ -268,11 +268,14 @@ def interrupted_at(n, path, settings):
         if event == "line" and passed == n: signal.raise_signal(signal.SIGINT)
         return line
     watched = ("training/loop.py", "schedulefree/")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background job ignores it
     sys.settrace(lambda frame, event, arg: line if any(w in frame.f_code.co_filename for w in watched) else None)
     try:
         with Interruptible(): found = train(path, settings=settings)
     except Interrupted: found = None
-    finally: sys.settrace(None)
+    finally:
+        sys.settrace(None)
+        signal.signal(signal.SIGINT, before)
     return found, passed
 
 

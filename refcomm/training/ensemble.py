@@ -127,9 +127,9 @@ class Ensemble(nn.Module):
         return super()._apply(fn, recurse)
 
     def full_state(self)->dict:
-        "Stacked parameters and changing buffers by name."
-        return {**dict(zip(self.names, self.stacked)),
-            **{f"buffer {k}": self.template.get_buffer(k) for k in changing_buffers(self.template)}}
+        "Stacked parameters by name, and all buffers of a single member, those included that no `state_dict` has; of several they are constants."
+        buffers = self.template.named_buffers() if self.n_members == 1 else ()
+        return {**dict(zip(self.names, self.stacked)), **{f"buffer {k}": b for k, b in buffers}}
 
     @torch.no_grad()
     def load_full_state(self, state)->None:
