@@ -437,15 +437,14 @@ def runs_list(limit:int = typer.Option(1000, min=0, help="number of runs to show
     "List all finished runs."
     from refcomm.runs.costs import size
     from refcomm.runs.store import Store, indexed
-    store, bad = Store(), []
-    db, show = indexed(store, bad), ("channel", "bottleneck", "alphabet_size", "word_length", "lr", "seed")
-    n = db.execute("SELECT count(*) FROM runs").fetchone()[0]
-    found = db.execute("SELECT experiment, key, spec, seconds, bytes, weights, device, made FROM runs LIMIT ?",
-        (limit or -1,))
+    store, bad, show = Store(), [], ("channel", "bottleneck", "alphabet_size", "word_length", "lr", "seed")
+    with contextlib.closing(indexed(store, bad)) as db:
+        n = db.execute("SELECT count(*) FROM runs").fetchone()[0]
+        found = db.execute("SELECT experiment, key, spec, seconds, bytes, weights, device, made FROM runs LIMIT ?",
+            (limit or -1,)).fetchall()
     rows = [(f"{experiment}/{key}", *(json.loads(spec).get(k, "") for k in show), f"{seconds:.1f}", size(taken),
         size(weights) if weights else "–", device, made)
         for experiment, key, spec, seconds, taken, weights, device, made in found]
-    db.close()
     print_table(f"{n} runs in {store.root}", ("run", *show, "seconds", "disk", "weights", "device", "commit"), rows)
     if len(rows) < n: print(f"and {n - len(rows)} more: refcomm runs list --limit 0 shows all")
     for d in bad: print(d)

@@ -17,7 +17,7 @@ from .images import LabelledImages, StoredImages, fits, read_rows
 
 # %% ../../nbs/21_data.stream.ipynb #21a00007
 class AheadReader:
-    "Reads rows of images on the host by threads, before they are asked for."
+    "Reads rows of images on the host by threads, before they are used."
     def __init__(self,
         images, # tensor on the CPU or `StoredImages`, [n, 3, size, size] uint8
         pinned:bool=False, # into pinned memory, for a GPU

@@ -117,7 +117,9 @@ def keep_item(
         record, path = store.read(experiment, key), folder/experiment/f"{key}.parquet"
         texts = [x for v in record.spec.values() for x in (v if isinstance(v, (list, tuple)) else [v])]
         stamps |= dict(x.split("#", 1) for x in texts if isinstance(x, str) and "#" in x)
-        if not path.exists(): path = keep_run(record, folder, spent < SHARE)
+        if not path.exists():
+            path = keep_run(record, folder)
+            if spent + path.stat().st_size > SHARE: path = keep_run(record, folder, messages=False)
         spent += path.stat().st_size
     index = dict(item=item, runs=runs, parameters={k: v for k, v in parameters.items() if k != "jobs"}, stamps=stamps)
     known = _index(folder, item)

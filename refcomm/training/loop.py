@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'FIRST', 'TOGETHER', 'TrainSettings', 'scaled_lr', 'rate', 'parameter_groups', 'Best', 'Training',
            'check_sense', 'misfit', 'resume', 'Fit', 'Checkpoint', 'checkpoint_of', 'keep', 'stopped', 'fit', 'turn',
-           'begin_epoch', 'train_epoch', 'train_step', 'check_losses', 'finish_epoch']
+           'prepare_epoch', 'train_epoch', 'train_step', 'check_losses', 'finish_epoch']
 
 # %% ../../nbs/64_training.loop.ipynb #af95c079
 import contextlib, json, time, warnings
@@ -387,23 +387,24 @@ def turn(t, mode, stop):
         t.mode(mode)
         t.whole = True
 
-def begin_epoch(t):
-    "Draw the order of an epoch's items."
-    t.whole = False
-    t.order = torch.stack([torch.randperm(t.n_items, generator=g)
-        for g in t.order_generators])[:, :t.batches*t.settings.batch_size]
-    t.total, t.started = torch.zeros_like(t.total), time.monotonic()
+def prepare_epoch(t, device, announce=None):
+    "Draw the order of an epoch's items, unless a checkpoint has it, and announce or copy it."
+    s, t.whole = t.settings, False
+    if t.step == 0:
+        order = torch.stack([torch.randperm(t.n_items, generator=g) for g in t.order_generators])
+        t.order = order[:, :t.batches*s.batch_size]
+        t.total, t.started = torch.zeros_like(t.total), time.monotonic()
+    if announce: announce(b[0] for b in t.order[:, t.step*s.batch_size:].split(s.batch_size, 1)[t.rank::t.size])
+    else: t.order = t.order.to(device) # once per epoch, because each copy synchronises
 
 def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop=None, announce=None):
     "Train one epoch, or the rest of an interrupted one; between steps, save every `checkpoint_seconds` and stop on a signal."
-    s, stop, coming = t.settings, stop or Interruptible(), announce
+    s, stop, prepared = t.settings, stop or Interruptible(), False
     if t.step < t.batches: turn(t, "train", stop)
     while t.step < t.batches:
         with stop.hold(): # what it draws and changes is kept as a whole
-            if t.step == 0: begin_epoch(t)
-            if coming: coming(b[0] for b in t.order[:, t.step*s.batch_size:].split(s.batch_size, 1)[t.rank::t.size])
-            if not announce: t.order = t.order.to(device) # copied once per epoch, because each copy synchronises
-            coming = None
+            if not prepared: prepare_epoch(t, device, announce)
+            prepared = True
             train_step(t, loss, device, on_progress)
         due = time.monotonic() - t.saved > (checkpoint_seconds if t.kept else min(checkpoint_seconds, FIRST))
         halt = stop.pending
