@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'described', 'built', 'save_game', 'load_game', 'restored', 'push_game', 'Kept', 'find_record', 'load',
-           'new_game', 'cross_play_of', 'RoleSwap', 'role_swap_of', 'ease_of', 'probe_of']
+           'WithinBatches', 'new_game', 'cross_play_of', 'RoleSwap', 'role_swap_of', 'ease_of', 'probe_of']
 
 # %% ../nbs/75_keep.ipynb #c5725447
 import copy, dataclasses, json, os, shutil, uuid
@@ -21,6 +21,7 @@ from .bottlenecks.quantize import FSQ, VQ, LearnedQuantizer, UniformQuantizer
 from .bottlenecks.reinforce import Reinforce
 from .channels import Instant, Recurrent
 from .core import ConfigError, RecordError, generator, nearest, need, seeded_init
+from .data.stream import ImageBatches
 from .ending import Ending
 from .files import disk_errors, fsync_dir
 from .games.contrastive import DiscriminationGame
@@ -242,6 +243,37 @@ def _of_experiment(home, spec)->tuple: # a game with first weights, and its task
     if not hasattr(made, "game"): raise ConfigError(f"runs of {home.name} have no game: let it return a trial")
     return made.game, made.task
 
+# %% ../nbs/75_keep.ipynb #65428b6b
+class WithinBatches:
+    "The games of a run that plays within batches of images, trained and validated as its experiment does."
+    def __init__(self,
+        home, # the experiment's module
+        spec, # of the run
+        parts, # images, see `image_parts`
+        device="cpu",
+    ):
+        self.home, self.spec, self.parts, self.device = home, spec, parts, device
+        self.n_train, self.train = len(parts.train.images), ImageBatches(parts.train, device)
+
+    def objectives(self, ensemble)->tuple:
+        "Loss and validation; accuracy is that among the new images of a batch."
+        return self.home.objectives(ensemble, self.spec, self.parts, self.device, self.train)
+
+def _games_of(kept, what, device): # a task, or `WithinBatches`
+    if hasattr(kept.task, "games"): return kept.task
+    if kept.spec.model != "game":
+        raise ConfigError(f"{what} is of agents that talk, and run {kept.record.experiment}/{kept.record.key} is of the model "
+            f"{kept.spec.model!r}, which sends no messages: name one of a game")
+    return WithinBatches(home_of(kept.record.experiment), kept.spec, kept.task, device)
+
+def _test_part(task): return "test" if hasattr(task, "games") and _has(task, "test") else "valid"
+
+def _further(task, epochs, lr): # settings
+    from refcomm.training.loop import TrainSettings
+    within = isinstance(task, WithinBatches)
+    return TrainSettings(epochs=epochs, lr=lr, batch_size=min(task.spec.batch_size if within else 32, task.n_train),
+        patience=epochs, keep="last", drop_last=within)
+
 # %% ../nbs/75_keep.ipynb #798b8d2d
 def new_game(
     kept:Kept, # from `load`
@@ -277,9 +309,8 @@ def cross_play_of(
     "How well the receiver of each run understands the sender of each."
     from refcomm.training.populations import cross_play
     kept = _one_task(runs, store, device)
-    _with_candidates(kept[0], "cross-play")
-    part = "test" if _has(kept[0].task, "test") else "valid"
-    return cross_play([k.game for k in kept], kept[0].task, part)
+    task = _games_of(kept[0], "cross-play", device)
+    return cross_play([k.game for k in kept], task, _test_part(task))
 
 # %% ../nbs/75_keep.ipynb #65428b6a
 class RoleSwap(NamedTuple):
@@ -300,22 +331,11 @@ def role_swap_of(
     "Kept agents take turns as sender and receiver of each other: one random pair of different agents per step (Graesser et al. 2019)."
     from refcomm.training.populations import Population, cross_play, train_population
     kept = _one_task(runs, store, device)
-    _with_candidates(kept[0], "role swap")
     if len(kept) < 2: raise ConfigError("agents take turns with each other: name at least two runs")
-    task, games = kept[0].task, [copy.deepcopy(k.game) for k in kept]
-    part = "test" if _has(task, "test") else "valid"
-    before, settings = cross_play(games, task, part), _further(task, epochs, lr)
+    task, games = _games_of(kept[0], "role swap", device), [copy.deepcopy(k.game) for k in kept]
+    before, settings = cross_play(games, task, _test_part(task)), _further(task, epochs, lr)
     history = train_population(Population(games, alone=False), task, settings, seed)
-    return RoleSwap(before, cross_play(games, task, part), history, games)
-
-def _with_candidates(kept, what):
-    if not hasattr(kept.task, "games"):
-        raise ConfigError(f"{kept.record.experiment} plays within batches of images: {what} is for games with candidates "
-            f"of their own")
-
-def _further(task, epochs, lr): # settings
-    from refcomm.training.loop import TrainSettings
-    return TrainSettings(epochs=epochs, lr=lr, batch_size=min(32, task.n_train), patience=epochs, keep="last")
+    return RoleSwap(before, cross_play(games, task, _test_part(task)), history, games)
 
 # %% ../nbs/75_keep.ipynb #0089829e
 def ease_of(
@@ -329,9 +349,8 @@ def ease_of(
     "Ease of learning: see `training.populations.ease_of_learning`."
     from refcomm.training.populations import ease_of_learning
     kept = load(run, store, device)
-    _with_candidates(kept, "ease of learning")
-    return ease_of_learning(kept.game, lambda seed: new_game(kept, 10_000 + seed), kept.task,
-        _further(kept.task, epochs, lr), seeds)
+    task = _games_of(kept, "ease of learning", device)
+    return ease_of_learning(kept.game, lambda seed: new_game(kept, 10_000 + seed), task, _further(task, epochs, lr), seeds)
 
 # %% ../nbs/75_keep.ipynb #b3eb21fe
 def probe_of(

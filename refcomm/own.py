@@ -484,20 +484,23 @@ def plot_sweep(
     return ax
 
 # %% ../nbs/76_own.ipynb #8b47f91e
-@experiment(files=("table",), stack=("seed", "temperature"))
+@experiment(files=("table",), stack=("seed", "temperature"),
+    later=("layers", "draws", "ends", "warmup", "trained_temperature", "entropy_weight"))
 def page(table:str, columns:tuple=(), bins:tuple=(), distractors:int=9, valid:float=.1, test:float=.1,
     deal_seed:int=0, game:str="referential", channel:str="recurrent", bottleneck:str="gumbel", alphabet_size:int=10,
     message_length:int=5, word_length:int=10, hidden:int=128, embedding:int=32, cell:str="gru",
     length_cost:float=0., temperature:float=1., straight_through:bool=False, epochs:int=30, lr:float=1e-3,
-    batch_size:int=32, patience:int|None=None, optimizer:str="adam", metrics:tuple=("topsim", "posdis"), seed:int=0):
+    batch_size:int=32, patience:int|None=None, optimizer:str="adam", metrics:tuple=("topsim", "posdis"), seed:int=0,
+    layers:int=1, draws:bool=False, ends:bool|None=None, warmup:tuple=(.2, .6), trained_temperature:bool=False, entropy_weight:float=0.):
     "A game over the objects of a table, by names and numbers alone: what `refcomm sweep` needs no code for."
     known = dict(topsim=topsim, posdis=posdis, bosdis=bosdis)
     for m in metrics: check_choice("metric", m, known)
     objects = load_objects(table, columns or None, dict(zip(bins[::2], bins[1::2])))
     task = make_task(check_choice("game", game, TASKS), objects, distractors, valid, test, deal_seed)
-    own = {"gumbel": dict(temperature=temperature, straight_through=straight_through)}.get(bottleneck, {})
+    own = {"gumbel": dict(temperature=temperature, straight_through=straight_through, trained_temperature=trained_temperature),
+        "reinforce": dict(entropy_weight=entropy_weight)}.get(bottleneck, {})
     agents = make_game(task, channel, bottleneck, alphabet_size, message_length, word_length, hidden, embedding, cell,
-        length_cost=length_cost, seed=seed, **own)
+        ends, length_cost, warmup, seed=seed, layers=layers, draws=draws, **own)
     return trial(agents, task, epochs, lr, batch_size, patience, () if bottleneck == "continuous" else
         [known[m] for m in metrics], optimizer=optimizer, seed=seed)
 
