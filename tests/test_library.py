@@ -183,7 +183,7 @@ def test_interrupted_training_goes_on_to_the_same_result(tmp_path, monkeypatch):
         train(make_game(t, hidden=8), t, **settings, on_step=stop, store=Store(tmp_path/"a"))
     broken = train(make_game(t, hidden=8), t, **settings, on_step=stop, store=Store(tmp_path/"a"))
     assert len(steps) < 7 + 12
-    whole = train(make_game(t, hidden=8), t, **settings, store=Store(tmp_path/"b"))
+    whole = train(make_game(t, hidden=8), t, **settings, on_step=stop, store=Store(tmp_path/"b"))
     assert broken.record.key == whole.record.key and broken.metrics == whole.metrics and torch.equal(broken.messages,
         whole.messages)
     for a, b in zip(broken.game.parameters(), whole.game.parameters()): assert torch.equal(a, b)
