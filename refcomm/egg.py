@@ -31,7 +31,8 @@ def load_egg(
         raise ConfigError(f"no file {Path(path).absolute()}: name a dump of EGG's InteractionSaver") from None
     except ConfigError: raise
     except Exception as e:
-        raise ConfigError(f"{path} is no interaction dump of EGG, or holds what is not read safely: {str(e).splitlines()[0]}") from None
+        raise ConfigError(f"{path} is no interaction dump of EGG, or holds what is not read safely ({type(e).__name__}): store tensors "
+            f"with EGG's InteractionSaver") from None
     message, seen = getattr(dump, "message", None), getattr(dump, "sender_input", None)
     if not isinstance(message, torch.Tensor):
         raise ConfigError(f"{path} holds no messages: they are stored with LoggingStrategy(store_message=True)")

@@ -79,6 +79,7 @@ def _table(table)->pd.DataFrame:
         raise ConfigError(f"rows of {path} have more entries than its header names: one name for each column is expected")
     return found
 
+# %% ../nbs/76_own.ipynb #54637e92
 @checked
 def load_objects(
     table, # a DataFrame, or a .csv or .parquet file with a header
@@ -445,9 +446,9 @@ class Trial(NamedTuple):
         modules = [(name, type(m).__qualname__, *sorted((k, _trait(v)) for k, v in vars(m).items()
             if not k.startswith("_") and k not in ("training", *getattr(m, "stackable", ()))))
             for name, m in self.game.named_modules()]
-        alone = self.settings.optimizer == "lars" or bool(changing_buffers(self.game))
+        alone = self.settings.optimizer == "lars" or self.on_epoch or changing_buffers(self.game)
         return (_digest_of(self.task), repr(self.settings), repr(modules),
-            repr([p.shape for p in self.game.parameters()]), self.on_step, self.on_epoch, id(self) if alone else 0)
+            repr([p.shape for p in self.game.parameters()]), self.on_step, id(self) if alone else 0)
 
     @classmethod
     def train_together(cls, trials, context)->list: # one `RunResult` each
@@ -459,11 +460,19 @@ class Trial(NamedTuple):
             for i, result in zip(places, found): results[i] = result
         return results
 
+# %% ../nbs/76_own.ipynb #9a4225e0
 def _trait(v): # of a module, what members of a stack have in common
     if isinstance(v, Tensor): return content_digest(v.detach().cpu())
     if inspect.isroutine(v) or isinstance(v, functools.partial): return id(v) if code_of(v) else ""
     return repr(v) if isinstance(v, (bool, int, float, str, tuple, type(None))) else ""
 
+def _takes(call, n): # whether a function has n arguments or more
+    try: return call is not None and len(inspect.signature(call).parameters) >= n
+    except (TypeError, ValueError): return False
+
+def _true(x): return x is True or hasattr(x, "item") and x.item() is True # also NumPy's and PyTorch's
+
+# %% ../nbs/76_own.ipynb #9a4225e1
 def _trained(trials, places, context, n, n_groups)->list: # of `RunResult`s
     t, device, kept = trials[0], pick_device(context.device), checkpoint_of(context.checkpoint)
     task = t.task if device.type == "cpu" else t.task.to(device)
@@ -474,9 +483,14 @@ def _trained(trials, places, context, n, n_groups)->list: # of `RunResult`s
     def step(done):
         if hasattr(channel, "at"): channel.at(done)
         if t.on_step: t.on_step(done, ensemble.template)
+    calls = itertools.count()
     def log(rows):
+        before = next(calls) == 0 # rows of a checkpoint, whose weights are gone
         if context.log: context.log([dict(r, member=places[r["member"]]) for r in rows])
-        for r in rows if t.on_epoch else (): t.on_epoch(r)
+        if t.on_epoch is None or before and measures: return False
+        return any([_true(tell(r)) for r in rows])
+    measures = _takes(t.on_epoch, 2)
+    tell = (lambda r: t.on_epoch(r, ensemble.member(0))) if measures else t.on_epoch
     path = kept.path and Path(kept.path).with_stem(Path(kept.path).stem + (f"-{n}" if n else ""))
     fitted = fit(ensemble, *objectives(ensemble, task), task.n_train, t.settings, [x.seed for x in trials], device,
         Checkpoint(path, kept.owner), context.checkpoint_seconds,
@@ -495,6 +509,7 @@ def _trained(trials, places, context, n, n_groups)->list: # of `RunResult`s
             tensors | {f"task/{k}": v for k, v in own.items()}, ensemble.weights(m) if context.weights else None))
     return results
 
+# %% ../nbs/76_own.ipynb #9a4225e2
 class _Own: # what runs an `OwnSpec`
     @staticmethod
     def run(specs, context): return Trial.train_together([s.trial for s in specs], context)
@@ -514,7 +529,7 @@ def trial(
     patience:int|None=None, # epochs without improvement before training stops; None: all epochs
     metrics=(), # functions (messages, meanings[, lengths]) → number, or names in `METRICS`; messages are −1 after their ends
     on_step=None, # called with (share done, game) before every step, for example to set temperatures
-    on_epoch=None, # called with each epoch's row of the history
+    on_epoch=None, # called with each epoch's row of the history and, if it takes two arguments, the game; True ends the training
     name:str="", # distinguishes runs with equal settings
     seed:int=0, # of order and noise
     **settings, # further fields of `TrainSettings`
@@ -574,7 +589,10 @@ def sweep(
     "Make the runs of a grid, those of one shape trained together; what was made before is loaded."
     grid = {k: list(v) if hasattr(v, "__iter__") and not isinstance(v, (str, dict)) else v for k, v in grid.items()}
     if twice := sorted(set(grid) & set(fixed)): raise ConfigError(f"{twice[0]!r} is in the grid, and is fixed, too")
-    chosen = _grid(grid)
+    chosen, takes = _grid(grid), inspect.signature(make).parameters
+    for name in (*grid, *fixed):
+        if name not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+            raise ConfigError(f"{getattr(make, '__name__', make)} has no argument {name!r}: {nearest(name, takes)}")
     made = [(trial if make is train else make)(**fixed, **c) for c in chosen]
     if all(isinstance(m, Run) for m in made):
         if jobs > 1 or executor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from ..core import ConfigError, generator
+from ..core import ConfigError, checked, generator
 from ..data.objects import split
 from ..files import content_digest
 from .tasks import Games, Task
@@ -42,10 +42,11 @@ class Attributes(NamedTuple):
 # %% ../../nbs/44_games.reconstruction.ipynb #e258f5dd
 class Reconstruction(Task):
     "Predict the value of each attribute of the target (as in EGG's basic games and attribute–value games)."
+    @checked
     def __init__(self,
         objects, # `own.Objects`
-        valid:float=.1, # share of the objects, or their number
-        test:float=.1,
+        valid:float|int=.1, # share of the objects, or their number
+        test:float|int=.1,
         seed:int=0, # of the split
     ):
         n = {k: round(v*len(objects)) if isinstance(v, float) else v for k, v in dict(valid=valid, test=test).items()}

@@ -309,13 +309,13 @@ def game_html(
 # %% ../../nbs/77_interact.explore.ipynb #84179fae
 def static_page(
     e:Explorer,
-    games=range(5), # to show
+    games=None, # numbers of those to show; None: the first five
     changes:dict={}, # changed messages to show below each game
     most:int=12, # candidates of each game
     title:str="Messages",
 )->str: # a whole page
     "Games as one HTML page that needs neither kernel nor network."
-    shown = [game_html(e, g, c, most) for g in games for c in ({}, changes)[:1 + bool(changes)]]
+    shown = [game_html(e, g, c, most) for g in (range(min(5, len(e))) if games is None else games) for c in ({}, changes)[:1 + bool(changes)]]
     return (f'<!doctype html><html lang="en"><meta '
         f'charset="utf-8"><title>{html.escape(title)}</title><body><h1>{html.escape(title)}</h1>{"<hr>".join(shown)}</body></html>')
 

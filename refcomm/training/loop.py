@@ -344,7 +344,7 @@ def fit(
     report=None, # called with (share done, text); a progress bar when None
     on_progress=None, # called with the share done before every step: temperature schedules
     lr_factors=(), # pairs: (prefix of a parameter's name, factor on the learning rate)
-    log=None, # called with new rows of the history: first those of a checkpoint, then of each epoch
+    log=None, # called with new rows of the history: first those of a checkpoint, then of each epoch; True ends the training
     announce=None, # called in each epoch with the batches of indices to come, which then stay on the CPU
 )->Fit:
     "Train `ensemble` in place; its final weights are chosen by `settings.keep`."
@@ -361,13 +361,13 @@ def fit(
         bar.update(round(done*settings.epochs) - bar.n)
     tell = lambda rows: log and log([r for r in rows if r["epoch"] <= t.best.epoch[r["member"]] + settings.patience])
     save = lambda: keep(t, path, shape)
-    tell(t.history)
+    ended = tell(t.history) is True
     with Interruptible() as stop:
         try:
-            while t.epoch < settings.epochs and t.best.active(t.epoch - 1, settings.patience).any():
+            while not ended and t.epoch < settings.epochs and t.best.active(t.epoch - 1, settings.patience).any():
                 train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop, announce)
                 row = finish_epoch(t, validate, stop)
-                tell(t.history[-ensemble.n_members:])
+                ended = tell(t.history[-ensemble.n_members:]) is True
                 say(t.epoch/settings.epochs, f"loss {row['loss']:.4f}, validation accuracy {row['accuracy']:.4f}")
             with stop.hold(): save()
         except Interrupted as e: raise stopped(e, t, save, path) from None

@@ -96,6 +96,7 @@ class _Playing:
     def map(self, fn, *args): return self.ensemble.map(lambda p, *a: fn(p.pair(*self.now), *a), *args)
     def member(self, i): return self.ensemble.member(i).pair(*self.now)
 
+# %% ../../nbs/67_training.populations.ipynb #b06d0742
 def train_population(
     population:Population, # trained in place
     task, # a `Task`
