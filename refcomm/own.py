@@ -404,9 +404,9 @@ def _parts_of(x, within=()): # what distinguishes tasks: their tensors, numbers 
     if hasattr(x, "tolist"): return [str(x.dtype), repr(x.tolist())]
     if isinstance(x, (bool, int, float, str, type(None))): return [repr(x)]
     if id(x) in within or callable(x): return []
-    if hasattr(x, "__dict__"): x = dict(vars(x), kind=type(x).__qualname__)
-    parts = [*x.keys(), *x.values()] if isinstance(x, dict) else x if isinstance(x, (list, tuple, range)) else ()
-    return [p for v in parts for p in _parts_of(v, (*within, id(x)))]
+    known = dict(vars(x), kind=type(x).__qualname__) if hasattr(x, "__dict__") else x
+    if isinstance(known, dict): known = [*known.keys(), *known.values()]
+    return [p for v in known for p in _parts_of(v, (*within, id(x)))] if isinstance(known, (list, tuple, range)) else []
 
 def _spec_of(t)->OwnSpec:
     weights = content_digest(*(v.detach().cpu() for v in t.game.state_dict().values()),
