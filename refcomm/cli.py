@@ -439,12 +439,15 @@ def runs_list(limit:int = typer.Option(1000, min=0, help="number of runs to show
     "List all finished runs."
     from refcomm.runs.costs import size
     from refcomm.runs.store import Store, indexed
-    store, bad, show = Store(), [], ("channel", "bottleneck", "alphabet_size", "word_length", "lr", "seed")
+    store, bad = Store(), []
+    columns = ("name", "channel", "bottleneck", "alphabet_size", "word_length", "lr", "seed")
     with contextlib.closing(indexed(store, bad)) as db:
         n = db.execute("SELECT count(*) FROM runs").fetchone()[0]
         found = db.execute("SELECT experiment, key, spec, seconds, bytes, weights, device, made FROM runs LIMIT ?",
             (limit or -1,)).fetchall()
-    rows = [(f"{experiment}/{key}", *(json.loads(spec).get(k, "") for k in show), f"{seconds:.1f}", size(taken),
+    found = [(*row[:2], json.loads(row[2]), *row[3:]) for row in found]
+    show = [k for k in columns if any(k in row[2] for row in found)]
+    rows = [(f"{experiment}/{key}", *(spec.get(k, "") for k in show), f"{seconds:.1f}", size(taken),
         size(weights) if weights else "–", device, made)
         for experiment, key, spec, seconds, taken, weights, device, made in found]
     print_table(f"{n} runs in {store.root}", ("run", *show, "seconds", "disk", "weights", "device", "commit"), rows)
