@@ -18,6 +18,7 @@ from refcomm.publish.catalogue import choose, item_runs, notebooks, parameters_o
 from refcomm.runs.costs import Recorded, duration, plan_costs, size
 
 REAL = [*IMAGES, *(s["real"][0] for s in SOURCES.values())]
+COUNTED = {"smoke": (False,), "cpu": (False,), "gpu": (True, False), "paper": (True,)}  # profile → as a GPU computes it, as a processor does
 
 
 def every(profile):
@@ -81,9 +82,9 @@ def main(args):
         return
     for profile in args or PROFILES:
         specs = list(every(profile))
-        if profile in ("gpu", "paper"):
-            print(profile, "as a GPU computes it:", ship_counts(specs, None, True, as_a_gpu), "shapes in all", flush=True)
-        if profile != "paper": print(profile, ship_counts(specs), "shapes in all", flush=True)
+        for gpu in COUNTED[profile]:
+            n = ship_counts(specs, None, gpu, as_a_gpu if gpu else count)
+            print(profile, "as a GPU computes it:" if gpu else "as a processor computes it:", n, "shapes in all", flush=True)
 
 
 if __name__ == "__main__": main(sys.argv[1:])
