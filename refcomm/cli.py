@@ -314,7 +314,7 @@ def plan(
 ):
     "Show missing and finished runs, and estimate time, disk and memory. Executes nothing."
     from refcomm.papers.counts import plan_model
-    from refcomm.runs.costs import duration, plan_costs, recorded, shipped, size
+    from refcomm.runs.costs import duration, longest, plan_costs, recorded, shipped, size
     check_choice("profile", profile, PROFILES)
     given, recipes, wanted, without = parse_parameters(parameters), shipped(), {}, {}
     chosen = choose(items or sorted({i.split("/")[0] for i in notebooks()}))
@@ -339,8 +339,7 @@ def plan(
     rows = sorted([*(cells[l.item] for l in lines), *((i, *[""]*6, why) for i, why in without.items())])
     print_table(f"Profile {profile}", ("item", "runs", "cached", "to do", "time", "disk", "memory", "time estimated"),
         [*rows, cells["total"]])
-    if profile == "gpu" and (long := [f"{l.item} ({l.runs} runs)" for l in lines if l.seconds > 600]):
-        print(f"More than ten minutes, because of many runs, most of which are shared with other items: {', '.join(long)}.")
+    if profile == "gpu" and (long := longest(lines, wanted)): print(f"More than ten minutes: {'; '.join(long)}.")
     if others:
         print("Shipped times are of other data than are here, and not used: " + "; ".join(f"{i} (shipped with {there}; here "
             f"{here})" for i, (there, here) in others.items()) + ". REFCOMM_DATA names a folder with data.")
