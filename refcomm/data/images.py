@@ -102,7 +102,7 @@ _BLOCK = 1024 # images that are decoded or copied at a time
 
 class StoredImages:
     "Rows of images that are not all in memory; those that are indexed are read, as a tensor."
-    dtype = torch.uint8
+    dtype, device = torch.uint8, torch.device("cpu")
     def __init__(self,
         tensors, # one or several [m, 3, size, size] uint8, such as those of mapped files
         rows:Tensor|None=None, # [n] int64, numbers in all tensors, one after the other; all of them when None
@@ -114,8 +114,11 @@ class StoredImages:
     def shape(self)->torch.Size: return torch.Size((len(self.rows), *self.tensors[0].shape[1:]))
     def __len__(self): return len(self.rows)
     def __repr__(self): return f"StoredImages({list(self.shape)})"
+    def dim(self)->int: return len(self.shape)
+    def numel(self)->int: return self.shape.numel()
 
-    def __getitem__(self, i)->Tensor: # [m, 3, size, size]; of a number [3, size, size]
+    def __getitem__(self, i)->Tensor: # [m, 3, size, size]; of a number [3, size, size]; after a comma, slices of these
+        if isinstance(i, tuple): return self[i[0]][i[1:] if isinstance(i[0], int) else (slice(None), *i[1:])]
         rows = self.rows[i.cpu() if isinstance(i, Tensor) else i]
         some = StoredImages(self.tensors, rows.reshape(-1))
         return read_rows(some, torch.arange(len(some))).view(*rows.shape, *self.shape[1:])

@@ -69,6 +69,7 @@ class Ensemble(nn.Module):
             self.register_buffer(f"values_{i}", torch.tensor(values, dtype=torch.float32), persistent=False)
         number = {id(p): i for i, p in enumerate(members[0].parameters())} # a parameter may be used in several places
         self._places = [(name, number[id(p)]) for name, p in _places(self._call[0])]
+        self.compiled = None # a `Compiled`, in place of `_map` in training steps
 
     @property
     def template(self)->nn.Module:
@@ -85,8 +86,12 @@ class Ensemble(nn.Module):
         *args, # tensors [n_members, ...], also in (named) tuples, with one slice per member; other values are passed unchanged
     ): # the results, stacked along a new first dimension
         "Apply `fn` to every member with its slice of each argument; variables in the closure of `fn` are shared."
+        step = self.compiled if self.training and torch.is_grad_enabled() else None
+        return (step or self._map)(fn, *args)
+
+    def _map(self, fn, *args):
         def call(params, values, *a):
-            with self._holding(values):
+            with self._holding(values) if values else contextlib.nullcontext():
                 return functional_call(self._call[0], {k: params[i] for k,i in self._places}, (fn, *a),
                     tie_weights=False)
         if self.n_members == 1:
