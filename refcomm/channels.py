@@ -184,6 +184,7 @@ class Recurrent(Channel):
         for i in range(self.message_length): state = self.listener.step(gates[:, i], state)
         return self.listener.out(state)
 
+# %% ../nbs/27_channels.ipynb #788528d2
 def _words(parts): return torch.stack(parts, 1)
 
 # %% ../nbs/27_channels.ipynb #2b95c678

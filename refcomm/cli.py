@@ -449,6 +449,7 @@ def runs_list(limit:int = typer.Option(1000, min=0, help="number of runs to show
     if len(rows) < n: print(f"and {n - len(rows)} more: refcomm runs list --limit 0 shows all")
     for d in bad: print(d)
 
+# %% ../nbs/99_cli.ipynb #ccb4435f
 @runs_app.command("show")
 def runs_show(run:str = typer.Argument(..., help="experiment/key, or the beginning of a key")):
     "Show one run as JSON."
@@ -460,6 +461,7 @@ def runs_show(run:str = typer.Argument(..., help="experiment/key, or the beginni
     print(json.dumps(dict(run=f"{r.experiment}/{r.key}", spec=r.spec, summary=r.summary, provenance=r.provenance,
         rows=r.rows), indent=1))
 
+# %% ../nbs/99_cli.ipynb #e734eda5
 @runs_app.command("verify")
 def runs_verify():
     "Check every record against its checksums; exit 1 if one is damaged."

@@ -303,6 +303,7 @@ def from_record(
         made=record.provenance)
     return make_corpus(sent, about(record, name or kinds[0]), origin, lengths)
 
+# %% ../nbs/74_corpora.ipynb #674905ea
 def _about(home): # (record, which of its messages) → meanings; None where it is not known
     spec_of = lambda record: load_spec(record.experiment, record.spec)
     if isinstance(home, Experiment): return lambda record, name: _said(home.made(spec_of(record)))

@@ -354,6 +354,7 @@ def save_checkpoint(path, tensors:dict, meta:dict):
     data = save(tensors, {"meta": text, "sha256": _state_digest(tensors, text)})
     with write_atomic(path) as tmp: tmp.write_bytes(data)
 
+# %% ../nbs/01_files.ipynb #73796828
 def load_checkpoint(path)->tuple|None: # tensors and meta; None if there is no valid checkpoint
     "Read a checkpoint of `save_checkpoint`; a damaged one is renamed with a warning."
     from safetensors import safe_open
@@ -367,6 +368,7 @@ def load_checkpoint(path)->tuple|None: # tensors and meta; None if there is no v
         return tensors, json.loads(about["meta"])
     except Exception as e: distrust_checkpoint(path, e)
 
+# %% ../nbs/01_files.ipynb #c2b92923
 def distrust_checkpoint(
     path,
     why, # a text or an exception

@@ -112,6 +112,7 @@ def _card(words, about)->str:
         "", "```json", json.dumps(words, indent=1, ensure_ascii=False), "```", "",
         "## How they were made", "", "```json", json.dumps(about, indent=1, ensure_ascii=False), "```", ""])
 
+# %% ../nbs/75_keep.ipynb #3dd1f3f8
 def save_game(
     folder, # to make; an existing saved game is replaced
     game:nn.Module, # a `ReferentialGame`, or any module

@@ -59,6 +59,7 @@ class Objects:
         return (f"Objects({len(self)} objects: " + ", ".join(f"{n} ({len(k)})" for n, k in zip(self.names, self.kinds))
             + ")")
 
+# %% ../nbs/76_own.ipynb #8093ac56
 def load_objects(
     table, # a DataFrame, or a .csv or .parquet file with a header
     columns=None, # names of the attributes' columns; all when None
@@ -119,6 +120,7 @@ class Referential(ItemTask):
         return content_digest(*(x for k in ("train", "valid", "test") for x in (self.x[k].cpu(), self.ids[k])),
             json.dumps(self.given, sort_keys=True))
 
+# %% ../nbs/76_own.ipynb #ba9c538d
 def referential(
     objects, # `Objects`, or features [n, dim]
     distractors:int=9, # of each target
@@ -145,6 +147,7 @@ def _own_bottleneck(bottleneck, alphabet_size, word_length, options):
     if bottleneck not in ("gumbel", "reinforce"): sizes["word_length"] = word_length
     return make_bottleneck(bottleneck, **sizes, **options)
 
+# %% ../nbs/76_own.ipynb #145da064
 def make_game(
     task, # determines the sizes
     channel="recurrent", # a name in `CHANNELS`, or a channel
@@ -207,6 +210,7 @@ class OwnSpec:
             "pip install 'refcomm[workers]', or use jobs=1")
         return _carried, (dataclasses.asdict(self), cloudpickle.dumps(self.trial))
 
+# %% ../nbs/76_own.ipynb #1a96f065
 @dataclasses.dataclass(frozen=True)
 class Run:
     "A finished training of a user's game."
@@ -284,6 +288,7 @@ def tested(game, task, metrics)->tuple: # a row of metrics, and tensors
         row[_short(metric)] = None if value != value else value
     return row, tensors | dict(messages=sent.contiguous())
 
+# %% ../nbs/76_own.ipynb #314e937b
 def _short(metric): return {"topographic_similarity": "topsim"}.get(metric.__name__, metric.__name__)
 
 def _digest_of(task)->str:
@@ -340,6 +345,7 @@ class Trial(NamedTuple):
             for i, result in zip(places, found): results[i] = result
         return results
 
+# %% ../nbs/76_own.ipynb #df7f492a
 def _trained(trials, places, context, n, n_groups)->list: # of `RunResult`s
     t, device, kept = trials[0], pick_device(context.device), checkpoint_of(context.checkpoint)
     task = t.task if device.type == "cpu" else t.task.to(device)
@@ -369,6 +375,7 @@ def _trained(trials, places, context, n, n_groups)->list: # of `RunResult`s
             tensors | {f"task/{k}": v for k, v in own.items()}, ensemble.weights(m) if context.weights else None))
     return results
 
+# %% ../nbs/76_own.ipynb #6525cefc
 class _Own: # what runs an `OwnSpec`
     @staticmethod
     def run(specs, context): return Trial.train_together([s.trial for s in specs], context)
@@ -397,6 +404,7 @@ def trial(
         or epochs, **settings)
     return Trial(game, task, settings, tuple(metrics), check_at_least("seed", seed, 0), name, on_step, on_epoch)
 
+# %% ../nbs/76_own.ipynb #e8d04a56
 def train(
     game:ReferentialGame, # not changed; the trained copy is in the run
     task, # from `referential`, or any `Task`
@@ -428,6 +436,7 @@ def _grid(grid)->list: # of dicts, one for each combination
         if not len(values := list(values)): raise ConfigError(f"grid[{name!r}] is empty: give at least one value")
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
+# %% ../nbs/76_own.ipynb #69441bdf
 def sweep(
     make, # an experiment, a Spec's class, `train`, or a function (**values) → `Trial` or `Run`
     grid:dict, # name → values to try
@@ -460,6 +469,7 @@ def sweep(
     return pd.DataFrame([{**{k: shown[k][i] for k in grid}, **row, "key": r.key} for i, r in enumerate(records)
         for row in r.rows])
 
+# %% ../nbs/76_own.ipynb #f82cdcfb
 def _shown(x): # a value of a grid as a table holds it
     return x if isinstance(x, (bool, int, float, str, type(None))) else getattr(x, "__name__", None) or str(x)
 

@@ -70,6 +70,7 @@ class PatchSymbol(nn.Module):
 # %% ../../nbs/34_agents.patches.ipynb #27692739
 RANK_SIZES, RANK_TRUNKS = GRID_SIZES, ("resnet9", "thin")
 
+# %% ../../nbs/34_agents.patches.ipynb #efce1e00
 class PatchRank(nn.Module):
     "A score for each patch of an image, from the whole image (Gupta et al. 2021, §3.2)."
     def __init__(self,

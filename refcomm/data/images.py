@@ -41,6 +41,7 @@ class LabelledImages(NamedTuple):
         "A digest of images, labels and class names; the source's name does not count."
         return content_digest(_content(self.images), self.labels, self.classes, *([self.wnids] if self.wnids else []))
 
+# %% ../../nbs/14_data.images.ipynb #85fa5d59
 def _content(images): # for `content_digest`, which digests a tensor in the same way
     if isinstance(images, Tensor): return images
     digest = hashlib.sha256()
@@ -62,6 +63,7 @@ def number_classes(labels, names, name)->tuple: # [n] int64, list of str
     number = {k: i for i, k in enumerate(keys)}
     return torch.tensor([number[l] for l in labels]), classes
 
+# %% ../../nbs/14_data.images.ipynb #9d4dd056
 def class_wnids(labels, names, wnids)->list|None: # of the classes that occur, in their order
     "The WordNet ids of classes, also from labels or names in that form; None unless each class has one."
     found = [str(wnids.get(l) or (l if WNID.fullmatch(str(l)) else names.get(l))) for l in sorted(set(labels))]
@@ -217,6 +219,7 @@ def _inside(name, folders)->Path:
         if os.path.commonpath([folder, path]) == folder and os.path.isfile(path): return Path(path)
     raise ConfigError(f"{name!r:.80} is no file in the folder of the source")
 
+# %% ../../nbs/14_data.images.ipynb #f03e97d6
 def square(image, size:int)->Tensor: # [3, size, size] uint8
     "An RGB image scaled and cropped about its centre to a square."
     from PIL import ImageOps, Image
@@ -334,6 +337,7 @@ def _parts_of(path)->list: # (part, folder) of each
             f"{', '.join(others[:5])}, which is no part: move it elsewhere, or name it {', '.join(_PARTS)}")
     return [(_PARTS[p.name.lower()], p) for p in named]
 
+# %% ../../nbs/14_data.images.ipynb #a68f4eb9
 def _folder(path)->_Source:
     "One sub-folder per class, or such folders for each split."
     parts = _parts_of(path)
@@ -354,6 +358,7 @@ def _part_of(file)->str: # "train", "valid", "test", or "" if the name contains 
     "The split in a file's name, such as train-00000-of-00001.parquet or tiny_imagenet_val.parquet."
     return next((_PARTS[word] for word in re.split(r"[^a-z]+", file.stem.lower()) if word in _PARTS), "")
 
+# %% ../../nbs/14_data.images.ipynb #1a0a5dfb
 def _parquet(path, image_column, label_column)->_Source:
     "A parquet file with encoded images, a folder of them or a pattern; without a column `split`, files are parts by their names."
     files = [path] if path.is_file() else matches(path) or sorted(path.glob("*.parquet"))
@@ -383,6 +388,7 @@ def _parquet(path, image_column, label_column)->_Source:
     return _Source(lambda i: _open(images[i], [folder]), lambda i: where[i], labels, names, part,
         f"parquet: {path.stem}", wnids, lambda: [image_column, *_states(files)] if here else None)
 
+# %% ../../nbs/14_data.images.ipynb #52074488
 def _class_names(table, column)->list: # of text; empty where there are none
     "The class names that Hugging Face's `datasets` stores in a file's metadata."
     try: names = from_json(table.schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
@@ -424,6 +430,7 @@ def _hub(name, split, image_column, label_column)->_Source:
     return _Source(lambda i: _open(data[i][image_column], kept), lambda i: f"row {i}", labels, dict(enumerate(names)),
         [_PARTS.get(split, split)]*len(labels), f"hub: {name}", content=lambda: getattr(data, "_fingerprint", None))
 
+# %% ../../nbs/14_data.images.ipynb #5d813c2c
 def _torchvision(name, split)->_Source:
     "A set of `torchvision.datasets` under REFCOMM_DATA."
     import torchvision.datasets as sets
@@ -469,6 +476,7 @@ def _scenes(size, n)->LabelledImages:
 
 _RENDERED = {"shapes": _shapes, "scenes": _scenes}
 
+# %% ../../nbs/14_data.images.ipynb #b54b045e
 def load_images(
     source="shapes", # "shapes", "scenes", a folder, a .parquet file, a folder or a pattern of them, "org/name" on the hub, "torchvision:CIFAR10"
     size:int=64, # pixels on a side

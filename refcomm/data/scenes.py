@@ -125,8 +125,10 @@ class Scenes(NamedTuple):
         area = (self.boxes[..., 2:] - self.boxes[..., :2]).prod(-1)
         return self.kinds.gather(1, area.argmax(1, keepdim=True))[:, 0]
 
+# %% ../../nbs/12_data.scenes.ipynb #90bec646
 MANY = 2**24 # pixels from which images are kept: some seconds of painting; raise the number in "painted 1" with every change of how they look
 
+# %% ../../nbs/12_data.scenes.ipynb #f21b8a72
 class SceneWorld:
     "Random scenes of shapes that vary in size, place, colour and texture and overlap little, on patterned backdrops."
     def __init__(self,

@@ -129,6 +129,7 @@ def _from_hub(path, split, **kwargs):
     frame = data.to_pandas()
     return frame.assign(**{c: f.int2str(frame[c].tolist()) for c,f in data.features.items() if hasattr(f, "int2str")})
 
+# %% ../../nbs/15_data.sentences.ipynb #447858c3
 def _table(source, split): # DataFrame, name
     "The table named by `source`."
     if source == "banking77":

@@ -216,6 +216,7 @@ def _part(
     for name in by: check_choice("attribute", name, world.values)
     return AttributeWorld({name: world.values[name] for name in by}, world.device)
 
+# %% ../../nbs/11_data.shapes.ipynb #1abd42ba
 class ShapeWorld(AttributeWorld):
     "Images of one shape each, whose attributes are known: the embedded image set."
     def __init__(self,

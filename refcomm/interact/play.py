@@ -83,6 +83,7 @@ def match_html(
         f'meant?</b>{message_html(e, m.game)}<div>{"".join(cards)}</div><details open><summary>Other messages, and '
         f'what they are about</summary><table>{examples}</table></details><div>{score}</div></div>')
 
+# %% ../../nbs/78_interact.play.ipynb #1aadbade
 def play(
     m, # a `Match`; or a finished run, see `explorer_of`
 ): # an ipywidgets box

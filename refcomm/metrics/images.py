@@ -42,6 +42,7 @@ def edge_density(
         found.append((slope > threshold).float().mean((1, 2)))
     return torch.cat(found)
 
+# %% ../../nbs/55_metrics.images.ipynb #f8a82b9e
 def grey_entropy(
     images:Tensor, # [n, 3, height, width] uint8
     batch:int=256, # images per block

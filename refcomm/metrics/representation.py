@@ -200,6 +200,7 @@ def _counts(symbols, vocab_size):
     return csr_array((torch.ones(len(row)).numpy(), (row.cpu().numpy(), symbols[row, place].cpu().numpy())),
         shape=(len(symbols), vocab_size))
 
+# %% ../../nbs/52_metrics.representation.ipynb #94c10aa9
 def bag_of_symbols(
     train:Tensor, # [n, length] symbols, −1 where none was sent
     train_labels:Tensor, # [n] classes from 0

@@ -100,6 +100,7 @@ def _eqc_task(s, device):
     if s.fine_tune: x, classes = 1 + _whole(1000, n, WORDS), 1 + _whole(1000, n_classes, 6)
     return ClassTask(x, labels, classes, parts, s.n_negatives, device)
 
+# %% ../../nbs/57_papers.counts.ipynb #8ac15c71
 def _beyond_task(s, device): # with random numbers for the features of rendered images
     run = runner_of(s)
     def features(source, n):
@@ -161,10 +162,12 @@ def trial(
         with torch.no_grad(): validate()
     return step, t.optimizer.step, validated, ensemble
 
+# %% ../../nbs/57_papers.counts.ipynb #dcb1d112
 def spared(s)->float: # of an update's work, for one batch
     "What several batches to an update save of it."
     return 1 - 1/getattr(s, "accumulate", 1)
 
+# %% ../../nbs/57_papers.counts.ipynb #2dd2c95e
 def _measured(s, batch)->list: # of the fields of `Counts`
     *parts, ensemble = trial(s, batch)
     seen = []
@@ -316,6 +319,7 @@ def disk_bytes(
 # %% ../../nbs/57_papers.counts.ipynb #a2da63f1
 MOST_IMAGES = .4*2**37 # bytes that lie on an H200; more are read from the host, see `refcomm.data.stream`
 
+# %% ../../nbs/57_papers.counts.ipynb #a5450df5
 class Model:
     "Estimates what runs cost on a device, from what they compute and how fast it is; it is measured when it is needed."
     def __init__(self,

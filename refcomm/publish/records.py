@@ -130,6 +130,7 @@ def keep_item(
     tidy(folder)
     return _index(folder, item)
 
+# %% ../../nbs/95_publish.records.ipynb #f40830e7
 def tidy(
     folder, # of records
 )->list: # of files removed

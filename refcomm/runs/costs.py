@@ -267,6 +267,7 @@ class Line(NamedTuple):
     basis:str # how many missing runs by what
     memory:float=0 # bytes on the device that missing runs take at most, as far as it is known
 
+# %% ../../nbs/73_runs.costs.ipynb #9075b893
 def _line(item, runs, costs)->Line:
     count = collections.Counter(c.basis for c in costs)
     return Line(item, runs, runs - len(costs), sum(c.seconds or 0 for c in costs),

@@ -176,6 +176,7 @@ def _plain(x, where): # the same for JSON: NumPy's and PyTorch's numbers as Pyth
     raise RecordError(f"{where} is {type(x).__name__}, which cannot be stored: use numbers, text, lists and "
         f"dictionaries, and tensors for the rest")
 
+# %% ../../nbs/68_runs.store.ipynb #0cab2fff
 def _tensor_bytes(tensors, what)->bytes:
     from safetensors.torch import save
     own, seen = {}, set()
@@ -219,6 +220,7 @@ def _fits(kind, value):
 
 def _scalar(x): return x is None or isinstance(x, (bool, int, float, str))
 
+# %% ../../nbs/68_runs.store.ipynb #9f916ae8
 def body_errors(
     body, # of a record.json
 )->list: # of sentences

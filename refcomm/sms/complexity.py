@@ -103,6 +103,7 @@ class Automatic:
         much = size >= 2**23 or sizes_only and self.spent >= self.load
         return "numba" if much and have_numba() else "numpy"
 
+# %% ../../nbs/59_sms.complexity.ipynb #a5acf933
 automatic = Automatic()
 
 def _solve(targets, distractors, copies, backend, sizes_only=False):

@@ -387,6 +387,7 @@ def turn(t, mode, stop):
         t.mode(mode)
         t.whole = True
 
+# %% ../../nbs/64_training.loop.ipynb #69eb5ab2
 def prepare_epoch(t, device, announce=None):
     "Draw the order of an epoch's items, unless a checkpoint has it, and announce or copy it."
     s, t.whole = t.settings, False
@@ -397,6 +398,7 @@ def prepare_epoch(t, device, announce=None):
     if announce: announce(b[0] for b in t.order[:, t.step*s.batch_size:].split(s.batch_size, 1)[t.rank::t.size])
     else: t.order = t.order.to(device) # once per epoch, because each copy synchronises
 
+# %% ../../nbs/64_training.loop.ipynb #be1957d3
 def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop=None, announce=None):
     "Train one epoch, or the rest of an interrupted one; between steps, save every `checkpoint_seconds` and stop on a signal."
     s, stop, prepared = t.settings, stop or Interruptible(), False

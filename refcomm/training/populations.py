@@ -41,6 +41,7 @@ class Paired(ReferentialGame):
     channel = property(lambda self: _Between(self.speaking.channel, self.listening.channel))
     draws = property(lambda self: self.listening.draws)
 
+# %% ../../nbs/67_training.populations.ipynb #e456ae54
 class Population(nn.Module):
     "Games of one kind whose senders and receivers are paired at random."
     def __init__(self,
@@ -56,6 +57,7 @@ class Population(nn.Module):
         "The game of sender `i` with receiver `j`."
         return Paired(self.games[i], self.games[j])
 
+# %% ../../nbs/67_training.populations.ipynb #097893d4
 def train_population(
     population:Population, # trained in place
     task, # a `Task`
@@ -79,6 +81,7 @@ def train_population(
     population.eval()
     return history
 
+# %% ../../nbs/67_training.populations.ipynb #6b8ec1ae
 @torch.no_grad()
 def cross_play(
     games, # trained games of one kind, such as those of a population or of several seeds
@@ -118,6 +121,7 @@ def renewed(
     fresh.load_state_dict({k: v if k.startswith(new) else kept[k] for k, v in fresh.state_dict().items()})
     return fresh
 
+# %% ../../nbs/67_training.populations.ipynb #17930c1a
 def iterated(
     make, # (seed) → a new game
     task, # a `Task`
@@ -149,6 +153,7 @@ def iterated(
         game = ensemble.eval().member(0)
         yield generation, game, history
 
+# %% ../../nbs/67_training.populations.ipynb #9dcd1347
 def _whole_epochs(steps, batches):
     if steps > 0 and steps % batches == 0: return steps // batches
     raise ConfigError(f"a reset comes between epochs of {batches} steps: every={max(1, round(steps/batches))*batches} would do, got {steps}")

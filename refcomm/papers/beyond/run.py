@@ -126,6 +126,7 @@ def build(
     with seeded_init(s.seed, "channel"): channel = _instant(s) if s.channel == "instant" else None
     return make_game(task, seed=s.seed, **message_sizes(s) | own | (dict(channel=channel) if channel else {}))
 
+# %% ../../../nbs/92_papers.beyond.run.ipynb #7c79866a
 def _instant(s): # with encodings as wide as those of the recurrent channel, not as the word
     own = {k: v for k, v in message_sizes(s).items() if k not in ("channel", "hidden", "embedding")}
     return Instant(make_bottleneck(own.pop("bottleneck"), **own), s.hidden)

@@ -16,6 +16,7 @@ GAMES = ("objects", "images", "sentences", "classes", "discrimination", "symboli
 BOTTLENECKS = ("continuous", "quantized", "fsq", "vq", "learned", "gumbel", "straight-through", "reinforce")
 CHANNELS = ("instant", "recurrent", "ending")
 
+# %% ../../../nbs/49_papers.beyond.spec.ipynb #f57f1a5c
 @spec
 class BeyondSpec:
     "One training of one game with one kind of message and one seed."

@@ -270,6 +270,7 @@ def graceful_values(
         values[f"eqc.{game}.graceful"] = dict(more_lost=more)
     return values
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #204d9800
 def printed_rate_values(
     rows, # from `printed_rows`, Object game at the printed rate
 )->dict: # claim → its values
@@ -280,6 +281,7 @@ def printed_rate_values(
         printed=_printed("table5", "CN-Inst", most)),
             "eqc.object.printed-noum": dict(noum=sent, printed=published_estimate(58., n_runs=3, like=sent))}
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #e7c02829
 def fine_tuned_values(
     rows, # from `printed_rows`, with the column `encoder`: "fine-tuned" or "frozen"
 )->dict: # claim → its values

@@ -50,6 +50,7 @@ class Thumbnail(nn.Sequential):
     feature_dim = 48
     def __init__(self): super().__init__(nn.AdaptiveAvgPool2d(4), nn.Flatten())
 
+# %% ../../../nbs/85_papers.iac.run.ipynb #b2c0bed1
 class Untrained(nn.Module):
     "An untrained trunk, for probing and clustering."
     def __init__(self,
@@ -58,6 +59,7 @@ class Untrained(nn.Module):
         super().__init__()
         self.trunk, self.trunks = trunk, (trunk, trunk)
 
+# %% ../../../nbs/85_papers.iac.run.ipynb #83c194f4
 def build(
     s:IACSpec,
     n_classes:int=2, # for a supervised trunk
@@ -82,6 +84,7 @@ def views_of(
     return (view_spec("simclr", size=size, sigma=tuple(w*size/224 for w in (.1, 2.))) if augmentations
         else view_spec("plain", size=size))
 
+# %% ../../../nbs/85_papers.iac.run.ipynb #620448f4
 def pair_of_views(
     images:Tensor, # [n, 3, height, width] uint8
     augmentations:bool,
@@ -94,6 +97,7 @@ def pair_of_views(
     x = view()
     return x, view() if augmentations else x
 
+# %% ../../../nbs/85_papers.iac.run.ipynb #9c973c50
 @torch.no_grad()
 def map_images(
     fn, # two views [batch, 3, size, size] → tuple of tensors [batch, ...]

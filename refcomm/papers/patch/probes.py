@@ -50,6 +50,7 @@ def most_important(
     order = of_symbols.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return symbols.where((order < k) & (symbols >= 0), -1)
 
+# %% ../../../nbs/88_papers.patch.probes.ipynb #e361df9f
 def suffice(
     game,
     images:Tensor, # [n, 3, height, width] uint8
