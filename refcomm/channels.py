@@ -19,16 +19,9 @@ from .bottlenecks.gumbel import GumbelSoftmax
 from .bottlenecks.reinforce import Reinforce
 from .bottlenecks.quantize import FSQ, VQ, LearnedQuantizer, UniformQuantizer
 
-# %% ../nbs/27_channels.ipynb #11be6fe0
-class Channel(nn.Module):
-    "Base of the channels: `send(u, noise) -> Sent` with words `[batch, message_length, width]`, `receive(words) -> z`."
-    def __init__(self,
-        bottleneck:Bottleneck, # makes the words
-        message_length:int, # words in a message
-    ):
-        super().__init__()
-        self.bottleneck, self.message_length = bottleneck, check_at_least("message_length", message_length, 1)
-
+# %% ../nbs/27_channels.ipynb #82d408c4
+class _Capacity(nn.Module):
+    "The number of messages that a channel allows."
     @property
     def symbols_per_message(self)->int:
         "message_length × symbols per word."
@@ -50,6 +43,16 @@ class Channel(nn.Module):
         "Logarithm to base 2 of `n_messages`."
         v = self.bottleneck.alphabet_size
         return math.inf if v is None else self.symbols_per_message * math.log2(v)
+
+# %% ../nbs/27_channels.ipynb #11be6fe0
+class Channel(_Capacity):
+    "Base of the channels: `send(u, noise) -> Sent` with words `[batch, message_length, width]`, `receive(words) -> z`."
+    def __init__(self,
+        bottleneck:Bottleneck, # makes the words
+        message_length:int, # words in a message
+    ):
+        super().__init__()
+        self.bottleneck, self.message_length = bottleneck, check_at_least("message_length", message_length, 1)
 
     def draw_noise(self,
         batch:int, # messages to be sent
@@ -98,9 +101,9 @@ CELLS = { # name → torch's cell, the size of its state, its update from input 
     "lstm": (nn.LSTMCell, 2, _lstm),
 }
 
-# %% ../nbs/27_channels.ipynb #e3859d49
-class WordCell(nn.Module):
-    "An embedding of words followed by a recurrent cell, with their two input matrices multiplied once per batch."
+# %% ../nbs/27_channels.ipynb #c15a02b2
+class _Folded(nn.Module):
+    "An embedding and recurrent cells, with the first two matrices multiplied."
     def __init__(self,
         width:int, # of a word
         embedding:int, # its embedding's size
@@ -122,6 +125,9 @@ class WordCell(nn.Module):
             1)
         return weight, *(g.squeeze(1) + self.cell.bias_ih for g in (bias, *gates))
 
+# %% ../nbs/27_channels.ipynb #e3859d49
+class WordCell(_Folded):
+    "An embedding of words followed by a recurrent cell, with their two input matrices multiplied once per batch."
     def start(self, h)->tuple:
         "The first state, with `h` `[batch, hidden]` as the hidden part of the lowest layer."
         return (h,) + (torch.zeros_like(h),)*(self.n_states*(1 + len(self.above)) - 1)
@@ -179,8 +185,7 @@ class Recurrent(Channel):
 
     def receive(self, words)->Tensor:
         "Words `[batch, message_length, width]` to the last hidden state `[batch, hidden]`."
-        gates = F.linear(words, *self.listener.fold())
-        state = None
+        gates, state = F.linear(words, *self.listener.fold()), None
         for i in range(self.message_length): state = self.listener.step(gates[:, i], state)
         return self.listener.out(state)
 

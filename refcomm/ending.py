@@ -126,9 +126,9 @@ class TransformerListener(nn.Module):
 SPEAKERS = {**dict.fromkeys(CELLS, CellSpeaker), "transformer": TransformerSpeaker}
 LISTENERS = {**dict.fromkeys(CELLS, CellListener), "transformer": TransformerListener}
 
-# %% ../nbs/28_ending.ipynb #c0e93e14
-class EndingChannel(Channel):
-    "Base of channels with messages of variable length: their end, their cost and their number."
+# %% ../nbs/28_ending.ipynb #f51b4273
+class _Cost(Channel):
+    "Messages of at most `message_length` words: their number and their cost."
     def __init__(self,
         bottleneck:Bottleneck, # what a word is
         message_length:int=6, # words in a message at most; the end is not counted
@@ -159,6 +159,9 @@ class EndingChannel(Channel):
         "Logarithm to base 2 of `n_messages`."
         return math.log2(self.n_messages) if self.n_messages < math.inf else math.inf
 
+# %% ../nbs/28_ending.ipynb #c0e93e14
+class EndingChannel(_Cost):
+    "Base of channels with messages of variable length: their end, their cost and their number."
     def end_word(self, words)->Tensor: # [width] the word that ends a message
         "The word that ends a message, in the type and on the device of `words`."
         end = torch.zeros_like(words[0, 0])
@@ -173,9 +176,23 @@ class EndingChannel(Channel):
         over = torch.arange(words.shape[1], device=words.device) >= lengths[:, None]
         return torch.where(over[..., None], self.end_word(words), words)
 
-# %% ../nbs/28_ending.ipynb #96d5ebc7
-class Ending(EndingChannel):
-    "Recurrent or transformer agents with messages of variable length (adapted from EGG, Kharitonov et al. 2019)."
+    def shares(self, words)->Tensor: # [batch, T+1] see `end_shares`
+        "The weight with which each message ends at each place."
+        return end_shares(words[..., -1 if self.gated else 0])
+
+    def prefix_loss(self,
+        sent:Sent, # from `send`
+        loss, # (receiver's output [batch, hidden]) → [batch]
+    )->Tensor: # [batch]
+        "The loss of each game: the weighted mean over the places where its message may end, with the cost of its length."
+        if sent.log_prob is not None: return loss(self.receive(sent.word)) + self.cost*sent.lengths
+        losses = torch.vmap(loss, in_dims=1, out_dims=1, randomness="same")(self.listener(sent.word))
+        return (self.shares(sent.word) * (losses
+            + self.cost*torch.arange(losses.shape[1], device=losses.device))).sum(1)
+
+# %% ../nbs/28_ending.ipynb #56c32f75
+class _EndingAgents(EndingChannel):
+    "The agents of a channel with messages of variable length."
     def __init__(self,
         bottleneck:Bottleneck, # what a word is
         message_length:int=6, # words in a message at most; the end is not counted
@@ -202,6 +219,15 @@ class Ending(EndingChannel):
         return (self.gate.draw_noise((batch, self.message_length), generator) if self.gated
             else super().draw_noise(batch, generator))
 
+    def receive(self,
+        words:Tensor, # [batch, T+1, width] messages as sent
+    )->Tensor: # [batch, hidden] the output at the end, averaged if the end is soft
+        "The listener's outputs, averaged with the weights of `shares`."
+        return (self.shares(words)[..., None] * self.listener(words)).sum(1)
+
+# %% ../nbs/28_ending.ipynb #96d5ebc7
+class Ending(_EndingAgents):
+    "Recurrent or transformer agents with messages of variable length (adapted from EGG, Kharitonov et al. 2019)."
     def utter(self, u, noise=None)->tuple: # [batch, T, width] words with their ends, the bottleneck's `Sent`s, and scores [batch, T, ...]
         "Produce all `message_length` words, also those after the end."
         words, parts, scores = [], [], []
@@ -231,26 +257,6 @@ class Ending(EndingChannel):
         said = F.pad(over.logical_not(), (1, 0), value=True)[:, :-1].to(words.dtype) # up to and including the end
         if loss is not None: loss = self.bottleneck.entropy_weight * _mean_negentropy(scores, said)
         return Sent(heard, symbols, loss, (torch.stack([p.log_prob for p in parts], 1) * said).sum(1), lengths)
-
-    def receive(self,
-        words:Tensor, # [batch, T+1, width] messages as sent
-    )->Tensor: # [batch, hidden] the output at the end, averaged if the end is soft
-        "The listener's outputs, averaged with the weights of `shares`."
-        return (self.shares(words)[..., None] * self.listener(words)).sum(1)
-
-    def shares(self, words)->Tensor: # [batch, T+1] see `end_shares`
-        "The weight with which each message ends at each place."
-        return end_shares(words[..., -1 if self.gated else 0])
-
-    def prefix_loss(self,
-        sent:Sent, # from `send`
-        loss, # (receiver's output [batch, hidden]) → [batch]
-    )->Tensor: # [batch]
-        "The loss of each game: the weighted mean over the places where its message may end, with the cost of its length."
-        if sent.log_prob is not None: return loss(self.receive(sent.word)) + self.cost*sent.lengths
-        losses = torch.vmap(loss, in_dims=1, out_dims=1, randomness="same")(self.listener(sent.word))
-        return (self.shares(sent.word) * (losses
-            + self.cost*torch.arange(losses.shape[1], device=losses.device))).sum(1)
 
 # %% ../nbs/28_ending.ipynb #e69cdb73
 def _mean_negentropy(scores, said): # [batch, T, alphabet_size], [batch, T] 1 up to the end → mean over messages of the mean over their words

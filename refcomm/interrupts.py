@@ -13,9 +13,9 @@ from .core import Interrupted
 # %% ../nbs/03_interrupts.ipynb #0a9e0007
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)] # Windows has no SIGUSR1
 
-# %% ../nbs/03_interrupts.ipynb #86772a81
-class Interruptible:
-    "A block in which signals raise `Interrupted`. Blocks may be nested; outside the main thread a block has no effect."
+# %% ../nbs/03_interrupts.ipynb #a423fed0
+class _Signal:
+    "A signal that has been heard, and held work that delays it."
     def __init__(self,
         grace:float=10., # seconds that held work may take after a signal
     ):
@@ -27,6 +27,22 @@ class Interruptible:
         "Whether a signal has arrived that is not yet raised."
         return self.signum is not None and not self.ended
 
+    def end(self):
+        "Raise `Interrupted` for the signal that was heard."
+        self.ended = True
+        raise Interrupted(f"stopped by {signal.Signals(self.signum or signal.SIGINT).name}", self.signum
+            or signal.SIGINT)
+
+    @contextlib.contextmanager
+    def hold(self):
+        "Delay signals within this block; afterwards the caller checks `pending` and calls `end`."
+        self.held += 1
+        try: yield
+        finally: self.held -= 1
+
+# %% ../nbs/03_interrupts.ipynb #86772a81
+class Interruptible(_Signal):
+    "A block in which signals raise `Interrupted`. Blocks may be nested; outside the main thread a block has no effect."
     def __enter__(self):
         if threading.current_thread() is not threading.main_thread(): return self
         for s in SIGNALS:
@@ -43,19 +59,6 @@ class Interruptible:
             self.timer = threading.Timer(self.grace, _thread.interrupt_main, (signum,))
             self.timer.daemon = True
             self.timer.start()
-
-    def end(self):
-        "Raise `Interrupted` for the signal that was heard."
-        self.ended = True
-        raise Interrupted(f"stopped by {signal.Signals(self.signum or signal.SIGINT).name}", self.signum
-            or signal.SIGINT)
-
-    @contextlib.contextmanager
-    def hold(self):
-        "Delay signals within this block; afterwards the caller checks `pending` and calls `end`."
-        self.held += 1
-        try: yield
-        finally: self.held -= 1
 
     def __exit__(self, kind, error, trace):
         if self.timer: self.timer.cancel()

@@ -24,6 +24,17 @@ from ..bottlenecks.gumbel import GumbelSoftmax
 # %% ../../nbs/34_agents.patches.ipynb #96b70f7d
 SYMBOLS = ("mlp", "linear", "vit")
 
+# %% ../../nbs/34_agents.patches.ipynb #041b8b87
+def _hidden_layers(kind, hidden, dim)->list: # of layers, from vectors of size `dim` for the kind "vit"
+    if kind == "vit": return [nn.Linear(dim, hidden), nn.ReLU()]
+    return [nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()] if kind == "mlp" else []
+
+def _score_norm(norm, n)->nn.BatchNorm1d:
+    check_choice("norm of PatchSymbol", norm, ("batch",))
+    layer = nn.BatchNorm1d(n)
+    nn.init.constant_(layer.weight, 3.)
+    return layer
+
 # %% ../../nbs/34_agents.patches.ipynb #c126a559
 class PatchSymbol(nn.Module):
     "Scores of the symbols of each patch (Gupta et al. 2021, Eq. 4)."
@@ -38,25 +49,18 @@ class PatchSymbol(nn.Module):
         **vit, # dim, layers and heads of `ViT`
     ):
         super().__init__()
-        check_at_least("vocab_size", vocab_size, 2, "one symbol carries nothing")
-        check_at_least("symbols_per_patch", symbols_per_patch, 1)
         if check_choice("kind of PatchSymbol", kind, SYMBOLS) != "vit" and vit:
             raise ConfigError(f"{', '.join(vit)} belong to kind='vit', got kind={kind!r}")
-        self.size = size
-        self.patch_size = patch_size
-        self.vocab_size = vocab_size
-        self.symbols_per_patch = symbols_per_patch
+        self.size, self.patch_size = size, patch_size
+        self.vocab_size = check_at_least("vocab_size", vocab_size, 2, "one symbol carries nothing")
+        self.symbols_per_patch = check_at_least("symbols_per_patch", symbols_per_patch, 1)
         self.n_patches = math.prod(patch_grid(size, size, patch_size))
         self.look = (ViT(size, patch_size, **vit) if kind == "vit"
             else nn.Linear(3*patch_size**2, check_at_least("hidden", hidden, 1)))
         self.positions = nn.Parameter(.02*torch.randn(self.n_patches, hidden)) if kind == "linear" else 0.
-        if kind == "vit": between = [nn.Linear(self.look.feature_dim, hidden), nn.ReLU()]
-        else: between = [nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()] if kind == "mlp" else []
-        self.speak = nn.Sequential(*between, nn.Linear(hidden, symbols_per_patch*vocab_size))
-        self.norm = None if norm is None else nn.BatchNorm1d(symbols_per_patch*vocab_size)
-        if norm is not None:
-            check_choice("norm of PatchSymbol", norm, ("batch",))
-            nn.init.constant_(self.norm.weight, 3.)
+        self.speak = nn.Sequential(*_hidden_layers(kind, hidden, getattr(self.look, "feature_dim", hidden)),
+            nn.Linear(hidden, symbols_per_patch*vocab_size))
+        self.norm = None if norm is None else _score_norm(norm, symbols_per_patch*vocab_size)
 
     def forward(self, images)->Tensor: # [batch, n_patches, symbols_per_patch, vocab_size]
         "Scores of the symbols of each patch of images `[batch, 3, size, size]`."
@@ -157,9 +161,9 @@ def keep_by(
         return (scores - low) / (high - low).clamp_min(1e-6)
     return F.normalize(F.softplus(scores), dim=-1) if budget == "l2" else scores.sigmoid()
 
-# %% ../../nbs/34_agents.patches.ipynb #f9c1b5e9
-class Speaker(nn.Module):
-    "Send the symbols of the important patches of an image (Gupta et al. 2021, Eq. 9)."
+# %% ../../nbs/34_agents.patches.ipynb #e483f527
+class _Speaker(nn.Module):
+    "The parts of a speaker, and the temperature of its symbols."
     def __init__(self,
         symbol:PatchSymbol, # or another module that maps images to [batch, n_patches, symbols_per_patch, vocab_size]
         rank:PatchRank, # maps images to [batch, n_patches]
@@ -185,16 +189,19 @@ class Speaker(nn.Module):
         self.temperatures, self.schedule, self.cooled = temperatures, schedule, cooled
         self.cool(0.)
 
-    @property
-    def n_symbols(self)->int:
-        "Symbols in a message without dropped patches."
-        return self.symbol.n_patches * self.symbol.symbols_per_patch
-
     def cool(self,
         progress:float, # share of the training done
     ):
         "Set the temperature of the symbols."
         self.bottleneck.temperature = anneal(self.schedule, *self.temperatures, progress/self.cooled)
+
+# %% ../../nbs/34_agents.patches.ipynb #f9c1b5e9
+class Speaker(_Speaker):
+    "Send the symbols of the important patches of an image (Gupta et al. 2021, Eq. 9)."
+    @property
+    def n_symbols(self)->int:
+        "Symbols in a message without dropped patches."
+        return self.symbol.n_patches * self.symbol.symbols_per_patch
 
     def draw_noise(self, batch, generator)->Tensor: # [batch, n_patches, …]
         "The randomness of one training pass: of symbols, gates and dropout."

@@ -55,8 +55,7 @@ class ObjectWorld:
         if self.size >= 2**63:
             raise ConfigError(f"{n_values}^{n_attributes} objects cannot be numbered in 64 bits: use fewer attributes or values")
 
-    def __repr__(self):
-        return f"ObjectWorld({self.n_attributes} attributes × {self.n_values} values = {self.size} objects)"
+    def __repr__(self): return f"ObjectWorld({self.n_attributes} attributes × {self.n_values} values = {self.size} objects)"
 
     def attributes(self,
         ids:Tensor, # [...] object numbers

@@ -84,9 +84,9 @@ def _frozen(net):
             m.register_buffer(name, p.detach())
     return net
 
-# %% ../../nbs/42_games.baselines.ipynb #6d49efe2
-class MoCo(Baseline):
-    "Momentum contrast (He et al. 2020; Chen et al. 2020)."
+# %% ../../nbs/42_games.baselines.ipynb #70742015
+class _MomentumPair(Baseline):
+    "A trunk with its projection, and a slow copy of both."
     def __init__(self,
         trunk:str="resnet18", # see `make_trunk`
         small_stem:bool=False, # see `make_trunk`
@@ -113,6 +113,14 @@ class MoCo(Baseline):
         "Random numbers `[batch]` that shuffle the keys; none with one group."
         return None if self.groups == 1 else torch.rand(batch, generator=generator, device=generator.device)
 
+    @torch.no_grad()
+    def follow(self):
+        "Update the slow weights towards the trained ones."
+        for name, p in self.named_parameters(): self.slow.get_buffer(name).lerp_(p, 1 - self.momentum)
+
+# %% ../../nbs/42_games.baselines.ipynb #6d49efe2
+class MoCo(_MomentumPair):
+    "Momentum contrast (He et al. 2020; Chen et al. 2020)."
     def queries(self, x)->Tensor:
         "Projections of images by the trained network, in groups."
         return torch.cat([self.project(self.trunk(part)) for part in x.tensor_split(self.groups)]) # [batch, dim]
@@ -124,11 +132,6 @@ class MoCo(Baseline):
         found = torch.cat([self.slow["project"](self.slow["trunk"](part))
             for part in seen[order].tensor_split(self.groups)])
         return found[order.argsort()]
-
-    @torch.no_grad()
-    def follow(self):
-        "Update the slow weights towards the trained ones."
-        for name, p in self.named_parameters(): self.slow.get_buffer(name).lerp_(p, 1 - self.momentum)
 
     def forward(self, x, seen, noise=None)->Tensor:
         "InfoNCE of two views `[batch, 3, size, size]` against the queue, a scalar."

@@ -144,9 +144,9 @@ class Played(NamedTuple):
     accuracy:Tensor # scalar, share of targets with the highest score
     symbols:Tensor|None # [batch, symbols_per_message], None for continuous words
 
-# %% ../../nbs/40_games.contrastive.ipynb #f64aa92a
-class DiscriminationGame(ReferentialGame):
-    "Identify an image among the others of its batch by a message (Dessì et al. 2021, §3.1)."
+# %% ../../nbs/40_games.contrastive.ipynb #671b0669
+class _InBatchGame(ReferentialGame):
+    "A referential game whose candidates are the images of a batch."
     def __init__(self,
         sender:nn.Module, # maps images to the channel's input
         channel:nn.Module, # see `channels`
@@ -168,6 +168,9 @@ class DiscriminationGame(ReferentialGame):
         "The channel's noise for `batch` messages."
         return self.channel.draw_noise(batch, generator)
 
+# %% ../../nbs/40_games.contrastive.ipynb #f64aa92a
+class DiscriminationGame(_InBatchGame):
+    "Identify an image among the others of its batch by a message (Dessì et al. 2021, §3.1)."
     def forward(self,
         x:Tensor, # [batch, 3, size, size] the sender's views
         seen:Tensor, # [batch, 3, size, size] the receiver's views, in the same order
@@ -177,8 +180,7 @@ class DiscriminationGame(ReferentialGame):
         candidates = self.candidates(check_batch(x, seen)[1], self.negatives)
         return super().forward(x, candidates.target, candidates, noise)
 
-    # [batch, dim], and [batch, symbols_per_message] or None for continuous words
-    def understand(self, x)->tuple:
+    def understand(self, x)->tuple: # [batch, dim], and [batch, symbols_per_message] or None for continuous words
         "The receiver's vectors for messages about images `x`, and their symbols."
         sent = self.send(x)
         return self.channel.receive(sent.word), sent.symbols if sent.symbols is None else sent.symbols.flatten(1)
@@ -218,9 +220,9 @@ def make_discrimination_game(
     game.trunks = sender, eyes # in a tuple, so that they are not registered twice
     return game
 
-# %% ../../nbs/40_games.contrastive.ipynb #16c9f7a8
-class SimCLR(nn.Module):
-    "One trunk and projector for both views, trained by NT-Xent (Chen et al. 2020; the comparison of Dessì et al. 2021)."
+# %% ../../nbs/40_games.contrastive.ipynb #7579981b
+class _Projected(nn.Module):
+    "A trunk with a projector, and the layers of both."
     def __init__(self,
         trunk:nn.Module, # maps images to [batch, feature_dim]
         projector:nn.Sequential, # its last layer is linear, see `refcomm.agents.vision.projector`
@@ -242,6 +244,9 @@ class SimCLR(nn.Module):
         "No noise is needed."
         return None
 
+# %% ../../nbs/40_games.contrastive.ipynb #16c9f7a8
+class SimCLR(_Projected):
+    "One trunk and projector for both views, trained by NT-Xent (Chen et al. 2020; the comparison of Dessì et al. 2021)."
     def forward(self, x, seen, noise=None)->Tensor:
         "NT-Xent of two views `[batch, 3, size, size]`, a scalar."
         return nt_xent(*(self.layers(v)["z"] for v in check_batch(x, seen)), self.temperature, self.negatives)

@@ -39,9 +39,9 @@ class Attributes(NamedTuple):
             for a, p in enumerate(self.logits(receiver, z)))
         return each.mean() if reduction == "mean" else each
 
-# %% ../../nbs/44_games.reconstruction.ipynb #e258f5dd
-class Reconstruction(Task):
-    "Predict the value of each attribute of the target (as in EGG's basic games and attribute–value games)."
+# %% ../../nbs/44_games.reconstruction.ipynb #bcbf4915
+class _SplitObjects(Task):
+    "Objects in three parts, and their attribute values."
     def __init__(self,
         objects, # `own.Objects`
         valid:float=.1, # share of the objects, or their number
@@ -56,10 +56,6 @@ class Reconstruction(Task):
         self.objects, self.x, self.n_train = objects, objects.one_hot(), len(self.ids["train"])
         self.every = Attributes(objects.values, tuple(map(len, objects.kinds)))
 
-    def make_receiver(self, dim)->nn.Module:
-        "A linear receiver from vectors of size `dim` to all logits."
-        return nn.Linear(dim, sum(self.every.sizes))
-
     def seen(self, part)->Tensor:
         "Targets `[n, ...]` of a part."
         return self.x[self.ids[part]]
@@ -67,6 +63,13 @@ class Reconstruction(Task):
     def meanings(self, part)->Tensor:
         "Attribute values `[n, n_attributes]` of a part's targets."
         return self.objects.values[self.ids[part]]
+
+# %% ../../nbs/44_games.reconstruction.ipynb #e258f5dd
+class Reconstruction(_SplitObjects):
+    "Predict the value of each attribute of the target (as in EGG's basic games and attribute–value games)."
+    def make_receiver(self, dim)->nn.Module:
+        "A linear receiver from vectors of size `dim` to all logits."
+        return nn.Linear(dim, sum(self.every.sizes))
 
     def about(self)->tuple:
         "What `save_game` keeps of this task: its settings, and its tensors."
@@ -81,6 +84,7 @@ class Reconstruction(Task):
         "A training batch of all members."
         target = self.ids["train"][idx]
         return Games(self.x[target], target, self.every._replace(values=self.every.values.expand(len(idx), -1, -1)))
+
     def games(self, part, block=125):
         "The games of a part, block by block."
         for target in self.ids[part].split(block): yield Games(self.x[target], target, self.every)

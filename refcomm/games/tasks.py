@@ -33,6 +33,15 @@ def _moved(x, device): # tensors, and what of this package holds tensors
     vars(new).update({k: tree_map(lambda v: _moved(v, device), v) for k, v in vars(x).items()})
     return new
 
+# %% ../../nbs/39_games.tasks.ipynb #58c13d51
+def _means(game, blocks)->tuple: # accuracy and loss over blocks of `Games`
+    right, loss, n = 0, 0, 0
+    for g in blocks:
+        scores = game.scores(game.send(g.x).word, g.candidates)
+        right = right + (scores.argmax(-1) == g.target).sum()
+        loss, n = loss + F.cross_entropy(scores, g.target, reduction="sum"), n + len(g.target)
+    return right / n, loss / n
+
 # %% ../../nbs/39_games.tasks.ipynb #fa1784c2
 class Task:
     "Base of all tasks."
@@ -66,12 +75,7 @@ class Task:
         game, # a `ReferentialGame`
     )->tuple: # accuracy and loss, scalars
         "Play the validation games once."
-        right, loss, n = 0, 0, 0
-        for g in self.games("valid", 1024):
-            scores = game.scores(game.send(g.x).word, g.candidates)
-            right = right + (scores.argmax(-1) == g.target).sum()
-            loss, n = loss + F.cross_entropy(scores, g.target, reduction="sum"), n + len(g.target)
-        return right / n, loss / n
+        return _means(game, self.games("valid", 1024))
 
 # %% ../../nbs/39_games.tasks.ipynb #8acf57e5
 class ObjectTask(Task):
@@ -119,9 +123,9 @@ def _without(
     n = order.shape[1] - targets.shape[1]
     return order.new_empty(len(order), n + 1).scatter_(1, torch.where(left, left.cumsum(1) - 1, n), order)[:, :n]
 
-# %% ../../nbs/39_games.tasks.ipynb #30322788
-class ItemTask(Task):
-    "Targets and candidates are items of the same split (the Image and Sent-Ref games of Carmeli et al. 2023)."
+# %% ../../nbs/39_games.tasks.ipynb #b58b3986
+class _Items(Task):
+    "Items in three parts, and the distractors drawn for each target."
     def __init__(self,
         x:Tensor, # [n, in] features
         labels:Tensor, # [n] classes
@@ -149,6 +153,9 @@ class ItemTask(Task):
             else draw_distractors(targets, labels.shape[-1], n, generator))
         return torch.cat([targets[..., None], drawn], -1)
 
+# %% ../../nbs/39_games.tasks.ipynb #30322788
+class ItemTask(_Items):
+    "Targets and candidates are items of the same split (the Image and Sent-Ref games of Carmeli et al. 2023)."
     def _games(self, items, index):
         seen = Drawn(items, index)
         if not self.informed:
@@ -237,14 +244,11 @@ class SampledTask(Task):
         device="cpu",
     ):
         self.values = {k: v.to(device) for k,v in games.items()}
-        self.n_values = n_values
-        self.n_train = len(games["train"])
-        most = max(int(v.max()) for v in games.values())
+        self.n_values, self.n_train, most = n_values, len(games["train"]), max(int(v.max()) for v in games.values())
         if most >= n_values: raise ConfigError(f"attribute values must lie in 0 … {n_values - 1}, got {most}")
         self.stock, n_objects = stock if stock is None else stock.to(device), n_values**games["train"].shape[-1]
         if stock is not None and len(stock) != n_objects:
-            raise ConfigError(f"a stock of {len(stock)} items was given for {n_objects} objects: one for each, in the "
-                f"order of their numbers, is expected")
+            raise ConfigError(f"a stock of {len(stock)} items does not fit {n_objects} objects: give one for each, in their order")
 
     def _games(self, values):
         target = torch.zeros(values.shape[:-2], dtype=torch.long, device=values.device)

@@ -28,9 +28,22 @@ def _halve(i, o): return nn.Conv2d(i, o, 4, 2, 1)
 def _double(i, o): return nn.ConvTranspose2d(i, o, 4, 2, 1)
 def _same(i, o): return nn.Conv2d(i, o, 3, 1, 1)
 
-# %% ../../nbs/43_games.vae.ipynb #4fc8031a
-class VQVAE2(Baseline):
-    "Autoencoder with two levels of symbols (Razavi et al. 2019)."
+# %% ../../nbs/43_games.vae.ipynb #2cad7bc2
+def _refine(width, hidden, blocks)->list: # of layers: residual blocks and a rectifier
+    block = lambda: _Residual(nn.ReLU(), _same(width, hidden), nn.ReLU(), nn.Conv2d(hidden, width, 1))
+    return [*(block() for _ in range(blocks)), nn.ReLU()]
+
+def _codebook(dim, size, decay, commitment)->nn.Module:
+    make = need("vector_quantize_pytorch",
+        "VQVAE2 needs the package vector-quantize-pytorch: pip install 'refcomm[baselines]'").VectorQuantize
+    return make(dim, size, decay=decay, commitment_weight=commitment, accept_image_fmap=True, rotation_trick=False)
+
+def _quantise(codebook, x, learn)->tuple: # vectors, symbols and loss, in full precision
+    with torch.autocast(x.device.type, enabled=False): return codebook(x.float(), freeze_codebook=not learn)
+
+# %% ../../nbs/43_games.vae.ipynb #07969a8c
+class _TwoLevels(Baseline):
+    "Encoder, codebooks and decoder of two levels, the top one half as fine."
     def __init__(self,
         codebook_size:int=512, # symbols of each level
         code_dim:int=64, # of the symbols' vectors
@@ -43,12 +56,7 @@ class VQVAE2(Baseline):
         super().__init__()
         for name, value in dict(codebook_size=codebook_size, width=width).items(): check_at_least(name, value, 2)
         for name, value in dict(code_dim=code_dim, hidden=hidden).items(): check_at_least(name, value, 1)
-        make = need("vector_quantize_pytorch",
-            "VQVAE2 needs the package vector-quantize-pytorch: pip install 'refcomm[baselines]'").VectorQuantize
-        codebook = lambda: make(code_dim, codebook_size, decay=decay, commitment_weight=commitment,
-            accept_image_fmap=True, rotation_trick=False)
-        residual = lambda: _Residual(nn.ReLU(), _same(width, hidden), nn.ReLU(), nn.Conv2d(hidden, width, 1))
-        think = lambda: [*(residual() for _ in range(blocks)), nn.ReLU()]
+        think = lambda: _refine(width, hidden, blocks)
         bottom = nn.Sequential(_halve(3, width//2), nn.ReLU(), _halve(width//2, width), nn.ReLU(), _same(width, width),
             *think())
         top = nn.Sequential(_halve(width, width//2), nn.ReLU(), _same(width//2, width), *think())
@@ -56,7 +64,8 @@ class VQVAE2(Baseline):
             flatten=nn.Flatten()))
         self.trunk.feature_dim, self.codebook_size = width, codebook_size
         self.say_top, self.say_bottom = nn.Conv2d(width, code_dim, 1), nn.Conv2d(width + code_dim, code_dim, 1)
-        self.top, self.bottom, self.enlarge = codebook(), codebook(), _double(code_dim, code_dim)
+        self.top, self.bottom = (_codebook(code_dim, codebook_size, decay, commitment) for _ in range(2))
+        self.enlarge = _double(code_dim, code_dim)
         self.hear_top = nn.Sequential(_same(code_dim, width), *think(), _double(width, code_dim))
         self.decoder = nn.Sequential(_same(2*code_dim, width), *think(), _double(width, width//2), nn.ReLU(),
             _double(width//2, 3))
@@ -66,6 +75,9 @@ class VQVAE2(Baseline):
         "Different symbols of both levels."
         return 2*self.codebook_size
 
+# %% ../../nbs/43_games.vae.ipynb #4fc8031a
+class VQVAE2(_TwoLevels):
+    "Autoencoder with two levels of symbols (Razavi et al. 2019)."
     def encode(self,
         x:Tensor, # [batch, 3, height, width], multiples of 8
         learn:bool=False, # update the codebooks, in training mode
@@ -73,11 +85,8 @@ class VQVAE2(Baseline):
         "Images to the quantised vectors of both levels."
         patch_grid(*x.shape[-2:], 8)
         fine = self.trunk.bottom(x)
-        top = self._quantise(self.top, self.say_top(self.trunk.top(fine)), learn)
-        return top, self._quantise(self.bottom, self.say_bottom(torch.cat([self.hear_top(top[0]), fine], 1)), learn)
-
-    def _quantise(self, codebook, said, learn):
-        with torch.autocast(said.device.type, enabled=False): return codebook(said.float(), freeze_codebook=not learn)
+        top = _quantise(self.top, self.say_top(self.trunk.top(fine)), learn)
+        return top, _quantise(self.bottom, self.say_bottom(torch.cat([self.hear_top(top[0]), fine], 1)), learn)
 
     def decode(self, top, bottom)->Tensor:
         "Images from the quantised vectors of both levels."
@@ -153,51 +162,20 @@ def _grow(in_dim, width, times):
     for i, o in zip(widths, widths[1:]): layers += [nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False), *tidy(o)]
     return nn.Sequential(*layers, _double(widths[-1], 3))
 
-# %% ../../nbs/43_games.vae.ipynb #74742063
-class PatchVAE(Baseline):
-    "Autoencoder whose code is the occurrence and appearance of parts (Gupta et al. 2020)."
-    def __init__(self,
-        size:int=224, # pixels on a side of the images
-        patch_size:int=32, # pixels on a side of a place, one of `GRID_SIZES`
-        parts:int=64, # symbols
-        code_dim:int=16, # size of the appearance vector
-        trunk:str="resnet18", # see `make_trunk`
-        occurrence:str="bernoulli", # "bernoulli": any number of parts per place; "categorical": one
-        weights:tuple=(1., 10.), # of the divergences of appearance and occurrence
-        temperatures:tuple=(1., .1), # of the occurrence, first and last
-        cooled:float=.5, # share of the training after which the last temperature is reached
-        edges:bool=False, # weight errors by `edge_weights`
-        width:int=64, # of the decoder's second last layer
-    ):
-        super().__init__()
-        for name, value in dict(code_dim=code_dim, width=width).items(): check_at_least(name, value, 1)
-        if not 0 < cooled <= 1:
-            raise ConfigError(f"cooled is a share of the training, above 0 and at most 1: got {cooled!r}")
-        self.size = size
-        self.patch_size = patch_size
-        self.parts = check_at_least("parts", parts, 2, "one part says nothing of where it is")
-        self.code_dim = code_dim
-        self.occurrence = check_choice("occurrence", occurrence, OCCURRENCES)
-        self.weights = weights
-        self.temperatures = temperatures
-        self.cooled = cooled
-        self.edges = edges
-        finer = GRID_SIZES[0] // check_choice("patch_size", patch_size, GRID_SIZES)
-        net, self.grid = make_trunk(trunk), patch_grid(size, size, patch_size)
-        stages = {k: m for k, m in net.named_children() if k not in ("avgpool", "flatten", "fc")}
-        self.trunk = nn.Sequential(OrderedDict(**stages, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
-        dim = self.trunk.feature_dim = net.feature_dim
-        self.divide = (nn.Sequential(nn.Conv2d(dim, dim*finer**2, 1), nn.PixelShuffle(finer)) if finer > 1
-            else nn.Identity())
-        self.say = _same(dim, parts*(1 + 2*code_dim))
-        self.decoder = _grow(parts*code_dim, width, patch_size.bit_length() - 1)
-        self.cool(0.)
+# %% ../../nbs/43_games.vae.ipynb #8e0e9477
+def _staged(trunk:str)->nn.Sequential: # the trunk's stages, then its average
+    net = make_trunk(trunk)
+    stages = {k: m for k, m in net.named_children() if k not in ("avgpool", "flatten", "fc")}
+    made = nn.Sequential(OrderedDict(**stages, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
+    made.feature_dim = net.feature_dim
+    return made
 
-    @property
-    def vocab_size(self)->int:
-        "The number of parts."
-        return self.parts
+def _finer(dim, times)->nn.Sequential: # maps with `times` times as many places on a side
+    return nn.Sequential(nn.Conv2d(dim, dim*times**2, 1), nn.PixelShuffle(times))
 
+# %% ../../nbs/43_games.vae.ipynb #57ce5bdc
+class _Occurrence(Baseline):
+    "The distributions of the parts: which occur where, and how each looks."
     @property
     def _drawn(self): return self.parts*math.prod(self.grid)*(2 if self.occurrence == "bernoulli" else 1)
 
@@ -211,18 +189,6 @@ class PatchVAE(Baseline):
         "The randomness of one training pass: of occurrence and appearance."
         return torch.cat([gumbel_noise((batch, self._drawn), generator),
             torch.randn(batch, self.parts*self.code_dim, generator=generator, device=generator.device)], 1)
-
-    def encode(self,
-        x:Tensor, # [batch, 3, size, size]
-    )->Parts:
-        "The distributions of occurrence and appearance."
-        check_size(x, self.size)
-        p, d = self.parts, self.code_dim
-        maps = self.divide(self.trunk[:-2](x))[..., :self.grid[0], :self.grid[1]]
-        logits, mean, spread = self.say(maps).float().flatten(2).split((p, p*d, p*d), 1)
-        here = self.probability(logits).detach()[:, :, None]
-        pool = lambda v, absent: ((v.unflatten(1, (p, d))*here).sum(-1) + 1e-7*absent) / (here.sum(-1) + 1e-7)
-        return Parts(logits, pool(mean, 0), pool(spread.exp().clamp(1e-7, 1e7), 1))
 
     def probability(self, logits)->Tensor:
         "Occurrence probabilities from logits, of the same shape."
@@ -240,6 +206,53 @@ class PatchVAE(Baseline):
         return (self.probability((parts.occurrence + odds)/self.temperature), parts.mean
             + parts.variance.sqrt()*how.view_as(parts.mean))
 
+# %% ../../nbs/43_games.vae.ipynb #8d19d478
+class _PartNetworks(_Occurrence):
+    "The networks of encoder and decoder."
+    def __init__(self,
+        size:int=224, # pixels on a side of the images
+        patch_size:int=32, # pixels on a side of a place, one of `GRID_SIZES`
+        parts:int=64, # symbols
+        code_dim:int=16, # size of the appearance vector
+        trunk:str="resnet18", # see `make_trunk`
+        occurrence:str="bernoulli", # "bernoulli": any number of parts per place; "categorical": one
+        weights:tuple=(1., 10.), # of the divergences of appearance and occurrence
+        temperatures:tuple=(1., .1), # of the occurrence, first and last
+        cooled:float=.5, # share of the training after which the last temperature is reached
+        edges:bool=False, # weight errors by `edge_weights`
+        width:int=64, # of the decoder's second last layer
+    ):
+        super().__init__()
+        for name, value in dict(code_dim=code_dim, width=width).items(): check_at_least(name, value, 1)
+        if not 0 < cooled <= 1:
+            raise ConfigError(f"cooled is a share of the training, above 0 and at most 1: got {cooled!r}")
+        self.size, self.patch_size, self.code_dim, self.edges = size, patch_size, code_dim, edges
+        self.parts = check_at_least("parts", parts, 2, "one part says nothing of where it is")
+        self.occurrence = check_choice("occurrence", occurrence, OCCURRENCES)
+        self.weights, self.temperatures, self.cooled = weights, temperatures, cooled
+        finer = GRID_SIZES[0] // check_choice("patch_size", patch_size, GRID_SIZES)
+        self.trunk, self.grid = _staged(trunk), patch_grid(size, size, patch_size)
+        dim = self.trunk.feature_dim
+        self.divide = _finer(dim, finer) if finer > 1 else nn.Identity()
+        self.say = _same(dim, parts*(1 + 2*code_dim))
+        self.decoder = _grow(parts*code_dim, width, patch_size.bit_length() - 1)
+        self.cool(0.)
+
+# %% ../../nbs/43_games.vae.ipynb #24b989c9
+class _PartAutoencoder(_PartNetworks):
+    "From images to distributions of parts, and back."
+    def encode(self,
+        x:Tensor, # [batch, 3, size, size]
+    )->Parts:
+        "The distributions of occurrence and appearance."
+        check_size(x, self.size)
+        p, d = self.parts, self.code_dim
+        maps = self.divide(self.trunk[:-2](x))[..., :self.grid[0], :self.grid[1]]
+        logits, mean, spread = self.say(maps).float().flatten(2).split((p, p*d, p*d), 1)
+        here = self.probability(logits).detach()[:, :, None]
+        pool = lambda v, absent: ((v.unflatten(1, (p, d))*here).sum(-1) + 1e-7*absent) / (here.sum(-1) + 1e-7)
+        return Parts(logits, pool(mean, 0), pool(spread.exp().clamp(1e-7, 1e7), 1))
+
     def decode(self, occurrence, appearance)->Tensor: # [batch, 3, size, size]
         "Images from occurrence `[batch, parts, places]` and appearance `[batch, parts, code_dim]`."
         return self.decoder((appearance[..., None]*occurrence[:, :, None]).flatten(1, 2).unflatten(-1, self.grid))
@@ -247,6 +260,14 @@ class PatchVAE(Baseline):
     def reconstruct(self, x)->Tensor: # as `x`
         "Encode and decode images without noise."
         return self.decode(*self.draw(self.encode(x)))
+
+# %% ../../nbs/43_games.vae.ipynb #74742063
+class PatchVAE(_PartAutoencoder):
+    "Autoencoder whose code is the occurrence and appearance of parts (Gupta et al. 2020)."
+    @property
+    def vocab_size(self)->int:
+        "The number of parts."
+        return self.parts
 
     def terms(self, x, noise=None)->tuple: # squared error, divergences of appearance and of occurrence, each summed over an image and averaged over the batch
         "The terms of the loss for images `[batch, 3, size, size]`."
