@@ -59,6 +59,13 @@ class Objects:
         return (f"Objects({len(self)} objects: " + ", ".join(f"{n} ({len(k)})" for n, k in zip(self.names, self.kinds))
             + ")")
 
+# %% ../nbs/76_own.ipynb #2c956ac9
+def _read_table(path)->pd.DataFrame:
+    if not path.is_file(): raise ConfigError(f"no file {path.absolute()}: name a .csv or .parquet file")
+    try: return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, sep=None, engine="python")
+    except Exception as e:
+        raise ConfigError(f"{path} cannot be read as a table: {str(e).splitlines()[0]}") from None
+
 # %% ../nbs/76_own.ipynb #8093ac56
 def load_objects(
     table, # a DataFrame, or a .csv or .parquet file with a header
@@ -66,13 +73,7 @@ def load_objects(
     bins:dict={}, # column of numbers → number of bins with about equally many objects
 )->Objects:
     "Objects from a table, with one row per object and one column per attribute; repeated rows are dropped with a warning."
-    if not isinstance(table, pd.DataFrame):
-        path = Path(table)
-        if not path.is_file(): raise ConfigError(f"no file {path.absolute()}: name a .csv or .parquet file")
-        try:
-            table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, sep=None, engine="python")
-        except Exception as e:
-            raise ConfigError(f"{path} cannot be read as a table: {str(e).splitlines()[0]}") from None
+    if not isinstance(table, pd.DataFrame): table = _read_table(Path(table))
     columns = list(table.columns if columns is None else columns)
     for name in (*columns, *bins): check_choice("column", name, table.columns)
     if not columns or not len(table): raise ConfigError("a table needs at least one row and one column")
@@ -147,6 +148,20 @@ def _own_bottleneck(bottleneck, alphabet_size, word_length, options):
     if bottleneck not in ("gumbel", "reinforce"): sizes["word_length"] = word_length
     return make_bottleneck(bottleneck, **sizes, **options)
 
+# %% ../nbs/76_own.ipynb #6a993f32
+def _own_channel(name, word, sizes, ends, length_cost, warmup)->nn.Module:
+    layers, costly = sizes.pop("layers"), ends is None and (length_cost > 0 or sizes["cell"] == "transformer")
+    if name == "instant":
+        if layers != 1:
+            raise ConfigError(f"an instant channel has no cells to stack, got layers={layers}: use channel='recurrent'")
+        if ends or length_cost:
+            raise ConfigError("an instant channel sends one word, which cannot end earlier: use channel='recurrent'")
+        return make_channel(name, word)
+    if layers != 1: sizes["layers"] = layers
+    if name == "recurrent" and (ends or costly): name = "ending"
+    if name == "ending": sizes |= dict(length_cost=length_cost, warmup=warmup)
+    return make_channel(name, word, **sizes)
+
 # %% ../nbs/76_own.ipynb #145da064
 def make_game(
     task, # determines the sizes
@@ -160,7 +175,7 @@ def make_game(
     cell:str="gru", # rnn, gru, lstm; transformer only with variable length
     ends:bool|None=None, # messages of variable length; None: if `length_cost` is above 0
     length_cost:float=0., # of each word
-    warmup:tuple=(.2, .6), # shares of the training between which the cost rises from 0 from 0
+    warmup:tuple=(.2, .6), # shares of the training between which the cost rises from 0
     sender:nn.Module|None=None, # encoder of the target; None: a linear layer
     receiver:nn.Module|None=None, # encoder of the candidates; None: a linear layer
     seed:int=0, # of the weights
@@ -174,17 +189,8 @@ def make_game(
     with seeded_init(seed):
         if not isinstance(channel, nn.Module):
             word = _own_bottleneck(bottleneck, alphabet_size, word_length, options)
-            name = ("ending" if channel == "recurrent"
-                and (ends or (ends is None and (length_cost > 0 or cell == "transformer"))) else channel)
-            sizes = (dict(message_length=message_length, hidden=hidden, embedding=embedding, cell=cell)
-                if name != "instant" else {})
-            if layers != 1: sizes |= dict(layers=layers)
-            if name == "instant" and layers != 1:
-                raise ConfigError(f"an instant channel has no cells to stack, got layers={layers}: use channel='recurrent'")
-            if name == "instant" and (ends or length_cost):
-                raise ConfigError("an instant channel sends one word, which cannot end earlier: use channel='recurrent'")
-            channel = make_channel(name, word, **sizes,
-                **(dict(length_cost=length_cost, warmup=warmup) if name == "ending" else {}))
+            sizes = dict(message_length=message_length, hidden=hidden, embedding=embedding, cell=cell, layers=layers)
+            channel = _own_channel(channel, word, sizes, ends, length_cost, warmup)
         own = hasattr(task, "make_receiver") # a task with its own kind of receiver
         game = ReferentialGame(sender or LinearEncoder(width, channel.dim), channel, receiver
             or (task.make_receiver(channel.dim) if own else LinearEncoder(width, channel.dim)), draws)
@@ -210,14 +216,9 @@ class OwnSpec:
             "pip install 'refcomm[workers]', or use jobs=1")
         return _carried, (dataclasses.asdict(self), cloudpickle.dumps(self.trial))
 
-# %% ../nbs/76_own.ipynb #1a96f065
-@dataclasses.dataclass(frozen=True)
-class Run:
-    "A finished training of a user's game."
-    game:ReferentialGame # in evaluation mode
-    task:object
-    record:RunRecord
-
+# %% ../nbs/76_own.ipynb #4a5af312
+class _Evaluated:
+    "The results of a finished training: metrics, messages and their meanings."
     @property
     def accuracy(self)->float:
         "Accuracy on the test games."
@@ -243,10 +244,19 @@ class Run:
         "The messages about the test targets."
         sent = self.record.tensors()["messages"]
         return sent if sent.is_floating_point() else sent.long().flatten(1)
+
     @property
     def lengths(self)->Tensor|None: # [n_test] numbers of symbols; None for equal lengths
         "The lengths of the messages."
         return self.record.tensors().get("lengths")
+
+# %% ../nbs/76_own.ipynb #1a96f065
+@dataclasses.dataclass(frozen=True)
+class Run(_Evaluated):
+    "A finished training of a user's game."
+    game:ReferentialGame # in evaluation mode
+    task:object
+    record:RunRecord
 
     def corpus(self)->Corpus:
         "The test messages with their meanings."

@@ -1,4 +1,5 @@
 "The package as it is built, installed and imported."
+import ast
 import configparser
 import json
 import re
@@ -166,10 +167,25 @@ def test_the_page_from_table_to_corpus_runs_from_the_wheel(installed, tmp_path):
 
 def test_statements_are_statements():
     "No tuples of calls as statements, no assignments inside tuples, no conditional expressions inside others."
-    import ast
     for p in (ROOT/"refcomm").rglob("*.py"):
         for n in ast.walk(ast.parse(p.read_text())):
             where = f"{p.relative_to(ROOT)}:{getattr(n, 'lineno', 0)}"
             assert not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Tuple)), where
             if isinstance(n, ast.Tuple): assert not any(isinstance(x, ast.NamedExpr) for x in ast.walk(n)), where
             if isinstance(n, ast.IfExp): assert not any(isinstance(x, ast.IfExp) for x in (n.body, n.orelse, n.test)), where
+
+
+def fields(node):
+    "Lines of a dataclass that are fields."
+    made = isinstance(node, ast.ClassDef) and any("spec" in ast.unparse(d) or "dataclass" in ast.unparse(d) for d in node.decorator_list)
+    return sum(n.end_lineno - n.lineno + 1 for n in node.body if isinstance(n, ast.AnnAssign)) if made else 0
+
+
+def test_an_exported_cell_fits_on_a_screen():
+    "At most 35 lines, the directive included; the fields of dataclasses, one a line with a comment, are not counted."
+    for p in sorted((ROOT/"nbs").glob("[0-9]*.ipynb")):
+        for c in json.loads(p.read_text())["cells"]:
+            source = "".join(c["source"])
+            if c["cell_type"] != "code" or not source.startswith("#| export"): continue
+            lines = len(source.splitlines()) - sum(map(fields, ast.parse(source).body))
+            assert lines <= 35, f"{p.name} #{c['id']}: {lines} lines; split it, or move a part to a function or a base class"

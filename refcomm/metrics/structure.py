@@ -157,9 +157,9 @@ def _check_pairs(symbols, message_distance, meaning_distance):
     check_choice("meaning_distance", meaning_distance, MEANING_DISTANCES)
     check_at_least("number of messages", len(symbols), 3, "there must be pairs to rank")
 
-# %% ../../nbs/53_metrics.structure.ipynb #a1576765
-class _Pairs:
-    "Topographic similarity, prepared for permutations and resampling."
+# %% ../../nbs/53_metrics.structure.ipynb #aea9c036
+class _PairCells:
+    "Pairs of objects as cells of a table of distances: of meanings by of messages."
     def __init__(self, symbols, meanings, message_distance="edit", meaning_distance="hamming", ends=None):
         _check_pairs(symbols, message_distance, meaning_distance)
         self.n, ((x, nx), (y, ny)) = (len(symbols),
@@ -184,6 +184,9 @@ class _Pairs:
         table[*torch.triu_indices(self.n, self.n, 1, device=values.device)] = values
         return table
 
+# %% ../../nbs/53_metrics.structure.ipynb #a1576765
+class _Pairs(_PairCells):
+    "Topographic similarity, prepared for permutations and resampling."
     @functools.cached_property
     def blocks(self): # of 256 rows, from the diagonal on: cells of pairs, and an extra cell for the rest
         return [(i, rows[:, i:].flatten().long())

@@ -23,20 +23,24 @@ from refcomm.runs.execute import make_stacks
 from refcomm.runs.costs import SPEEDS, Cost, Counts, Speed, kind, memory_bytes, run_seconds, speed_of, timed
 from refcomm.runs.store import digest, runner_of, spec_fields
 
+# %% ../../nbs/57_papers.counts.ipynb #cd278d77
+def _packets(a)->tuple: # operations that move nothing, that read a part of their input, and that write a part of their output
+    free = {a.empty, a.empty_strided, a.empty_like, a.new_empty, a.new_empty_strided, a._unsafe_view, a.detach,
+        a.lift_fresh}
+    taking = {a.index, a._unsafe_index, a.gather, a.index_select, a.embedding}
+    putting = {a.index_put, a.index_put_, a._index_put_impl_, a.scatter_, a.scatter_add_, a.index_add_,
+        a.embedding_dense_backward}
+    return free, taking, putting
+
 # %% ../../nbs/57_papers.counts.ipynb #693290ca
 def operations(): # a context that counts while it is entered: products, convolutions, bytes, kernels, peak
     "A context that counts what is computed within it."
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
     from torch.utils.flop_counter import flop_registry
-    a, tensors = torch.ops.aten, lambda x: [t for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
-    free = {a.empty, a.empty_strided, a.empty_like, a.new_empty, a.new_empty_strided, a._unsafe_view, a.detach,
-        a.lift_fresh}
-    taking = {a.index, a._unsafe_index, a.gather, a.index_select, a.embedding}
-    putting = {a.index_put, a.index_put_, a._index_put_impl_, a.scatter_, a.scatter_add_, a.index_add_,
-        a.embedding_dense_backward}
+    tensors = lambda x: [t for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
+    free, taking, putting = _packets(torch.ops.aten)
     size = lambda t: min(t.numel()*t.element_size(), t.untyped_storage().nbytes())
-
     class Operations(TorchDispatchMode):
         products = convolutions = bytes = kernels = live = peak = 0
 
@@ -319,9 +323,9 @@ def disk_bytes(
 # %% ../../nbs/57_papers.counts.ipynb #a2da63f1
 MOST_IMAGES = .4*2**37 # bytes that lie on an H200; more are read from the host, see `refcomm.data.stream`
 
-# %% ../../nbs/57_papers.counts.ipynb #a5450df5
-class Model:
-    "Estimates what runs cost on a device, from what they compute and how fast it is; it is measured when it is needed."
+# %% ../../nbs/57_papers.counts.ipynb #bd10963e
+class _Device:
+    "A device and the runs wanted on it: how fast it is, and which runs are trained together."
     def __init__(self,
         wanted, # Specs that are to be made on it
         speed, # `Speed` of the device, or () → `Speed`
@@ -337,6 +341,9 @@ class Model:
         stacks = make_stacks(self.wanted, torch.device("cuda" if self.speed.overlaps else "cpu"))
         return {s: len(stack) for stack in stacks for s in stack}
 
+# %% ../../nbs/57_papers.counts.ipynb #a5450df5
+class Model(_Device):
+    "Estimates what runs cost on a device, from what they compute and how fast it is; it is measured when it is needed."
     def disk(self, s)->float|None: # bytes; None where nothing can be counted
         "What a run leaves on the disk."
         if s.experiment not in FREE: return None

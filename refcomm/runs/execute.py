@@ -67,6 +67,24 @@ def checkpoint_interval()->float: # seconds
     except ValueError: raise ConfigError(f"REFCOMM_CHECKPOINT_SECONDS is a number of seconds, got {text!r}") from None
     return check_at_least("REFCOMM_CHECKPOINT_SECONDS", seconds, 0)
 
+# %% ../../nbs/72_runs.execute.ipynb #c99fe525
+def _train_missing(module, store, members, missing, context, logger, stop):
+    "Train the members of a stack, and store the runs that are missing."
+    store.ready(missing)
+    package_commit() # at the start, not at the end of training
+    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    with StackLogs(logger, [(s.experiment, run_key(s), spec_fields(s)) for s in members]) as logs:
+        try: results = module.run(members, context._replace(log=logs.epochs))
+        except (ConfigError, TrainingDiverged):
+            shutil.rmtree(context.checkpoint.path.parent, ignore_errors=True)
+            raise
+        with stop.hold():
+            for s, result in zip(members, results):
+                if s not in missing: continue
+                origin = _origin(context.device, s, result, results[0], len(members))
+                store.put(s, result, origin, context.weights)
+            logs.finish(results)
+
 # %% ../../nbs/72_runs.execute.ipynb #ed21b4cc
 def run_stack(
     specs, # Specs with equal `stack_key`
@@ -95,19 +113,8 @@ def run_stack(
         members = _members(store, folder, specs, missing) if missing else []
         agree([s in members for s in specs])
         if missing:
-            store.ready(missing)
-            package_commit() # at the start, not at the end of training
-            if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-            with StackLogs(logger, [(s.experiment, run_key(s), spec_fields(s)) for s in members]) as logs:
-                try:
-                    results = module.run(members,
-                        Context(device, _checkpoint(folder, members), say, interval, logs.epochs, weights))
-                except (ConfigError, TrainingDiverged): shutil.rmtree(folder, ignore_errors=True); raise
-                with stop.hold():
-                    for s, result in zip(members, results):
-                        if s not in missing: continue
-                        store.put(s, result, _origin(device, s, result, results[0], len(members)), weights)
-                    logs.finish(results)
+            context = Context(device, _checkpoint(folder, members), say, interval, weights=weights)
+            _train_missing(module, store, members, missing, context, logger, stop)
         with stop.hold(): shutil.rmtree(folder, ignore_errors=True) # also if nothing is missing: its process may have died here
         agree([True]) # that the records are there
     say(1., "done")

@@ -72,9 +72,9 @@ def _respec(name, version, source, packed, options, fields):
         known = EXPERIMENTS[name] = Experiment(pickle.loads(packed), name, version, source=source, **options)
     return known.Spec(**fields)
 
-# %% ../../nbs/63_runs.experiments.ipynb #fb201d65
-class Experiment:
-    "A user function whose runs are stored; calling it with arguments returns the Spec of a run."
+# %% ../../nbs/63_runs.experiments.ipynb #6ba2d790
+class _Definition:
+    "A function, its name and version, and the Spec of its arguments."
     def __init__(self,
         make, # (**fields) → a trial, a dict of numbers, or a `RunResult`
         name:str, # which records carry
@@ -96,18 +96,15 @@ class Experiment:
         self.Spec = spec(type(name, (), dict(own, __annotations__={k: kind for k, (kind, _) in fields.items()},
             experiment=name, version=version, home=self, __reduce__=lambda s: self._reduced(s), __module__=__name__)))
 
-    def __call__(self, **fields):
-        missing = [f.name for f in dataclasses.fields(self.Spec) if f.default is dataclasses.MISSING
-            and f.name not in fields]
-        if missing: raise ConfigError(f"{self.name} needs {', '.join(missing)}")
-        return self.Spec(**fields | {f: stamped(fields[f]) for f in self.files if fields.get(f)})
-
     def __repr__(self): return f"Experiment({self.name}, version {self.version}: {', '.join(_fields(self.make))})"
 
     def _reduced(self, s):
         options = dict(stack=self.stack, files=self.files)
         return _respec, (self.name, self.version, self.source, self.packed(), options, dataclasses.asdict(s))
 
+# %% ../../nbs/63_runs.experiments.ipynb #3f887b0e
+class _Sent(_Definition):
+    "The function as it is sent to other processes, and its result for a Spec."
     def packed(self)->bytes:
         "The function by value, for a worker."
         cloudpickle = need("cloudpickle", f"to run {self.name} in other processes, its code is sent there with the "
@@ -125,6 +122,15 @@ class Experiment:
             for f in self.files if getattr(s, f)}
         if self.context: given["context"] = context
         with seeded_init(getattr(s, "seed", 0)): return self.make(**given)
+
+# %% ../../nbs/63_runs.experiments.ipynb #fb201d65
+class Experiment(_Sent):
+    "A user function whose runs are stored; calling it with arguments returns the Spec of a run."
+    def __call__(self, **fields):
+        missing = [f.name for f in dataclasses.fields(self.Spec) if f.default is dataclasses.MISSING
+            and f.name not in fields]
+        if missing: raise ConfigError(f"{self.name} needs {', '.join(missing)}")
+        return self.Spec(**fields | {f: stamped(fields[f]) for f in self.files if fields.get(f)})
 
     def stack_key(self, s, device): # Specs with equal keys are made together
         first = {f.name: f.default for f in dataclasses.fields(s) if f.name in self.stack}

@@ -211,6 +211,12 @@ def _history_bytes(history)->bytes:
         raise RecordError(f"history cannot be stored: {e}") from None
     return out.getvalue()
 
+# %% ../../nbs/68_runs.store.ipynb #db678ac2
+def _result_files(tensors, history, weights=None)->dict: # name → bytes
+    files = {"tensors.safetensors": _tensor_bytes(tensors, "tensors"), "history.parquet": _history_bytes(history)}
+    if weights: files["weights.safetensors"] = _tensor_bytes(weights, "weights")
+    return files
+
 # %% ../../nbs/68_runs.store.ipynb #6a11c0df
 PROVENANCE_FIELDS = dict(commit=str, torch=str, device=str, seconds=(int, float), trained_together=int) # what every record says of its origin
 
@@ -294,9 +300,18 @@ NAME = re.compile(rf"[a-z][a-z0-9_]*/[0-9a-f]{{16}}/({'|'.join(map(re.escape, FI
 OWN = ("locks", "set-aside", "tmp", "unfinished") # folders of a store beside those of its experiments
 MARKER = ".refcomm-store" # the file by which a store is known
 
-# %% ../../nbs/68_runs.store.ipynb #1b28fe64
-class Store:
-    "Finished runs under `root/<experiment>/<key>/`."
+# %% ../../nbs/68_runs.store.ipynb #7d8e92ed
+def _names(path, root)->list: # in a folder of the store at `root`; none where there is no folder
+    try: return os.listdir(path)
+    except FileNotFoundError: return []
+    except NotADirectoryError:
+        if path != root: return []
+        raise StoreError(f"{path} is not a folder, or lies in what is none: set REFCOMM_HOME to a folder") from None
+    except OSError as e: raise StoreError(f"cannot read {path}: {e.strerror}") from e
+
+# %% ../../nbs/68_runs.store.ipynb #8ce7a904
+class _Folder:
+    "A folder that is marked as a store: where records are, and where damaged ones are moved."
     def __init__(self,
         root=None, # folder; `home()/runs` when None
     ): self.root = Path(root) if root else home()/"runs"
@@ -313,6 +328,21 @@ class Store:
             with contextlib.suppress(FileExistsError), open(self.root/MARKER, "x", encoding="utf-8") as f:
                 f.write("Runs of refcomm: `refcomm runs list` shows them, `refcomm runs clean` tidies up.\n")
 
+    def set_aside(self, experiment, key)->Path:
+        "Move a damaged record out of the way."
+        return self.move_aside(self.path(experiment, key), f"{experiment}-{key}")
+
+    def move_aside(self, path, name)->Path:
+        "Move a file or folder to `set-aside`, under a unique name."
+        aside = self.root/"set-aside"/f"{name}-{uuid.uuid4().hex[:6]}"
+        with disk_errors(aside):
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, aside)
+        return aside
+
+# %% ../../nbs/68_runs.store.ipynb #5106bbd3
+class _Locked(_Folder):
+    "The locks of a store, and folders of its own."
     def lock(self, experiment, key):
         "The run's lock, a context manager; the same process may take it again."
         return self.named_lock(f"{experiment}-{key}")
@@ -336,26 +366,21 @@ class Store:
                 make_folder(folder)
             return folder, held.pop_all()
 
+# %% ../../nbs/68_runs.store.ipynb #fbebadeb
+class _Read(_Locked):
+    "Records as they are read and checked."
     def keys(self, problems=None): # (experiment, key) pairs, sound or not
         "Every folder that has the form of a record's; what cannot be read is an error, or goes to the list `problems`."
         found = []
-        for experiment in self._names(self.root):
+        for experiment in _names(self.root, self.root):
             if not re.fullmatch("[a-z][a-z0-9_]*", experiment) or experiment in OWN: continue
             try:
-                found += [(experiment, key) for key in self._names(self.root/experiment)
+                found += [(experiment, key) for key in _names(self.root/experiment, self.root)
                     if NAME.fullmatch(f"{experiment}/{key}/record.json")]
             except StoreError as e:
                 if problems is None: raise
                 problems.append(str(e))
         return sorted(found)
-
-    def _names(self, path): # in a folder; none where there is no folder
-        try: return os.listdir(path)
-        except FileNotFoundError: return []
-        except NotADirectoryError:
-            if path != self.root: return []
-            raise StoreError(f"{path} is not a folder, or lies in what is none: set REFCOMM_HOME to a folder") from None
-        except OSError as e: raise StoreError(f"cannot read {path}: {e.strerror}") from e
 
     def read(self, experiment:str, key:str)->RunRecord:
         "The record, or a `RecordError` that says what is wrong with it."
@@ -369,52 +394,9 @@ class Store:
             except (RecordError, StoreError) as e: damaged.append(str(e))
         return sound, damaged
 
-    def get(self, spec)->RunRecord|None:
-        "The record of a Spec if there is a sound one; a damaged one is set aside with a warning."
-        key = run_key(spec)
-        path = self.path(spec.experiment, key)
-        try: return self.read(spec.experiment, key)
-        except RecordError:
-            if not os.path.lexists(path): return None
-        with self.lock(spec.experiment, key):
-            try: return self.read(spec.experiment, key)
-            except RecordError as e:
-                if not os.path.lexists(path): return None
-                aside = self.set_aside(spec.experiment, key)
-                warnings.warn(f"{e}; moved to {aside}, the run will be made again")
-
-    def set_aside(self, experiment, key)->Path:
-        "Move a damaged record out of the way."
-        return self.move_aside(self.path(experiment, key), f"{experiment}-{key}")
-
-    def move_aside(self, path, name)->Path:
-        "Move a file or folder to `set-aside`, under a unique name."
-        aside = self.root/"set-aside"/f"{name}-{uuid.uuid4().hex[:6]}"
-        with disk_errors(aside):
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, aside)
-        return aside
-
-    def put(self,
-        spec,
-        result:RunResult,
-        origin:dict, # from `provenance`
-        weights:bool=True, # keep the trained weights, if the result has any
-    )->RunRecord:
-        "Write a record. What cannot be stored is a `RecordError` that names it."
-        files = {"tensors.safetensors": _tensor_bytes(result.tensors, "tensors"),
-            "history.parquet": _history_bytes(result.history)}
-        if weights and result.weights: files["weights.safetensors"] = _tensor_bytes(result.weights, "weights")
-        body = dict(experiment=spec.experiment, version=spec.version, spec=spec_fields(spec),
-            rows=_plain(result.rows, "rows"), summary=_plain(result.summary, "summary"),
-            provenance=_plain(origin, "provenance"),
-                    files={k: digest(v) for k,v in files.items()})
-        if wrong := body_errors(body):
-            raise RecordError(f"run {spec.experiment}/{run_key(spec)} cannot be stored: {'; '.join(wrong[:3])}")
-        self._place(spec.experiment, run_key(spec),
-            {**files, "record.json": _json(dict(sha256=digest(body), body=body))})
-        return self.read(spec.experiment, run_key(spec))
-
+# %% ../../nbs/68_runs.store.ipynb #5a78e4a3
+class _Written(_Read):
+    "Records appear whole or not at all."
     def _place(self, experiment, key, files:dict): # name → bytes
         tmp = self.root/"tmp"/f"{key}-{uuid.uuid4().hex}"
         self.make()
@@ -439,14 +421,47 @@ class Store:
     def ready(self, specs):
         "Find out before training whether its results can be written: the Specs' fields, the packages, the disk."
         for s in specs: digest(spec_fields(s))
-        files = {"tensors.safetensors": _tensor_bytes(dict(x=torch.zeros(1)), "tensors"),
-            "history.parquet": _history_bytes(dict(epoch=[0]))}
+        files = _result_files(dict(x=torch.zeros(1)), dict(epoch=[0]))
         empty = dict(files={k: digest(v) for k, v in files.items()})
         probe = self.root/"tmp"/f"{run_key(specs[0])}-{uuid.uuid4().hex}"
         self.make()
         with disk_errors(self.root):
             try: make_folder(probe); (probe/"record.json").write_bytes(_json(empty))
             finally: shutil.rmtree(probe, ignore_errors=True)
+
+# %% ../../nbs/68_runs.store.ipynb #1b28fe64
+class Store(_Written):
+    "Finished runs under `root/<experiment>/<key>/`."
+    def get(self, spec)->RunRecord|None:
+        "The record of a Spec if there is a sound one; a damaged one is set aside with a warning."
+        key = run_key(spec)
+        path = self.path(spec.experiment, key)
+        try: return self.read(spec.experiment, key)
+        except RecordError:
+            if not os.path.lexists(path): return None
+        with self.lock(spec.experiment, key):
+            try: return self.read(spec.experiment, key)
+            except RecordError as e:
+                if not os.path.lexists(path): return None
+                aside = self.set_aside(spec.experiment, key)
+                warnings.warn(f"{e}; moved to {aside}, the run will be made again")
+
+    def put(self,
+        spec,
+        result:RunResult,
+        origin:dict, # from `provenance`
+        weights:bool=True, # keep the trained weights, if the result has any
+    )->RunRecord:
+        "Write a record. What cannot be stored is a `RecordError` that names it."
+        files = _result_files(result.tensors, result.history, weights and result.weights)
+        body = dict(experiment=spec.experiment, version=spec.version, spec=spec_fields(spec),
+            rows=_plain(result.rows, "rows"), summary=_plain(result.summary, "summary"),
+            provenance=_plain(origin, "provenance"), files={k: digest(v) for k,v in files.items()})
+        if wrong := body_errors(body):
+            raise RecordError(f"run {spec.experiment}/{run_key(spec)} cannot be stored: {'; '.join(wrong[:3])}")
+        self._place(spec.experiment, run_key(spec),
+            {**files, "record.json": _json(dict(sha256=digest(body), body=body))})
+        return self.read(spec.experiment, run_key(spec))
 
 # %% ../../nbs/68_runs.store.ipynb #68a00102
 INDEX = "index.sqlite" # in a store's folder; may be removed at any time

@@ -142,29 +142,13 @@ def final_metrics(
         for i, row in enumerate(result.rows)]
     return [(numbers(result.summary, "summary"), len(result.history) - 1), *rows]
 
-# %% ../../nbs/66_training.loggers.ipynb #70a5ab9c
-class StackLogs:
-    "The logs of runs that are trained together; a context manager that closes them."
+# %% ../../nbs/66_training.loggers.ipynb #b398918b
+class _Logs:
+    "Logs that are opened when they are first written, and closed once."
     def __init__(self,
         name:str|None, # in `LOGGERS`
         runs, # (experiment, key, the Spec's fields), one per member
     ): self.name, self.runs, self.logs = name, runs, []
-
-    def epochs(self,
-        rows, # of `fit`'s history: dictionaries
-    )->None:
-        "Write rows of the history, each to its member's log."
-        self._write(lambda: [self.logs[r["member"]].log_metrics({k: r[k] for k in MEASURED}, r["epoch"]) for r in rows])
-
-    def finish(self,
-        results, # a `RunResult` per member
-    )->None:
-        "Write the final results and close the logs."
-        def write():
-            for log, result in zip(self.logs, results):
-                for metrics, step in final_metrics(result): log.log_metrics(metrics, step)
-        self._write(write)
-        self._close("success")
 
     def _write(self, write):
         if not self.name: return
@@ -182,4 +166,24 @@ class StackLogs:
         self.name, self.logs = None, []
 
     def __enter__(self): return self
+
     def __exit__(self, *error): self._close("failed")
+
+# %% ../../nbs/66_training.loggers.ipynb #70a5ab9c
+class StackLogs(_Logs):
+    "The logs of runs that are trained together; a context manager that closes them."
+    def epochs(self,
+        rows, # of `fit`'s history: dictionaries
+    )->None:
+        "Write rows of the history, each to its member's log."
+        self._write(lambda: [self.logs[r["member"]].log_metrics({k: r[k] for k in MEASURED}, r["epoch"]) for r in rows])
+
+    def finish(self,
+        results, # a `RunResult` per member
+    )->None:
+        "Write the final results and close the logs."
+        def write():
+            for log, result in zip(self.logs, results):
+                for metrics, step in final_metrics(result): log.log_metrics(metrics, step)
+        self._write(write)
+        self._close("success")
