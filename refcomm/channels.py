@@ -114,7 +114,8 @@ class _Folded(nn.Module):
         super().__init__()
         make, self.n_states, self.update = CELLS[check_choice("cell", cell, CELLS)]
         self.embed, self.cell = nn.Linear(width, embedding), make(embedding, hidden)
-        self.above = nn.ModuleList(make(hidden, hidden) for _ in range(layers - 1)) if check_at_least("layers", layers, 1) > 1 else ()
+        check_at_least("layers", layers, 1)
+        self.above = nn.ModuleList(make(hidden, hidden) for _ in range(layers - 1)) if layers > 1 else ()
 
     def fold(self,
         *embedded:Tensor, # [embedding] vectors in place of an embedded word

@@ -346,8 +346,8 @@ def plan(
     from refcomm.papers.counts import plan_model
     from refcomm.runs.costs import duration, plan_costs, recorded, shipped, size
     check_choice("profile", profile, PROFILES)
-    recipes = shipped()
-    wanted, without = _wanted(choose(items or sorted({i.split("/")[0] for i in notebooks()})), profile, parameters, recipes)
+    recipes, chosen = shipped(), choose(items or sorted({i.split("/")[0] for i in notebooks()}))
+    wanted, without = _wanted(chosen, profile, parameters, recipes)
     model = plan_model(wanted, profile, device, steps)
     others = {i: (recipes[i]["data"], here) for i, specs in wanted.items() for here in [item_data(i, specs)]
         if here and i in recipes and recipes[i]["data"] not in (here, "embedded")}
@@ -372,8 +372,8 @@ def _redrawn(item, path, into, from_numbers, from_store)->tuple: # status, messa
     try:
         if from_numbers: return _from_numbers(item, path, into)
         if from_store:
-            parameters, profile = dict(parse_parameters(from_store[0])), check_choice("profile", from_store[1], PROFILES)
-            return _from_store(item, path, dict(parameters, profile=profile, jobs=1))
+            profile = check_choice("profile", from_store[1], PROFILES)
+            return _from_store(item, path, dict(parse_parameters(from_store[0]), profile=profile, jobs=1))
         with kept_store(item, into=into) as own:
             status, _, message = reproduce_item(item, path, dict(own, jobs=1), force=True)
         return status.replace("done", "redrawn"), message

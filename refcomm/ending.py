@@ -35,7 +35,8 @@ class CellSpeaker(nn.Module):
     "A recurrent cell whose first state is the sender's encoding produces the words."
     def __init__(self, width, n_words, hidden, embedding, cell, layers=1, **_):
         super().__init__()
-        self.words, self.first = WordCell(width, embedding, hidden, cell, layers), nn.Parameter(torch.randn(embedding) * .01)
+        self.words = WordCell(width, embedding, hidden, cell, layers)
+        self.first = nn.Parameter(torch.randn(embedding) * .01)
 
     def forward(self,
         u:Tensor, # [batch, hidden] the sender's encoding

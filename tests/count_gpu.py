@@ -82,7 +82,8 @@ def main(args):
     for profile in args or PROFILES:
         specs = list(every(profile))
         if profile in ("gpu", "paper"):
-            print(profile, "as a GPU computes it:", ship_counts(specs, None, True, as_a_gpu), "shapes in all", flush=True)
+            print(profile, "as a GPU computes it:", ship_counts(specs, None, True, as_a_gpu), "shapes in all",
+                flush=True)
         if profile != "paper": print(profile, ship_counts(specs), "shapes in all", flush=True)
 
 

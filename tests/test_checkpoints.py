@@ -199,7 +199,8 @@ def test_a_cpus_state_goes_on_on_a_gpu(half):
     with PretendGPU(), pytest.warns(UserWarning, match="begun on cpu goes on on cuda: noise is drawn anew"):
         history, _ = train(path, device="cuda")
         assert load_checkpoint(path)[1]["device"] == "cuda"
-    assert history.epoch.tolist() == whole[0].epoch.tolist() and history[:4].equals(whole[0][:4]), "what was learnt is kept"
+    assert (history.epoch.tolist() == whole[0].epoch.tolist()
+        and history[:4].equals(whole[0][:4])), "what was learnt is kept"
     assert not history.equals(whole[0])
 
 

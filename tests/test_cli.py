@@ -178,12 +178,15 @@ def test_notebooks_at_smoke_and_nothing_twice(smoke_home, command, items):
     assert seen == {p: p.stat().st_mtime_ns for p in made}, "finished work is not touched"
 
 
-SAVE = "import pandas as pd, matplotlib.pyplot as plt\nfrom refcomm.publish import figures\nfigures.save('toy', 'x', pd.DataFrame(dict(a=[1])), plt.figure(), [], profile, 'Toy', 'none')"
+SAVE = """import pandas as pd, matplotlib.pyplot as plt
+from refcomm.publish import figures
+figures.save('toy', 'x', pd.DataFrame(dict(a=[1])), plt.figure(), [], profile, 'Toy', 'none')"""
 
 
 def toy(path, code):
     cells = [dict(cell_type="markdown", id="a", metadata={}, source="# Toy"),
-        dict(cell_type="code", id="b", metadata=dict(tags=["parameters"]), source='profile: str = "smoke"\njobs: int = 1',
+        dict(cell_type="code", id="b", metadata=dict(tags=["parameters"]),
+        source='profile: str = "smoke"\njobs: int = 1',
         outputs=[], execution_count=None),
              dict(cell_type="code", id="c", metadata={}, source=code, outputs=[], execution_count=None)]
     path.write_text(json.dumps(dict(cells=cells,

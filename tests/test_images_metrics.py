@@ -18,7 +18,8 @@ from refcomm.agents.transformer import ViT, cut_patches
 from refcomm.agents.vision import make_trunk
 from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.metrics import images as looks
-from refcomm.metrics.images import PERCEPTUAL, best_perceptual, edge_density, grey_entropy, patch_means, perceptual_distance, rank_correlation, saliency
+from refcomm.metrics.images import (PERCEPTUAL, best_perceptual, edge_density, grey_entropy, patch_means,
+    perceptual_distance, rank_correlation, saliency)
 from refcomm.metrics.representation import bag_of_symbols, knn, knn_votes, top_accuracy
 from refcomm.metrics.structure import class_correlations, class_pairs, jaccard
 

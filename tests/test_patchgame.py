@@ -53,7 +53,8 @@ def test_a_message_through_a_soft_gate_is_read_with_its_weights(parts):
     assert 0 < weights.min() < weights.max() < 1
     assert torch.allclose(patch.decode_messages(game, said, weights), direct,
         atol=1e-4) and not torch.allclose(patch.decode_messages(game, said), direct, atol=1e-2)
-    assert {r["n_candidates"]: r["accuracy"] for r in patch.play(game, parts.valid.images, s)} == patch.retrieval_accuracy(direct,
+    assert {r["n_candidates"]: r["accuracy"]
+        for r in patch.play(game, parts.valid.images, s)} == patch.retrieval_accuracy(direct,
         seen, s)
     told, = {r["accuracy"] for r in patch_probes.top_k_play(game, parts.valid.images,
         dict(flat=torch.zeros(len(said), 49)), [49], s) if r["n_candidates"] == 2}
@@ -77,7 +78,8 @@ def test_how_many_suffice_against_a_loop(parts, game):
     seen, = patch.map_images(lambda x: (game.listener.see(x),), images, s)
     own, longest = torch.arange(16), int((symbols >= 0).sum(1).max())
     with torch.no_grad():
-        won = [hits(cosine_similarities(patch.decode_messages(game, patch_probes.most_important(symbols, importance, k)), seen),
+        won = [hits(cosine_similarities(patch.decode_messages(game,
+            patch_probes.most_important(symbols, importance, k)), seen),
             own, [2, 16], generator(0, "distractors")) for k in range(1, longest + 1)]
     for c, n in enumerate((2, 16)):
         needed = []

@@ -46,7 +46,8 @@ def test_escape_sequences_of_a_recipe_and_of_a_record_do_not_reach_the_terminal(
     from refcomm.runs.execute import execute
     from refcomm.runs.store import Store
     figures.save("eqc", "table1", pd.DataFrame(dict(a=[1])), figure(), [], "cpu", "eqc Table 1\x1b[2J", "none",
-        [dict(id="a", sentence="it \x1b[31mholds", test="a > [b]", numbers={"\x1bk": 1.}, verdict="reproduced", cause="\x1b[1mmet", power="")])
+        [dict(id="a", sentence="it \x1b[31mholds", test="a > [b]", numbers={"\x1bk": 1.}, verdict="reproduced",
+        cause="\x1b[1mmet", power="")])
     execute([small(epochs=1)])
     (experiment, key), = Store().keys()
     r = Store().read(experiment, key)
@@ -155,5 +156,6 @@ def test_a_recipe_that_was_changed_after_it_was_written_is_named(home, tmp_path)
     items, problems = read_items(png.parent)
     assert not items and "toy_x" in problems[0] and "does not hold what was written" in problems[0]
     with pytest.warns(UserWarning, match="is no recipe of a figure"): assert shipped(png.parent) == {}
-    recipe.write_text(json.dumps({k: v for k, v in written.items() if k != "sha256"} | dict(note="mine")), encoding="utf-8")
+    recipe.write_text(json.dumps({k: v for k, v in written.items() if k != "sha256"} | dict(note="mine")),
+        encoding="utf-8")
     assert figures.load_recipe(png)["note"] == "mine", "without a checksum it is believed"

@@ -100,7 +100,8 @@ class VQ(Bottleneck):
     def forward(self, x, noise=None)->Sent:
         "Vectors `[..., width]` to words of the same shape, symbols `[..., word_length]` and the commitment loss."
         refuse_nan(x, self.training)
-        word, symbols, loss = self.quantizer(x.reshape(-1, self.n_symbols, self.symbol_width), freeze_codebook=self.frozen or None)
+        words = x.reshape(-1, self.n_symbols, self.symbol_width)
+        word, symbols, loss = self.quantizer(words, freeze_codebook=self.frozen or None)
         return Sent(word.reshape(x.shape), symbols.reshape(*x.shape[:-1], self.n_symbols), loss.sum())
 
 # %% ../../nbs/24_bottlenecks.quantize.ipynb #4a2edf52

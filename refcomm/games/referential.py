@@ -168,7 +168,8 @@ class ReferentialGame(_Agents):
     ): # the channel's noise; with `draws` a pair: that, and uniform numbers [batch] for the choices
         "The randomness that one training pass consumes."
         noise = self.channel.draw_noise(batch, generator)
-        return (noise, _draw(generator, lambda g: torch.rand(batch, generator=g, device=g.device))) if self.draws else noise
+        if not self.draws: return noise
+        return noise, _draw(generator, lambda g: torch.rand(batch, generator=g, device=g.device))
 
     def forward(self,
         x:Tensor, # [batch, ...] the targets as the sender sees them

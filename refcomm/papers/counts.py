@@ -275,7 +275,8 @@ def trains(
 
 # %% ../../nbs/57_papers.counts.ipynb #bad46c1d
 IMAGES = { # source → images to train on, new ones, classes
-    "imagenet": (1_281_167, 50_000, 1000), "tiny_imagenet": (100_000, 10_000, 200), "tiny_imagenet_core.parquet": (10_000, 3000, 200),
+    "imagenet": (1_281_167, 50_000, 1000), "tiny_imagenet": (100_000, 10_000, 200),
+    "tiny_imagenet_core.parquet": (10_000, 3000, 200),
     "imagenette224_core.parquet": (1400, 400, 10), "imagenette224_train_0.parquet": (3790, 948, 10),
     "imagenette224_[tv]*.parquet": (7575, 1894, 10), "tiny_imagenet_[tv]*.parquet": (100_000, 10_000, 200)}
 RENDERED = {"shapes": 100, "scenes": 4} # source → classes

@@ -248,7 +248,8 @@ def timed(
     try:
         for one in (x for lines in from_json(Path(path).read_text(encoding="utf-8"))["timed"].values() for x in lines):
             if one.get("step_seconds"):
-                found[kind(one["experiment"], one["fields"])] = (float(one["step_seconds"]), int(one["together"]), float(one["peak_bytes"]))
+                measured = float(one["step_seconds"]), int(one["together"]), float(one["peak_bytes"])
+                found[kind(one["experiment"], one["fields"])] = measured
     except OSError as e: raise ConfigError(f"cannot read {path}: {e.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ConfigError(f"{path} holds no timed steps ({e!r:.80}): make it with tests/on_gpu.py") from None

@@ -209,7 +209,8 @@ def _refuse_training(missing):
 def _note_used(records):
     "Append the runs to the file `REFCOMM_USED`, if it is set."
     if not os.environ.get("REFCOMM_USED"): return
-    with open(os.environ["REFCOMM_USED"], "a", encoding="utf-8") as f: f.writelines(f"{r.experiment}/{r.key}\n" for r in records)
+    with open(os.environ["REFCOMM_USED"], "a", encoding="utf-8") as f:
+        f.writelines(f"{r.experiment}/{r.key}\n" for r in records)
 
 def _make(stacks, n_stacks, jobs, store, device, executor, logger, weights, desc):
     if not stacks: return

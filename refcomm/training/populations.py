@@ -172,7 +172,7 @@ def ease_of_learning(
         if hasattr(g.channel.bottleneck, "frozen"): g.channel.bottleneck.frozen = True # VQ's codebook is learned without gradient
     def learned(some, own):
         members = Ensemble(some).to(device)
-        return fit(members, *objectives(members, task), task.n_train, settings, own, device, report=lambda done, text: None,
-            lr_factors=frozen).history[["seed", "epoch", "accuracy"]]
+        return fit(members, *objectives(members, task), task.n_train, settings, own, device,
+            report=lambda done, text: None, lr_factors=frozen).history[["seed", "epoch", "accuracy"]]
     if not changing_buffers(game): return learned(learners, seeds)
     return pd.concat([learned([g], [s]) for g, s in zip(learners, seeds)], ignore_index=True)

@@ -156,8 +156,8 @@ def judged(
 def _generations(s, task, context)->RunResult: # rows of every generation, the last one's at the end
     about, rows, histories, device = task.meanings("test"), [], [], pick_device(context.device)
     there, make = task.to(device), lambda seed: build(dataclasses.replace(s, seed=seed), task)
-    for generation, game, history in iterated(make, there, _trial(s, task).settings, s.generations, s.side, s.seed, None,
-        device, context.checkpoint, context.report, context.checkpoint_seconds, context.log):
+    for generation, game, history in iterated(make, there, _trial(s, task).settings, s.generations, s.side, s.seed,
+        None, device, context.checkpoint, context.report, context.checkpoint_seconds, context.log):
         row, tensors = tested(game, there, ())
         rows.append(dict(judged(row, tensors["messages"], about, tensors.get("lengths")), generation=generation))
         histories.append(history.assign(generation=generation, epoch=history.epoch + generation*s.epochs))

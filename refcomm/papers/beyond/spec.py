@@ -50,4 +50,5 @@ class BeyondSpec:
         if self.bits % 12 or self.bits < 12:
             raise ConfigError(f"bits must be a multiple of 12, which 2, 3 and 4 divide, got {self.bits}")
         check_choice("side", self.side, SIDES)
-        for name in ("n_train", "n_valid", "n_test", "candidates", "epochs", "generations"): check_at_least(name, getattr(self, name), 1)
+        for name in ("n_train", "n_valid", "n_test", "candidates", "epochs", "generations"):
+            check_at_least(name, getattr(self, name), 1)
