@@ -75,12 +75,12 @@ class Instant(Channel):
         self.speak = speak or nn.Linear(self.dim, bottleneck.width)
         self.listen = listen or nn.Linear(bottleneck.width, self.dim)
 
-    def send(self, u, noise=None)->Sent:
+    def send(self, u:Tensor, noise:Tensor|None=None)->Sent:
         "Encodings `[batch, dim]` to words `[batch, 1, width]`."
         sent = self.bottleneck(self.speak(u).unsqueeze(1), noise)
         return sent if sent.log_prob is None else sent._replace(log_prob=sent.log_prob.squeeze(1))
 
-    def receive(self, words)->Tensor:
+    def receive(self, words:Tensor)->Tensor:
         "Words `[batch, 1, width]` to vectors `[batch, dim]`."
         return self.listen(words.flatten(1))
 
@@ -129,7 +129,7 @@ class _Folded(nn.Module):
 # %% ../nbs/27_channels.ipynb #e3859d49
 class WordCell(_Folded):
     "An embedding of words followed by a recurrent cell, with their two input matrices multiplied once per batch."
-    def start(self, h)->tuple:
+    def start(self, h:Tensor)->tuple:
         "The first state, with `h` `[batch, hidden]` as the hidden part of the lowest layer."
         return (h,) + (torch.zeros_like(h),)*(self.n_states*(1 + len(self.above)) - 1)
 
@@ -172,7 +172,7 @@ class Recurrent(Channel):
         self.first = nn.Parameter(torch.randn(embedding) * .01)
         self.listener = WordCell(bottleneck.width, embedding, hidden, cell, layers)
 
-    def send(self, u, noise=None)->Sent:
+    def send(self, u:Tensor, noise:Tensor|None=None)->Sent:
         "Encodings `[batch, hidden]` to words `[batch, message_length, width]`, one after another."
         weight, bias, first = self.speaker.fold(self.first)
         gates = first.expand(len(u), -1)
@@ -184,7 +184,7 @@ class Recurrent(Channel):
         return Sent(*(None if part[0] is None else stack(part)
             for stack, part in zip((_words, _words, sum, sum), zip(*sent))))
 
-    def receive(self, words)->Tensor:
+    def receive(self, words:Tensor)->Tensor:
         "Words `[batch, message_length, width]` to the last hidden state `[batch, hidden]`."
         gates, state = F.linear(words, *self.listener.fold()), None
         for i in range(self.message_length): state = self.listener.step(gates[:, i], state)

@@ -129,7 +129,7 @@ def _console():
     from rich.console import Console
     return Console(width=None if sys.stdout.isatty() else 140)
 
-def print_table(title, columns, rows):
+def print_table(title, columns:tuple, rows)->None:
     "A table on the terminal."
     from rich.table import Table
     from rich.text import Text
@@ -234,7 +234,7 @@ def _in_short(item, profile):
     return in_short(item, pd.read_csv(png.with_suffix(".csv"), dtype={"column": str}), load_recipe(png),
         shipped().get(item))
 
-def print_comparison(item, profile):
+def print_comparison(item:str, profile:str)->None:
     "Print an item's numbers with the paper's, and its claims."
     import pandas as pd
     from refcomm.papers.evidence import side_by_side
@@ -574,7 +574,7 @@ def runs_clean(everything:bool = typer.Option(False, "--all", help="also remove 
         for p in paths: print(f"left, {why}: {p}")
     print(f"{len(store.keys([]))} runs remain in {store.root}")
 
-def main():
+def main()->None:
     "The `refcomm` command: refusals are one line on stderr and exit code 2."
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace") # names with letters that the terminal lacks
     try: app()

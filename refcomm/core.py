@@ -408,7 +408,7 @@ def check_parameter(
     name:str, # of a notebook's parameter
     value, # given for it
     default, # what the notebook sets, of the type that is expected
-):
+)->None:
     "Raise a `ConfigError` unless the value is of the parameter's type, and possible."
     kind = type(default)
     if type(value) is not kind and not (kind is float and type(value) is int):
@@ -421,7 +421,7 @@ def check_parameter(
 
 def check_injected(
     namespace:dict, # a notebook's `globals()`, in the cell after its parameters
-):
+)->None:
     """Raise a `ConfigError` if papermill injected an unknown parameter or an impossible value; outside papermill nothing is checked.
 
     A profile that is "auto" becomes the one that suits the device."""

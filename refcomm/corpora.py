@@ -30,7 +30,7 @@ class Corpus(NamedTuple):
     about:dict # their origin
     lengths:Tensor|None = None # [n] int64 number of symbols of each message; None: equal lengths
 
-    def push(self, folder, name="messages", **kwargs):
+    def push(self, folder, name:str="messages", **kwargs):
         "Write the corpus as a folder, see `save_elcc`."
         return save_elcc(folder, {"all": self}, name, **kwargs)
 

@@ -22,7 +22,7 @@ def processes()->tuple: # this process's number and how many there are
 def join_processes(
     world_size:int=1, # number of processes that train together
     backend:str|None=None, # "nccl" or "gloo"; chosen by the hardware when None
-):
+)->None:
     "Join the process group of a launcher such as torchrun; one process alone needs none."
     check_at_least("world_size", world_size, 1)
     if processes()[1] == 1 < world_size:
@@ -38,7 +38,7 @@ def join_processes(
 # %% ../nbs/02_distributed.ipynb #4c25e405
 def sum_over_processes(
     *tensors:Tensor, # of equal shapes in every process
-):
+)->None:
     "Replace each tensor by its sum over all processes."
     if processes()[1] > 1:
         for t in tensors: dist.all_reduce(t)

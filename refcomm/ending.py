@@ -33,7 +33,7 @@ def end_shares(
 # %% ../nbs/28_ending.ipynb #2dffa9f7
 class CellSpeaker(nn.Module):
     "A recurrent cell whose first state is the sender's encoding produces the words."
-    def __init__(self, width, n_words, hidden, embedding, cell, layers=1, **_):
+    def __init__(self, width:int, n_words:int, hidden:int, embedding:int, cell:str, layers:int=1, **_):
         super().__init__()
         self.words = WordCell(width, embedding, hidden, cell, layers)
         self.first = nn.Parameter(torch.randn(embedding) * .01)
@@ -42,7 +42,7 @@ class CellSpeaker(nn.Module):
         u:Tensor, # [batch, hidden] the sender's encoding
         emit, # (hidden [batch, hidden], place) → word [batch, width]
         n:int, # number of words
-    ):
+    )->None:
         "Call `emit` for `n` words; each word is the input of the next step."
         weight, bias, first = self.words.fold(self.first)
         gates, state = first.expand(len(u), -1), self.words.start(u)
@@ -52,11 +52,11 @@ class CellSpeaker(nn.Module):
 
 class CellListener(nn.Module):
     "A recurrent cell reads the words; its states are the outputs."
-    def __init__(self, width, n_words, hidden, embedding, cell, layers=1, **_):
+    def __init__(self, width:int, n_words:int, hidden:int, embedding:int, cell:str, layers:int=1, **_):
         super().__init__()
         self.words = WordCell(width, embedding, hidden, cell, layers)
 
-    def forward(self, words)->Tensor: # [batch, n, width] → [batch, n, hidden]
+    def forward(self, words:Tensor)->Tensor: # [batch, n, width] → [batch, n, hidden]
         "The hidden state after each word."
         state, understood = None, []
         for gates in F.linear(words, *self.words.fold()).unbind(1):
@@ -96,13 +96,13 @@ class CausalLayer(nn.Module):
 # %% ../nbs/28_ending.ipynb #b39d890e
 class TransformerSpeaker(nn.Module):
     "A causal transformer produces the words; the sender's encoding is its first input."
-    def __init__(self, width, n_words, hidden, layers=1, heads=4, **_):
+    def __init__(self, width:int, n_words:int, hidden:int, layers:int=1, heads:int=4, **_):
         super().__init__()
         self.embed, self.positions = nn.Linear(width, hidden), nn.Parameter(.02*torch.randn(n_words + 1, hidden))
         self.layers = nn.ModuleList(CausalLayer(hidden, heads) for _ in range(check_at_least("layers", layers, 1)))
         self.norm = nn.LayerNorm(hidden)
 
-    def forward(self, u, emit, n):
+    def forward(self, u:Tensor, emit, n:int)->None:
         "Call `emit` for `n` words, as `CellSpeaker` does."
         x, past = u, [None]*len(self.layers)
         for i in range(n):
@@ -112,13 +112,13 @@ class TransformerSpeaker(nn.Module):
 
 class TransformerListener(nn.Module):
     "A causal transformer reads the words; its outputs are those at each word."
-    def __init__(self, width, n_words, hidden, layers=1, heads=4, **_):
+    def __init__(self, width:int, n_words:int, hidden:int, layers:int=1, heads:int=4, **_):
         super().__init__()
         self.embed, self.positions = nn.Linear(width, hidden), nn.Parameter(.02*torch.randn(n_words + 1, hidden))
         self.layers = nn.ModuleList(CausalLayer(hidden, heads) for _ in range(check_at_least("layers", layers, 1)))
         self.norm = nn.LayerNorm(hidden)
 
-    def forward(self, words)->Tensor: # [batch, n, width] → [batch, n, hidden]
+    def forward(self, words:Tensor)->Tensor: # [batch, n, width] → [batch, n, hidden]
         "The output at each word."
         x = self.embed(words) + self.positions[:words.shape[1]]
         for layer in self.layers: x = layer(x)[0]
@@ -144,7 +144,7 @@ class _Cost(Channel):
         self.gated = not isinstance(bottleneck, OneSymbol)
         self.at(1.)
 
-    def at(self, done:float): # share of the training done
+    def at(self, done:float)->None: # share of the training done
         "Set the current cost of a word."
         first, last = self.warmup
         self.cost = self.length_cost * (1. if done >= last else max((done - first)/(last - first), 0.))
@@ -163,7 +163,7 @@ class _Cost(Channel):
 # %% ../nbs/28_ending.ipynb #c0e93e14
 class EndingChannel(_Cost):
     "Base of channels with messages of variable length: their end, their cost and their number."
-    def end_word(self, words)->Tensor: # [width] the word that ends a message
+    def end_word(self, words:Tensor)->Tensor: # [width] the word that ends a message
         "The word that ends a message, in the type and on the device of `words`."
         end = torch.zeros_like(words[0, 0])
         return torch.cat([end[:-1], end[:1] + 1] if self.gated else [end[:1] + 1, end[1:]])
@@ -177,7 +177,7 @@ class EndingChannel(_Cost):
         over = torch.arange(words.shape[1], device=words.device) >= lengths[:, None]
         return torch.where(over[..., None], self.end_word(words), words)
 
-    def shares(self, words)->Tensor: # [batch, T+1] see `end_shares`
+    def shares(self, words:Tensor)->Tensor: # [batch, T+1] see `end_shares`
         "The weight with which each message ends at each place."
         return end_shares(words[..., -1 if self.gated else 0])
 
@@ -215,7 +215,7 @@ class _EndingAgents(EndingChannel):
         self.stop, self.gate = (nn.Linear(hidden, 1), Gate()) if self.gated else (None, None)
         self.listener = LISTENERS[check_choice("listener", heard, LISTENERS)](**sizes, cell=heard)
 
-    def draw_noise(self, batch, generator)->Tensor|None:
+    def draw_noise(self, batch:int, generator)->Tensor|None:
         "Noise of the gate, or of the bottleneck where symbol 0 is the end."
         return (self.gate.draw_noise((batch, self.message_length), generator) if self.gated
             else super().draw_noise(batch, generator))
@@ -229,7 +229,7 @@ class _EndingAgents(EndingChannel):
 # %% ../nbs/28_ending.ipynb #96d5ebc7
 class Ending(_EndingAgents):
     "Recurrent or transformer agents with messages of variable length (adapted from EGG, Kharitonov et al. 2019)."
-    def utter(self, u, noise=None)->tuple: # [batch, T, width] words with their ends, the bottleneck's `Sent`s, and scores [batch, T, ...]
+    def utter(self, u:Tensor, noise=None)->tuple: # [batch, T, width] words with their ends, the bottleneck's `Sent`s, and scores [batch, T, ...]
         "Produce all `message_length` words, also those after the end."
         words, parts, scores = [], [], []
         def emit(h, i):
@@ -244,7 +244,7 @@ class Ending(_EndingAgents):
         self.speaker(u, emit, self.message_length)
         return torch.stack(words, 1), parts, torch.stack(scores, 1)
 
-    def send(self, u, noise=None)->Sent: # `symbols` are −1 from the end on; `lengths` is the number of words before it
+    def send(self, u:Tensor, noise=None)->Sent: # `symbols` are −1 from the end on; `lengths` is the number of words before it
         "Encodings `[batch, hidden]` to words `[batch, T+1, width]`, the last of them the end."
         words, parts, scores = self.utter(u, noise)
         symbols = None if parts[0].symbols is None else torch.stack([p.symbols for p in parts], 1)

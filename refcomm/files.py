@@ -124,7 +124,7 @@ def most_unpacked(
 def check_unpacked(
     path, # a file that holds packed data
     size:int, # bytes that it says it unpacks to
-):
+)->None:
     "Refuse a file of few bytes that would fill the memory."
     if size > most_unpacked(path):
         raise ConfigError(f"{path} would unpack to {size:,} bytes, more than a hundred times its own size: write it again without padding, or in parts")
@@ -173,7 +173,7 @@ def disk_errors(
                 errno.EACCES: "permission denied: set REFCOMM_HOME (or REFCOMM_FIGURES) to a writable folder"}
         raise StoreError(f"cannot write {path}: {ways.get(e.errno, e)}") from e
 
-def fsync_dir(path):
+def fsync_dir(path)->None:
     "Flush a folder's entries to disk, if the system and file system support it."
     if os.name == "nt": return
     fd = os.open(path, os.O_RDONLY)
@@ -233,7 +233,7 @@ def write_atomic(
 # %% ../nbs/01_files.ipynb #3cdc7ef0
 def write_together(
     files:dict, # path → bytes; the last one marks the set as complete
-):
+)->None:
     "Make or replace some files of one folder: all of them, or none."
     *others, last = map(Path, files)
     kept, put = {p: p.read_bytes() for p in (*others, last) if p.is_file()}, []
@@ -347,7 +347,7 @@ def _state_digest(tensors, meta:str)->str:
         digest.update(v.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-def save_checkpoint(path, tensors:dict, meta:dict):
+def save_checkpoint(path, tensors:dict, meta:dict)->None:
     "Write tensors and JSON-able `meta`, and a digest of both, to one safetensors file, atomically."
     from safetensors.torch import save
     tensors, text = {k: v.detach().contiguous().cpu() for k,v in tensors.items()}, json.dumps(meta)
@@ -372,7 +372,7 @@ def load_checkpoint(path)->tuple|None: # tensors and meta; None if there is no v
 def distrust_checkpoint(
     path,
     why, # a text or an exception
-):
+)->None:
     "Rename a damaged checkpoint, with a warning."
     aside = set_aside(path, f".unreadable-{secrets.token_hex(3)}")
     warnings.warn(f"checkpoint {path} cannot be continued ({str(why).splitlines()[0] if str(why) else repr(why)}); "

@@ -49,7 +49,7 @@ class Interruptible(_Signal):
             if signal.getsignal(s) not in (None, signal.SIG_IGN): self.before[s] = signal.signal(s, self.hear)
         return self
 
-    def hear(self, signum, frame):
+    def hear(self, signum:int, frame)->None:
         "The signal handler: raise at once, or wait for held work until `grace` is over."
         if self.signum is None: self.signum, self.heard = signum, time.monotonic()
         late = time.monotonic() - self.heard >= self.grace

@@ -386,11 +386,17 @@ def _trained(trials, places, context, n, n_groups)->list: # of `RunResult`s
     return results
 
 # %% ../nbs/76_own.ipynb #6525cefc
-class _Own: # what runs an `OwnSpec`
+class _Own:
+    "The home of `OwnSpec`: how its runs are made."
     @staticmethod
-    def run(specs, context): return Trial.train_together([s.trial for s in specs], context)
+    def run(specs, context)->list:
+        "Train the trials of Specs together."
+        return Trial.train_together([s.trial for s in specs], context)
+
     @staticmethod
-    def stack_key(s, device): return s.trial.shape()
+    def stack_key(s, device)->tuple:
+        "A key that is equal for Specs that are trained together."
+        return s.trial.shape()
 
 OwnSpec.home = _Own
 

@@ -206,3 +206,16 @@ def test_lines_of_code_are_short():
         for i, line in enumerate(lines, 1):
             if line.startswith(("__all__", "# %%")): continue
             assert ends.get(i, len(line)) <= 120 or text[i] >= 40, f"{p.relative_to(ROOT)}:{i} has {len(line)} characters"
+
+
+def test_what_is_public_is_described():
+    "Functions, and methods of classes, those included that public classes inherit from private ones."
+    for p in (ROOT/"refcomm").rglob("*.py"):
+        if p.name in ("_modidx.py", "__main__.py"): continue
+        body = ast.parse(p.read_text(encoding="utf-8")).body
+        classes = {n.name: n for n in body if isinstance(n, ast.ClassDef)}
+        bases = {b.id for n in classes.values() for b in n.bases if isinstance(b, ast.Name)}
+        shown = [n for name, n in classes.items() if name[0] != "_" or name in bases]
+        for n in [*body, *(m for c in shown for m in c.body)]:
+            if isinstance(n, ast.FunctionDef) and not n.name.startswith("_"):
+                assert ast.get_docstring(n), f"{p.relative_to(ROOT)}:{n.lineno} {n.name} has no docstring"

@@ -62,7 +62,7 @@ class PatchSymbol(nn.Module):
             nn.Linear(hidden, symbols_per_patch*vocab_size))
         self.norm = None if norm is None else _score_norm(norm, symbols_per_patch*vocab_size)
 
-    def forward(self, images)->Tensor: # [batch, n_patches, symbols_per_patch, vocab_size]
+    def forward(self, images:Tensor)->Tensor: # [batch, n_patches, symbols_per_patch, vocab_size]
         "Scores of the symbols of each patch of images `[batch, 3, size, size]`."
         check_size(images, self.size)
         seen = (self.look.tokens(images)[:, 1:] if isinstance(self.look, ViT)
@@ -100,7 +100,7 @@ class PatchRank(nn.Module):
         "Uniform noise for the dropout."
         return torch.rand(*shape, self.noise_width, generator=generator, device=generator.device)
 
-    def forward(self, images, noise=None)->Tensor: # [batch, n_patches]
+    def forward(self, images:Tensor, noise:Tensor|None=None)->Tensor: # [batch, n_patches]
         "The importance score of each patch of images `[batch, 3, size, size]`."
         patch_grid(*images.shape[-2:], self.patch_size)
         seen = self.features(images).flatten(2).mT
@@ -191,7 +191,7 @@ class _Speaker(nn.Module):
 
     def cool(self,
         progress:float, # share of the training done
-    ):
+    )->None:
         "Set the temperature of the symbols."
         self.bottleneck.temperature = anneal(self.schedule, *self.temperatures, progress/self.cooled)
 
@@ -203,13 +203,13 @@ class Speaker(_Speaker):
         "Symbols in a message without dropped patches."
         return self.symbol.n_patches * self.symbol.symbols_per_patch
 
-    def draw_noise(self, batch, generator)->Tensor: # [batch, n_patches, …]
+    def draw_noise(self, batch:int, generator)->Tensor: # [batch, n_patches, …]
         "The randomness of one training pass: of symbols, gates and dropout."
         shape, l = (batch, self.symbol.n_patches), self.symbol.symbols_per_patch
         return torch.cat([self.bottleneck.draw_noise((*shape, l), generator).flatten(2),
             self.gate.draw_noise(shape, generator), self.rank.draw_noise(shape, generator)], -1)
 
-    def forward(self, images, noise=None)->Message:
+    def forward(self, images:Tensor, noise:Tensor|None=None)->Message:
         "Symbols of the important patches of images `[batch, 3, size, size]`."
         l, v, n = self.symbol.symbols_per_patch, self.symbol.vocab_size, self.symbol.n_patches
         of_symbols, of_gate, of_rank = (None,)*3 if noise is None else noise.split((l*v, 2, self.rank.noise_width), -1)

@@ -153,7 +153,7 @@ class ViT(nn.Module):
             patches = patches.gather(1, places.expand(-1, -1, patches.shape[2]))
         return self.embed(patches)
 
-    def tokens(self, images, keep=None)->Tensor: # [batch, n_patches+1, dim], or [batch, k+1, dim] of those kept; CLS first
+    def tokens(self, images:Tensor, keep=None)->Tensor: # [batch, n_patches+1, dim], or [batch, k+1, dim] of those kept; CLS first
         "The outputs for CLS and all patches of images `[batch, 3, size, size]`."
         return self.transformer(self._embedded(images, keep), places=keep)
 
@@ -212,8 +212,8 @@ class PretrainedViT(nn.Module):
 # %% ../../nbs/33_agents.transformer.ipynb #8c42d73e
 class Cosines(nn.Linear):
     "A linear layer without bias, with inputs and weights normalised to length 1."
-    def __init__(self, in_features, out_features): super().__init__(in_features, out_features, bias=False)
-    def forward(self, x)->Tensor:
+    def __init__(self, in_features:int, out_features:int): super().__init__(in_features, out_features, bias=False)
+    def forward(self, x:Tensor)->Tensor:
         "Cosines `[..., n_classes]` of vectors `[..., dim]` with the rows of the weight."
         return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
 

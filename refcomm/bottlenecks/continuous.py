@@ -85,6 +85,6 @@ class Continuous(Bottleneck):
         super().__init__(word_length)
         self.normalize = normalize
 
-    def forward(self, x, noise=None)->Sent:
+    def forward(self, x:Tensor, noise:Tensor|None=None)->Sent:
         "Vectors `[..., width]` to words of the same shape, without symbols."
         return Sent(minmax_normalize(x) if self.normalize else x, None)

@@ -48,7 +48,7 @@ def _content(images): # for `content_digest`, which digests a tensor in the same
     for some in images.split(_BLOCK): digest.update(some.numpy())
     return [str(images.dtype), list(images.shape), digest.hexdigest()]
 
-def number_classes(labels, names, name)->tuple: # [n] int64, list of str
+def number_classes(labels, names, name:str)->tuple: # [n] int64, list of str
     "Number the classes that occur; fewer than two raise a `ConfigError`."
     absent = [i for i, l in enumerate(labels) if l is None or l != l]
     if absent:
@@ -113,7 +113,9 @@ class StoredImages:
         self.rows = torch.arange(sum(map(len, self.tensors))) if rows is None else rows
 
     @property
-    def shape(self)->torch.Size: return torch.Size((len(self.rows), *self.tensors[0].shape[1:]))
+    def shape(self)->torch.Size:
+        "`[n, 3, height, width]`, without reading an image."
+        return torch.Size((len(self.rows), *self.tensors[0].shape[1:]))
     def __len__(self): return len(self.rows)
     def __repr__(self): return f"StoredImages({list(self.shape)})"
 
@@ -452,7 +454,7 @@ def _torchvision(name, split)->_Source:
         [_PARTS.get(split, split) if which else ""]*len(labels), f"torchvision: {name}")
 
 # %% ../../nbs/14_data.images.ipynb #c40ee165
-def missing_data(name)->ConfigError:
+def missing_data(name:str)->ConfigError:
     "The error for a source that was not found."
     known = ["shapes", "scenes", *sorted({name for folder in data_folders() if os.path.isdir(folder)
         for name in os.listdir(folder) if not name.startswith(".")})]

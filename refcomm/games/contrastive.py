@@ -64,7 +64,7 @@ def check_batch(
             f"out an incomplete last batch with drop_last=True")
     return a, b
 
-def own_places(a, negatives:str)->Tensor: # [batch]
+def own_places(a:Tensor, negatives:str)->Tensor: # [batch]
     "The indices of this process's images among the candidates."
     check_choice("negatives", negatives, NEGATIVES)
     return torch.arange(len(a), device=a.device) + len(a)*processes()[0]*(negatives == "global")
@@ -115,7 +115,7 @@ class SymmetricInfoNCE(nn.Module):
         return (self.log_scale.exp().clamp(max=self.most) if isinstance(self.log_scale, Tensor)
             else math.exp(self.log_scale))
 
-    def forward(self, a, b)->Tensor:
+    def forward(self, a:Tensor, b:Tensor)->Tensor:
         "The loss of paired vectors `[batch, dim]`, a scalar."
         ways = [in_batch_scores(*pair, self.negatives) for pair in ((a, b), (b, a))]
         return sum(F.cross_entropy(self.scale*scores, own) for scores, own in ways) / 2
@@ -160,11 +160,11 @@ class _InBatchGame(ReferentialGame):
         self.negatives = check_choice("negatives", negatives, NEGATIVES)
         self.n_candidates = n_candidates
 
-    def candidates(self, seen, negatives="local")->InBatch:
+    def candidates(self, seen:Tensor, negatives:str="local")->InBatch:
         "The candidates from views `[batch, 3, size, size]`."
         return InBatch(seen, self.temperature, negatives, self.n_candidates)
 
-    def draw_noise(self, batch, generator)->Tensor|None:
+    def draw_noise(self, batch:int, generator)->Tensor|None:
         "The channel's noise for `batch` messages."
         return self.channel.draw_noise(batch, generator)
 
@@ -180,12 +180,12 @@ class DiscriminationGame(_InBatchGame):
         candidates = self.candidates(check_batch(x, seen)[1], self.negatives)
         return super().forward(x, candidates.target, candidates, noise)
 
-    def understand(self, x)->tuple: # [batch, dim], and [batch, symbols_per_message] or None for continuous words
+    def understand(self, x:Tensor)->tuple: # [batch, dim], and [batch, symbols_per_message] or None for continuous words
         "The receiver's vectors for messages about images `x`, and their symbols."
         sent = self.send(x)
         return self.channel.receive(sent.word), sent.symbols if sent.symbols is None else sent.symbols.flatten(1)
 
-    def play(self, x, seen)->Played:
+    def play(self, x:Tensor, seen:Tensor)->Played:
         "Loss, accuracy and symbols of a batch in evaluation mode, without noise."
         candidates, (understood, symbols) = self.candidates(check_batch(x, seen)[1]), self.understand(x)
         return _played(candidates.scores(self.receiver, understood), candidates.target, symbols)
@@ -235,19 +235,19 @@ class _Projected(nn.Module):
         self.temperature = check_temperature(temperature, .1)
         self.negatives = check_choice("negatives", negatives, NEGATIVES)
 
-    def layers(self, x)->dict: # "h", "s" and "z" → [batch, …]
+    def layers(self, x:Tensor)->dict: # "h", "s" and "z" → [batch, …]
         "The trunk's output h, the projector's hidden layer s and its output z."
         s = self.projector[:-1](h := self.trunk(x))
         return dict(h=h, s=s, z=self.projector[-1](s))
 
-    def draw_noise(self, batch, generator)->None:
+    def draw_noise(self, batch:int, generator)->None:
         "No noise is needed."
         return None
 
 # %% ../../nbs/40_games.contrastive.ipynb #16c9f7a8
 class SimCLR(_Projected):
     "One trunk and projector for both views, trained by NT-Xent (Chen et al. 2020; the comparison of Dessì et al. 2021)."
-    def forward(self, x, seen, noise=None)->Tensor:
+    def forward(self, x:Tensor, seen:Tensor, noise:Tensor|None=None)->Tensor:
         "NT-Xent of two views `[batch, 3, size, size]`, a scalar."
         return nt_xent(*(self.layers(v)["z"] for v in check_batch(x, seen)), self.temperature, self.negatives)
 
@@ -266,7 +266,7 @@ class SimCLR(_Projected):
         word, symbols = one_hot_argmax(layers[check_choice("layer", layer, "hsz")])
         return dict(h=self.projector, s=self.projector[-1], z=nn.Identity())[layer](word), symbols[:, None]
 
-    def play(self, x, seen, layer:str="s")->Played:
+    def play(self, x:Tensor, seen:Tensor, layer:str="s")->Played:
         "Evaluate the discrimination game with the argmax of a layer as the symbol."
         understood, symbols = self.understand(self.layers(check_batch(x, seen)[0]), layer)
         scores, target = in_batch_scores(understood, self.layers(seen)["z"], n_candidates=self.n_candidates)

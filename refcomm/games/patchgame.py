@@ -36,15 +36,15 @@ class _PatchAgents(nn.Module):
         self.n_candidates = n_candidates
         self.length_cost = length_cost
 
-    def draw_noise(self, batch, generator)->Tensor:
+    def draw_noise(self, batch:int, generator)->Tensor:
         "The speaker's noise for `batch` images."
         return self.speaker.draw_noise(batch, generator)
 
-    def cool(self, progress):
+    def cool(self, progress:float)->None:
         "Set the temperatures at `progress` in [0, 1]."
         self.speaker.cool(progress)
 
-    def send(self, x, noise=None)->Message:
+    def send(self, x:Tensor, noise:Tensor|None=None)->Message:
         "Messages about images `[batch, 3, size, size]`."
         return self.speaker(x, noise)
 
@@ -61,7 +61,7 @@ class PatchGame(_PatchAgents):
         loss = self.loss(self.listener.read(sent := self.send(x, noise)), self.listener.see(seen))
         return loss + self.length_cost*sent.word.sum((1, 2)).mean() if self.length_cost else loss
 
-    def play(self, x, seen, noise=None)->Played:
+    def play(self, x:Tensor, seen:Tensor, noise:Tensor|None=None)->Played:
         "Loss, accuracy and symbols of a batch in evaluation mode, with the most probable symbols; given noise, gates are sampled."
         check_batch(x, seen)
         sent = self.send(x, noise)

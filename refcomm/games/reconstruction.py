@@ -56,18 +56,18 @@ class _SplitObjects(Task):
         self.objects, self.x, self.n_train = objects, objects.one_hot(), len(self.ids["train"])
         self.every = Attributes(objects.values, tuple(map(len, objects.kinds)))
 
-    def seen(self, part)->Tensor:
+    def seen(self, part:str)->Tensor:
         "Targets `[n, ...]` of a part."
         return self.x[self.ids[part]]
 
-    def meanings(self, part)->Tensor:
+    def meanings(self, part:str)->Tensor:
         "Attribute values `[n, n_attributes]` of a part's targets."
         return self.objects.values[self.ids[part]]
 
 # %% ../../nbs/44_games.reconstruction.ipynb #e258f5dd
 class Reconstruction(_SplitObjects):
     "Predict the value of each attribute of the target (as in EGG's basic games and attribute–value games)."
-    def make_receiver(self, dim)->nn.Module:
+    def make_receiver(self, dim:int)->nn.Module:
         "A linear receiver from vectors of size `dim` to all logits."
         return nn.Linear(dim, sum(self.every.sizes))
 
@@ -80,12 +80,12 @@ class Reconstruction(_SplitObjects):
         "A digest of data and split."
         return content_digest(self.x, *self.ids.values(), json.dumps("reconstruction"))
 
-    def batch(self, idx, generators)->Games:
+    def batch(self, idx:Tensor, generators)->Games:
         "A training batch of all members."
         target = self.ids["train"][idx]
         return Games(self.x[target], target, self.every._replace(values=self.every.values.expand(len(idx), -1, -1)))
 
-    def games(self, part, block=125):
+    def games(self, part:str, block:int=125):
         "The games of a part, block by block."
         for target in self.ids[part].split(block): yield Games(self.x[target], target, self.every)
 

@@ -91,18 +91,18 @@ class ObjectTask(Task):
         self.inputs, self.n_train = {k: world.one_hot(v) for k,v in self.ids.items()}, len(parts["train"])
         self.values = self.every.values(self.ids["valid"])
 
-    def batch(self, idx, generators)->Games:
+    def batch(self, idx:Tensor, generators)->Games:
         "A training batch among all objects, or with drawn distractors."
         x, target = self.inputs["train"][idx], self.ids["train"][idx]
         if self.n_negatives is None: return Games(x, target, self.every)
         drawn = draw_distractors(target, self.world.size, self.n_negatives, generators)
         return Games(x, torch.zeros_like(target), self.world.one_hot(torch.cat([target[..., None], drawn], -1)))
 
-    def seen(self, part)->Tensor:
+    def seen(self, part:str)->Tensor:
         "Targets `[n, n_attributes*n_values]` as one-hot vectors."
         return self.inputs[part]
 
-    def games(self, part, block=125):
+    def games(self, part:str, block:int=125):
         "The games of a part among all objects, block by block."
         for x, target in zip(self.inputs[part].split(block), self.ids[part].split(block)):
             yield Games(x, target, self.every)
@@ -163,7 +163,7 @@ class ItemTask(_Items):
                 else items.gather(1, index[..., :1].expand(-1, -1, items.shape[-1])))
         return Games(seen if self.informed else x, torch.zeros_like(index[..., 0]), seen)
 
-    def batch(self, idx, generators)->Games:
+    def batch(self, idx:Tensor, generators)->Games:
         "Training targets with distractors from a shuffled pool."
         if idx.shape[1] > self.pool:
             raise ConfigError(f"a batch of {idx.shape[1]} targets does not fit in a pool of {self.pool} items: make the pool larger")
@@ -177,11 +177,11 @@ class ItemTask(_Items):
     def _pool(self, places, generators)->Tensor: # [n_members, pool, ...]
         return self.x["train"][places]
 
-    def seen(self, part)->Tensor:
+    def seen(self, part:str)->Tensor:
         "Targets `[n, dim]`."
         return super().seen(part) if self.informed else self.x[part]
 
-    def games(self, part, block=125, n_seen=None):
+    def games(self, part:str, block:int=125, n_seen:int|None=None):
         "The games of a part with fixed candidates, block by block."
         for index in self.index[part][:, :n_seen].split(block): yield self._games(self.x[part], index)
 
@@ -202,7 +202,7 @@ class ClassTask(Task):
         self.every, self.n_train = Fixed(classes.to(device)), len(parts["train"])
         self.n_negatives = None if n_negatives == len(classes) - 1 else n_negatives
 
-    def batch(self, idx, generators)->Games:
+    def batch(self, idx:Tensor, generators)->Games:
         "A training batch among all classes, or with drawn distractors."
         x, target = self.x["train"][idx], self.labels["train"][idx]
         if self.n_negatives is None: return Games(x, target, self.every)
@@ -211,11 +211,11 @@ class ClassTask(Task):
         return Games(x, torch.zeros_like(target),
             Drawn(self.every.items.expand(len(idx), *self.every.items.shape), index))
 
-    def seen(self, part)->Tensor:
+    def seen(self, part:str)->Tensor:
         "Targets `[n, ...]`."
         return self.x[part]
 
-    def games(self, part, block=125):
+    def games(self, part:str, block:int=125):
         "The games of a part among all classes, block by block."
         for x, target in zip(self.x[part].split(block), self.labels[part].split(block)):
             yield Games(x, target, self.every)
@@ -258,15 +258,15 @@ class SampledTask(Task):
         return Games(self.stock[index[..., 0]], target,
             Drawn(self.stock if index.dim() == 2 else self.stock.expand(len(index), *self.stock.shape), index))
 
-    def batch(self, idx, generators)->Games:
+    def batch(self, idx:Tensor, generators)->Games:
         "A training batch of sampled games."
         return self._games(self.values["train"][idx])
 
-    def seen(self, part)->Tensor:
+    def seen(self, part:str)->Tensor:
         "Targets `[n, dim]` of a part."
         return self._games(self.values[part]).x
 
-    def games(self, part, block=125):
+    def games(self, part:str, block:int=125):
         "The sampled games of a part, block by block."
         for values in self.values[part].split(block): yield self._games(values)
 

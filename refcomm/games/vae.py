@@ -22,7 +22,7 @@ from .baselines import Baseline
 
 # %% ../../nbs/43_games.vae.ipynb #00127b6a
 class _Residual(nn.Sequential):
-    def forward(self, x): return x + super().forward(x)
+    def forward(self, x:Tensor): return x + super().forward(x)
 
 def _halve(i, o): return nn.Conv2d(i, o, 4, 2, 1)
 def _double(i, o): return nn.ConvTranspose2d(i, o, 4, 2, 1)
@@ -88,11 +88,11 @@ class VQVAE2(_TwoLevels):
         top = _quantise(self.top, self.say_top(self.trunk.top(fine)), learn)
         return top, _quantise(self.bottom, self.say_bottom(torch.cat([self.hear_top(top[0]), fine], 1)), learn)
 
-    def decode(self, top, bottom)->Tensor:
+    def decode(self, top:Tensor, bottom:Tensor)->Tensor:
         "Images from the quantised vectors of both levels."
         return self.decoder(torch.cat([self.enlarge(top), bottom], 1)) # [batch, 3, height, width]
 
-    def reconstruct(self, x)->Tensor: # as `x`
+    def reconstruct(self, x:Tensor)->Tensor: # as `x`
         "Encode and decode images `[batch, 3, height, width]`."
         return self.decode(*(level[0] for level in self.encode(x)))
 
@@ -105,7 +105,7 @@ class VQVAE2(_TwoLevels):
         (top, _, above), (bottom, _, below) = self.encode(x, learn=self.training)
         return F.mse_loss(self.decode(top, bottom).float(), x.float()) + above + below
 
-    def symbols(self, x)->Tensor: # [batch, n_symbols] of the top level, then of the bottom level, numbered from codebook_size on
+    def symbols(self, x:Tensor)->Tensor: # [batch, n_symbols] of the top level, then of the bottom level, numbered from codebook_size on
         "The symbols of images `[batch, 3, height, width]`."
         top, bottom = (level[1].flatten(1) for level in self.encode(x))
         return torch.cat([top, bottom + self.codebook_size], 1)
@@ -181,16 +181,16 @@ class _Occurrence(Baseline):
 
     def cool(self,
         progress:float, # share of the training done
-    ):
+    )->None:
         "Set the temperature of the occurrence."
         self.temperature = anneal("exponential", *self.temperatures, progress/self.cooled)
 
-    def draw_noise(self, batch, generator)->Tensor: # [batch, …]
+    def draw_noise(self, batch:int, generator)->Tensor: # [batch, …]
         "The randomness of one training pass: of occurrence and appearance."
         return torch.cat([gumbel_noise((batch, self._drawn), generator),
             torch.randn(batch, self.parts*self.code_dim, generator=generator, device=generator.device)], 1)
 
-    def probability(self, logits)->Tensor:
+    def probability(self, logits:Tensor)->Tensor:
         "Occurrence probabilities from logits, of the same shape."
         return logits.sigmoid() if self.occurrence == "bernoulli" else logits.softmax(1)
 
@@ -257,7 +257,7 @@ class _PartAutoencoder(_PartNetworks):
         "Images from occurrence `[batch, parts, places]` and appearance `[batch, parts, code_dim]`."
         return self.decoder((appearance[..., None]*occurrence[:, :, None]).flatten(1, 2).unflatten(-1, self.grid))
 
-    def reconstruct(self, x)->Tensor: # as `x`
+    def reconstruct(self, x:Tensor)->Tensor: # as `x`
         "Encode and decode images without noise."
         return self.decode(*self.draw(self.encode(x)))
 
@@ -269,7 +269,7 @@ class PatchVAE(_PartAutoencoder):
         "The number of parts."
         return self.parts
 
-    def terms(self, x, noise=None)->tuple: # squared error, divergences of appearance and of occurrence, each summed over an image and averaged over the batch
+    def terms(self, x:Tensor, noise=None)->tuple: # squared error, divergences of appearance and of occurrence: sums over an image, means over the batch
         "The terms of the loss for images `[batch, 3, size, size]`."
         parts = self.encode(x)
         error = (self.decode(*self.draw(parts, noise)).float() - x).square()
@@ -289,6 +289,6 @@ class PatchVAE(_PartAutoencoder):
         error, how, where = self.terms(x, noise)
         return error + self.weights[0]*how + self.weights[1]*where
 
-    def symbols(self, x)->Tensor: # [batch, n_patches] the most probable part of every place
+    def symbols(self, x:Tensor)->Tensor: # [batch, n_patches] the most probable part of every place
         "The symbols of images `[batch, 3, size, size]`."
         return self.encode(x).occurrence.argmax(1)

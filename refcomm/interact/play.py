@@ -30,7 +30,7 @@ class _Round:
         self.rounds = [] # (game, whether the person was right, whether the agent was)
         self.deal()
 
-    def deal(self):
+    def deal(self)->None:
         "Start the next round: the target and some distractors in random order."
         e, draw = self.explorer, lambda n: torch.randperm(n, generator=self.generator)
         self.game, self.guessed = draw(len(e))[0].item(), None

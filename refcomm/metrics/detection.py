@@ -106,7 +106,7 @@ _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 class _OneMap(nn.Module):
     "A module that returns one map, as a backbone with one level."
-    def __init__(self, trunk, width):
+    def __init__(self, trunk, width:int):
         super().__init__()
         self.trunk, self.out_channels = trunk, width
 

@@ -101,7 +101,7 @@ def interval(
 
 def mean_interval(
     values, # [n_seeds], see `estimate`
-    n_targets=None,
+    n_targets:int|None=None,
     whole:float=1.,
     level:float=.95,
 )->tuple: # low, high, within 0 and `whole` for shares; NaN if neither error is known

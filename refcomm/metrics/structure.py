@@ -177,9 +177,12 @@ class _PairCells:
             self.y = y.long()
             self.counts = torch.ones_like(x, dtype=torch.double)
 
-    def value(self): return _spearman(self.x, self.y, self.counts)
+    def value(self)->Tensor:
+        "The correlation of both distances."
+        return _spearman(self.x, self.y, self.counts)
 
-    def square(self, values, fill=0): # [n_pairs] → [n, n], `fill` on and below the diagonal
+    def square(self, values, fill=0)->Tensor: # [n_pairs] → [n, n]
+        "A table of pairs, with `fill` on and below the diagonal."
         table = torch.full((self.n, self.n), fill, dtype=values.dtype, device=values.device)
         table[*torch.triu_indices(self.n, self.n, 1, device=values.device)] = values
         return table
@@ -188,7 +191,8 @@ class _PairCells:
 class _Pairs(_PairCells):
     "Topographic similarity, prepared for permutations and resampling."
     @functools.cached_property
-    def blocks(self): # of 256 rows, from the diagonal on: cells of pairs, and an extra cell for the rest
+    def blocks(self)->list:
+        "Blocks of 256 rows, from the diagonal on: the cells of pairs, and an extra cell for the rest."
         return [(i, rows[:, i:].flatten().long())
             for i, rows in zip(range(0, self.n, 256), self.square(self.cell, len(self.x)).split(256))]
 
@@ -201,7 +205,8 @@ class _Pairs(_PairCells):
         return _spearman(self.x, self.y, counts[:-1])
 
     @functools.cached_property
-    def tables(self): # [n, n] scores of meanings, and of messages above the diagonal
+    def tables(self)->tuple:
+        "The scores `[n, n]` of meanings, and of messages above the diagonal."
         x, y = (self.square(_scores(v, self.counts)[v][self.cell.long()].float()) for v in (self.x, self.y))
         return x + x.T, y
 
@@ -288,21 +293,31 @@ class _Gap:
         said, self.meant = _one_hot(parts, gaps), _one_hot(meanings)
         self.said, self.kinds = said.flatten(1).T.contiguous(), said.shape[1:]
 
-    def of(self, meant): # [n, n_attributes, n_values] → scalar
+    def of(self, meant)->Tensor: # [n, n_attributes, n_values] → scalar
+        "The value for one-hot meanings, each with its weight."
         counts = (self.said @ meant.flatten(1)).double().view(*self.kinds, *meant.shape[1:]) # [n_parts, n_kinds, n_attributes, n_values]
         bits, known = _nats(counts[:, :, 0].sum(-1), -1), _nats(counts.sum(1), -1) # among messages with this part
         told = (bits[:, None] + known - _nats(counts, 1, 3)).topk(2, -1).values
         return ((told[:, 0] - told[:, 1]) / bits)[bits > 1e-12].mean()
 
-    def value(self): return self.of(self.meant)
-    def permuted(self, order): return self.of(self.meant[order])
-    def resampled(self, weights): return self.of(self.meant * weights[:, None, None])
+    def value(self)->Tensor:
+        "The value for the given meanings."
+        return self.of(self.meant)
+
+    def permuted(self, order)->Tensor: # [n] permutation of the meanings
+        "The value with permuted meanings."
+        return self.of(self.meant[order])
+
+    def resampled(self, weights)->Tensor: # [n] multiplicity of each object
+        "The value for a bootstrap sample."
+        return self.of(self.meant * weights[:, None, None])
 
 def _bags(symbols, gaps=False): # [n, length] → [n, n_symbols]; with gaps, −1 is no symbol
     number = _compact(F.pad(symbols, (0, 1), value=-1) if gaps else symbols).long()[:, :symbols.shape[1]]
     return torch.zeros(len(symbols), int(number.max()) + 1, dtype=torch.long, device=number.device).scatter_add_(1,
         number, torch.ones_like(number))[:, int(gaps):]
 
+# %% ../../nbs/53_metrics.structure.ipynb #55cefa66
 def posdis(
     symbols:Tensor, # [n, length] messages
     attributes:Tensor, # [n, n_attributes] integers

@@ -335,10 +335,13 @@ class _Device:
     ): self.wanted, self._speed, self.nominal, self.known = list(dict.fromkeys(wanted)), speed, nominal, known or {}
 
     @functools.cached_property
-    def speed(self): return self._speed if isinstance(self._speed, Speed) else self._speed()
+    def speed(self)->"Speed":
+        "The device's speed, measured if it is not given."
+        return self._speed if isinstance(self._speed, Speed) else self._speed()
 
     @functools.cached_property
     def together(self)->dict: # Spec → members of its stack
+        "With how many runs each is trained."
         stacks = make_stacks(self.wanted, torch.device("cuda" if self.speed.overlaps else "cpu"))
         return {s: len(stack) for stack in stacks for s in stack}
 
@@ -352,6 +355,7 @@ class Model(_Device):
         except (ConfigError, ImportError): return None
 
     def __call__(self, s)->Cost|None: # None where nothing can be counted
+        "Time, disk and memory of a run."
         if s.experiment not in FREE: return None
         if not trains(s): return Cost(0., 30_000., "without training", 0.)
         try: c, (n, new) = counted(s, self.speed.overlaps), training_items(s)

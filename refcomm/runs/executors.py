@@ -62,15 +62,19 @@ class LocalExecutor(concurrent.futures.ProcessPoolExecutor):
         self.submitted.append(super().submit(_unless_stopped, fn, *args))
         return self.submitted[-1]
 
-    def shutdown(self, wait=True, *, cancel_futures=False)->None:
+    def shutdown(self, wait:bool=True, *, cancel_futures:bool=False)->None:
         "Wait for the workers; with `cancel_futures` stop them."
         if cancel_futures and not all(f.done() for f in self.submitted): self.stopping.set()
         super().shutdown(wait, cancel_futures=cancel_futures)
 
     def __exit__(self, kind, *error): self.shutdown(cancel_futures=kind is not None)
 
-def local_executor(jobs:int, cards=())->LocalExecutor: return LocalExecutor(jobs, cards)
+# %% ../../nbs/71_runs.executors.ipynb #f6abe2d7
+def local_executor(jobs:int, cards:tuple=())->LocalExecutor:
+    "Worker processes on this machine, see `LocalExecutor`."
+    return LocalExecutor(jobs, cards)
 
+# %% ../../nbs/71_runs.executors.ipynb #a51be0cb
 @contextlib.contextmanager
 def named_deaths(
     work:str, # description of the work
@@ -187,7 +191,7 @@ class RemoteExecutor(_Watched):
         "Submit a call; returns its future."
         return super().submit(self._keep, self.pack(fn, args))
 
-    def shutdown(self, wait=True, *, cancel_futures=False)->None:
+    def shutdown(self, wait:bool=True, *, cancel_futures:bool=False)->None:
         "Wait for the jobs; with `cancel_futures` stop them."
         if cancel_futures: self.stopping.set()
         super().shutdown(wait, cancel_futures=cancel_futures)
@@ -226,7 +230,7 @@ class _SlurmQueue(RemoteExecutor):
         "The call as a function for submitit."
         return portable(fn, args, self.threads, ("REFCOMM_", "CUDA_VISIBLE_DEVICES") if self.here else ("REFCOMM_",))
 
-    def shutdown(self, wait=True, *, cancel_futures=False)->None:
+    def shutdown(self, wait:bool=True, *, cancel_futures:bool=False)->None:
         "Wait for the jobs and release the folder."
         super().shutdown(wait, cancel_futures=cancel_futures)
         if wait: self.held.close()
@@ -339,7 +343,7 @@ class _RayCluster(RemoteExecutor):
         "Start a Ray task."
         return self.task.remote(work[0]), work[1]
 
-    def shutdown(self, wait=True, *, cancel_futures=False)->None:
+    def shutdown(self, wait:bool=True, *, cancel_futures:bool=False)->None:
         "Wait for the tasks and leave Ray."
         super().shutdown(wait, cancel_futures=cancel_futures)
         if wait: self.opened.close()

@@ -127,12 +127,14 @@ class _Sent(_Definition):
 class Experiment(_Sent):
     "A user function whose runs are stored; calling it with arguments returns the Spec of a run."
     def __call__(self, **fields):
+        "The Spec of a run; fields that name files get a digest of their content."
         missing = [f.name for f in dataclasses.fields(self.Spec) if f.default is dataclasses.MISSING
             and f.name not in fields]
         if missing: raise ConfigError(f"{self.name} needs {', '.join(missing)}")
         return self.Spec(**fields | {f: stamped(fields[f]) for f in self.files if fields.get(f)})
 
-    def stack_key(self, s, device): # Specs with equal keys are made together
+    def stack_key(self, s, device)->tuple:
+        "A key that is equal for Specs that are made together."
         first = {f.name: f.default for f in dataclasses.fields(s) if f.name in self.stack}
         return tuple((k, v) for k, v in dataclasses.asdict(s).items() if k not in first)
 
@@ -143,7 +145,7 @@ class Experiment(_Sent):
         else: results = [_result(m, self, (time.monotonic() - start)/len(specs)) for m in made]
         return [r._replace(summary=dict(r.summary, source=self.source)) for r in results]
 
-    def check(self, records):
+    def check(self, records)->None:
         "Warn where records were made by other code than this."
         old = {r.key for r in records if r.summary.get("source") != self.source}
         if old:

@@ -316,11 +316,11 @@ class _Folder:
         root=None, # folder; `home()/runs` when None
     ): self.root = Path(root) if root else home()/"runs"
 
-    def path(self, experiment, key)->Path:
+    def path(self, experiment:str, key:str)->Path:
         "The folder of a record."
         return self.root/experiment/key
 
-    def make(self):
+    def make(self)->None:
         "Make the store's folder, and mark it as a store, unless that has been done."
         if (self.root/MARKER).exists(): return
         with disk_errors(self.root):
@@ -328,11 +328,11 @@ class _Folder:
             with contextlib.suppress(FileExistsError), open(self.root/MARKER, "x", encoding="utf-8") as f:
                 f.write("Runs of refcomm: `refcomm runs list` shows them, `refcomm runs clean` tidies up.\n")
 
-    def set_aside(self, experiment, key)->Path:
+    def set_aside(self, experiment:str, key:str)->Path:
         "Move a damaged record out of the way."
         return self.move_aside(self.path(experiment, key), f"{experiment}-{key}")
 
-    def move_aside(self, path, name)->Path:
+    def move_aside(self, path, name:str)->Path:
         "Move a file or folder to `set-aside`, under a unique name."
         aside = self.root/"set-aside"/f"{name}-{uuid.uuid4().hex[:6]}"
         with disk_errors(aside):
@@ -343,11 +343,11 @@ class _Folder:
 # %% ../../nbs/68_runs.store.ipynb #5106bbd3
 class _Locked(_Folder):
     "The locks of a store, and folders of its own."
-    def lock(self, experiment, key):
+    def lock(self, experiment:str, key:str):
         "The run's lock, a context manager; the same process may take it again."
         return self.named_lock(f"{experiment}-{key}")
 
-    def named_lock(self, name, **options):
+    def named_lock(self, name:str, **options):
         "A file lock of the store."
         from filelock import FileLock
         self.make()
@@ -418,7 +418,7 @@ class _Written(_Read):
             self.read(experiment, key)
         else: fsync_dir(final.parent)
 
-    def ready(self, specs):
+    def ready(self, specs)->None:
         "Find out before training whether its results can be written: the Specs' fields, the packages, the disk."
         for s in specs: digest(spec_fields(s))
         files = _result_files(dict(x=torch.zeros(1)), dict(epoch=[0]))

@@ -114,7 +114,7 @@ class _Members(_Stack):
         return {**dict(zip(self.names, self.stacked)), **{f"buffer {k}": b for k, b in buffers}}
 
     @torch.no_grad()
-    def load_full_state(self, state)->None:
+    def load_full_state(self, state:dict)->None:
         "Copy a `full_state` into the members."
         for k,v in self.full_state().items(): v.copy_(state[k])
 

@@ -50,7 +50,7 @@ class CSVLog:
 # %% ../../nbs/66_training.loggers.ipynb #d74dc131
 class TensorBoardLog:
     "Scalars and the Spec as hyper-parameters, in an event file."
-    def __init__(self, folder, fields):
+    def __init__(self, folder, fields:dict):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
         self.writer = SummaryWriter(str(_fresh(folder)))
@@ -58,19 +58,19 @@ class TensorBoardLog:
         for part in hparams(plain, dict.fromkeys(("accuracy", "valid_loss"), 0.)):
             self.writer.file_writer.add_summary(part)
 
-    def log_metrics(self, metrics, step)->None:
+    def log_metrics(self, metrics:dict, step:int)->None:
         "Write the numbers of one epoch."
         for k,v in metrics.items(): self.writer.add_scalar(k, v, step)
         self.writer.flush()
 
-    def finalize(self, status)->None:
+    def finalize(self, status:str)->None:
         "Close the log."
         self.writer.close()
 
 # %% ../../nbs/66_training.loggers.ipynb #c4cd646a
 class WandbLog:
     "An offline run of Weights & Biases, for `wandb sync`."
-    def __init__(self, folder, fields):
+    def __init__(self, folder, fields:dict):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
         quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True, x_disable_meta=True,
@@ -79,18 +79,18 @@ class WandbLog:
             name=folder.name, id=folder.name, config=fields, reinit="create_new", settings=quiet)
         self.run.define_metric("*", step_metric="epoch")
 
-    def log_metrics(self, metrics, step)->None:
+    def log_metrics(self, metrics:dict, step:int)->None:
         "Write the numbers of one epoch."
         self.run.log(dict(metrics, epoch=step))
 
-    def finalize(self, status)->None:
+    def finalize(self, status:str)->None:
         "Close the log."
         self.run.finish(0 if status == "success" else 1)
 
 # %% ../../nbs/66_training.loggers.ipynb #07834bd8
 class MLflowLog:
     "A run in the SQLite database `mlflow.db`, two folders up."
-    def __init__(self, folder, fields):
+    def __init__(self, folder, fields:dict):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from filelock import FileLock
         from mlflow import MlflowClient
@@ -107,12 +107,12 @@ class MLflowLog:
         self.run = self.client.create_run(experiment, run_name=folder.name).info.run_id
         self.client.log_batch(self.run, params=[Param(k, str(v)[:500]) for k,v in fields.items()])
 
-    def log_metrics(self, metrics, step)->None:
+    def log_metrics(self, metrics:dict, step:int)->None:
         "Write the numbers of one epoch."
         from mlflow.entities import Metric
         self.client.log_batch(self.run, [Metric(k, float(v), int(time.time()*1000), step) for k,v in metrics.items()])
 
-    def finalize(self, status)->None:
+    def finalize(self, status:str)->None:
         "Close the log."
         self.client.set_terminated(self.run, "FINISHED" if status == "success" else "FAILED")
 

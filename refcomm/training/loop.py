@@ -118,7 +118,7 @@ class Best:
         self.accuracy, self.loss = torch.full((n,), -torch.inf), torch.full((n,), torch.inf)
         self.epoch = torch.full((n,), -1)
 
-    def active(self, epoch, patience)->Tensor:
+    def active(self, epoch:int, patience:int)->Tensor:
         "Which members are still within `patience` epochs of their best, `[n_members]`."
         return epoch - self.epoch.clamp_min(0) < patience
 
@@ -148,7 +148,7 @@ def _resume_generator(g, state, meta, seed, name):
 # %% ../../nbs/64_training.loop.ipynb #9dd89ea9
 class _Begun:
     "A training at its beginning: optimiser, random generators, and counts of what is done."
-    def __init__(self, ensemble, settings:TrainSettings, seeds, n_items, device, lr_factors=()):
+    def __init__(self, ensemble, settings:TrainSettings, seeds, n_items:int, device, lr_factors=()):
         self.ensemble, self.settings, self.seeds, self.n_items = ensemble, settings, list(seeds), n_items
         if len(self.seeds) != ensemble.n_members:
             raise ConfigError(f"{ensemble.n_members} members need as many seeds, got {len(self.seeds)}")
@@ -192,7 +192,7 @@ class _Saved(_Begun):
             if rank}
         return noise | {f"total of {rank}": own for rank, own in enumerate(gather_batches(self.total[None])) if rank}
 
-    def meta(self, shape)->dict:
+    def meta(self, shape:dict)->dict:
         "The part of a checkpoint that is JSON."
         groups = [{k: v for k,v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         return dict(epoch=self.epoch, step=self.step, lr=self.lr, history=self.history, scaler=self.scaler.state_dict(),
@@ -203,12 +203,12 @@ class Training(_Saved):
     "The complete state of a training, to save and restore."
     def mode(self,
         name:str, # "train" or "eval"
-    ):
+    )->None:
         "Set ensemble and optimiser to training or evaluation mode; a schedule-free optimiser swaps weights."
         getattr(self.ensemble, name)()
         getattr(self.optimizer, name, lambda: None)()
 
-    def load(self, tensors, meta)->None:
+    def load(self, tensors:dict, meta:dict)->None:
         "Restore the state from a checkpoint."
         state, groups = {}, self.optimizer.state_dict()["param_groups"]
         for k,v in tensors.items():
@@ -230,7 +230,7 @@ class Training(_Saved):
         if meta["scaler"]: self.scaler.load_state_dict(meta["scaler"]) # empty from a device that did not need one
 
 # %% ../../nbs/64_training.loop.ipynb #39d0c3bf
-def check_sense(ensemble, settings:TrainSettings, device):
+def check_sense(ensemble, settings:TrainSettings, device)->None:
     "Raise a `ConfigError` for settings that this device or model does not support."
     if settings.precision == "fp16" and torch.device(device).type == "cpu":
         raise ConfigError("precision 'fp16' is for GPUs, but training was asked for on the CPU: use 'bf16' or 'fp32'")
@@ -335,10 +335,13 @@ class Checkpoint(NamedTuple):
     path:object # the file
     owner:str # identifier of the run; the checkpoint of another run is renamed
 
-def checkpoint_of(checkpoint)->Checkpoint: # a `Checkpoint`, a path or None
+def checkpoint_of(
+    checkpoint, # a `Checkpoint`, a path or None
+)->Checkpoint:
+    "A `Checkpoint`, without an owner where only a path is given."
     return checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint, "")
 
-def keep(t, path, shape):
+def keep(t, path, shape:dict)->None:
     "Save the state of a training between two steps; a collective call, the first process writes."
     others = t.of_others() if path else {}
     if path and t.rank == 0: save_checkpoint(path, t.tensors() | others, t.meta(shape))
@@ -408,7 +411,7 @@ def fit(
 FIRST = 5. # seconds until the first checkpoint, if the usual ones are further apart
 TOGETHER = 8 # number of steps after which several processes agree whether to save
 
-def turn(t, mode, stop):
+def turn(t, mode, stop)->None:
     "Set a training's mode. A schedule-free optimiser swaps weights, half of them swapped are none: a signal waits."
     with stop.hold():
         t.whole = False
@@ -416,7 +419,7 @@ def turn(t, mode, stop):
         t.whole = True
 
 # %% ../../nbs/64_training.loop.ipynb #69eb5ab2
-def prepare_epoch(t, device, announce=None):
+def prepare_epoch(t, device, announce=None)->None:
     "Draw the order of an epoch's items, unless a checkpoint has it, and announce or copy it."
     s, t.whole = t.settings, False
     if t.step == 0:
@@ -427,7 +430,7 @@ def prepare_epoch(t, device, announce=None):
     else: t.order = t.order.to(device) # once per epoch, because each copy synchronises
 
 # %% ../../nbs/64_training.loop.ipynb #be1957d3
-def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop=None, announce=None):
+def train_epoch(t, loss, device, save, checkpoint_seconds:float, on_progress, stop=None, announce=None)->None:
     "Train one epoch, or the rest of an interrupted one; between steps, save every `checkpoint_seconds` and stop on a signal."
     s, stop, prepared = t.settings, stop or Interruptible(), False
     if t.step < t.batches: turn(t, "train", stop)
@@ -446,7 +449,7 @@ def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop=Non
         if halt: stop.end()
 
 # %% ../../nbs/64_training.loop.ipynb #db2f45d2
-def train_step(t, loss, device, on_progress):
+def train_step(t, loss, device, on_progress)->None:
     "One step of the optimiser, on the next batches of the epoch's order."
     s, t.whole = t.settings, False
     done = (t.epoch + t.step/t.batches) / s.epochs
@@ -468,7 +471,7 @@ def train_step(t, loss, device, on_progress):
     t.scaler.step(t.optimizer); t.scaler.update()
     t.whole = True
 
-def check_losses(t, losses:Tensor):
+def check_losses(t, losses:Tensor)->None:
     "Raise `TrainingDiverged` if a loss is not finite, or if the loss scale of fp16 has fallen below 1."
     way = f"lower lr (now {t.settings.lr:g}), or use precision='fp32'"
     for seed, value in zip(t.seeds, losses.tolist()):

@@ -165,7 +165,8 @@ def _generations(s, task, context)->RunResult: # rows of every generation, the l
         pd.concat(histories, ignore_index=True).drop(columns="member"), tensors, {k: v.detach().cpu().clone()
             for k, v in game.state_dict().items()} if context.weights else None)
 
-def stack_key(s:BeyondSpec, device): # Specs with equal keys are trained together
+def stack_key(s:BeyondSpec, device)->BeyondSpec:
+    "A key that is equal for Specs that are trained together."
     alone = s.generations > 1 or s.bottleneck == "vq" # VQ's codebook is no parameter
     return s if alone else dataclasses.replace(s, seed=0)
 
