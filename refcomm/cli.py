@@ -275,16 +275,16 @@ def read_grid(
     path, # a JSON file
 )->tuple: # an experiment, fixed fields, grid
     "The experiment and the grid of `refcomm sweep`."
-    try: said = from_json(Path(path).read_text(encoding="utf-8"))
+    try: content = from_json(Path(path).read_text(encoding="utf-8"))
     except OSError as e: raise ConfigError(f"cannot read {path}: {e.strerror}") from None
     except ValueError as e: raise ConfigError(f"{path} is no JSON: {e}") from None
     kinds = dict(experiment=str, fields=dict, grid=dict)
-    if not isinstance(said, dict) or not said.get("grid"):
+    if not isinstance(content, dict) or not content.get("grid"):
         raise ConfigError(f"{path} must contain a grid, such as {{\"grid\": {{\"seed\": [0, 1, 2]}}}}")
-    for k, v in said.items():
+    for k, v in content.items():
         if not isinstance(v, kinds[check_choice(f"entry of {Path(path).name}", k, kinds)]):
             raise ConfigError(f"{k!r} in {path} is {type(v).__name__}, {kinds[k].__name__} is expected")
-    return _experiment_named(said.get("experiment", "page")), said.get("fields", {}), said["grid"]
+    return _experiment_named(content.get("experiment", "page")), content.get("fields", {}), content["grid"]
 
 # %% ../nbs/99_cli.ipynb #8ee8263f
 @app.command("sweep")

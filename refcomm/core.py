@@ -195,11 +195,11 @@ def fitted(
     if kinds == (float,) and type(x) is int: x = float(x)
     if int in kinds and float not in kinds and type(x) is float and x.is_integer(): x = int(x)
     if (type(x) in kinds or type(x) is int and float in kinds) and _stores(x): return x
-    said = " or ".join({int: "a whole number", float: "a finite number", bool: "True or False", str: "text",
+    expected = " or ".join({int: "a whole number", float: "a finite number", bool: "True or False", str: "text",
         tuple: "a tuple of numbers or text", types.NoneType: "None"}[k] for k in kinds)
     hint = (f": write {what}={x} without quotation marks" if isinstance(x, str) and {int, float} & set(kinds)
         and re.fullmatch(r"-?\d+(\.\d+)?", x) else "")
-    raise ConfigError(f"{what} must be {said}, got {value!r} ({type(value).__name__}){hint}")
+    raise ConfigError(f"{what} must be {expected}, got {value!r} ({type(value).__name__}){hint}")
 
 # %% ../nbs/00_core.ipynb #abafdb6c
 def spec(cls):
@@ -380,7 +380,7 @@ def _read_numbers(path)->dict: # name → number, of the lines of a file of the 
 def free_memory(
     device="cpu",
 )->int: # bytes
-    "Memory that is free on a device; of the CPU, also what its container leaves; of systems that do not say, all memory."
+    "Memory that is free on a device; of the CPU, also what its container leaves; all memory on systems that do not report it."
     device = torch.device(device)
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
     free, group = _read_numbers("/proc/meminfo").get("MemAvailable", 0)*1024, "/sys/fs/cgroup/memory"

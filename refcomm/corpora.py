@@ -105,11 +105,11 @@ def describe(
 )->dict: # numbers; None if undefined
     "Size and statistics of a corpus."
     whole, positions = entropy(corpus.messages, corpus.lengths)
-    said = corpus.messages[corpus.messages >= 0]
+    sent = corpus.messages[corpus.messages >= 0]
     known = lambda x: defined(round(x, 6))
     numbers = dict(n_messages=len(corpus.messages), message_length=corpus.messages.shape[1],
         n_unique_messages=len(symbol_counts(corpus.messages)[0]),
-        n_symbols=len(said.unique()), symbol_bits=known(float(entropy(said)[0])) if len(said) else None,
+        n_symbols=len(sent.unique()), symbol_bits=known(float(entropy(sent)[0])) if len(sent) else None,
         message_bits=known(float(whole)), position_bits=[known(b) for b in positions.tolist()])
     if corpus.lengths is not None: numbers |= dict(mean_length=known(float(corpus.lengths.double().mean())))
     if corpus.meanings is None: return numbers

@@ -58,11 +58,11 @@ class CellListener(nn.Module):
 
     def forward(self, words:Tensor)->Tensor: # [batch, n, width] → [batch, n, hidden]
         "The hidden state after each word."
-        state, understood = None, []
+        state, outputs = None, []
         for gates in F.linear(words, *self.words.fold()).unbind(1):
             state = self.words.step(gates, state)
-            understood.append(self.words.out(state))
-        return torch.stack(understood, 1)
+            outputs.append(self.words.out(state))
+        return torch.stack(outputs, 1)
 
 # %% ../nbs/28_ending.ipynb #0c3ba0dd
 class CausalLayer(nn.Module):
@@ -207,13 +207,13 @@ class _EndingAgents(EndingChannel):
     ):
         super().__init__(bottleneck, message_length, length_cost, warmup)
         for name in depth: check_choice("argument of sender and receiver", name, ("layers", "heads"))
-        self.dim, heard = check_at_least("hidden", hidden, 1), listener or cell
+        self.dim, reader = check_at_least("hidden", hidden, 1), listener or cell
         sizes = dict(width=bottleneck.width + self.gated, n_words=message_length, hidden=hidden,
             embedding=check_at_least("embedding", embedding, 1), **depth)
         self.speaker = SPEAKERS[check_choice("cell", cell, SPEAKERS)](**sizes, cell=cell)
         self.speak = nn.Linear(hidden, bottleneck.width)
         self.stop, self.gate = (nn.Linear(hidden, 1), Gate()) if self.gated else (None, None)
-        self.listener = LISTENERS[check_choice("listener", heard, LISTENERS)](**sizes, cell=heard)
+        self.listener = LISTENERS[check_choice("listener", reader, LISTENERS)](**sizes, cell=reader)
 
     def draw_noise(self, batch:int, generator)->Tensor|None:
         "Noise of the gate, or of the bottleneck where symbol 0 is the end."
@@ -253,13 +253,13 @@ class Ending(_EndingAgents):
         if symbols is not None: symbols = symbols.masked_fill(over[..., None], -1)
         if not self.training:
             return Sent(self.complete(words[..., :self.bottleneck.width], lengths), symbols, loss, None, lengths)
-        heard = torch.cat([words, self.end_word(words).expand(len(words), 1, -1)], 1)
-        if parts[0].log_prob is None: return Sent(heard, symbols, loss, None, lengths)
-        said = F.pad(over.logical_not(), (1, 0), value=True)[:, :-1].to(words.dtype) # up to and including the end
-        if loss is not None: loss = self.bottleneck.entropy_weight * _mean_negentropy(scores, said)
-        return Sent(heard, symbols, loss, (torch.stack([p.log_prob for p in parts], 1) * said).sum(1), lengths)
+        message = torch.cat([words, self.end_word(words).expand(len(words), 1, -1)], 1)
+        if parts[0].log_prob is None: return Sent(message, symbols, loss, None, lengths)
+        counted = F.pad(over.logical_not(), (1, 0), value=True)[:, :-1].to(words.dtype) # up to and including the end
+        if loss is not None: loss = self.bottleneck.entropy_weight * _mean_negentropy(scores, counted)
+        return Sent(message, symbols, loss, (torch.stack([p.log_prob for p in parts], 1) * counted).sum(1), lengths)
 
 # %% ../nbs/28_ending.ipynb #e69cdb73
-def _mean_negentropy(scores, said): # [batch, T, alphabet_size], [batch, T] 1 up to the end → mean over messages of the mean over their words
+def _mean_negentropy(scores, counted): # [batch, T, alphabet_size], [batch, T] 1 up to the end → mean over messages of the mean over their words
     bits = (scores.softmax(-1) * scores.log_softmax(-1)).sum(-1)
-    return ((bits*said).sum(1) / said.sum(1)).mean()
+    return ((bits*counted).sum(1) / counted.sum(1)).mean()

@@ -106,13 +106,13 @@ def choose_source(
     remedy:str, # its end where real data are required: "put them there, or use images='embedded'"
     suffixes=("",), # see `find_data`
 )->str|None: # the source; None for the embedded data
-    "Which data a run uses. What stands in for real data that are not at hand is said once."
+    "Which data a run uses. A message says once which data replace real data that are absent."
     if chosen == "embedded": return None
     if chosen not in ("auto", "real"): return chosen
     if found := find_any(real, suffixes): return found
-    said = f"{absent} not in {data_dir() or 'REFCOMM_DATA, which is not set'}"
-    if chosen == "real": raise ConfigError(f"{said}: {remedy}")
-    say_once(f"{said}: {stand_in}")
+    missing = f"{absent} not in {data_dir() or 'REFCOMM_DATA, which is not set'}"
+    if chosen == "real": raise ConfigError(f"{missing}: {remedy}")
+    say_once(f"{missing}: {stand_in}")
 
 # %% ../nbs/01_files.ipynb #01a00002
 def most_unpacked(
@@ -376,7 +376,7 @@ def distrust_checkpoint(
     "Rename a damaged checkpoint, with a warning."
     aside = set_aside(path, f".unreadable-{secrets.token_hex(3)}")
     warnings.warn(f"checkpoint {path} cannot be continued ({str(why).splitlines()[0] if str(why) else repr(why)}); "
-        f"moved to {aside.name}, training begins anew")
+        f"moved to {aside.name}, training starts again")
 
 # %% ../nbs/01_files.ipynb #dddfef73
 def stamped(

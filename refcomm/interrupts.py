@@ -20,7 +20,7 @@ class _Signal:
         grace:float=10., # seconds that held work may take after a signal
     ):
         self.grace, self.held, self.signum, self.ended = grace, 0, None, False
-        self.heard, self.timer, self.before = 0., None, {}
+        self.since, self.timer, self.before = 0., None, {}
 
     @property
     def pending(self)->bool:
@@ -46,13 +46,13 @@ class Interruptible(_Signal):
     def __enter__(self):
         if threading.current_thread() is not threading.main_thread(): return self
         for s in SIGNALS:
-            if signal.getsignal(s) not in (None, signal.SIG_IGN): self.before[s] = signal.signal(s, self.hear)
+            if signal.getsignal(s) not in (None, signal.SIG_IGN): self.before[s] = signal.signal(s, self.handle)
         return self
 
-    def hear(self, signum:int, frame)->None:
+    def handle(self, signum:int, frame)->None:
         "The signal handler: raise at once, or wait for held work until `grace` is over."
-        if self.signum is None: self.signum, self.heard = signum, time.monotonic()
-        late = time.monotonic() - self.heard >= self.grace
+        if self.signum is None: self.signum, self.since = signum, time.monotonic()
+        late = time.monotonic() - self.since >= self.grace
         if self.ended and not late: return
         if not self.held or late: self.end()
         if not self.timer:
@@ -66,4 +66,4 @@ class Interruptible(_Signal):
             signal.signal(s, handler)
             outer = getattr(handler, "__self__", None)
             if isinstance(outer, Interruptible) and isinstance(error, Interrupted):
-                outer.signum, outer.heard, outer.ended = error.signum, time.monotonic(), True
+                outer.signum, outer.since, outer.ended = error.signum, time.monotonic(), True

@@ -182,7 +182,7 @@ def push_game(
     "Upload a saved game to the Hugging Face hub, with the account that is logged in."
     hub = need("huggingface_hub", "the hub needs the package huggingface_hub: pip install huggingface_hub")
     if not (Path(folder)/"config.json").is_file(): raise ConfigError(f"{folder} holds no game: write it with save_game")
-    if not hub.get_token(): raise ConfigError("nobody is logged in to the Hugging Face hub: run `hf auth login`")
+    if not hub.get_token(): raise ConfigError("you are not logged in to the Hugging Face hub: run `hf auth login`")
     hub.create_repo(repository, exist_ok=True)
     return hub.upload_folder(repo_id=repository, folder_path=str(folder))
 

@@ -558,6 +558,6 @@ def task_of(
     objects = Objects(record.tensors()["task/values"], about["names"], about["kinds"])
     task = make_task(about["kind"], objects, about.get("distractors"), about["valid"], about["test"], about["seed"])
     if task.digest() != record.spec["task"]:
-        raise RecordError(f"the games of run own/{record.key} cannot be dealt again: it was made by another version "
+        raise RecordError(f"the games of run own/{record.key} cannot be reconstructed: it was made by another version "
             f"of refcomm")
     return task

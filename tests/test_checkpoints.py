@@ -73,7 +73,7 @@ def begun_anew(path, whole):
         found = train(path)
     said = [str(w.message) for w in said if "checkpoint" in str(w.message)]
     assert same(found, whole), "other numbers"
-    assert len(said) == 1 and str(path) in said[0] and "training begins anew" in said[0], said
+    assert len(said) == 1 and str(path) in said[0] and "training starts again" in said[0], said
     aside, = path.parent.glob("*.unreadable-*")
     assert aside.is_dir() or aside.read_bytes() == bad
     with warnings.catch_warnings():

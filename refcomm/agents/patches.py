@@ -213,13 +213,13 @@ class Speaker(_Speaker):
         "Symbols of the important patches of images `[batch, 3, size, size]`."
         l, v, n = self.symbol.symbols_per_patch, self.symbol.vocab_size, self.symbol.n_patches
         of_symbols, of_gate, of_rank = (None,)*3 if noise is None else noise.split((l*v, 2, self.rank.noise_width), -1)
-        said = self.bottleneck(self.symbol(images), None if noise is None else of_symbols.unflatten(-1, (l, v)))
+        sent = self.bottleneck(self.symbol(images), None if noise is None else of_symbols.unflatten(-1, (l, v)))
         scores = self.rank(images, of_rank)
         importance, middle = ((soft_rank(scores, self.strength) / n, (n + .999)/2/n) if self.budget == "half" # keeps patches of equal rank
             else (keep_by(scores, self.budget), .999/n**.5 if self.budget == "l2" else .5))
         gate = self.gate(importance, of_gate, middle=middle)[..., None]
-        symbols = said.symbols.squeeze(-1).where(gate > .5, -1)
-        return Message((said.word * gate[..., None]).flatten(1, 2), symbols.flatten(1), importance)
+        symbols = sent.symbols.squeeze(-1).where(gate > .5, -1)
+        return Message((sent.word * gate[..., None]).flatten(1, 2), symbols.flatten(1), importance)
 
 # %% ../../nbs/34_agents.patches.ipynb #69bcc345
 class Listener(nn.Module):
@@ -241,7 +241,7 @@ class Listener(nn.Module):
         self.project_language, self.project_vision = (projection_head(n, dim, hidden, narrow)
             for n in (language.dim, vision.feature_dim))
 
-    def read(self,
+    def decode(self,
         message:Message,
     )->Tensor: # [batch, dim]
         "The encoding of each message."
@@ -251,7 +251,7 @@ class Listener(nn.Module):
         return self.project_language(self.language.summary(self.embed(message.word), message.sent if self.masked
             else None))
 
-    def see(self,
+    def encode_images(self,
         images:Tensor, # [batch, 3, size, size]
     )->Tensor: # [batch, dim]
         "The encoding of each image."

@@ -59,7 +59,7 @@ class Bottleneck(nn.Module):
     alphabet_size:int|None = None
     def __init__(self,
         width:int, # size of the vector taken and of the word sent
-        n_symbols:int|None=None, # symbols in a word; `width` unless told otherwise
+        n_symbols:int|None=None, # symbols in a word; `width` by default
     ):
         super().__init__()
         self.width, self.n_symbols = check_at_least("word_length", width, 1), n_symbols or width

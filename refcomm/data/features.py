@@ -212,7 +212,7 @@ class _PlainUnpickler(pickle.Unpickler):
         if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in ("ndarray", "dtype",
             "_reconstruct"):
             return _Pickled
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it needs {module}.{name}")
 
 def _array(parts)->list:
     "The strings or numbers of a numpy array from its parts."

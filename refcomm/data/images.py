@@ -336,7 +336,7 @@ def _parts_of(path)->list: # (part, folder) of each
     others = [p.name for p in subs if p not in named and any(file.suffix.lower() in _SUFFIXES for file in _files(p))]
     if others:
         raise ConfigError(f"{path} has the parts {', '.join(p.name for p in named)}, and beside them images in "
-            f"{', '.join(others[:5])}, which is no part: move it elsewhere, or name it {', '.join(_PARTS)}")
+            f"{', '.join(others[:5])}, which is no part: move it out of the folder, or name it {', '.join(_PARTS)}")
     return [(_PARTS[p.name.lower()], p) for p in named]
 
 # %% ../../nbs/14_data.images.ipynb #a68f4eb9

@@ -105,5 +105,5 @@ def split(
     for name, n in parts.items(): check_at_least(f"split {name!r}", n, 1)
     if sum(parts.values()) > size:
         raise ConfigError(f"splits {parts} need {sum(parts.values())} items, but there are {size}: make a part smaller")
-    dealt = draw_distinct(size, sum(parts.values()), generator)
-    return dict(zip(parts, dealt.split(list(parts.values()))))
+    order = draw_distinct(size, sum(parts.values()), generator)
+    return dict(zip(parts, order.split(list(parts.values()))))

@@ -64,7 +64,7 @@ def image_parts(
         check_at_least("n_ood", n_ood, 0)
         if len(every.classes) < n_ood + 2:
             raise ConfigError(f"{n_ood} classes are to be held out, but {every.name} has {len(every.classes)}: lower "
-                f"n_ood, or bring more classes")
+                f"n_ood, or add classes")
         ood = torch.zeros(len(names), dtype=torch.bool)
         if n_ood:
             ood[class_disjoint_split(names, n_ood, generator(0, "ood"),

@@ -180,15 +180,15 @@ class DiscriminationGame(_InBatchGame):
         candidates = self.candidates(check_batch(x, seen)[1], self.negatives)
         return super().forward(x, candidates.target, candidates, noise)
 
-    def understand(self, x:Tensor)->tuple: # [batch, dim], and [batch, symbols_per_message] or None for continuous words
+    def decode(self, x:Tensor)->tuple: # [batch, dim], and [batch, symbols_per_message] or None for continuous words
         "The receiver's vectors for messages about images `x`, and their symbols."
         sent = self.send(x)
         return self.channel.receive(sent.word), sent.symbols if sent.symbols is None else sent.symbols.flatten(1)
 
     def play(self, x:Tensor, seen:Tensor)->Played:
         "Loss, accuracy and symbols of a batch in evaluation mode, without noise."
-        candidates, (understood, symbols) = self.candidates(check_batch(x, seen)[1]), self.understand(x)
-        return _played(candidates.scores(self.receiver, understood), candidates.target, symbols)
+        candidates, (decoded, symbols) = self.candidates(check_batch(x, seen)[1]), self.decode(x)
+        return _played(candidates.scores(self.receiver, decoded), candidates.target, symbols)
 
 # %% ../../nbs/40_games.contrastive.ipynb #021fbcbf
 def _played(scores, target, symbols):
@@ -209,15 +209,16 @@ def make_discrimination_game(
 )->DiscriminationGame:
     "The game of Dessì et al. (2021), §3.1."
     sender = make_trunk(trunk, small_stem, pretrained)
-    eyes, width = sender if shared else make_trunk(trunk, small_stem, pretrained), sender.feature_dim
+    receiver_trunk, width = sender if shared else make_trunk(trunk, small_stem, pretrained), sender.feature_dim
     if channel is None:
         channel = Instant(GumbelSoftmax(vocab_size, temperature), width, vocabulary_head(width, vocab_size),
             symbol_embedding(vocab_size, dim))
     else: dim = channel.dim
     speaker = sender if channel.dim == width else nn.Sequential(sender, nn.Linear(width, channel.dim))
-    game = DiscriminationGame(speaker, channel, nn.Sequential(eyes, projector(width, dim, dim)), cosine_temperature,
+    receiver = nn.Sequential(receiver_trunk, projector(width, dim, dim))
+    game = DiscriminationGame(speaker, channel, receiver, cosine_temperature,
         **kwargs)
-    game.trunks = sender, eyes # in a tuple, so that they are not registered twice
+    game.trunks = sender, receiver_trunk # in a tuple, so that they are not registered twice
     return game
 
 # %% ../../nbs/40_games.contrastive.ipynb #7579981b
@@ -258,7 +259,7 @@ class SimCLR(_Projected):
         "The index of the largest entry of a layer."
         return self.layers(x)[check_choice("layer", layer, "hsz")].argmax(-1)
 
-    def understand(self,
+    def decode(self,
         layers:dict, # from `layers`
         layer:str="s", # "h", "s" or "z"
     )->tuple: # [batch, dim], and the symbol [batch, 1]
@@ -268,6 +269,6 @@ class SimCLR(_Projected):
 
     def play(self, x:Tensor, seen:Tensor, layer:str="s")->Played:
         "Evaluate the discrimination game with the argmax of a layer as the symbol."
-        understood, symbols = self.understand(self.layers(check_batch(x, seen)[0]), layer)
-        scores, target = in_batch_scores(understood, self.layers(seen)["z"], n_candidates=self.n_candidates)
+        decoded, symbols = self.decode(self.layers(check_batch(x, seen)[0]), layer)
+        scores, target = in_batch_scores(decoded, self.layers(seen)["z"], n_candidates=self.n_candidates)
         return _played(scores / self.temperature, target, symbols)

@@ -58,14 +58,14 @@ class PatchGame(_PatchAgents):
     )->Tensor: # scalar
         "The contrastive loss of messages and images, with the cost of length."
         check_batch(x, seen)
-        loss = self.loss(self.listener.read(sent := self.send(x, noise)), self.listener.see(seen))
+        loss = self.loss(self.listener.decode(sent := self.send(x, noise)), self.listener.encode_images(seen))
         return loss + self.length_cost*sent.word.sum((1, 2)).mean() if self.length_cost else loss
 
     def play(self, x:Tensor, seen:Tensor, noise:Tensor|None=None)->Played:
         "Loss, accuracy and symbols of a batch in evaluation mode, with the most probable symbols; given noise, gates are sampled."
         check_batch(x, seen)
         sent = self.send(x, noise)
-        scores, target = in_batch_scores(self.listener.read(sent), self.listener.see(seen),
+        scores, target = in_batch_scores(self.listener.decode(sent), self.listener.encode_images(seen),
             n_candidates=self.n_candidates)
         return Played(F.cross_entropy(self.loss.scale*scores, target), (scores.argmax(-1) == target).float().mean(),
             sent.symbols)

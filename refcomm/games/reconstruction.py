@@ -50,7 +50,7 @@ class _SplitObjects(Task):
     ):
         n = {k: round(v*len(objects)) if isinstance(v, float) else v for k, v in dict(valid=valid, test=test).items()}
         if min(n.values()) < 1 or sum(n.values()) >= len(objects):
-            raise ConfigError(f"{len(objects)} objects cannot be dealt into {n} and some to train on: change valid and test")
+            raise ConfigError(f"{len(objects)} objects cannot be split into {n} and some to train on: change valid and test")
         self.ids = split(len(objects), dict(train=len(objects) - sum(n.values()), **n), generator(seed, "split"))
         self.given = dict(n, seed=seed)
         self.objects, self.x, self.n_train = objects, objects.one_hot(), len(self.ids["train"])

@@ -72,7 +72,7 @@ def _check_others(targets, labels, own, n_distractors):
         at = (others == others.min()).nonzero()[0].unbind()
         t = targets[at]
         raise ConfigError(f"{n_distractors} distractors asked for, but only {others.min()} of {labels.shape[-1]} items "
-            f"are of other classes than item {t} (class {labels[*at[:-1], t]}): ask for fewer, or bring more classes")
+            f"are of other classes than item {t} (class {labels[*at[:-1], t]}): ask for fewer, or add classes")
 
 # %% ../../nbs/38_games.referential.ipynb #713bab0d
 class EveryObject:
@@ -138,7 +138,7 @@ class _Agents(nn.Module):
         sender:nn.Module, # maps the target's input to [batch, channel.dim]
         channel:nn.Module, # see `channels`
         receiver:nn.Module, # maps candidates to [..., channel.dim]
-        draws:bool=False, # the receiver draws its choice in training, and is told only whether it was right
+        draws:bool=False, # the receiver draws its choice in training, and learns only whether it was right
     ):
         super().__init__()
         self.sender, self.channel, self.receiver, self.draws = sender, channel, receiver, draws

@@ -227,7 +227,7 @@ class _PartNetworks(_Occurrence):
         if not 0 < cooled <= 1:
             raise ConfigError(f"cooled is a share of the training, above 0 and at most 1: got {cooled!r}")
         self.size, self.patch_size, self.code_dim, self.edges = size, patch_size, code_dim, edges
-        self.parts = check_at_least("parts", parts, 2, "one part says nothing of where it is")
+        self.parts = check_at_least("parts", parts, 2, "a single part carries no information")
         self.occurrence = check_choice("occurrence", occurrence, OCCURRENCES)
         self.weights, self.temperatures, self.cooled = weights, temperatures, cooled
         finer = GRID_SIZES[0] // check_choice("patch_size", patch_size, GRID_SIZES)

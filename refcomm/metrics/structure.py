@@ -66,7 +66,7 @@ MEANING_DISTANCES = ("hamming", "cosine")
 
 # %% ../../nbs/53_metrics.structure.ipynb #adaaac0f
 def _compact(symbols): # [n, length] renumbered from 0, in the smallest type
-    "Symbols, numbered anew."
+    "Symbols, renumbered."
     kinds, number = symbols.unique(return_inverse=True)
     return number.to(_small(len(kinds)))
 
@@ -256,8 +256,8 @@ def topographic_similarity(
     "Spearman correlation of distances between meanings and distances between messages (Brighton and Kirby 2006)."
     symbols, meanings, ends = _told(symbols, meanings, lengths)
     _check_pairs(symbols, message_distance, meaning_distance)
-    if meaning_distance == "hamming" and (told := _pair_counts(symbols, meanings, message_distance, ends)):
-        return float(_spearman(*told))
+    if meaning_distance == "hamming" and (pairs := _pair_counts(symbols, meanings, message_distance, ends)):
+        return float(_spearman(*pairs))
     return float(_Pairs(symbols, meanings, message_distance, meaning_distance, ends).value())
 
 # %% ../../nbs/53_metrics.structure.ipynb #c8cc17da
@@ -289,16 +289,16 @@ class _Gap:
         if meanings.is_floating_point():
             raise ConfigError("meanings must be attributes, integers, got numbers with a fraction: only topographic similarity takes vectors")
         check_at_least("number of attributes", meanings.shape[1], 2,
-            "what is told about one is compared with what is told about the next")
-        said, self.meant = _one_hot(parts, gaps), _one_hot(meanings)
-        self.said, self.kinds = said.flatten(1).T.contiguous(), said.shape[1:]
+            "the information about one is compared with that about the next")
+        parts_of, self.meant = _one_hot(parts, gaps), _one_hot(meanings)
+        self.parts_of, self.kinds = parts_of.flatten(1).T.contiguous(), parts_of.shape[1:]
 
     def of(self, meant)->Tensor: # [n, n_attributes, n_values] → scalar
         "The value for one-hot meanings, each with its weight."
-        counts = (self.said @ meant.flatten(1)).double().view(*self.kinds, *meant.shape[1:]) # [n_parts, n_kinds, n_attributes, n_values]
+        counts = (self.parts_of @ meant.flatten(1)).double().view(*self.kinds, *meant.shape[1:]) # [n_parts, n_kinds, n_attributes, n_values]
         bits, known = _nats(counts[:, :, 0].sum(-1), -1), _nats(counts.sum(1), -1) # among messages with this part
-        told = (bits[:, None] + known - _nats(counts, 1, 3)).topk(2, -1).values
-        return ((told[:, 0] - told[:, 1]) / bits)[bits > 1e-12].mean()
+        known_bits = (bits[:, None] + known - _nats(counts, 1, 3)).topk(2, -1).values
+        return ((known_bits[:, 0] - known_bits[:, 1]) / bits)[bits > 1e-12].mean()
 
     def value(self)->Tensor:
         "The value for the given meanings."

@@ -101,7 +101,7 @@ def estimate(
 )->Cost:
     """Median of like runs, else of the shipped item, else by the model, else of the paper's shipped items.
 
-    What was shipped with other images than the usual says little of these."""
+    Values shipped with other images are not comparable."""
     k = kind(spec.experiment, spec_fields(spec))
     at = {i: r for i, r in recipes.items() if r["profile"] == profile and r.get("costs", {}).get("runs")
         and " -p images=" not in r.get("command", "")}

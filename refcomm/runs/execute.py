@@ -49,7 +49,7 @@ def _known_members(folder, specs, missing): # Specs; None if nothing can be cont
         why = "its members.json names other runs than these"
     except FileNotFoundError: return None
     except Exception as e: why = f"its members.json cannot be read: {type(e).__name__}: {e}"
-    return warnings.warn(f"unfinished training {folder} cannot be continued ({why}); moved to set-aside, it begins anew")
+    return warnings.warn(f"unfinished training {folder} cannot be continued ({why}); moved to set-aside, it starts again")
 
 def _members(store, folder, specs, missing)->list: # Specs
     "The members of the unfinished training in this folder; without one, `missing`, which is stored."
@@ -145,11 +145,11 @@ def _follow(specs, store, device)->list: # keys
 
 def _reporter(path):
     "Write progress to a file that the driver reads."
-    def say(done, text):
+    def write(done, text):
         tmp = Path(f"{path}.{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):
             tmp.write_text(json.dumps([done, text]), encoding="utf-8"); os.replace(tmp, path) # a lost report is no reason to stop
-    return say
+    return write
 
 # %% ../../nbs/72_runs.execute.ipynb #a6df4eae
 def make_stacks(

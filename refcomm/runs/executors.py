@@ -30,8 +30,8 @@ def _start_worker(threads, stopping, started, cards):
     multiprocessing.current_process().stopping = stopping
     signal.signal(signal.SIGINT, signal.SIG_IGN) # the driver handles Ctrl-C
     def follow(driver):
-        while not (told := stopping.is_set()) and driver.is_alive(): time.sleep(.2)
-        while told and driver.is_alive() and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL: # so that it can save its state
+        while not (ending := stopping.is_set()) and driver.is_alive(): time.sleep(.2)
+        while ending and driver.is_alive() and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL: # so that it can save its state
             _thread.interrupt_main(signal.SIGTERM)
             time.sleep(.2)
         os._exit(1)
@@ -89,7 +89,7 @@ def named_deaths(
 def cards_of(
     device:str="auto", # where runs are made
 )->list: # numbers of GPUs; empty where runs are not made on them
-    "The GPUs that runs may be dealt to: the one that is named, or all with a tenth of their memory free."
+    "The GPUs that runs may be assigned to: the one that is named, or all with a tenth of their memory free."
     if no_cuda() or (d := pick_device(device)).type != "cuda": return []
     if device != "auto" and torch.device(device).index is not None: return [d.index]
     share = {i: free/total for i in range(torch.cuda.device_count()) for free, total in [torch.cuda.mem_get_info(i)]}
@@ -298,11 +298,11 @@ def _start_ray(cpus, gpus=None, head=None):
 
 # %% ../../nbs/71_runs.executors.ipynb #5c1d7e17
 def _gpus():
-    "What REFCOMM_GPUS says."
-    if not (said := os.environ.get("REFCOMM_GPUS")): return None
+    "The value of REFCOMM_GPUS."
+    if not (value := os.environ.get("REFCOMM_GPUS")): return None
     with contextlib.suppress(ValueError):
-        if 0 <= (gpus := float(said)) <= 1: return gpus
-    raise ConfigError(f"REFCOMM_GPUS is the number of GPUs that a run takes on Ray, from 0 to 1, got {said!r}")
+        if 0 <= (gpus := float(value)) <= 1: return gpus
+    raise ConfigError(f"REFCOMM_GPUS is the number of GPUs that a run takes on Ray, from 0 to 1, got {value!r}")
 
 # %% ../../nbs/71_runs.executors.ipynb #c68fec66
 def _connect(ray, opened, address):

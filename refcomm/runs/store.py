@@ -306,7 +306,7 @@ def _names(path, root)->list: # in a folder of the store at `root`; none where t
     except FileNotFoundError: return []
     except NotADirectoryError:
         if path != root: return []
-        raise StoreError(f"{path} is not a folder, or lies in what is none: set REFCOMM_HOME to a folder") from None
+        raise StoreError(f"{path} is not a folder, or its parent is none: set REFCOMM_HOME to a folder") from None
     except OSError as e: raise StoreError(f"cannot read {path}: {e.strerror}") from e
 
 # %% ../../nbs/68_runs.store.ipynb #8ce7a904
@@ -465,7 +465,7 @@ class Store(_Written):
 
 # %% ../../nbs/68_runs.store.ipynb #68a00102
 INDEX = "index.sqlite" # in a store's folder; may be removed at any time
-_FORMAT = 1 # of the index: +1 makes it anew
+_FORMAT = 1 # of the index: +1 makes it again
 _TABLE = """CREATE TABLE runs (experiment TEXT, key TEXT, stamp TEXT, spec TEXT, seconds REAL, bytes INTEGER,
     weights INTEGER, device TEXT, made TEXT, PRIMARY KEY (experiment, key)) WITHOUT ROWID"""
 

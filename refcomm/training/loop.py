@@ -289,7 +289,7 @@ def misfit(
     "The reason why a checkpoint cannot continue this training, if any."
     shape = json.loads(json.dumps(shape))
     found = meta.get("shape") if isinstance(meta, dict) else None
-    if not isinstance(found, dict): return "it does not say what it is of"
+    if not isinstance(found, dict): return "it does not name its model"
     if other := [k for k in shape if found.get(k) != shape[k]]:
         return f"it belongs to another model, data or setting: {', '.join(other)}"
     return (_wrong_progress(t, meta) or _wrong_state(t, tensors, meta) or _wrong_moments(t, tensors)

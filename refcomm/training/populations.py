@@ -136,7 +136,7 @@ def iterated(
     checkpoint_seconds:float=60., # see `fit`
     log=None, # called with new rows of the history, epochs counted over all generations
 ): # iterator of (generation, game in evaluation mode, history)
-    "Iterated learning: one side begins anew in every generation, and the optimisers with it (Li and Bowling 2019)."
+    "Iterated learning: one side starts again in every generation, and the optimisers with it (Li and Bowling 2019)."
     if every is not None:
         epochs = _whole_epochs(every, settings.batches(task.n_train))
         settings = dataclasses.replace(settings, epochs=epochs)
@@ -144,12 +144,12 @@ def iterated(
     for generation in range(check_at_least("generations", generations, 1)):
         if generation: game = renewed(game, make(seed + 1000*generation), side)
         ensemble = Ensemble([game]).to(device)
-        say = lambda done, text: report((generation + done)/generations, text) if report else None
+        progress = lambda done, text: report((generation + done)/generations, text) if report else None
         path = kept.path and Path(kept.path).with_stem(f"{Path(kept.path).stem}-{generation}")
         first = generation*settings.epochs
         tell = lambda rows: log and log([dict(r, epoch=first + r["epoch"]) for r in rows])
         history = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [seed + 1000*generation], device,
-            Checkpoint(path, kept.owner), checkpoint_seconds, say, log=tell).history
+            Checkpoint(path, kept.owner), checkpoint_seconds, progress, log=tell).history
         game = ensemble.eval().member(0)
         yield generation, game, history
 

@@ -216,14 +216,14 @@ def ranking_in_words(
     ranks:pd.DataFrame, # from `ranking`
     rows:pd.DataFrame, # what it is of
 )->str:
-    "Which kinds are first, which are not told apart from them, and what the intervals cover."
+    "Which kinds are first, which do not differ from them significantly, and what the intervals cover."
     games, seeds = [rows[k].unique().tolist() for k in ("game", "seed")]
     best, ties = ranks.kind[0], ranks.kind[1:][ranks.low[1:] <= ranks.high[0]].tolist()
     where = f"over {len(games)} games" if len(games) > 1 else f"in {games[0]}, the only game here"
     covered = [f"{len(games)} games"]*(len(games) > 1) + [f"{len(seeds)} seeds"]*(len(seeds) > 1) + ["test targets"]
     unknown = ["other games"]*(len(games) == 1) + ["other seeds"]*(len(seeds) == 1)
     return (f"Best {'mean ' if len(games) > 1 else ''}rank {where}: {best}, first in {ranks.best[0]:.0%} of the draws. "
-        f"{len(ties)} of {len(ranks) - 1} others are not told apart from it by their intervals: {'; '.join(ties) or 'none'}. "
+        f"{len(ties)} of {len(ranks) - 1} others are not significantly different from it by their intervals: {'; '.join(ties) or 'none'}. "
         f"Last: {ranks.kind.iloc[-1]}. The intervals cover the choice of {', '.join(covered)}"
         + (f"; nothing is known of {' and '.join(unknown)}." if unknown else "."))
 

@@ -199,10 +199,10 @@ def rows_of(
     "Metric rows with the paper's names: CN, GS or QT; RNN or Inst; and where they are quantised."
     t = frame(records)
     for name in EQCSpec.later: t[name] = t[name].fillna(getattr(EQCSpec, name)) if name in t else getattr(EQCSpec, name)
-    late = ((t.bottleneck == "continuous") & t.alphabet.notna()) | (t.when == "inference")
-    kind = t.bottleneck.map({"continuous": "CN", "gumbel": "GS"}).fillna("QT").mask(late, "QT")
+    at_inference = ((t.bottleneck == "continuous") & t.alphabet.notna()) | (t.when == "inference")
+    kind = t.bottleneck.map({"continuous": "CN", "gumbel": "GS"}).fillna("QT").mask(at_inference, "QT")
     t["row"] = kind + t.channel.map({"recurrent": "-RNN", "ending": "-RNN EGG", "instant": "-Inst"})
-    t["quantised"] = late.map({True: "inference only", False: "train+inference"}).mask(t.gradient == "none",
+    t["quantised"] = at_inference.map({True: "inference only", False: "train+inference"}).mask(t.gradient == "none",
         "no gradient").where(kind == "QT", "")
     t["column"] = t.n_candidates
     return t
@@ -454,14 +454,14 @@ def daggered(
     note:str, # the fidelity note of the item, with the sentence of `unfinished`
 ): # the same table
     "Mark the rows that the note names as stopped early."
-    early = re.findall(r"([A-Z][\w-]+(?: EGG)?) in [A-Z]", note.partition("†")[2])
-    return table.rename(index={row: f"{row} †" for row in early}, level=0)
+    names = re.findall(r"([A-Z][\w-]+(?: EGG)?) in [A-Z]", note.partition("†")[2])
+    return table.rename(index={row: f"{row} †" for row in names}, level=0)
 
 def unfinished(
-    early, # from `stopped_early`
+    names, # from `stopped_early`
 )->str: # a sentence, or empty
     "The part of the fidelity note about rows that were stopped early."
     said = [f"{row} in {TITLES[game]} (by {rise:.2f})"
-        for game, row, rise in early[["game", "row", "rise"]].itertuples(index=False)]
+        for game, row, rise in names[["game", "row", "rise"]].itertuples(index=False)]
     return (f" † Stopped while validation accuracy still rose over the last fifth of the epochs: {', '.join(said)}."
         if said else "")

@@ -164,7 +164,7 @@ def players(
 )->tuple: # names of the players, and a function of two views → the receiver's images; for each player, vectors [batch, dim] and symbols [batch, n]
     "All players of a model."
     if s.model == "game":
-        def describe(x, seen): return model.receiver(seen), *model.understand(x)
+        def describe(x, seen): return model.receiver(seen), *model.decode(x)
         return ["game"], describe
     some = taken(parts.train.images, slice(round(s.clusters_share*len(parts.train.images))))
     known = len(parts.train.labels.unique())
@@ -181,7 +181,7 @@ def players(
         return list(clusters), describe
     def describe(x, seen):
         layers = model.layers(x)
-        told = [model.understand(layers, layer) for layer in "hsz"]
+        told = [model.decode(layers, layer) for layer in "hsz"]
         for c in clusters.values():
             symbols = c(layers["h"])
             told.append((model.projector(c.centres[symbols]), symbols[:, None]))

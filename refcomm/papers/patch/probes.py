@@ -60,7 +60,7 @@ def suffice(
     device="cpu",
 )->list: # rows: accuracy at every length, and the fewest symbols that suffice
     "Accuracy with truncated messages."
-    seen, = map_images(lambda x: (game.listener.see(x),), images, s, device)
+    seen, = map_images(lambda x: (game.listener.encode_images(x),), images, s, device)
     weights = gate_weights(game, images, s, device)
     counts, own = [n for n in s.test_candidates if n <= len(images)], torch.arange(len(images), device=seen.device)
     lengths = list(range(1, int((symbols >= 0).sum(1).max()) + 1))
@@ -124,7 +124,7 @@ def top_k_play(
 )->list: # rows: order, k, n_candidates, accuracy
     "The listener's accuracy with the symbols of `k` patches."
     weights = gate_weights(game, images, s, device)
-    whole, seen = map_images(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1), game.listener.see(x)), images, s,
+    whole, seen = map_images(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1), game.listener.encode_images(x)), images, s,
         device)
     decoded = lambda scores, k: decode_messages(game, most_important(whole, scores.to(whole.device), k), weights)
     return [dict(order=name, k=k, n_candidates=n, accuracy=a) for name, scores in orders.items() for k in ks

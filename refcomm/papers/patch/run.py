@@ -188,7 +188,7 @@ def decode_messages(
     weights = torch.ones_like(symbols, dtype=torch.float32) if weights is None else weights
     def meaning(part, weight):
         message = message_of(part, game.speaker.symbol.vocab_size)
-        return game.listener.read(message._replace(word=message.word*weight[..., None]))
+        return game.listener.decode(message._replace(word=message.word*weight[..., None]))
     parts = zip(*(t.flatten(0, -2).split(batch) for t in (symbols, weights)))
     return torch.cat([meaning(*part) for part in parts]).unflatten(0, symbols.shape[:-1])
 
@@ -211,7 +211,7 @@ def play(
     device="cpu",
 )->list: # rows of metrics
     "Play among images."
-    meant, seen = map_images(lambda x: (game.listener.read(game.send(x)), game.listener.see(x)), images, s, device)
+    meant, seen = map_images(lambda x: (game.listener.decode(game.send(x)), game.listener.encode_images(x)), images, s, device)
     return [dict(kind="play", n_candidates=n, accuracy=a) for n, a in retrieval_accuracy(meant, seen, s).items()]
 
 # %% ../../../nbs/87_papers.patch.run.ipynb #c3e2aa6b
