@@ -216,8 +216,7 @@ def make_discrimination_game(
     else: dim = channel.dim
     speaker = sender if channel.dim == width else nn.Sequential(sender, nn.Linear(width, channel.dim))
     receiver = nn.Sequential(receiver_trunk, projector(width, dim, dim))
-    game = DiscriminationGame(speaker, channel, receiver, cosine_temperature,
-        **kwargs)
+    game = DiscriminationGame(speaker, channel, receiver, cosine_temperature, **kwargs)
     game.trunks = sender, receiver_trunk # in a tuple, so that they are not registered twice
     return game
 

@@ -136,7 +136,7 @@ def iterated(
     checkpoint_seconds:float=60., # see `fit`
     log=None, # called with new rows of the history, epochs counted over all generations
 ): # iterator of (generation, game in evaluation mode, history)
-    "Iterated learning: one side starts again in every generation, and the optimisers with it (Li and Bowling 2019)."
+    "Iterated learning: one side and the optimisers are initialised again in every generation (Li and Bowling 2019)."
     if every is not None:
         epochs = _whole_epochs(every, settings.batches(task.n_train))
         settings = dataclasses.replace(settings, epochs=epochs)

@@ -39,7 +39,7 @@ class BeyondSpec:
     epochs:int = 48
     batch_size:int = 64
     lr:float = 1e-2
-    generations:int = 1 # of `epochs` each; between them one side starts again
+    generations:int = 1 # of `epochs` each; between them one side is initialised again
     side:str = "receiver" # a name in `SIDES`
     seed:int = 0
 
