@@ -196,14 +196,14 @@ def looks_of(
 ): # see `Explorer`
     "What the items of a run's games look like: pictures, sentences, attributes, or the names of classes."
     task, home = kept.task, home_of(kept.record.experiment)
-    say = lambda values: ", ".join(map(str, values.tolist()))
+    text_of = lambda values: ", ".join(map(str, values.tolist()))
     if isinstance(games.candidates, Valued):
         values = games.candidates.values.flatten(0, 1)
-        return lambda i: say(values[i])
+        return lambda i: text_of(values[i])
     if hasattr(getattr(task, "objects", None), "look"):
         own = task.ids[part] if isinstance(games.candidates, Drawn) else range(len(task.objects))
         return lambda i: task.objects.look(int(own[i]))
-    if isinstance(task, ObjectTask): return lambda i: say(task.world.attributes(torch.tensor(i)))
+    if isinstance(task, ObjectTask): return lambda i: text_of(task.world.attributes(torch.tensor(i)))
     if not hasattr(home, "load"): return lambda i: f"item {i}"
     data, _, parts = home.load(kept.spec)
     if isinstance(games.candidates, Fixed): return data.classes

@@ -139,11 +139,11 @@ def _number(x, digits=3):
 
 def _in_words(part)->str:
     x, (low, high) = part.excess.value, interval(part.excess)
-    said = f"{part.text}: {'met by' if x >= 0 else 'missed by'} {_number(abs(x))}"
-    if math.isnan(low): return f"{said}, in single runs, whose spread over seeds is unknown"
-    if low == high: return said
+    text = f"{part.text}: {'met by' if x >= 0 else 'missed by'} {_number(abs(x))}"
+    if math.isnan(low): return f"{text}, in single runs, whose spread over seeds is unknown"
+    if low == high: return text
     ends = (low, high) if x >= 0 else (-high, -low)
-    return f"{said} (95 % {_number(ends[0])} … {_number(ends[1])})"
+    return f"{text} (95 % {_number(ends[0])} … {_number(ends[1])})"
 
 def cause(
     result:Answer|None,

@@ -102,8 +102,8 @@ def run_stack(
     interval = checkpoint_interval() if checkpoint_seconds is None else checkpoint_seconds
     check_logger(logger)
     if processes()[0]: return _follow(specs, store, device)
-    say = lambda done, text: None
-    if report: say = report if callable(report) else _reporter(report)
+    show = lambda done, text: None
+    if report: show = report if callable(report) else _reporter(report)
     with disk_errors(store.root), Interruptible() as stop, contextlib.ExitStack() as held:
         folder = _unfinished(store, specs)
         for key in [*sorted(map(run_key, specs)), folder.name.split("-")[1]]: # in sorted order, which avoids deadlocks
@@ -113,11 +113,11 @@ def run_stack(
         members = _members(store, folder, specs, missing) if missing else []
         agree([s in members for s in specs])
         if missing:
-            context = Context(device, _checkpoint(folder, members), say, interval, weights=weights)
+            context = Context(device, _checkpoint(folder, members), show, interval, weights=weights)
             _train_missing(module, store, members, missing, context, logger, stop)
         with stop.hold(): shutil.rmtree(folder, ignore_errors=True) # also if nothing is missing: its process may have died here
         agree([True]) # that the records are there
-    say(1., "done")
+    show(1., "done")
     return [run_key(s) for s in specs]
 
 # %% ../../nbs/72_runs.execute.ipynb #55b4b276
@@ -237,8 +237,8 @@ def _kept(e, found, store)->Interrupted:
 def _inline(stacks, store, device, logger, weights, bar):
     for stack in stacks:
         done = bar.n
-        def say(share, text): bar.set_postfix_str(text, refresh=False); bar.update(done + share*len(stack) - bar.n)
-        run_stack(stack, store.root, device, say, logger, None, weights)
+        def show(share, text): bar.set_postfix_str(text, refresh=False); bar.update(done + share*len(stack) - bar.n)
+        run_stack(stack, store.root, device, show, logger, None, weights)
 
 def _submit(stacks, store, device, logger, weights, bar, pool):
     folder, held = store.own_folder("progress")
@@ -250,16 +250,16 @@ def _submit(stacks, store, device, logger, weights, bar, pool):
                     for i,s in enumerate(stacks)]
                 while pending := [f for f in futures if not f.done()]:
                     concurrent.futures.wait(pending, timeout=1, return_when="FIRST_EXCEPTION")
-                    said = [_said(folder/str(i)) for i in range(len(stacks))]
-                    bar.set_postfix_str(next((text for share, text in said if 0 < share < 1), ""), refresh=False)
-                    bar.update(sum(share*len(s) for (share, _), s in zip(said, stacks)) - bar.n)
+                    progress = [_progress_in(folder/str(i)) for i in range(len(stacks))]
+                    bar.set_postfix_str(next((text for share, text in progress if 0 < share < 1), ""), refresh=False)
+                    bar.update(sum(share*len(s) for (share, _), s in zip(progress, stacks)) - bar.n)
                     if any(f.done() and f.exception() for f in futures): break
                 for f in futures: f.done() and f.result()
             bar.update(sum(map(len, stacks)) - bar.n)
         finally:
             for f in futures: f.cancel()
 
-def _said(path)->tuple: # share done, text: of a worker
+def _progress_in(path)->tuple: # share done, text: of a worker
     try: return tuple(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError): return 0., ""
 

@@ -519,11 +519,11 @@ def indexed(
     stamps = _stamps(store, found)
     ours = (store.root/MARKER).is_file() and (not os.path.lexists(path) or stat.S_ISREG(os.lstat(path).st_mode))
     for place in (path, path, ":memory:") if ours else (":memory:",):
-        said = list(found)
-        try: db = _table(place, store, stamps, said); break
+        troubles = list(found)
+        try: db = _table(place, store, stamps, troubles); break
         except sqlite3.Error as e:
             if place == ":memory:": raise StoreError(f"cannot list the runs of {store.root}: {e}") from None
             if type(e) is sqlite3.DatabaseError or "no such" in str(e): # it is no index
                 with contextlib.suppress(OSError): path.unlink()
-    if problems is not None: problems += said
+    if problems is not None: problems += troubles
     return db

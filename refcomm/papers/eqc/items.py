@@ -461,7 +461,7 @@ def unfinished(
     names, # from `stopped_early`
 )->str: # a sentence, or empty
     "The part of the fidelity note about rows that were stopped early."
-    said = [f"{row} in {TITLES[game]} (by {rise:.2f})"
+    named = [f"{row} in {TITLES[game]} (by {rise:.2f})"
         for game, row, rise in names[["game", "row", "rise"]].itertuples(index=False)]
-    return (f" † Stopped while validation accuracy still rose over the last fifth of the epochs: {', '.join(said)}."
-        if said else "")
+    return (f" † Stopped while validation accuracy still rose over the last fifth of the epochs: {', '.join(named)}."
+        if named else "")

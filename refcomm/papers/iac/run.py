@@ -108,12 +108,12 @@ def map_images(
     batch:int=256, # images per batch
 )->tuple: # of tensors [n, ...]
     "The results of `fn` for all images, batch by batch."
-    draws, said = generator(0, "views", device), []
+    draws, results = generator(0, "views", device), []
     for part in images.split(batch) if hasattr(images, "split") else images:
         part = part.to(device)
-        said.append(fn(*((part, part) if part.is_floating_point()
+        results.append(fn(*((part, part) if part.is_floating_point()
             else pair_of_views(part, augmentations, s.view_size, draws))))
-    return tuple(map(torch.cat, zip(*said)))
+    return tuple(map(torch.cat, zip(*results)))
 
 # %% ../../../nbs/85_papers.iac.run.ipynb #561d7ea0
 def objectives(
@@ -181,11 +181,11 @@ def players(
         return list(clusters), describe
     def describe(x, seen):
         layers = model.layers(x)
-        told = [model.decode(layers, layer) for layer in "hsz"]
+        decoded = [model.decode(layers, layer) for layer in "hsz"]
         for c in clusters.values():
             symbols = c(layers["h"])
-            told.append((model.projector(c.centres[symbols]), symbols[:, None]))
-        return (layers if seen is x else model.layers(seen))["z"], *(t for pair in told for t in pair)
+            decoded.append((model.projector(c.centres[symbols]), symbols[:, None]))
+        return (layers if seen is x else model.layers(seen))["z"], *(t for pair in decoded for t in pair)
     return [*(f"disc {layer}" for layer in "hsz"), *clusters], describe
 
 # %% ../../../nbs/85_papers.iac.run.ipynb #eaa7ee59
@@ -194,11 +194,11 @@ def _protocol(symbols, images, s, parts, where)->list: # rows
     rows, measures = [], dict(nmi=normalized_mutual_information)
     if parts.similarity is not None: measures["wnsim"] = lambda table: within_symbol_similarity(table, parts.similarity)
     for position in (None, *range(symbols.shape[1] if symbols.shape[1] > 1 else 0)):
-        said = symbols if position is None else symbols[:, position]
-        row = dict(kind="protocol", **where, position=position, n_symbols=n_unique(said.view(len(said), -1)),
-            ami=adjusted_mutual_information(cooccurrence(said, images.labels, len(images.classes))))
+        sent = symbols if position is None else symbols[:, position]
+        row = dict(kind="protocol", **where, position=position, n_symbols=n_unique(sent.view(len(sent), -1)),
+            ami=adjusted_mutual_information(cooccurrence(sent, images.labels, len(images.classes))))
         for name, statistic in measures.items():
-            test = permutation_test(statistic, said, images.labels, generator(0, "deals"), s.n_permutations,
+            test = permutation_test(statistic, sent, images.labels, generator(0, "deals"), s.n_permutations,
                 len(images.classes))
             row |= {name: defined(test.value), f"{name}_p": defined(test.p),
                 f"{name}_chance": defined(float(test.null.mean()))}
@@ -220,12 +220,12 @@ def play(
         ("blobs", (gaussian_blobs(n, s.view_size, draws) for n in sizes), False), ("valid", parts.valid.images, True),
         ("ood", parts.ood.images, True)]
     for data, images, augmentations in sets:
-        projected, *told = map_images(describe, images, s, device, augmentations)
+        projected, *decoded = map_images(describe, images, s, device, augmentations)
         counts = [n for n in s.test_candidates if n <= len(projected)]
         own = torch.arange(len(projected), device=projected.device)
-        for name, understood, symbols in zip(names, told[::2], told[1::2]):
+        for name, vectors, symbols in zip(names, decoded[::2], decoded[1::2]):
             accuracy = torch.cat([expected_accuracy(cosine_similarities(u, projected), place, counts)
-                for u, place in zip(understood.split(512), own.split(512))]).mean(0)
+                for u, place in zip(vectors.split(512), own.split(512))]).mean(0)
             where = dict(player=name, data=data)
             rows += [dict(kind="play", **where, augmented=augmentations, n_candidates=n, accuracy=a)
                 for n, a in zip(counts, accuracy.tolist())]

@@ -233,9 +233,9 @@ def classify(
     score = lambda kind, votes: [dict(kind=kind, top=k, accuracy=top_accuracy(votes.cpu(), z, k)) for k in tops]
     a, b = (map_images(lambda x: (image_trunk(model)(x),), part, s, device)[0] for part in (train, test))
     rows += score("knn", knn_votes(a, y.to(a.device), b, min(20, len(a))))
-    if (said := symbols_of(model, train, s, device)) is not None:
+    if (sent := symbols_of(model, train, s, device)) is not None:
         own = symbols_of(model, test, s, device)
-        rows += score("bow", bag_of_symbols(said.cpu(), y, own.cpu(), max(said.max().item(), own.max().item(), 1) + 1))
+        rows += score("bow", bag_of_symbols(sent.cpu(), y, own.cpu(), max(sent.max().item(), own.max().item(), 1) + 1))
     return rows
 
 # %% ../../../nbs/87_papers.patch.run.ipynb #9125ae5b
