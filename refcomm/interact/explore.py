@@ -175,7 +175,8 @@ def explore_patches(
     "An explorer of games with symbols of patches."
     _trained(game)
     message, encoded = game.send(x), game.listener.encode_images(seen)
-    decoded, strength = game.listener.decode(message), message.word.sum(-1, keepdim=True).where(message.sent[..., None], 1.)
+    decoded = game.listener.decode(message)
+    strength = message.word.sum(-1, keepdim=True).where(message.sent[..., None], 1.)
     def respond(i, symbols):
         symbols, meant = symbols.to(x.device), decoded.clone()
         fresh = F.one_hot(symbols.clamp_min(0), message.word.shape[-1]) * (symbols >= 0)[:, None] * strength[i]

@@ -124,8 +124,8 @@ def top_k_play(
 )->list: # rows: order, k, n_candidates, accuracy
     "The listener's accuracy with the symbols of `k` patches."
     weights = gate_weights(game, images, s, device)
-    whole, seen = map_images(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1), game.listener.encode_images(x)), images, s,
-        device)
+    both = lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1), game.listener.encode_images(x))
+    whole, seen = map_images(both, images, s, device)
     decoded = lambda scores, k: decode_messages(game, most_important(whole, scores.to(whole.device), k), weights)
     return [dict(order=name, k=k, n_candidates=n, accuracy=a) for name, scores in orders.items() for k in ks
         for n, a in retrieval_accuracy(decoded(scores, k), seen, s).items()]

@@ -211,8 +211,9 @@ def play(
     device="cpu",
 )->list: # rows of metrics
     "Play among images."
-    meant, seen = map_images(lambda x: (game.listener.decode(game.send(x)), game.listener.encode_images(x)), images, s, device)
-    return [dict(kind="play", n_candidates=n, accuracy=a) for n, a in retrieval_accuracy(meant, seen, s).items()]
+    both = lambda x: (game.listener.decode(game.send(x)), game.listener.encode_images(x))
+    messages, views = map_images(both, images, s, device)
+    return [dict(kind="play", n_candidates=n, accuracy=a) for n, a in retrieval_accuracy(messages, views, s).items()]
 
 # %% ../../../nbs/87_papers.patch.run.ipynb #c3e2aa6b
 def symbols_of(model, images, s, device="cpu")->Tensor|None: # [n, n_symbols]; None without discrete symbols
