@@ -408,8 +408,8 @@ def test_a_batch_is_played_by_itself():
         whole, parts = game.send(x).symbols, torch.cat([game.send(p).symbols for p in x.split(2)])
         assert torch.equal(whole, parts) and (whole[0] == game.send(x[:1]).symbols[0]).all()
         played = game.play(x, y)
-        views = game.listener.encode_images(y)
-        scores = torch.stack([torch.cosine_similarity(game.listener.decode(game.send(x[i:i+1])), views)
+        encoded = game.listener.encode_images(y)
+        scores = torch.stack([torch.cosine_similarity(game.listener.decode(game.send(x[i:i+1])), encoded)
             for i in range(9)])
     assert played.accuracy == (scores.argmax(-1) == torch.arange(9)).float().mean() and torch.equal(played.symbols,
         whole)
