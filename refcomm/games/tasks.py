@@ -248,7 +248,7 @@ class SampledTask(Task):
         if most >= n_values: raise ConfigError(f"attribute values must lie in 0 … {n_values - 1}, got {most}")
         self.stock, n_objects = stock if stock is None else stock.to(device), n_values**games["train"].shape[-1]
         if stock is not None and len(stock) != n_objects:
-            raise ConfigError(f"a stock of {len(stock)} items does not fit {n_objects} objects: give one for each, in their order")
+            raise ConfigError(f"a stock of {len(stock)} items was given for {n_objects} objects: give one for each, in their order")
 
     def _games(self, values):
         target = torch.zeros(values.shape[:-2], dtype=torch.long, device=values.device)
