@@ -156,12 +156,12 @@ FORGED = {
     "no scaler": (lambda t, m: m.pop("scaler"), "its scaler is missing"),
     "an order out of range": (lambda t, m: t["order"].add_(1000), "its order of items"),
     "another's": (lambda t, m: m["shape"].update(owner="other"), "it belongs to another model, data or setting: owner"),
-    "no shape": (lambda t, m: m.pop("shape"), "does not say what it is of"),
+    "no shape": (lambda t, m: m.pop("shape"), "does not name its model"),
     "part of a moment": (lambda t, m: t.pop("optimizer.1.exp_avg"), "its optimiser's state is incomplete"),
     "a moment of another shape": (lambda t, m: t.update({"optimizer.0.exp_avg": torch.zeros(7)}),
     "does not fit the parameters"),
     "groups fewer": (lambda t, m: m.update(groups=[]), "other groups"),
-    "meta that is a list": (lambda t, m: m.clear(), "does not say what it is of"),
+    "meta that is a list": (lambda t, m: m.clear(), "does not name its model"),
 }
 
 
