@@ -1,6 +1,7 @@
 """Count what the trainings of all items compute, for the plans of those who have made none: `python tests/count_gpu.py [profile …]`.
 
-Fills `refcomm/papers/counts.csv` with the shapes that it lacks, as a processor and, on a pretended GPU, as a GPU computes them. Some minutes.
+Fills `refcomm/papers/counts.csv` with the shapes that it lacks: at smoke and cpu as a processor computes them, at gpu and paper, on a pretended
+GPU, as a GPU does. Some minutes.
 `python tests/count_gpu.py --table PROFILE [item or paper …]` prints, for each item: operations of a training step as a GPU computes it, how often
 the step waits for the GPU (one step of each shape, on a pretended GPU), and the minutes and the memory that `refcomm plan` estimates."""
 import json
@@ -18,6 +19,7 @@ from refcomm.publish.catalogue import choose, item_runs, notebooks, parameters_o
 from refcomm.runs.costs import Recorded, duration, plan_costs, size
 
 REAL = [*IMAGES, *(s["real"][0] for s in SOURCES.values())]
+COUNTED = {"smoke": False, "cpu": False, "gpu": True, "paper": True}  # profile → whether as a GPU computes it
 
 
 def every(profile):
@@ -80,11 +82,10 @@ def main(args):
         for line in table(args[1], args[2:]): print(line, flush=True)
         return
     for profile in args or PROFILES:
-        specs = list(every(profile))
-        if profile in ("gpu", "paper"):
-            print(profile, "as a GPU computes it:", ship_counts(specs, None, True, as_a_gpu), "shapes in all",
-                flush=True)
-        if profile != "paper": print(profile, ship_counts(specs), "shapes in all", flush=True)
+        gpu = COUNTED[profile]
+        n = ship_counts(list(every(profile)), None, gpu, as_a_gpu if gpu else count)
+        print(profile, "as a GPU computes it:" if gpu else "as a processor computes it:", n, "shapes in all",
+            flush=True)
 
 
 if __name__ == "__main__": main(sys.argv[1:])

@@ -153,3 +153,14 @@ def test_a_notebook_suits_its_device(monkeypatch):
     named = dict(profile="cpu", device="cpu")
     check_injected(named)
     assert named["profile"] == "cpu"
+
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu", "paper"])
+def test_a_plan_counts_nothing_anew(profile, capfd):
+    "What every item trains, with real data and with embedded ones, is in the shipped counts."
+    import count_gpu
+    from refcomm.papers.counts import _shipped, shape_of, trains
+    specs = [s for s in count_gpu.every(profile) if trains(s)]
+    assert len(specs) > 100
+    missing = {shape: s for s in specs if (shape := shape_of(s, count_gpu.COUNTED[profile])) not in _shipped()}
+    assert not missing, f"{len(missing)} shapes, first {[*missing.values()][0]}: python tests/count_gpu.py {profile}"

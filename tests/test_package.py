@@ -205,7 +205,8 @@ def test_lines_of_code_are_short():
                 text[i] += (t.end[1] if i == t.end[0] else len(lines[i - 1])) - first
         for i, line in enumerate(lines, 1):
             if line.startswith(("__all__", "# %%")): continue
-            assert ends.get(i, len(line)) <= 120 or text[i] >= 40, f"{p.relative_to(ROOT)}:{i} has {len(line)} characters"
+            assert ends.get(i,
+                len(line)) <= 120 or text[i] >= 40, f"{p.relative_to(ROOT)}:{i} has {len(line)} characters"
 
 
 def test_what_is_public_is_described():

@@ -14,7 +14,11 @@ from refcomm.data.parts import image_parts, probe_set
 from refcomm.data.shapes import ShapeWorld
 from refcomm.data.stream import AheadReader, ImageBatches
 from refcomm.files import stamped
+from refcomm.metrics.images import edge_density, grey_entropy, perceptual_distance
+from refcomm.metrics.structure import class_pairs
 from refcomm.papers.iac import items as iac
+from refcomm.papers.patch.probes import suffice, top_k_play
+from refcomm.papers.patch.run import build, classify, encode_messages, play, untrained_importance
 from refcomm.runs.execute import Context
 from refcomm.runs.store import run_key, runner_of
 from refcomm.training.ensemble import Ensemble
@@ -148,6 +152,29 @@ def test_parts_and_probes_of_stored_images_are_the_same(sources, no_room):
     assert all(torch.equal(b[:], a) for a, b in zip((x, y, z, w), stored))
     again = image_parts(sources["folder"], 24, 40, "shapes")
     assert again.ood.digest == both.ood.digest and len(again.ood.images) == len(both.ood.images)
+
+
+def test_what_notebooks_measure_of_stored_images_is_the_same(sources, no_room):
+    "All that is asked of the images of a run, of a set that is not in memory."
+    s = patch_spec(source=sources["table"])
+
+    def measured():
+        images, labels, *_ = (parts := image_parts(s.source, s.image_size, None, n_ood=0)).valid
+        game = build(s, 4).eval()
+        symbols, importance = encode_messages(game, images, s)
+        pairs, _ = class_pairs(labels, generator(0, "pairs"))
+        found = [edge_density(images), grey_entropy(images), symbols, importance, untrained_importance(s, images, 2),
+            images[3, :, 2:9, 4:], images[:3],
+            *(perceptual_distance(images, some, "trunk", torch.nn.AvgPool2d(8), device="cpu")
+            for some in (pairs, None))]
+        rows = [*play(game, images, s), *suffice(game, images, symbols, importance, s),
+            *top_k_play(game, images, dict(own=importance), (3, 9), s), *classify(game, s, parts)]
+        return images, found, rows
+    _, whole, rows = measured()
+    no_room()
+    images, stored, again = measured()
+    assert isinstance(images, StoredImages) and again == rows and len(rows) > 10
+    for a, b in zip(whole, stored): torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 
 def test_a_set_is_decoded_once_and_again_when_a_file_changes(sources, no_room, home, tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ class UniformQuantizer(Bottleneck):
         self.alphabet_size, self.when, self.normalize = self.steps + 1, when, normalize
         self.gradient = check_choice("gradient", gradient, ("straight-through", "none"))
 
-    def forward(self, x:Tensor, noise:Tensor|None=None)->Sent:
+    def forward(self, x, noise=None)->Sent:
         "Vectors `[..., word_length]` to words on the grid and integer symbols of the same shape."
         word = normalised(x, self.training) if self.normalize else x.float().clamp(0, 1)
         if self.training and self.when == "inference": return Sent(word.to(x.dtype) if self.normalize else x, None)
@@ -74,7 +74,7 @@ class FSQ(Bottleneck):
         self.when = check_choice("when", when, ("always", "inference"))
         self.quantizer = _vector_quantize().FSQ(levels=[alphabet_size], preserve_symmetry=True)
 
-    def forward(self, x:Tensor, noise:Tensor|None=None)->Sent:
+    def forward(self, x, noise=None)->Sent:
         "Vectors `[..., word_length]` to words in [−1, 1] and symbols of the same shape."
         if self.training and self.when == "inference": return Sent(x.tanh(), None)
         refuse_nan(x, self.training)
@@ -95,13 +95,11 @@ class VQ(Bottleneck):
         self.alphabet_size = check_at_least("alphabet_size", alphabet_size, 2, "one code carries nothing")
         self.symbol_width = check_at_least("symbol_width", symbol_width, 1)
         self.quantizer = _vector_quantize().VectorQuantize(dim=symbol_width, codebook_size=alphabet_size, **kwargs)
-        self.frozen = False # True: the codebook stays as it is in training
 
-    def forward(self, x:Tensor, noise:Tensor|None=None)->Sent:
+    def forward(self, x, noise=None)->Sent:
         "Vectors `[..., width]` to words of the same shape, symbols `[..., word_length]` and the commitment loss."
         refuse_nan(x, self.training)
-        words = x.reshape(-1, self.n_symbols, self.symbol_width)
-        word, symbols, loss = self.quantizer(words, freeze_codebook=self.frozen or None)
+        word, symbols, loss = self.quantizer(x.reshape(-1, self.n_symbols, self.symbol_width))
         return Sent(word.reshape(x.shape), symbols.reshape(*x.shape[:-1], self.n_symbols), loss.sum())
 
 # %% ../../nbs/24_bottlenecks.quantize.ipynb #4a2edf52
@@ -120,7 +118,7 @@ class LearnedQuantizer(Bottleneck):
             else torch.rand(alphabet_size, symbol_width))
         self.levels = nn.Parameter(start)
 
-    def forward(self, x:Tensor, noise:Tensor|None=None)->Sent:
+    def forward(self, x, noise=None)->Sent:
         "Vectors `[..., width]` to words of the same shape and symbols `[..., word_length]`."
         kind, x = x.dtype, normalised(x, self.training).unflatten(-1, (self.n_symbols, -1))
         symbols = (x[..., None, :] - self.levels).detach().square().sum(-1).argmin(-1)

@@ -102,9 +102,9 @@ def read_rows(
 # %% ../../nbs/14_data.images.ipynb #14c0a003
 _BLOCK = 1024 # images that are decoded or copied at a time
 
-class StoredImages:
-    "Rows of images that are not all in memory; those that are indexed are read, as a tensor."
-    dtype = torch.uint8
+# %% ../../nbs/14_data.images.ipynb #e0c48abf
+class _StoredRows:
+    "The rows of stored images, and their shape."
     def __init__(self,
         tensors, # one or several [m, 3, size, size] uint8, such as those of mapped files
         rows:Tensor|None=None, # [n] int64, numbers in all tensors, one after the other; all of them when None
@@ -116,10 +116,25 @@ class StoredImages:
     def shape(self)->torch.Size:
         "`[n, 3, height, width]`, without reading an image."
         return torch.Size((len(self.rows), *self.tensors[0].shape[1:]))
+
     def __len__(self): return len(self.rows)
+
     def __repr__(self): return f"StoredImages({list(self.shape)})"
 
-    def __getitem__(self, i)->Tensor: # [m, 3, size, size]; of a number [3, size, size]
+    def dim(self)->int:
+        "Number of dimensions, 4."
+        return len(self.shape)
+
+    def numel(self)->int:
+        "Number of bytes."
+        return self.shape.numel()
+
+# %% ../../nbs/14_data.images.ipynb #0f95ca16
+class StoredImages(_StoredRows):
+    "Rows of images that are not all in memory; those that are indexed are read, as a tensor."
+    dtype, device = torch.uint8, torch.device("cpu")
+    def __getitem__(self, i)->Tensor: # [m, 3, size, size]; of a number [3, size, size]; after a comma, slices of these
+        if isinstance(i, tuple): return self[i[0]][i[1:] if isinstance(i[0], int) else (slice(None), *i[1:])]
         rows = self.rows[i.cpu() if isinstance(i, Tensor) else i]
         some = StoredImages(self.tensors, rows.reshape(-1))
         return read_rows(some, torch.arange(len(some))).view(*rows.shape, *self.shape[1:])

@@ -29,7 +29,7 @@ def _check_images(images):
         f"in 0 … 1, give (images*255).round().to(torch.uint8)")
 
 def edge_density(
-    images:Tensor, # [n, 3, height, width] uint8
+    images, # tensor or `StoredImages`, [n, 3, height, width] uint8
     threshold:float=.1, # smallest gradient of an edge, in grey levels from 0 to 1 per pixel
     batch:int=256, # images per block
 )->Tensor: # [n] from 0 to 1
@@ -44,7 +44,7 @@ def edge_density(
 
 # %% ../../nbs/55_metrics.images.ipynb #f8a82b9e
 def grey_entropy(
-    images:Tensor, # [n, 3, height, width] uint8
+    images, # tensor or `StoredImages`, [n, 3, height, width] uint8
     batch:int=256, # images per block
 )->Tensor: # [n] bits, from 0 to 8
     "Entropy of the grey levels of each image."
@@ -114,7 +114,7 @@ def _apart(see, images, batch, device): # → [n, n]
     return (table.diag()[:, None] + table.diag() - 2*table).clamp_min(0).fill_diagonal_(0).to(images.device)
 
 def perceptual_distance(
-    images:Tensor, # [n, 3, height, width] uint8
+    images, # tensor or `StoredImages`, [n, 3, height, width] uint8
     pairs:Tensor=None, # [n_pairs, 2] numbers of images, preferably grouped by class (see `class_pairs`); None: all pairs
     kind:str="lpips", # a name in `PERCEPTUAL`
     trunk:nn.Module=None, # for "trunk": maps images in [0, 1] to [n, dim], or to maps [n, channels, height, width]

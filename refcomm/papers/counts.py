@@ -214,12 +214,13 @@ def shape_of(
     gpu:bool=False, # trained on one
 )->str: # 12 hexadecimal digits; of all Specs whose steps compute the same
     "Digest of the fields that decide what a step computes."
-    fields = {k: v for k, v in dataclasses.asdict(s).items() if k not in (*costs.SHARED, *FREE[s.experiment])}
+    fields = {k: v for k, v in spec_fields(s).items() if k not in (*costs.SHARED, *FREE[s.experiment])}
     if fields.get("bottleneck") == "quantized": fields["alphabet_size"] = 2 # rounding costs the same
-    if isinstance(several := fields.get("candidates"), tuple):
+    if isinstance(several := fields.get("candidates"), list):
         fields["candidates"] = max(several) if s.game in ("image", "sent-ref") else 0
-    other = gpu and s.experiment in ("iac", "patch") # views and soft ranks are computed otherwise there
-    return digest([s.experiment, fields, *["gpu"]*other])[:12]
+    return digest([s.experiment, fields, *["gpu"]*_otherwise(s, gpu)])[:12]
+
+def _otherwise(s, gpu): return gpu and s.experiment in ("iac", "patch") # views and soft ranks are computed otherwise there
 
 @functools.cache
 def _shipped()->dict: # shape → `Counts`
@@ -351,7 +352,7 @@ class Model(_Device):
     def disk(self, s)->float|None: # bytes; None where nothing can be counted
         "What a run leaves on the disk."
         if s.experiment not in FREE: return None
-        try: return disk_bytes(s, counted(s)) if trains(s) else 30_000.
+        try: return disk_bytes(s, counted(s, self.speed.overlaps)) if trains(s) else 30_000.
         except (ConfigError, ImportError): return None
 
     def __call__(self, s)->Cost|None: # None where nothing can be counted
@@ -370,7 +371,8 @@ class Model(_Device):
             getattr(s, "precision", "fp32") != "fp32", together)
         data = n*3*s.image_size**2 if whole else 0
         if data > MOST_IMAGES: data = 0
-        basis = f"as counted, for {self.speed.name} (× or ÷ {self.speed.factor:g})"
+        here = _otherwise(s, self.speed.overlaps) and shape_of(s, True) not in _shipped()
+        basis = f"as counted{' on a processor, which needs more operations' if here else ''}, for {self.speed.name} (× or ÷ {self.speed.factor:g})"
         return Cost(seconds, disk, basis, memory_bytes(c, together) + data)
 
 # %% ../../nbs/57_papers.counts.ipynb #d1327ff2

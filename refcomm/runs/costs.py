@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FREE', 'SHARED', 'SPEEDS', 'kind', 'device_name', 'Recorded', 'recorded', 'shipped', 'Cost', 'estimate', 'Counts',
            'Speed', 'run_seconds', 'memory_bytes', 'measure_speed', 'speed_of', 'timed', 'Line', 'plan_costs',
-           'duration', 'size']
+           'duration', 'size', 'longest']
 
 # %% ../../nbs/73_runs.costs.ipynb #3ff004ea
 import collections, contextlib, json, statistics, time, warnings
@@ -313,3 +313,19 @@ def size(
 )->str:
     "Bytes in a suitable unit."
     return _in_units(n_bytes, ((2**30, 1, "GiB"), (2**20, 1, "MiB"), (2**10, 0, "KiB"), (1, 0, "B")), 1, unknown)
+
+# %% ../../nbs/73_runs.costs.ipynb #2b27d6b1
+def longest(
+    lines, # from `plan_costs`
+    wanted:dict, # item → its Specs
+    bound:float=600, # seconds
+)->list: # of text, one for each item above the bound
+    "The items that take longer, with what makes them so: how many runs, what one takes, and how many of them other items need."
+    needed, found = collections.Counter(s for specs in wanted.values() for s in dict.fromkeys(specs)), []
+    for l in lines:
+        if l.item not in wanted or l.seconds <= bound: continue
+        shared, n = sum(needed[s] > 1 for s in dict.fromkeys(wanted[l.item])), l.runs - l.cached
+        whose = {0: "none of which another item needs", l.runs: "all of which other items need, too"}
+        found.append(f"{l.item}, {n} run{'s'*(n > 1)} of {duration(l.seconds/n)}, "
+            + whose.get(shared, f"{shared} of which other items need, too"))
+    return found

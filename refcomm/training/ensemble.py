@@ -58,7 +58,7 @@ def _checked(members)->list: # the parameters of each by name, all of equal shap
             raise ConfigError(f"members differ in the constant {name!r}: stack only models with equal constants")
     return states
 
-# %% ../../nbs/65_training.ensemble.ipynb #4622ad7a
+# %% ../../nbs/65_training.ensemble.ipynb #13da9425
 class _Stack(nn.Module):
     "Parameters of several modules, stacked; the first module is their template."
     def __init__(self,
@@ -74,6 +74,7 @@ class _Stack(nn.Module):
             self.register_buffer(f"values_{i}", torch.tensor(values, dtype=torch.float32), persistent=False)
         number = {id(p): i for i, p in enumerate(members[0].parameters())} # a parameter may be used in several places
         self._places = [(name, number[id(p)]) for name, p in _places(self._call[0])]
+        self.compiled = None # a `Compiled`, in place of `_map` in training steps
 
     @property
     def template(self)->nn.Module:
@@ -114,7 +115,7 @@ class _Members(_Stack):
         return {**dict(zip(self.names, self.stacked)), **{f"buffer {k}": b for k, b in buffers}}
 
     @torch.no_grad()
-    def load_full_state(self, state:dict)->None:
+    def load_full_state(self, state)->None:
         "Copy a `full_state` into the members."
         for k,v in self.full_state().items(): v.copy_(state[k])
 
@@ -126,8 +127,12 @@ class Ensemble(_Members):
         *args, # tensors [n_members, ...], also in (named) tuples, with one slice per member; other values are passed unchanged
     ): # the results, stacked along a new first dimension
         "Apply `fn` to every member with its slice of each argument; variables in the closure of `fn` are shared."
+        step = self.compiled if self.training and torch.is_grad_enabled() else None
+        return (step or self._map)(fn, *args)
+
+    def _map(self, fn, *args):
         def call(params, values, *a):
-            with self._holding(values):
+            with self._holding(values) if values else contextlib.nullcontext():
                 return functional_call(self._call[0], {k: params[i] for k,i in self._places}, (fn, *a),
                     tie_weights=False)
         if self.n_members == 1:
