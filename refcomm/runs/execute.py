@@ -49,7 +49,7 @@ def _known_members(folder, specs, missing): # Specs; None if nothing can be cont
         why = "its members.json names other runs than these"
     except FileNotFoundError: return None
     except Exception as e: why = f"its members.json cannot be read: {type(e).__name__}: {e}"
-    return warnings.warn(f"unfinished training {folder} cannot be continued ({why}); moved to set-aside, it begins anew")
+    return warnings.warn(f"unfinished training {folder} cannot be continued ({why}); moved to set-aside, it starts again")
 
 def _members(store, folder, specs, missing)->list: # Specs
     "The members of the unfinished training in this folder; without one, `missing`, which is stored."
@@ -66,6 +66,24 @@ def checkpoint_interval()->float: # seconds
     try: seconds = float(text)
     except ValueError: raise ConfigError(f"REFCOMM_CHECKPOINT_SECONDS is a number of seconds, got {text!r}") from None
     return check_at_least("REFCOMM_CHECKPOINT_SECONDS", seconds, 0)
+
+# %% ../../nbs/72_runs.execute.ipynb #c99fe525
+def _train_missing(module, store, members, missing, context, logger, stop):
+    "Train the members of a stack, and store the runs that are missing."
+    store.ready(missing)
+    package_commit() # at the start, not at the end of training
+    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    with StackLogs(logger, [(s.experiment, run_key(s), spec_fields(s)) for s in members]) as logs:
+        try: results = module.run(members, context._replace(log=logs.epochs))
+        except (ConfigError, TrainingDiverged):
+            shutil.rmtree(context.checkpoint.path.parent, ignore_errors=True)
+            raise
+        with stop.hold():
+            for s, result in zip(members, results):
+                if s not in missing: continue
+                origin = _origin(context.device, s, result, results[0], len(members))
+                store.put(s, result, origin, context.weights)
+            logs.finish(results)
 
 # %% ../../nbs/72_runs.execute.ipynb #ed21b4cc
 def run_stack(
@@ -84,8 +102,8 @@ def run_stack(
     interval = checkpoint_interval() if checkpoint_seconds is None else checkpoint_seconds
     check_logger(logger)
     if processes()[0]: return _follow(specs, store, device)
-    say = lambda done, text: None
-    if report: say = report if callable(report) else _reporter(report)
+    show = lambda done, text: None
+    if report: show = report if callable(report) else _reporter(report)
     with disk_errors(store.root), Interruptible() as stop, contextlib.ExitStack() as held:
         folder = _unfinished(store, specs)
         for key in [*sorted(map(run_key, specs)), folder.name.split("-")[1]]: # in sorted order, which avoids deadlocks
@@ -95,22 +113,11 @@ def run_stack(
         members = _members(store, folder, specs, missing) if missing else []
         agree([s in members for s in specs])
         if missing:
-            store.ready(missing)
-            package_commit() # at the start, not at the end of training
-            if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-            with StackLogs(logger, [(s.experiment, run_key(s), spec_fields(s)) for s in members]) as logs:
-                try:
-                    results = module.run(members,
-                        Context(device, _checkpoint(folder, members), say, interval, logs.epochs, weights))
-                except (ConfigError, TrainingDiverged): shutil.rmtree(folder, ignore_errors=True); raise
-                with stop.hold():
-                    for s, result in zip(members, results):
-                        if s not in missing: continue
-                        store.put(s, result, _origin(device, s, result, results[0], len(members)), weights)
-                    logs.finish(results)
+            context = Context(device, _checkpoint(folder, members), show, interval, weights=weights)
+            _train_missing(module, store, members, missing, context, logger, stop)
         with stop.hold(): shutil.rmtree(folder, ignore_errors=True) # also if nothing is missing: its process may have died here
         agree([True]) # that the records are there
-    say(1., "done")
+    show(1., "done")
     return [run_key(s) for s in specs]
 
 # %% ../../nbs/72_runs.execute.ipynb #55b4b276
@@ -138,11 +145,11 @@ def _follow(specs, store, device)->list: # keys
 
 def _reporter(path):
     "Write progress to a file that the driver reads."
-    def say(done, text):
+    def write(done, text):
         tmp = Path(f"{path}.{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):
             tmp.write_text(json.dumps([done, text]), encoding="utf-8"); os.replace(tmp, path) # a lost report is no reason to stop
-    return say
+    return write
 
 # %% ../../nbs/72_runs.execute.ipynb #a6df4eae
 def make_stacks(
@@ -202,7 +209,8 @@ def _refuse_training(missing):
 def _note_used(records):
     "Append the runs to the file `REFCOMM_USED`, if it is set."
     if not os.environ.get("REFCOMM_USED"): return
-    with open(os.environ["REFCOMM_USED"], "a", encoding="utf-8") as f: f.writelines(f"{r.experiment}/{r.key}\n" for r in records)
+    with open(os.environ["REFCOMM_USED"], "a", encoding="utf-8") as f:
+        f.writelines(f"{r.experiment}/{r.key}\n" for r in records)
 
 def _make(stacks, n_stacks, jobs, store, device, executor, logger, weights, desc):
     if not stacks: return
@@ -229,8 +237,8 @@ def _kept(e, found, store)->Interrupted:
 def _inline(stacks, store, device, logger, weights, bar):
     for stack in stacks:
         done = bar.n
-        def say(share, text): bar.set_postfix_str(text, refresh=False); bar.update(done + share*len(stack) - bar.n)
-        run_stack(stack, store.root, device, say, logger, None, weights)
+        def show(share, text): bar.set_postfix_str(text, refresh=False); bar.update(done + share*len(stack) - bar.n)
+        run_stack(stack, store.root, device, show, logger, None, weights)
 
 def _submit(stacks, store, device, logger, weights, bar, pool):
     folder, held = store.own_folder("progress")
@@ -242,16 +250,16 @@ def _submit(stacks, store, device, logger, weights, bar, pool):
                     for i,s in enumerate(stacks)]
                 while pending := [f for f in futures if not f.done()]:
                     concurrent.futures.wait(pending, timeout=1, return_when="FIRST_EXCEPTION")
-                    said = [_said(folder/str(i)) for i in range(len(stacks))]
-                    bar.set_postfix_str(next((text for share, text in said if 0 < share < 1), ""), refresh=False)
-                    bar.update(sum(share*len(s) for (share, _), s in zip(said, stacks)) - bar.n)
+                    progress = [_progress_in(folder/str(i)) for i in range(len(stacks))]
+                    bar.set_postfix_str(next((text for share, text in progress if 0 < share < 1), ""), refresh=False)
+                    bar.update(sum(share*len(s) for (share, _), s in zip(progress, stacks)) - bar.n)
                     if any(f.done() and f.exception() for f in futures): break
                 for f in futures: f.done() and f.result()
             bar.update(sum(map(len, stacks)) - bar.n)
         finally:
             for f in futures: f.cancel()
 
-def _said(path)->tuple: # share done, text: of a worker
+def _progress_in(path)->tuple: # share done, text: of a worker
     try: return tuple(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError): return 0., ""
 
