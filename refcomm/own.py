@@ -413,9 +413,9 @@ def _parts_of(x, within=()): # what distinguishes tasks: their tensors, numbers 
     if hasattr(x, "tolist"): return [str(x.dtype), repr(x.tolist())]
     if isinstance(x, (bool, int, float, str, type(None))): return [repr(x)]
     if id(x) in within or callable(x): return []
-    if hasattr(x, "__dict__"): x = dict(vars(x), kind=type(x).__qualname__)
-    if isinstance(x, dict): x = [*x.keys(), *x.values()]
-    parts = x if isinstance(x, (list, tuple, range)) else ()
+    known = dict(vars(x), kind=type(x).__qualname__) if hasattr(x, "__dict__") else x
+    if isinstance(known, dict): known = [*known.keys(), *known.values()]
+    parts = known if isinstance(known, (list, tuple, range)) else ()
     return [p for v in parts for p in _parts_of(v, (*within, id(x)))]
 
 def _spec_of(t)->OwnSpec:
@@ -475,6 +475,13 @@ def _trait(v): # of a module, what members of a stack have in common
     if isinstance(v, Tensor): return content_digest(v.detach().cpu())
     if inspect.isroutine(v) or isinstance(v, functools.partial): return id(v) if code_of(v) else ""
     return repr(v) if isinstance(v, (bool, int, float, str, tuple, type(None))) else ""
+
+def _takes(call, n)->bool: # whether a function has n arguments or more
+    try: return call is not None and len(inspect.signature(call).parameters) >= n
+    except (TypeError, ValueError): return False
+
+def _true(x)->bool: # also NumPy's and PyTorch's
+    return x is True or hasattr(x, "item") and x.item() is True
 
 # %% ../nbs/76_own.ipynb #d3474e71
 def _trained(trials, places, context, n, n_groups)->list: # of `RunResult`s

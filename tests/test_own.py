@@ -177,6 +177,9 @@ def test_other_games_over_the_same_items_are_other_runs():
     from refcomm.own import _digest_of
     assert len({_digest_of(t) for t in (deal(3), deal(4),
         deal(4, 1))}) == 3 and _digest_of(deal(3)) == _digest_of(deal(3))
+    loop = deal(3)
+    loop.itself = loop
+    assert _digest_of(loop) != _digest_of(deal(3))
 
 
 class Neighbours(Task):

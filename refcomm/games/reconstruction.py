@@ -42,6 +42,7 @@ class Attributes(NamedTuple):
 # %% ../../nbs/44_games.reconstruction.ipynb #bcbf4915
 class _SplitObjects(Task):
     "Objects in three parts, and their attribute values."
+    @checked
     def __init__(self,
         objects, # `own.Objects`
         valid:float|int=.1, # share of the objects, or their number

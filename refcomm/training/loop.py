@@ -166,7 +166,7 @@ class _Begun:
         self.noise_generators = [generator(s, f"noise/{self.rank}" if self.rank else "noise", device)
             for s in self.seeds]
         self.best, self.history = Best(ensemble), []
-        self.epoch, self.step, self.lr = 0, 0, settings.lr
+        self.epoch, self.step, self.lr, self.ended = 0, 0, settings.lr, False
         self.started, self.saved, self.kept, self.whole = time.monotonic(), time.monotonic(), False, True
         self.order, self.total = torch.empty(0), torch.zeros(len(self.seeds), device=device)
 
@@ -361,7 +361,9 @@ def _shape(ensemble, n_items, settings, seeds, owner, lr_factors)->dict:
 
 @contextlib.contextmanager
 def _progress(t, report, log): # a function that logs and shows the means of an epoch
-    tell = lambda rows: log and log([r for r in rows if r["epoch"] <= t.best.epoch[r["member"]] + t.settings.patience])
+    def tell(rows):
+        rows = [r for r in rows if r["epoch"] <= t.best.epoch[r["member"]] + t.settings.patience]
+        t.ended = log is not None and log(rows) is True
     bar = None if report else progress_bar(t.settings.epochs, "epochs", initial=t.epoch)
     tell(t.history)
     def show(row):
@@ -398,7 +400,7 @@ def fit(
     save = lambda: keep(t, path, shape)
     with _progress(t, report, log) as show, Interruptible() as stop:
         try:
-            while not ended and t.epoch < settings.epochs and t.best.active(t.epoch - 1, settings.patience).any():
+            while not t.ended and t.epoch < settings.epochs and t.best.active(t.epoch - 1, settings.patience).any():
                 train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop, announce)
                 show(finish_epoch(t, validate, stop))
             with stop.hold(): save()
