@@ -29,6 +29,7 @@ def test_stacked_equals_one_by_one(small, kind):
             torch.testing.assert_close(a[0], b[i], atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [KINDS[1], KINDS[3], KINDS[5]], ids=lambda k: "-".join(map(str, k.values())))
 def test_compiled_steps_train_the_same(small, kind, monkeypatch):
     "The step of all members, captured as one graph, forwards and backwards."
@@ -38,6 +39,16 @@ def test_compiled_steps_train_the_same(small, kind, monkeypatch):
     quick, fitted = train(specs, Context("cpu", report=lambda *_: None))
     assert fitted.history.compiled.eq(1).all()
     for a, b in zip(plain.parameters(), quick.parameters()): torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_every_training_of_a_process_is_compiled(monkeypatch):
+    "More of them than PyTorch compiles one function anew."
+    monkeypatch.setenv("REFCOMM_COMPILE", "eager")
+    for width in range(1, 11):
+        e = Ensemble([torch.nn.Linear(width, 1)])
+        told = fit(e, lambda i, g: e.map(lambda m: m.weight.sum()), lambda: dict(accuracy=torch.ones(1), loss=torch.zeros(1)),
+            4, TrainSettings(epochs=1), [0], report=lambda *_: None)
+        assert told.history.compiled.tolist() == [1.]
 
 
 @pytest.mark.parametrize("bottleneck, compiled", [("quantized", True), ("vq", False)])

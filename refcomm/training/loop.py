@@ -313,13 +313,15 @@ class Compiled:
         how:str, # a name in `COMPILERS`
     ):
         self.plain, self.how, self.failed = plain, how, False
+        torch.compiler.reset() # else all trainings of a process count against one limit of compilations
         self.quick = torch.compile(plain, fullgraph=True, dynamic=False, **COMPILERS[how])
 
     def __call__(self, fn, *args): # as `Ensemble.map`
         if self.failed: return self.plain(fn, *args)
         if self.how == "reduce-overhead": torch.compiler.cudagraph_mark_step_begin() # what the last step made may be overwritten
         try: return self.quick(fn, *args)
-        except torch._dynamo.exc.TorchDynamoException as e:
+        except Exception as e:
+            if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")): raise
             self.failed = True
             say_once(f"training steps are not compiled: {type(e).__name__}, {(str(e).strip() or '?').splitlines()[0]:.80}")
             return self.plain(fn, *args)
