@@ -48,19 +48,21 @@ def found_done(
 
 # %% ../nbs/99_cli.ipynb #c847a934
 def _in_thread(what, work):
-    "Call `work` in a thread, so that this thread receives signals; on a signal the kernel is stopped and saves its state."
+    """Call `work` in a thread, so that this thread receives signals; on a signal the kernel is stopped and saves its state.
+
+    `work` is given an event, to be set once the kernel executes cells; a kernel that still starts has no state and is ended."""
     import psutil
     from concurrent.futures import Future
-    result = Future()
+    result, ready = Future(), threading.Event()
     def call():
-        try: result.set_result(work())
+        try: result.set_result(work(ready))
         except BaseException as e: result.set_exception(e)
     thread = threading.Thread(target=call, daemon=True)
     with Interruptible():
         thread.start()
         try: return _waited(result)
         except Interrupted as e:
-            for child in psutil.Process().children(): child.send_signal(signal.SIGINT)
+            for child in psutil.Process().children(): child.send_signal(signal.SIGINT if ready.is_set() else signal.SIGTERM)
             with contextlib.suppress(Exception): result.result(20)
             raise Interrupted(f"{e} in {what}: finished runs and unfinished training are kept in {home()/'runs'}; the "
                 f"same command continues", e.signum) from None
@@ -92,8 +94,8 @@ def reproduce_item(
     with disk_errors(executed): executed.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("REFCOMM_PROGRESS", "text")
     own = ["--IPKernelApp.log_level=40", "--IPKernelApp.ignore_cwd=True"] # the kernel imports the installed package, not files in the working folder
-    work = lambda: papermill.execute_notebook(str(path), str(executed), parameters, progress_bar=False,
-        stderr_file=sys.stderr, kernel_name="python3", extra_arguments=own)
+    work = lambda ready: papermill.execute_notebook(str(path), str(executed), parameters, progress_bar=False,
+        stderr_file=sys.stderr, kernel_name="python3", extra_arguments=own, on_cell_start=lambda **_: ready.set())
     try:
         with disk_errors(executed), used_runs() as used: _in_thread(item, work)
     except papermill.PapermillExecutionError as e: return "failed", executed, f"{e.ename}: {e.evalue}"
@@ -436,12 +438,15 @@ def runs_list(limit:int = typer.Option(1000, min=0, help="number of runs to show
     "List all finished runs."
     from refcomm.runs.costs import size
     from refcomm.runs.store import Store, indexed
-    store, bad, show = Store(), [], ("channel", "bottleneck", "alphabet_size", "word_length", "lr", "seed")
+    store, bad = Store(), []
+    columns = ("name", "channel", "bottleneck", "alphabet_size", "word_length", "lr", "seed")
     with contextlib.closing(indexed(store, bad)) as db:
         n = db.execute("SELECT count(*) FROM runs").fetchone()[0]
         found = db.execute("SELECT experiment, key, spec, seconds, bytes, weights, device, made FROM runs LIMIT ?",
             (limit or -1,)).fetchall()
-    rows = [(f"{experiment}/{key}", *(json.loads(spec).get(k, "") for k in show), f"{seconds:.1f}", size(taken),
+    found = [(*row[:2], json.loads(row[2]), *row[3:]) for row in found]
+    show = [k for k in columns if any(k in row[2] for row in found)]
+    rows = [(f"{experiment}/{key}", *(spec.get(k, "") for k in show), f"{seconds:.1f}", size(taken),
         size(weights) if weights else "–", device, made)
         for experiment, key, spec, seconds, taken, weights, device, made in found]
     print_table(f"{n} runs in {store.root}", ("run", *show, "seconds", "disk", "weights", "device", "commit"), rows)

@@ -6,13 +6,13 @@
 __all__ = ['have_numba', 'SCHEDULES', 'PROFILES', 'PRECISIONS', 'LARGE', 'printable', 'RefcommError', 'ConfigError',
            'TrainingDiverged', 'RecordError', 'WorkerDied', 'StoreError', 'Interrupted', 'nearest', 'check_choice',
            'check_at_least', 'need', 'say_once', 'compile_loops', 'from_json', 'integers', 'fetch_weights', 'fitted',
-           'spec', 'generator', 'seeded_init', 'draw_seed', 'seeded', 'anneal', 'device_fault', 'no_cuda',
+           'spec', 'checked', 'generator', 'seeded_init', 'draw_seed', 'seeded', 'anneal', 'device_fault', 'no_cuda',
            'pick_device', 'same_device', 'n_cores', 'autocast', 'usable_precision', 'free_memory', 'pick_profile',
            'check_parameter', 'check_injected', 'constant', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #94a934ea
-import ast, contextlib, dataclasses, difflib, functools, hashlib, importlib, importlib.util, io, json, math, os, re
-import signal, sys, types, typing, warnings
+import ast, contextlib, dataclasses, difflib, functools, hashlib, importlib, importlib.util, inspect, io, json, math, os
+import re, signal, sys, types, typing, warnings
 
 import lazy_loader
 
@@ -213,6 +213,25 @@ def spec(cls):
         init(self, **{k: fitted(k, kinds[k], v) for k,v in fields.items()})
     cls.__init__ = checked
     return cls
+
+# %% ../nbs/00_core.ipynb #43dafc76
+def checked(
+    fn, # with annotations
+): # the same function, for calls
+    "Function decorator: arguments are checked by their annotations, as the fields of a `spec` are."
+    signature = inspect.signature(fn)
+    known = {k: p.annotation for k, p in signature.parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    closed = len(known) == len(signature.parameters)
+    @functools.wraps(fn)
+    def call(*args, **given):
+        for name in given:
+            if closed and name not in known: raise ConfigError(f"{fn.__name__} has no argument {name!r}: {nearest(name, known)}")
+        bound = signature.bind(*args, **given)
+        for name, value in bound.arguments.items():
+            if known.get(name, inspect.Parameter.empty) is not inspect.Parameter.empty:
+                bound.arguments[name] = fitted(name, known[name], value)
+        return fn(*bound.args, **bound.kwargs)
+    return call
 
 # %% ../nbs/00_core.ipynb #af7f0c9d
 def generator(

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -216,6 +217,20 @@ def test_a_working_folder_with_another_refcomm_changes_nothing(home, tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert cli.reproduce_item("toy/x", toy(tmp_path/"x.ipynb", SAVE), dict(profile="smoke", jobs=1))[::2] == ("done",
         "")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_the_kernel_starts_is_one_line(home, tmp_path, signum):
+    "It has no state to save; interrupted, it would print where in its start it was."
+    (tmp_path/"ipykernel_launcher.py").write_text("import os, time\nopen(os.environ['STARTS'], 'w').close()\ntime.sleep(60)")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "STARTS": str(tmp_path/"starts")}
+    p = subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from refcomm.cli import main; main()", "reproduce", "eqc/table4", "--profile", "smoke"], env=env, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (tmp_path/"starts").exists() and p.poll() is None: time.sleep(.05)
+    p.send_signal(signum)
+    said = p.communicate(timeout=30)[1]
+    assert p.returncode == 128 + signum and "the same command continues" in said and "Traceback" not in said, said
 
 
 @pytest.mark.slow

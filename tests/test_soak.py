@@ -29,7 +29,17 @@ def test_no_damage_is_believed_and_none_is_a_traceback(found):
 
 
 def test_the_kept_report_is_of_a_soak_that_passed():
+    "And of all that `make soak` does."
+    import re
     text = Path(__file__).with_name("soak.md").read_text("utf-8")
     assert "Passed: nothing was lost, doubled or believed." in text and "FAILED" not in text
-    defaults = {a.dest: a.default for a in options()._actions}
-    assert defaults["mutations"] >= 1000 <= defaults["damages"] and defaults["stops"] >= 20, "what `make soak` does"
+    assert text.splitlines()[2].startswith("`python tests/soak.py` "), "by the defaults, which are the whole of it"
+    o = options().parse_args([])
+    said = lambda pattern: tuple(map(int, re.search(pattern, text).groups()))
+    assert said(r"stopped (\d+) times at random moments") == (o.stops,) and all(f"{k} to" in text for k in
+        ("SIGKILL", "SIGTERM", "SIGINT"))
+    records, accepted = said(r"(\d+) damaged copies of \d+ records, looked up by their Spec: (\d+) accepted")
+    files, others, tracebacks = said(r"(\d+) damaged files of six kinds: (\d+) accepted, (\d+) tracebacks")
+    assert (records, accepted) == (o.mutations, 0) and (files, others, tracebacks) == (o.damages, 0, 0)
+    assert records >= 1000 <= files and all(re.search(rf"^\| {kind} \|", text, re.M) for kind in KINDS)
+    assert "printed 0 tracebacks" in text and "Four drivers" in text and f"{o.times} times" in text

@@ -1,4 +1,7 @@
 "What a new user stumbles over: values that no run can have, bars, plans with other people's times."
+import subprocess
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -64,3 +67,25 @@ def test_a_plan_shows_disk_and_says_that_shipped_times_are_of_other_data(home, m
     other, same = said.values()
     assert "iac/table1 (shipped with Tiny-ImageNet, 13,000 images; here rendered shapes)" in other and "as counted, for this" in other
     assert "other data" not in same and "as shipped runs of this item" in same
+
+
+SCRIPT = """
+import itertools, os, pandas as pd, signal
+from refcomm import load_objects, make_game, referential, train
+objects = load_objects(pd.DataFrame(itertools.product("abcd", "xyz", "1234"), columns=["letter", "end", "number"]))
+task = referential(objects, distractors=4, valid=8, test=12)
+def step(done, game):
+    if done > .5: os.kill(os.getpid(), signal.SIGINT)
+run = train(make_game(task, hidden=8), task, epochs=4, batch_size=8, on_step=step)
+print(run.accuracy)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_that_is_stopped_says_in_one_line_what_is_kept(home, tmp_path):
+    (tmp_path/"mine.py").write_text(SCRIPT)
+    found = subprocess.run([sys.executable, tmp_path/"mine.py"], capture_output=True, text=True)
+    said = [line for line in found.stderr.splitlines() if "it/s" not in line and line.strip()]
+    assert found.returncode == 130 and not found.stdout and "Traceback" not in found.stderr
+    assert said == [f"refcomm: stopped by SIGINT: 0 of 1 runs are in {home/'runs'}, and 1 unfinished training has a checkpoint there; "
+        "the same command continues"]

@@ -155,5 +155,11 @@ def test_a_recipe_that_was_changed_after_it_was_written_is_named(home, tmp_path)
     items, problems = read_items(png.parent)
     assert not items and "toy_x" in problems[0] and "does not hold what was written" in problems[0]
     with pytest.warns(UserWarning, match="is no recipe of a figure"): assert shipped(png.parent) == {}
-    recipe.write_text(json.dumps({k: v for k, v in written.items() if k != "sha256"} | dict(note="mine")), encoding="utf-8")
-    assert figures.load_recipe(png)["note"] == "mine", "without a checksum it is believed"
+    recipe.write_text(json.dumps(written | dict(note="mine", sha256="edited")), encoding="utf-8")
+    assert figures.load_recipe(png)["note"] == "mine", "who edits it on purpose says so"
+    without = {k: v for k, v in written.items() if k != "sha256"}
+    lost = kept[:kept.index("a note")] + "a no" + kept[kept.index('"sha256"') + 20:] # bytes lost, up to the middle of the checksum
+    for text in (json.dumps(without), lost):
+        recipe.write_text(text, encoding="utf-8")
+        assert isinstance(json.loads(text), dict)
+        with pytest.raises(ConfigError, match="no sha256"): figures.load_recipe(png)

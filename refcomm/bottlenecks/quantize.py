@@ -95,12 +95,11 @@ class VQ(Bottleneck):
         self.alphabet_size = check_at_least("alphabet_size", alphabet_size, 2, "one code carries nothing")
         self.symbol_width = check_at_least("symbol_width", symbol_width, 1)
         self.quantizer = _vector_quantize().VectorQuantize(dim=symbol_width, codebook_size=alphabet_size, **kwargs)
-        self.frozen = False # True: the codebook stays as it is in training
 
     def forward(self, x, noise=None)->Sent:
         "Vectors `[..., width]` to words of the same shape, symbols `[..., word_length]` and the commitment loss."
         refuse_nan(x, self.training)
-        word, symbols, loss = self.quantizer(x.reshape(-1, self.n_symbols, self.symbol_width), freeze_codebook=self.frozen or None)
+        word, symbols, loss = self.quantizer(x.reshape(-1, self.n_symbols, self.symbol_width))
         return Sent(word.reshape(x.shape), symbols.reshape(*x.shape[:-1], self.n_symbols), loss.sum())
 
 # %% ../../nbs/24_bottlenecks.quantize.ipynb #4a2edf52

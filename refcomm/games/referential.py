@@ -199,7 +199,10 @@ def check_game(
     device = next(game.parameters()).device
     for role, seen in (("sender", x), ("receiver", x if items is None else items)):
         seen = tree_map(lambda t: t.to(device), seen)
-        width = getattr(game, role)(seen).shape[-1]
+        try: width = getattr(game, role)(seen).shape[-1]
+        except RuntimeError as e:
+            shape = list(getattr(seen, "items", seen).shape)
+            raise ConfigError(f"the {role} does not take its input of shape {shape}: {str(e).splitlines()[0]}") from None
         if width != game.channel.dim:
             raise ConfigError(f"the {role} encodes to {width} numbers, but its channel works with {game.channel.dim}: "
                 f"build it with {game.channel.dim} outputs")

@@ -269,9 +269,10 @@ class SampledTask(Task):
 # %% ../../nbs/39_games.tasks.ipynb #49853d75
 def objectives(
     ensemble, # an `Ensemble` of `ReferentialGame`s
-    task:Task,
+    task:Task, # or what trains and validates in its own way, by a method `objectives(ensemble)`
 )->tuple: # `loss` and `validate`, the arguments of `fit`
     "The loss and validation of an ensemble on a task; noise and dropout of each member come from its own generator."
+    if hasattr(task, "objectives"): return task.objectives(ensemble)
     drops = any(isinstance(m, nn.Dropout) for m in ensemble.template.modules())
     def loss(idx, generators):
         noise, games = ensemble.template.draw_noise(idx.shape[1], generators), task.batch(idx, generators)

@@ -60,15 +60,14 @@ def sealed(
     return {**content, "sha256": digest(text.encode())}
 
 def unsealed(
-    content:dict, # from `sealed`, or without a digest
+    content:dict, # from `sealed`, or edited on purpose, with "edited" for its `sha256`
 )->dict: # the same without `sha256`
     "What was sealed; a `ValueError` if it is not what it was."
     rest = {k: v for k, v in content.items() if k != "sha256"}
-    nameless = [k for k, v in rest.items() if isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v)]
-    if "sha256" not in content and nameless:
-        raise ValueError(f"it does not hold what was written: {nameless[0]!r} stands where sha256 is to be: make it again")
-    if "sha256" in content and sealed(rest)["sha256"] != content["sha256"]:
-        raise ValueError("it does not hold what was written (its sha256 does not match): make it again, or take out its sha256 if you changed it on purpose")
+    found, edited = content.get("sha256"), 'set its sha256 to "edited" if you changed it on purpose'
+    if not found: raise ValueError(f"it has no sha256, so that no one can tell whether it is whole: make it again, or {edited}")
+    if found not in ("edited", sealed(rest)["sha256"]):
+        raise ValueError(f"it does not hold what was written (its sha256 does not match): make it again, or {edited}")
     return rest
 
 # %% ../../nbs/68_runs.store.ipynb #da7e7b61
