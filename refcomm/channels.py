@@ -19,16 +19,9 @@ from .bottlenecks.gumbel import GumbelSoftmax
 from .bottlenecks.reinforce import Reinforce
 from .bottlenecks.quantize import FSQ, VQ, LearnedQuantizer, UniformQuantizer
 
-# %% ../nbs/27_channels.ipynb #11be6fe0
-class Channel(nn.Module):
-    "Base of the channels: `send(u, noise) -> Sent` with words `[batch, message_length, width]`, `receive(words) -> z`."
-    def __init__(self,
-        bottleneck:Bottleneck, # makes the words
-        message_length:int, # words in a message
-    ):
-        super().__init__()
-        self.bottleneck, self.message_length = bottleneck, check_at_least("message_length", message_length, 1)
-
+# %% ../nbs/27_channels.ipynb #82d408c4
+class _Capacity(nn.Module):
+    "The number of messages that a channel allows."
     @property
     def symbols_per_message(self)->int:
         "message_length × symbols per word."
@@ -51,6 +44,16 @@ class Channel(nn.Module):
         v = self.bottleneck.alphabet_size
         return math.inf if v is None else self.symbols_per_message * math.log2(v)
 
+# %% ../nbs/27_channels.ipynb #11be6fe0
+class Channel(_Capacity):
+    "Base of the channels: `send(u, noise) -> Sent` with words `[batch, message_length, width]`, `receive(words) -> z`."
+    def __init__(self,
+        bottleneck:Bottleneck, # makes the words
+        message_length:int, # words in a message
+    ):
+        super().__init__()
+        self.bottleneck, self.message_length = bottleneck, check_at_least("message_length", message_length, 1)
+
     def draw_noise(self,
         batch:int, # messages to be sent
         generator, # source of randomness, or a list with one per member
@@ -72,12 +75,12 @@ class Instant(Channel):
         self.speak = speak or nn.Linear(self.dim, bottleneck.width)
         self.listen = listen or nn.Linear(bottleneck.width, self.dim)
 
-    def send(self, u, noise=None)->Sent:
+    def send(self, u:Tensor, noise:Tensor|None=None)->Sent:
         "Encodings `[batch, dim]` to words `[batch, 1, width]`."
         sent = self.bottleneck(self.speak(u).unsqueeze(1), noise)
         return sent if sent.log_prob is None else sent._replace(log_prob=sent.log_prob.squeeze(1))
 
-    def receive(self, words)->Tensor:
+    def receive(self, words:Tensor)->Tensor:
         "Words `[batch, 1, width]` to vectors `[batch, dim]`."
         return self.listen(words.flatten(1))
 
@@ -98,9 +101,9 @@ CELLS = { # name → torch's cell, the size of its state, its update from input 
     "lstm": (nn.LSTMCell, 2, _lstm),
 }
 
-# %% ../nbs/27_channels.ipynb #e3859d49
-class WordCell(nn.Module):
-    "An embedding of words followed by a recurrent cell, with their two input matrices multiplied once per batch."
+# %% ../nbs/27_channels.ipynb #c15a02b2
+class _Folded(nn.Module):
+    "An embedding and recurrent cells, with the first two matrices multiplied."
     def __init__(self,
         width:int, # of a word
         embedding:int, # its embedding's size
@@ -111,7 +114,8 @@ class WordCell(nn.Module):
         super().__init__()
         make, self.n_states, self.update = CELLS[check_choice("cell", cell, CELLS)]
         self.embed, self.cell = nn.Linear(width, embedding), make(embedding, hidden)
-        self.above = nn.ModuleList(make(hidden, hidden) for _ in range(layers - 1)) if check_at_least("layers", layers, 1) > 1 else ()
+        check_at_least("layers", layers, 1)
+        self.above = nn.ModuleList(make(hidden, hidden) for _ in range(layers - 1)) if layers > 1 else ()
 
     def fold(self,
         *embedded:Tensor, # [embedding] vectors in place of an embedded word
@@ -122,7 +126,10 @@ class WordCell(nn.Module):
             1)
         return weight, *(g.squeeze(1) + self.cell.bias_ih for g in (bias, *gates))
 
-    def start(self, h)->tuple:
+# %% ../nbs/27_channels.ipynb #e3859d49
+class WordCell(_Folded):
+    "An embedding of words followed by a recurrent cell, with their two input matrices multiplied once per batch."
+    def start(self, h:Tensor)->tuple:
         "The first state, with `h` `[batch, hidden]` as the hidden part of the lowest layer."
         return (h,) + (torch.zeros_like(h),)*(self.n_states*(1 + len(self.above)) - 1)
 
@@ -165,7 +172,7 @@ class Recurrent(Channel):
         self.first = nn.Parameter(torch.randn(embedding) * .01)
         self.listener = WordCell(bottleneck.width, embedding, hidden, cell, layers)
 
-    def send(self, u, noise=None)->Sent:
+    def send(self, u:Tensor, noise:Tensor|None=None)->Sent:
         "Encodings `[batch, hidden]` to words `[batch, message_length, width]`, one after another."
         weight, bias, first = self.speaker.fold(self.first)
         gates = first.expand(len(u), -1)
@@ -177,13 +184,13 @@ class Recurrent(Channel):
         return Sent(*(None if part[0] is None else stack(part)
             for stack, part in zip((_words, _words, sum, sum), zip(*sent))))
 
-    def receive(self, words)->Tensor:
+    def receive(self, words:Tensor)->Tensor:
         "Words `[batch, message_length, width]` to the last hidden state `[batch, hidden]`."
-        gates = F.linear(words, *self.listener.fold())
-        state = None
+        gates, state = F.linear(words, *self.listener.fold()), None
         for i in range(self.message_length): state = self.listener.step(gates[:, i], state)
         return self.listener.out(state)
 
+# %% ../nbs/27_channels.ipynb #788528d2
 def _words(parts): return torch.stack(parts, 1)
 
 # %% ../nbs/27_channels.ipynb #2b95c678

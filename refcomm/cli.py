@@ -62,7 +62,8 @@ def _in_thread(what, work):
         thread.start()
         try: return _waited(result)
         except Interrupted as e:
-            for child in psutil.Process().children(): child.send_signal(signal.SIGINT if ready.is_set() else signal.SIGTERM)
+            stop = signal.SIGINT if ready.is_set() else signal.SIGTERM
+            for child in psutil.Process().children(): child.send_signal(stop)
             with contextlib.suppress(Exception): result.result(20)
             raise Interrupted(f"{e} in {what}: finished runs and unfinished training are kept in {home()/'runs'}; the "
                 f"same command continues", e.signum) from None
@@ -131,7 +132,7 @@ def _console():
     from rich.console import Console
     return Console(width=None if sys.stdout.isatty() else 140)
 
-def print_table(title, columns, rows):
+def print_table(title, columns:tuple, rows)->None:
     "A table on the terminal."
     from rich.table import Table
     from rich.text import Text
@@ -153,6 +154,44 @@ def _gpus()->int:
     if no_cuda(): return 0
     import torch
     return torch.cuda.device_count()
+
+# %% ../nbs/99_cli.ipynb #8c4c4396
+def _set_environment(into, executor, logger, weights):
+    "Set what `figures.save` and `execute` read in a notebook's kernel."
+    from refcomm.runs.executors import check_executor
+    from refcomm.training.loggers import check_logger
+    if into: os.environ["REFCOMM_FIGURES"] = str(into.expanduser().absolute())
+    if executor: os.environ["REFCOMM_EXECUTOR"] = check_executor(executor)
+    if logger: os.environ["REFCOMM_LOGGER"] = check_logger(logger)
+    if weights is not None: os.environ["REFCOMM_WEIGHTS"] = "on" if weights else "off"
+
+# %% ../nbs/99_cli.ipynb #592fdcf8
+def _print_reproduced(results, profile):
+    "Comparisons with the papers, then one row for each item, then the headline numbers."
+    for item, status, *_ in results:
+        if status != "failed" and profile != "smoke": print_comparison(item, profile)
+    written = (lambda i, s, e: f"{e}" if s == "failed"
+        else f"{figures_dir(profile)/i.replace('/', '_')}.{{png,csv,json}}\n{e}")
+    print_table("\nReproduced" + (" (smoke: only the code path was checked; the numbers are no results)" if profile == "smoke"
+        else ""), ("item", "status", "time", "written"),
+        [(i, f"failed: {m}" if s == "failed" else s, f"{t:.0f} s", written(i, s, e)) for i,s,e,m,t in results])
+    made = {i for i, s, *_ in results if s != "failed" and profile != "smoke"}.intersection(HEADLINE)
+    if made: print("\n" + "\n".join(map(_in_short, sorted(made), [profile]*len(made))))
+
+# %% ../nbs/99_cli.ipynb #3ee9a882
+def _print_dry(chosen, given, force):
+    state = lambda i, p: "found done" if not force and found_done(i, p, given[i]) else "to do"
+    print_table("Nothing is executed: `refcomm plan` estimates time and disk", ("item", "", "what it shows"),
+        [(i, state(i, p), title(p)) for i, p in chosen.items()])
+
+def _reproduced(chosen, given, force)->list: # (item, status, executed notebook, message, seconds)
+    results = []
+    for n, (item, path) in enumerate(chosen.items(), 1):
+        print(f"[{n}/{len(chosen)}] {item}: {title(path)}", flush=True)
+        start = time.time()
+        with _stopped_in_one_line():
+            results.append((item, *reproduce_item(item, path, given[item], force), time.time() - start))
+    return results
 
 # %% ../nbs/99_cli.ipynb #20d2cfd9
 @app.command("reproduce")
@@ -176,38 +215,17 @@ def reproduce(
     dry_run:bool = typer.Option(False, help="show what would be executed, and execute nothing"),
 ):
     "Reproduce tables and figures: papermill executes their notebooks."
-    from refcomm.runs.executors import check_executor
-    from refcomm.training.loggers import check_logger
     check_choice("profile", profile, PROFILES)
-    if into: os.environ["REFCOMM_FIGURES"] = str(into.expanduser().absolute()) # read by `figures.save` in the notebook's kernel
-    if executor: os.environ["REFCOMM_EXECUTOR"] = check_executor(executor) # read by `execute` in the notebook's kernel
-    if logger: os.environ["REFCOMM_LOGGER"] = check_logger(logger)
-    if weights is not None: os.environ["REFCOMM_WEIGHTS"] = "on" if weights else "off"
+    _set_environment(into, executor, logger, weights)
     jobs = jobs or (1 if profile == "smoke" else _gpus() or n_cores())
     chosen, named = choose(items or []), dict(parse_parameters(parameters), profile=profile, jobs=jobs)
     given = {item: {**(HEADLINE.get(item, {}) if quick else {}), **named} for item in chosen}
     for item, path in chosen.items():
         check_parameters(path, given[item])
         check_values(item, path, given[item])
-    if dry_run:
-        state = lambda i, p: "found done" if not force and found_done(i, p, given[i]) else "to do"
-        return print_table("Nothing is executed: `refcomm plan` estimates time and disk", ("item", "", "what it shows"),
-                           [(i, state(i, p), title(p)) for i, p in chosen.items()])
-    results = []
-    for n, (item, path) in enumerate(chosen.items(), 1):
-        print(f"[{n}/{len(chosen)}] {item}: {title(path)}", flush=True)
-        start = time.time()
-        with _stopped_in_one_line():
-            results.append((item, *reproduce_item(item, path, given[item], force), time.time() - start))
-    for item, status, *_ in results:
-        if status != "failed" and profile != "smoke": print_comparison(item, profile)
-    written = (lambda i, s, e: f"{e}" if s == "failed"
-        else f"{figures_dir(profile)/i.replace('/', '_')}.{{png,csv,json}}\n{e}")
-    print_table("\nReproduced" + (" (smoke: only the code path was checked; the numbers are no results)" if profile == "smoke"
-        else ""), ("item", "status", "time", "written"),
-        [(i, f"failed: {m}" if s == "failed" else s, f"{t:.0f} s", written(i, s, e)) for i,s,e,m,t in results])
-    made = {i for i, s, *_ in results if s != "failed" and profile != "smoke"}.intersection(HEADLINE)
-    if made: print("\n" + "\n".join(map(_in_short, sorted(made), [profile]*len(made))))
+    if dry_run: return _print_dry(chosen, given, force)
+    results = _reproduced(chosen, given, force)
+    _print_reproduced(results, profile)
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
 
 # %% ../nbs/99_cli.ipynb #c9d7de05
@@ -219,7 +237,7 @@ def _in_short(item, profile):
     return in_short(item, pd.read_csv(png.with_suffix(".csv"), dtype={"column": str}), load_recipe(png),
         shipped().get(item))
 
-def print_comparison(item, profile):
+def print_comparison(item:str, profile:str)->None:
     "Print an item's numbers with the paper's, and its claims."
     import pandas as pd
     from refcomm.papers.evidence import side_by_side
@@ -260,16 +278,16 @@ def read_grid(
     path, # a JSON file
 )->tuple: # an experiment, fixed fields, grid
     "The experiment and the grid of `refcomm sweep`."
-    try: said = from_json(Path(path).read_text(encoding="utf-8"))
+    try: content = from_json(Path(path).read_text(encoding="utf-8"))
     except OSError as e: raise ConfigError(f"cannot read {path}: {e.strerror}") from None
     except ValueError as e: raise ConfigError(f"{path} is no JSON: {e}") from None
     kinds = dict(experiment=str, fields=dict, grid=dict)
-    if not isinstance(said, dict) or not said.get("grid"):
+    if not isinstance(content, dict) or not content.get("grid"):
         raise ConfigError(f"{path} must contain a grid, such as {{\"grid\": {{\"seed\": [0, 1, 2]}}}}")
-    for k, v in said.items():
+    for k, v in content.items():
         if not isinstance(v, kinds[check_choice(f"entry of {Path(path).name}", k, kinds)]):
             raise ConfigError(f"{k!r} in {path} is {type(v).__name__}, {kinds[k].__name__} is expected")
-    return _experiment_named(said.get("experiment", "page")), said.get("fields", {}), said["grid"]
+    return _experiment_named(content.get("experiment", "page")), content.get("fields", {}), content["grid"]
 
 # %% ../nbs/99_cli.ipynb #8ee8263f
 @app.command("sweep")
@@ -302,6 +320,21 @@ def sweep(
     print_table(f"{table.key.nunique()} runs: {out}, {out.with_suffix('.png')}", numbers,
         [[show(v) for v in row] for row in table[numbers].head(40).itertuples(index=False)])
 
+# %% ../nbs/99_cli.ipynb #a1d4af40
+def _wanted(chosen, profile, parameters, recipes)->tuple: # item → its Specs, and item → why it has none
+    given, wanted, without = parse_parameters(parameters), {}, {}
+    for item, path in chosen.items():
+        check_parameters(path, given)
+        try: specs = item_runs(item, {**parameters_of(path), **given, "profile": profile})
+        except ConfigError as e:
+            if len(chosen) == 1: raise
+            without[item] = str(e)
+        else:
+            if specs is not None: wanted[item] = specs
+            elif recipes.get(item, {}).get("runs") == "no training": without[item] = "trains nothing"
+            else: without[item] = "its runs are defined in its notebook only, if there are any"
+    return wanted, without
+
 # %% ../nbs/99_cli.ipynb #71aa0c05
 @app.command("plan")
 def plan(
@@ -316,19 +349,8 @@ def plan(
     from refcomm.papers.counts import plan_model
     from refcomm.runs.costs import duration, longest, plan_costs, recorded, shipped, size
     check_choice("profile", profile, PROFILES)
-    given, recipes, wanted, without = parse_parameters(parameters), shipped(), {}, {}
-    chosen = choose(items or sorted({i.split("/")[0] for i in notebooks()}))
-    for item, path in chosen.items():
-        check_parameters(path, given)
-        try: specs = item_runs(item, {**parameters_of(path), **given, "profile": profile})
-        except ConfigError as e:
-            if len(chosen) == 1: raise
-            without[item] = str(e)
-        else:
-            if specs is not None: wanted[item] = specs
-            else:
-                without[item] = ("trains nothing" if recipes.get(item, {}).get("runs") == "no training"
-                    else "its runs are defined in its notebook only, if there are any")
+    recipes, chosen = shipped(), choose(items or sorted({i.split("/")[0] for i in notebooks()}))
+    wanted, without = _wanted(chosen, profile, parameters, recipes)
     model = plan_model(wanted, profile, device, steps)
     others = {i: (recipes[i]["data"], here) for i, specs in wanted.items() for here in [item_data(i, specs)]
         if here and i in recipes and recipes[i]["data"] not in (here, "embedded")}
@@ -345,6 +367,20 @@ def plan(
             f"{here})" for i, (there, here) in others.items()) + ". REFCOMM_DATA names a folder with data.")
     print("A run shared by several items counts once in the total. Times are of training, one run after the other on "
         "this machine, without evaluation, data and figures.")
+
+# %% ../nbs/99_cli.ipynb #1aa5a748
+def _redrawn(item, path, into, from_numbers, from_store)->tuple: # status, message
+    "Redraw an item from its numbers, from the runs of the store, or from its records."
+    try:
+        if from_numbers: return _from_numbers(item, path, into)
+        if from_store:
+            profile = check_choice("profile", from_store[1], PROFILES)
+            return _from_store(item, path, dict(parse_parameters(from_store[0]), profile=profile, jobs=1))
+        with kept_store(item, into=into) as own:
+            status, _, message = reproduce_item(item, path, dict(own, jobs=1), force=True)
+        return status.replace("done", "redrawn"), message
+    except (ConfigError, RecordError) as e:
+        return "no records" if str(e).startswith("no records") else "failed", str(e)
 
 # %% ../nbs/99_cli.ipynb #c963acb6
 @app.command("redraw")
@@ -366,6 +402,7 @@ def redraw(
     "Recompute figures, statistics and claims from kept runs, without training."
     known, have = notebooks(), kept_items()
     chosen = choose(items) if items else {i: known[i] for i in known if i in have or from_store or from_numbers}
+    into = into and into.expanduser().absolute()
     if from_numbers and from_store: raise ConfigError("--from-numbers reads no runs: give one of --from-numbers and --from-store")
     if check:
         old = outdated()
@@ -375,17 +412,7 @@ def redraw(
     results = []
     for item, path in chosen.items():
         print(f"{item}: {title(path)}", flush=True)
-        try:
-            if from_numbers: results.append((item, *_from_numbers(item, path, into and into.expanduser().absolute())))
-            elif from_store:
-                results.append((item, *_from_store(item, path,
-                    dict(parse_parameters(parameters), profile=check_choice("profile", profile, PROFILES), jobs=1))))
-            else:
-                with kept_store(item, into=into and into.expanduser().absolute()) as given:
-                    status, _, message = reproduce_item(item, path, dict(given, jobs=1), force=True)
-                results.append((item, status.replace("done", "redrawn"), message))
-        except (ConfigError, RecordError) as e:
-            results.append((item, "no records" if str(e).startswith("no records") else "failed", str(e)))
+        results.append((item, *_redrawn(item, path, into, from_numbers, from_store and (parameters, profile))))
     print_table(None, ("item", "", ""), results)
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
 
@@ -453,6 +480,7 @@ def runs_list(limit:int = typer.Option(1000, min=0, help="number of runs to show
     if len(rows) < n: print(f"and {n - len(rows)} more: refcomm runs list --limit 0 shows all")
     for d in bad: print(d)
 
+# %% ../nbs/99_cli.ipynb #ccb4435f
 @runs_app.command("show")
 def runs_show(run:str = typer.Argument(..., help="experiment/key, or the beginning of a key")):
     "Show one run as JSON."
@@ -464,6 +492,7 @@ def runs_show(run:str = typer.Argument(..., help="experiment/key, or the beginni
     print(json.dumps(dict(run=f"{r.experiment}/{r.key}", spec=r.spec, summary=r.summary, provenance=r.provenance,
         rows=r.rows), indent=1))
 
+# %% ../nbs/99_cli.ipynb #e734eda5
 @runs_app.command("verify")
 def runs_verify():
     "Check every record against its checksums; exit 1 if one is damaged."
@@ -550,7 +579,7 @@ def runs_clean(everything:bool = typer.Option(False, "--all", help="also remove 
         for p in paths: print(f"left, {why}: {p}")
     print(f"{len(store.keys([]))} runs remain in {store.root}")
 
-def main():
+def main()->None:
     "The `refcomm` command: refusals are one line on stderr and exit code 2."
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace") # names with letters that the terminal lacks
     try: app()

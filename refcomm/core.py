@@ -195,11 +195,11 @@ def fitted(
     if kinds == (float,) and type(x) is int: x = float(x)
     if int in kinds and float not in kinds and type(x) is float and x.is_integer(): x = int(x)
     if (type(x) in kinds or type(x) is int and float in kinds) and _stores(x): return x
-    said = " or ".join({int: "a whole number", float: "a finite number", bool: "True or False", str: "text",
+    expected = " or ".join({int: "a whole number", float: "a finite number", bool: "True or False", str: "text",
         tuple: "a tuple of numbers or text", types.NoneType: "None"}[k] for k in kinds)
     hint = (f": write {what}={x} without quotation marks" if isinstance(x, str) and {int, float} & set(kinds)
         and re.fullmatch(r"-?\d+(\.\d+)?", x) else "")
-    raise ConfigError(f"{what} must be {said}, got {value!r} ({type(value).__name__}){hint}")
+    raise ConfigError(f"{what} must be {expected}, got {value!r} ({type(value).__name__}){hint}")
 
 # %% ../nbs/00_core.ipynb #abafdb6c
 def spec(cls):
@@ -220,7 +220,8 @@ def checked(
 ): # the same function, for calls
     "Function decorator: arguments are checked by their annotations, as the fields of a `spec` are."
     signature = inspect.signature(fn)
-    known = {k: p.annotation for k, p in signature.parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    known = {k: p.annotation for k, p in signature.parameters.items()
+        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     closed = len(known) == len(signature.parameters)
     @functools.wraps(fn)
     def call(*args, **given):
@@ -399,7 +400,7 @@ def _read_numbers(path)->dict: # name → number, of the lines of a file of the 
 def free_memory(
     device="cpu",
 )->int: # bytes
-    "Memory that is free on a device; of the CPU, also what its container leaves; of systems that do not say, all memory."
+    "Memory that is free on a device; of the CPU, also what its container leaves; all memory on systems that do not report it."
     device = torch.device(device)
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
     free, group = _read_numbers("/proc/meminfo").get("MemAvailable", 0)*1024, "/sys/fs/cgroup/memory"
@@ -427,7 +428,7 @@ def check_parameter(
     name:str, # of a notebook's parameter
     value, # given for it
     default, # what the notebook sets, of the type that is expected
-):
+)->None:
     "Raise a `ConfigError` unless the value is of the parameter's type, and possible."
     kind = type(default)
     if type(value) is not kind and not (kind is float and type(value) is int):
@@ -440,7 +441,7 @@ def check_parameter(
 
 def check_injected(
     namespace:dict, # a notebook's `globals()`, in the cell after its parameters
-):
+)->None:
     """Raise a `ConfigError` if papermill injected an unknown parameter or an impossible value; outside papermill nothing is checked.
 
     A profile that is "auto" becomes the one that suits the device."""

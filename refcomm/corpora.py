@@ -30,7 +30,7 @@ class Corpus(NamedTuple):
     about:dict # their origin
     lengths:Tensor|None = None # [n] int64 number of symbols of each message; None: equal lengths
 
-    def push(self, folder, name="messages", **kwargs):
+    def push(self, folder, name:str="messages", **kwargs):
         "Write the corpus as a folder, see `save_elcc`."
         return save_elcc(folder, {"all": self}, name, **kwargs)
 
@@ -105,11 +105,11 @@ def describe(
 )->dict: # numbers; None if undefined
     "Size and statistics of a corpus."
     whole, positions = entropy(corpus.messages, corpus.lengths)
-    said = corpus.messages[corpus.messages >= 0]
+    sent = corpus.messages[corpus.messages >= 0]
     known = lambda x: defined(round(x, 6))
     numbers = dict(n_messages=len(corpus.messages), message_length=corpus.messages.shape[1],
         n_unique_messages=len(symbol_counts(corpus.messages)[0]),
-        n_symbols=len(said.unique()), symbol_bits=known(float(entropy(said)[0])) if len(said) else None,
+        n_symbols=len(sent.unique()), symbol_bits=known(float(entropy(sent)[0])) if len(sent) else None,
         message_bits=known(float(whole)), position_bits=[known(b) for b in positions.tolist()])
     if corpus.lengths is not None: numbers |= dict(mean_length=known(float(corpus.lengths.double().mean())))
     if corpus.meanings is None: return numbers
@@ -202,6 +202,15 @@ def _card(name, corpora, numbers, license)->str:
         f'messages = load_dataset("path/to/this/folder", "{first}", split="train")', "```", "",
         "## How they were made", "", "```json", json.dumps(about, indent=1, ensure_ascii=False), "```", ""])
 
+# %% ../nbs/74_corpora.ipynb #a3085bca
+def _check_elcc(folder, corpora, system):
+    if folder.exists(): raise ConfigError(f"{folder} exists: name a folder that does not, or remove it first")
+    if not corpora: raise ConfigError("there are no corpora: give at least one, as variant → Corpus")
+    for variant in corpora:
+        if not re.fullmatch(r"\w[\w.+=-]*", variant):
+            raise ConfigError(f"variant {variant!r} is no name of a folder: use letters, digits and _ . + = -")
+    for key in system: check_choice("field of the system", key, SYSTEM)
+
 # %% ../nbs/74_corpora.ipynb #144497e3
 def save_elcc(
     folder, # to make; it must not exist
@@ -215,19 +224,13 @@ def save_elcc(
     "Write corpora in the layout of ELCC, with a data card."
     import yaml
     folder = Path(folder)
-    if folder.exists(): raise ConfigError(f"{folder} exists: name a folder that does not, or remove it first")
-    if not corpora: raise ConfigError("there are no corpora: give at least one, as variant → Corpus")
-    for variant in corpora:
-        if not re.fullmatch(r"\w[\w.+=-]*", variant):
-            raise ConfigError(f"variant {variant!r} is no name of a folder: use letters, digits and _ . + = -")
-    for key in system: check_choice("field of the system", key, SYSTEM)
+    _check_elcc(folder, corpora, system)
     corpora = {v: make_corpus(*c) for v, c in corpora.items()}
     numbers = {v: describe(c) for v, c in corpora.items()}
     tmp = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     files = {"metadata.yml": yaml.safe_dump(dict(origin=dict(name=name, source=source, upstream_source="", paper=paper),
         system=SYSTEM | system | dict(variants={v: c.about for v, c in corpora.items()})), sort_keys=False,
-        allow_unicode=True),
-             "README.md": _card(name, corpora, numbers, license)}
+        allow_unicode=True), "README.md": _card(name, corpora, numbers, license)}
     for v, c in corpora.items():
         files[f"data/{v}/corpus.jsonl"] = "".join(json.dumps(m) + "\n" for m in _lists(c))
         files[f"data/{v}/metadata.json"] = (json.dumps(dict(numbers[v], about=c.about), indent=1, ensure_ascii=False)
@@ -303,6 +306,7 @@ def from_record(
         made=record.provenance)
     return make_corpus(sent, about(record, name or kinds[0]), origin, lengths)
 
+# %% ../nbs/74_corpora.ipynb #674905ea
 def _about(home): # (record, which of its messages) → meanings; None where it is not known
     spec_of = lambda record: load_spec(record.experiment, record.spec)
     if isinstance(home, Experiment): return lambda record, name: _said(home.made(spec_of(record)))

@@ -22,7 +22,7 @@ def processes()->tuple: # this process's number and how many there are
 def join_processes(
     world_size:int=1, # number of processes that train together
     backend:str|None=None, # "nccl" or "gloo"; chosen by the hardware when None
-):
+)->None:
     "Join the process group of a launcher such as torchrun; one process alone needs none."
     check_at_least("world_size", world_size, 1)
     if processes()[1] == 1 < world_size:
@@ -38,7 +38,7 @@ def join_processes(
 # %% ../nbs/02_distributed.ipynb #4c25e405
 def sum_over_processes(
     *tensors:Tensor, # of equal shapes in every process
-):
+)->None:
     "Replace each tensor by its sum over all processes."
     if processes()[1] > 1:
         for t in tensors: dist.all_reduce(t)
@@ -47,19 +47,19 @@ def agree(
     flags, # list of bools; other processes than the first contribute only its length
 )->list: # the first process's
     "The flags of the first process, in every process."
-    told = torch.tensor([bool(f) and processes()[0] == 0 for f in flags], dtype=torch.int32, device="cuda"
+    flag = torch.tensor([bool(f) and processes()[0] == 0 for f in flags], dtype=torch.int32, device="cuda"
         if processes()[1] > 1 and dist.get_backend() == "nccl" else "cpu")
-    sum_over_processes(told)
-    return [bool(f) for f in told.tolist()]
+    sum_over_processes(flag)
+    return [bool(f) for f in flag.tolist()]
 
 def any_process(
     flags, # list of bools
 )->list: # of bools
     "Which flags are set in at least one process."
-    told = torch.tensor([bool(f) for f in flags], dtype=torch.int32, device="cuda" if processes()[1] > 1
+    flag = torch.tensor([bool(f) for f in flags], dtype=torch.int32, device="cuda" if processes()[1] > 1
         and dist.get_backend() == "nccl" else "cpu")
-    sum_over_processes(told)
-    return [f > 0 for f in told.tolist()]
+    sum_over_processes(flag)
+    return [f > 0 for f in flag.tolist()]
 
 # %% ../nbs/02_distributed.ipynb #ab234a4f
 class _Gather(torch.autograd.Function):

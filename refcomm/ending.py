@@ -33,15 +33,16 @@ def end_shares(
 # %% ../nbs/28_ending.ipynb #2dffa9f7
 class CellSpeaker(nn.Module):
     "A recurrent cell whose first state is the sender's encoding produces the words."
-    def __init__(self, width, n_words, hidden, embedding, cell, layers=1, **_):
+    def __init__(self, width:int, n_words:int, hidden:int, embedding:int, cell:str, layers:int=1, **_):
         super().__init__()
-        self.words, self.first = WordCell(width, embedding, hidden, cell, layers), nn.Parameter(torch.randn(embedding) * .01)
+        self.words = WordCell(width, embedding, hidden, cell, layers)
+        self.first = nn.Parameter(torch.randn(embedding) * .01)
 
     def forward(self,
         u:Tensor, # [batch, hidden] the sender's encoding
         emit, # (hidden [batch, hidden], place) → word [batch, width]
         n:int, # number of words
-    ):
+    )->None:
         "Call `emit` for `n` words; each word is the input of the next step."
         weight, bias, first = self.words.fold(self.first)
         gates, state = first.expand(len(u), -1), self.words.start(u)
@@ -51,17 +52,17 @@ class CellSpeaker(nn.Module):
 
 class CellListener(nn.Module):
     "A recurrent cell reads the words; its states are the outputs."
-    def __init__(self, width, n_words, hidden, embedding, cell, layers=1, **_):
+    def __init__(self, width:int, n_words:int, hidden:int, embedding:int, cell:str, layers:int=1, **_):
         super().__init__()
         self.words = WordCell(width, embedding, hidden, cell, layers)
 
-    def forward(self, words)->Tensor: # [batch, n, width] → [batch, n, hidden]
+    def forward(self, words:Tensor)->Tensor: # [batch, n, width] → [batch, n, hidden]
         "The hidden state after each word."
-        state, understood = None, []
+        state, outputs = None, []
         for gates in F.linear(words, *self.words.fold()).unbind(1):
             state = self.words.step(gates, state)
-            understood.append(self.words.out(state))
-        return torch.stack(understood, 1)
+            outputs.append(self.words.out(state))
+        return torch.stack(outputs, 1)
 
 # %% ../nbs/28_ending.ipynb #0c3ba0dd
 class CausalLayer(nn.Module):
@@ -95,13 +96,13 @@ class CausalLayer(nn.Module):
 # %% ../nbs/28_ending.ipynb #b39d890e
 class TransformerSpeaker(nn.Module):
     "A causal transformer produces the words; the sender's encoding is its first input."
-    def __init__(self, width, n_words, hidden, layers=1, heads=4, **_):
+    def __init__(self, width:int, n_words:int, hidden:int, layers:int=1, heads:int=4, **_):
         super().__init__()
         self.embed, self.positions = nn.Linear(width, hidden), nn.Parameter(.02*torch.randn(n_words + 1, hidden))
         self.layers = nn.ModuleList(CausalLayer(hidden, heads) for _ in range(check_at_least("layers", layers, 1)))
         self.norm = nn.LayerNorm(hidden)
 
-    def forward(self, u, emit, n):
+    def forward(self, u:Tensor, emit, n:int)->None:
         "Call `emit` for `n` words, as `CellSpeaker` does."
         x, past = u, [None]*len(self.layers)
         for i in range(n):
@@ -111,13 +112,13 @@ class TransformerSpeaker(nn.Module):
 
 class TransformerListener(nn.Module):
     "A causal transformer reads the words; its outputs are those at each word."
-    def __init__(self, width, n_words, hidden, layers=1, heads=4, **_):
+    def __init__(self, width:int, n_words:int, hidden:int, layers:int=1, heads:int=4, **_):
         super().__init__()
         self.embed, self.positions = nn.Linear(width, hidden), nn.Parameter(.02*torch.randn(n_words + 1, hidden))
         self.layers = nn.ModuleList(CausalLayer(hidden, heads) for _ in range(check_at_least("layers", layers, 1)))
         self.norm = nn.LayerNorm(hidden)
 
-    def forward(self, words)->Tensor: # [batch, n, width] → [batch, n, hidden]
+    def forward(self, words:Tensor)->Tensor: # [batch, n, width] → [batch, n, hidden]
         "The output at each word."
         x = self.embed(words) + self.positions[:words.shape[1]]
         for layer in self.layers: x = layer(x)[0]
@@ -126,9 +127,9 @@ class TransformerListener(nn.Module):
 SPEAKERS = {**dict.fromkeys(CELLS, CellSpeaker), "transformer": TransformerSpeaker}
 LISTENERS = {**dict.fromkeys(CELLS, CellListener), "transformer": TransformerListener}
 
-# %% ../nbs/28_ending.ipynb #c0e93e14
-class EndingChannel(Channel):
-    "Base of channels with messages of variable length: their end, their cost and their number."
+# %% ../nbs/28_ending.ipynb #f51b4273
+class _Cost(Channel):
+    "Messages of at most `message_length` words: their number and their cost."
     def __init__(self,
         bottleneck:Bottleneck, # what a word is
         message_length:int=6, # words in a message at most; the end is not counted
@@ -143,7 +144,7 @@ class EndingChannel(Channel):
         self.gated = not isinstance(bottleneck, OneSymbol)
         self.at(1.)
 
-    def at(self, done:float): # share of the training done
+    def at(self, done:float)->None: # share of the training done
         "Set the current cost of a word."
         first, last = self.warmup
         self.cost = self.length_cost * (1. if done >= last else max((done - first)/(last - first), 0.))
@@ -159,7 +160,10 @@ class EndingChannel(Channel):
         "Logarithm to base 2 of `n_messages`."
         return math.log2(self.n_messages) if self.n_messages < math.inf else math.inf
 
-    def end_word(self, words)->Tensor: # [width] the word that ends a message
+# %% ../nbs/28_ending.ipynb #c0e93e14
+class EndingChannel(_Cost):
+    "Base of channels with messages of variable length: their end, their cost and their number."
+    def end_word(self, words:Tensor)->Tensor: # [width] the word that ends a message
         "The word that ends a message, in the type and on the device of `words`."
         end = torch.zeros_like(words[0, 0])
         return torch.cat([end[:-1], end[:1] + 1] if self.gated else [end[:1] + 1, end[1:]])
@@ -173,9 +177,23 @@ class EndingChannel(Channel):
         over = torch.arange(words.shape[1], device=words.device) >= lengths[:, None]
         return torch.where(over[..., None], self.end_word(words), words)
 
-# %% ../nbs/28_ending.ipynb #96d5ebc7
-class Ending(EndingChannel):
-    "Recurrent or transformer agents with messages of variable length (adapted from EGG, Kharitonov et al. 2019)."
+    def shares(self, words:Tensor)->Tensor: # [batch, T+1] see `end_shares`
+        "The weight with which each message ends at each place."
+        return end_shares(words[..., -1 if self.gated else 0])
+
+    def prefix_loss(self,
+        sent:Sent, # from `send`
+        loss, # (receiver's output [batch, hidden]) → [batch]
+    )->Tensor: # [batch]
+        "The loss of each game: the weighted mean over the places where its message may end, with the cost of its length."
+        if sent.log_prob is not None: return loss(self.receive(sent.word)) + self.cost*sent.lengths
+        losses = torch.vmap(loss, in_dims=1, out_dims=1, randomness="same")(self.listener(sent.word))
+        return (self.shares(sent.word) * (losses
+            + self.cost*torch.arange(losses.shape[1], device=losses.device))).sum(1)
+
+# %% ../nbs/28_ending.ipynb #56c32f75
+class _EndingAgents(EndingChannel):
+    "The agents of a channel with messages of variable length."
     def __init__(self,
         bottleneck:Bottleneck, # what a word is
         message_length:int=6, # words in a message at most; the end is not counted
@@ -189,20 +207,29 @@ class Ending(EndingChannel):
     ):
         super().__init__(bottleneck, message_length, length_cost, warmup)
         for name in depth: check_choice("argument of sender and receiver", name, ("layers", "heads"))
-        self.dim, heard = check_at_least("hidden", hidden, 1), listener or cell
+        self.dim, reader = check_at_least("hidden", hidden, 1), listener or cell
         sizes = dict(width=bottleneck.width + self.gated, n_words=message_length, hidden=hidden,
             embedding=check_at_least("embedding", embedding, 1), **depth)
         self.speaker = SPEAKERS[check_choice("cell", cell, SPEAKERS)](**sizes, cell=cell)
         self.speak = nn.Linear(hidden, bottleneck.width)
         self.stop, self.gate = (nn.Linear(hidden, 1), Gate()) if self.gated else (None, None)
-        self.listener = LISTENERS[check_choice("listener", heard, LISTENERS)](**sizes, cell=heard)
+        self.listener = LISTENERS[check_choice("listener", reader, LISTENERS)](**sizes, cell=reader)
 
-    def draw_noise(self, batch, generator)->Tensor|None:
+    def draw_noise(self, batch:int, generator)->Tensor|None:
         "Noise of the gate, or of the bottleneck where symbol 0 is the end."
         return (self.gate.draw_noise((batch, self.message_length), generator) if self.gated
             else super().draw_noise(batch, generator))
 
-    def utter(self, u, noise=None)->tuple: # [batch, T, width] words with their ends, the bottleneck's `Sent`s, and scores [batch, T, ...]
+    def receive(self,
+        words:Tensor, # [batch, T+1, width] messages as sent
+    )->Tensor: # [batch, hidden] the output at the end, averaged if the end is soft
+        "The listener's outputs, averaged with the weights of `shares`."
+        return (self.shares(words)[..., None] * self.listener(words)).sum(1)
+
+# %% ../nbs/28_ending.ipynb #96d5ebc7
+class Ending(_EndingAgents):
+    "Recurrent or transformer agents with messages of variable length (adapted from EGG, Kharitonov et al. 2019)."
+    def utter(self, u:Tensor, noise=None)->tuple: # [batch, T, width] words with their ends, the bottleneck's `Sent`s, and scores [batch, T, ...]
         "Produce all `message_length` words, also those after the end."
         words, parts, scores = [], [], []
         def emit(h, i):
@@ -217,7 +244,7 @@ class Ending(EndingChannel):
         self.speaker(u, emit, self.message_length)
         return torch.stack(words, 1), parts, torch.stack(scores, 1)
 
-    def send(self, u, noise=None)->Sent: # `symbols` are −1 from the end on; `lengths` is the number of words before it
+    def send(self, u:Tensor, noise=None)->Sent: # `symbols` are −1 from the end on; `lengths` is the number of words before it
         "Encodings `[batch, hidden]` to words `[batch, T+1, width]`, the last of them the end."
         words, parts, scores = self.utter(u, noise)
         symbols = None if parts[0].symbols is None else torch.stack([p.symbols for p in parts], 1)
@@ -226,33 +253,13 @@ class Ending(EndingChannel):
         if symbols is not None: symbols = symbols.masked_fill(over[..., None], -1)
         if not self.training:
             return Sent(self.complete(words[..., :self.bottleneck.width], lengths), symbols, loss, None, lengths)
-        heard = torch.cat([words, self.end_word(words).expand(len(words), 1, -1)], 1)
-        if parts[0].log_prob is None: return Sent(heard, symbols, loss, None, lengths)
-        said = F.pad(over.logical_not(), (1, 0), value=True)[:, :-1].to(words.dtype) # up to and including the end
-        if loss is not None: loss = self.bottleneck.entropy_weight * _mean_negentropy(scores, said)
-        return Sent(heard, symbols, loss, (torch.stack([p.log_prob for p in parts], 1) * said).sum(1), lengths)
-
-    def receive(self,
-        words:Tensor, # [batch, T+1, width] messages as sent
-    )->Tensor: # [batch, hidden] the output at the end, averaged if the end is soft
-        "The listener's outputs, averaged with the weights of `shares`."
-        return (self.shares(words)[..., None] * self.listener(words)).sum(1)
-
-    def shares(self, words)->Tensor: # [batch, T+1] see `end_shares`
-        "The weight with which each message ends at each place."
-        return end_shares(words[..., -1 if self.gated else 0])
-
-    def prefix_loss(self,
-        sent:Sent, # from `send`
-        loss, # (receiver's output [batch, hidden]) → [batch]
-    )->Tensor: # [batch]
-        "The loss of each game: the weighted mean over the places where its message may end, with the cost of its length."
-        if sent.log_prob is not None: return loss(self.receive(sent.word)) + self.cost*sent.lengths
-        losses = torch.vmap(loss, in_dims=1, out_dims=1, randomness="same")(self.listener(sent.word))
-        return (self.shares(sent.word) * (losses
-            + self.cost*torch.arange(losses.shape[1], device=losses.device))).sum(1)
+        message = torch.cat([words, self.end_word(words).expand(len(words), 1, -1)], 1)
+        if parts[0].log_prob is None: return Sent(message, symbols, loss, None, lengths)
+        counted = F.pad(over.logical_not(), (1, 0), value=True)[:, :-1].to(words.dtype) # up to and including the end
+        if loss is not None: loss = self.bottleneck.entropy_weight * _mean_negentropy(scores, counted)
+        return Sent(message, symbols, loss, (torch.stack([p.log_prob for p in parts], 1) * counted).sum(1), lengths)
 
 # %% ../nbs/28_ending.ipynb #e69cdb73
-def _mean_negentropy(scores, said): # [batch, T, alphabet_size], [batch, T] 1 up to the end → mean over messages of the mean over their words
+def _mean_negentropy(scores, counted): # [batch, T, alphabet_size], [batch, T] 1 up to the end → mean over messages of the mean over their words
     bits = (scores.softmax(-1) * scores.log_softmax(-1)).sum(-1)
-    return ((bits*said).sum(1) / said.sum(1)).mean()
+    return ((bits*counted).sum(1) / counted.sum(1)).mean()

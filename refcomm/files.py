@@ -106,13 +106,13 @@ def choose_source(
     remedy:str, # its end where real data are required: "put them there, or use images='embedded'"
     suffixes=("",), # see `find_data`
 )->str|None: # the source; None for the embedded data
-    "Which data a run uses. What stands in for real data that are not at hand is said once."
+    "Which data a run uses. A message says once which data replace real data that are absent."
     if chosen == "embedded": return None
     if chosen not in ("auto", "real"): return chosen
     if found := find_any(real, suffixes): return found
-    said = f"{absent} not in {data_dir() or 'REFCOMM_DATA, which is not set'}"
-    if chosen == "real": raise ConfigError(f"{said}: {remedy}")
-    say_once(f"{said}: {stand_in}")
+    missing = f"{absent} not in {data_dir() or 'REFCOMM_DATA, which is not set'}"
+    if chosen == "real": raise ConfigError(f"{missing}: {remedy}")
+    say_once(f"{missing}: {stand_in}")
 
 # %% ../nbs/01_files.ipynb #01a00002
 def most_unpacked(
@@ -124,7 +124,7 @@ def most_unpacked(
 def check_unpacked(
     path, # a file that holds packed data
     size:int, # bytes that it says it unpacks to
-):
+)->None:
     "Refuse a file of few bytes that would fill the memory."
     if size > most_unpacked(path):
         raise ConfigError(f"{path} would unpack to {size:,} bytes, more than a hundred times its own size: write it again without padding, or in parts")
@@ -173,7 +173,7 @@ def disk_errors(
                 errno.EACCES: "permission denied: set REFCOMM_HOME (or REFCOMM_FIGURES) to a writable folder"}
         raise StoreError(f"cannot write {path}: {ways.get(e.errno, e)}") from e
 
-def fsync_dir(path):
+def fsync_dir(path)->None:
     "Flush a folder's entries to disk, if the system and file system support it."
     if os.name == "nt": return
     fd = os.open(path, os.O_RDONLY)
@@ -233,7 +233,7 @@ def write_atomic(
 # %% ../nbs/01_files.ipynb #3cdc7ef0
 def write_together(
     files:dict, # path → bytes; the last one marks the set as complete
-):
+)->None:
     "Make or replace some files of one folder: all of them, or none."
     *others, last = map(Path, files)
     kept, put = {p: p.read_bytes() for p in (*others, last) if p.is_file()}, []
@@ -347,13 +347,14 @@ def _state_digest(tensors, meta:str)->str:
         digest.update(v.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-def save_checkpoint(path, tensors:dict, meta:dict):
+def save_checkpoint(path, tensors:dict, meta:dict)->None:
     "Write tensors and JSON-able `meta`, and a digest of both, to one safetensors file, atomically."
     from safetensors.torch import save
     tensors, text = {k: v.detach().contiguous().cpu() for k,v in tensors.items()}, json.dumps(meta)
     data = save(tensors, {"meta": text, "sha256": _state_digest(tensors, text)})
     with write_atomic(path) as tmp: tmp.write_bytes(data)
 
+# %% ../nbs/01_files.ipynb #73796828
 def load_checkpoint(path)->tuple|None: # tensors and meta; None if there is no valid checkpoint
     "Read a checkpoint of `save_checkpoint`; a damaged one is renamed with a warning."
     from safetensors import safe_open
@@ -367,14 +368,15 @@ def load_checkpoint(path)->tuple|None: # tensors and meta; None if there is no v
         return tensors, json.loads(about["meta"])
     except Exception as e: distrust_checkpoint(path, e)
 
+# %% ../nbs/01_files.ipynb #c2b92923
 def distrust_checkpoint(
     path,
     why, # a text or an exception
-):
+)->None:
     "Rename a damaged checkpoint, with a warning."
     aside = set_aside(path, f".unreadable-{secrets.token_hex(3)}")
     warnings.warn(f"checkpoint {path} cannot be continued ({str(why).splitlines()[0] if str(why) else repr(why)}); "
-        f"moved to {aside.name}, training begins anew")
+        f"moved to {aside.name}, training starts again")
 
 # %% ../nbs/01_files.ipynb #dddfef73
 def stamped(

@@ -24,36 +24,19 @@ def end_in_one_line():
         raise SystemExit(128 + error.signum)
     hook.in_one_line, sys.excepthook = True, hook
 
-# %% ../nbs/03_interrupts.ipynb #86772a81
-class Interruptible:
-    "A block in which signals raise `Interrupted`. Blocks may be nested; outside the main thread a block has no effect."
+# %% ../nbs/03_interrupts.ipynb #a423fed0
+class _Signal:
+    "A signal that has been heard, and held work that delays it."
     def __init__(self,
         grace:float=10., # seconds that held work may take after a signal
     ):
         self.grace, self.held, self.signum, self.ended = grace, 0, None, False
-        self.heard, self.timer, self.before = 0., None, {}
+        self.since, self.timer, self.before = 0., None, {}
 
     @property
     def pending(self)->bool:
         "Whether a signal has arrived that is not yet raised."
         return self.signum is not None and not self.ended
-
-    def __enter__(self):
-        if threading.current_thread() is not threading.main_thread(): return self
-        for s in SIGNALS:
-            if signal.getsignal(s) not in (None, signal.SIG_IGN): self.before[s] = signal.signal(s, self.hear)
-        return self
-
-    def hear(self, signum, frame):
-        "The signal handler: raise at once, or wait for held work until `grace` is over."
-        if self.signum is None: self.signum, self.heard = signum, time.monotonic()
-        late = time.monotonic() - self.heard >= self.grace
-        if self.ended and not late: return
-        if not self.held or late: self.end()
-        if not self.timer:
-            self.timer = threading.Timer(self.grace, _thread.interrupt_main, (signum,))
-            self.timer.daemon = True
-            self.timer.start()
 
     def end(self):
         "Raise `Interrupted` for the signal that was heard."
@@ -68,6 +51,26 @@ class Interruptible:
         try: yield
         finally: self.held -= 1
 
+# %% ../nbs/03_interrupts.ipynb #86772a81
+class Interruptible(_Signal):
+    "A block in which signals raise `Interrupted`. Blocks may be nested; outside the main thread a block has no effect."
+    def __enter__(self):
+        if threading.current_thread() is not threading.main_thread(): return self
+        for s in SIGNALS:
+            if signal.getsignal(s) not in (None, signal.SIG_IGN): self.before[s] = signal.signal(s, self.handle)
+        return self
+
+    def handle(self, signum, frame):
+        "The signal handler: raise at once, or wait for held work until `grace` is over."
+        if self.signum is None: self.signum, self.since = signum, time.monotonic()
+        late = time.monotonic() - self.since >= self.grace
+        if self.ended and not late: return
+        if not self.held or late: self.end()
+        if not self.timer:
+            self.timer = threading.Timer(self.grace, _thread.interrupt_main, (signum,))
+            self.timer.daemon = True
+            self.timer.start()
+
     def __exit__(self, kind, error, trace):
         if self.timer: self.timer.cancel()
         if self.before and isinstance(error, Interrupted): end_in_one_line()
@@ -75,4 +78,4 @@ class Interruptible:
             signal.signal(s, handler)
             outer = getattr(handler, "__self__", None)
             if isinstance(outer, Interruptible) and isinstance(error, Interrupted):
-                outer.signum, outer.heard, outer.ended = error.signum, time.monotonic(), True
+                outer.signum, outer.since, outer.ended = error.signum, time.monotonic(), True

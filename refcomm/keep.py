@@ -77,6 +77,7 @@ PARTS = { # class → function that returns the constructor arguments
         temperature=g.temperature, negatives=g.negatives, n_candidates=g.n_candidates),
 }
 
+# %% ../nbs/75_keep.ipynb #ac8fc7e5
 def described(
     x, # a module or a function; or a number, text, list of them
 ): # JSON-able
@@ -86,6 +87,7 @@ def described(
     if isinstance(x, nn.Module): return dict(foreign=type(x).__name__)
     return dict(function=getattr(x, "__name__", type(x).__name__)) if callable(x) else x
 
+# %% ../nbs/75_keep.ipynb #c64d31dc
 def foreign(
     words, # from `described`
 )->bool:
@@ -126,6 +128,7 @@ def _card(words, about)->str:
         "", "```json", json.dumps(words, indent=1, ensure_ascii=False), "```", "",
         "## How they were made", "", "```json", json.dumps(about, indent=1, ensure_ascii=False), "```", ""])
 
+# %% ../nbs/75_keep.ipynb #3dd1f3f8
 def save_game(
     folder, # to make; an existing saved game is replaced
     game:nn.Module, # a `ReferentialGame`, or any module
@@ -195,7 +198,7 @@ def push_game(
     "Upload a saved game to the Hugging Face hub, with the account that is logged in."
     hub = need("huggingface_hub", "the hub needs the package huggingface_hub: pip install huggingface_hub")
     if not (Path(folder)/"config.json").is_file(): raise ConfigError(f"{folder} holds no game: write it with save_game")
-    if not hub.get_token(): raise ConfigError("nobody is logged in to the Hugging Face hub: run `hf auth login`")
+    if not hub.get_token(): raise ConfigError("you are not logged in to the Hugging Face hub: run `hf auth login`")
     hub.create_repo(repository, exist_ok=True)
     return hub.upload_folder(repo_id=repository, folder_path=str(folder))
 

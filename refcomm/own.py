@@ -79,6 +79,7 @@ def _table(table)->pd.DataFrame:
         raise ConfigError(f"rows of {path} have more entries than its header names: one name for each column is expected")
     return found
 
+# %% ../nbs/76_own.ipynb #a01381fa
 @checked
 def load_objects(
     table, # a DataFrame, or a .csv or .parquet file with a header
@@ -222,6 +223,16 @@ def _channel(name, word, cell, ends, length_cost, warmup, layers, sizes):
     if name == "ending": sizes |= dict(length_cost=length_cost, warmup=warmup)
     return make_channel(name, word, **sizes)
 
+# %% ../nbs/76_own.ipynb #14fbb11e
+def _first_games(task, channel, sender, receiver): # two games of the task, if the parts can be a game's
+    check_task(task)
+    for role, own in dict(sender=sender, receiver=receiver).items():
+        if own is not None and not callable(own): raise ConfigError(f"a {role} is a module or a function, got {own!r}")
+    if isinstance(channel, nn.Module) and not hasattr(channel, "receive"):
+        raise ConfigError(f"a channel has `dim`, `send` and `receive`, as `channels.Channel` describes: got "
+            f"{type(channel).__name__}")
+    return next(task.games("valid", 2))
+
 # %% ../nbs/76_own.ipynb #c82d4c42
 @checked
 def make_game(
@@ -245,23 +256,17 @@ def make_game(
     **options, # of the bottleneck: temperature, straight_through …
 )->ReferentialGame:
     "A game with agents and a channel for a task."
-    check_task(task)
-    seen = next(task.games("valid", 2))
-    for role, own in dict(sender=sender, receiver=receiver).items():
-        if own is not None and not callable(own): raise ConfigError(f"a {role} is a module or a function, got {own!r}")
+    seen = _first_games(task, channel, sender, receiver)
     width = seen.x.shape[-1] if isinstance(seen.x, Tensor) else seen.x.items.shape[-1]
     with seeded_init(seed):
         if not isinstance(channel, nn.Module):
             word = _own_bottleneck(bottleneck, alphabet_size, word_length, options)
             channel = _channel(channel, word, cell, ends, length_cost, warmup, layers,
                 dict(message_length=message_length, hidden=hidden, embedding=embedding, cell=cell))
-        elif not hasattr(channel, "receive"):
-            raise ConfigError(f"a channel has `dim`, `send` and `receive`, as `channels.Channel` describes: got "
-                f"{type(channel).__name__}")
         own = hasattr(task, "make_receiver") # a task with its own kind of receiver
-        if sender is None: sender = LinearEncoder(width, channel.dim)
+        sender = LinearEncoder(width, channel.dim) if sender is None else sender
         if receiver is None: receiver = task.make_receiver(channel.dim) if own else LinearEncoder(width, channel.dim)
-        game = ReferentialGame(sender, channel, receiver, draws)
+    game = ReferentialGame(sender, channel, receiver, draws)
     return game if own else check_game(game, seen.x, getattr(seen.candidates, "items", None))
 
 # %% ../nbs/76_own.ipynb #161cb43b
@@ -284,13 +289,9 @@ class OwnSpec:
             "pip install 'refcomm[workers]', or use jobs=1")
         return _carried, (dataclasses.asdict(self), cloudpickle.dumps(self.trial))
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    "A finished training of a user's game."
-    game:ReferentialGame # in evaluation mode
-    task:object
-    record:RunRecord
-
+# %% ../nbs/76_own.ipynb #4a5af312
+class _Evaluated:
+    "The results of a finished training: metrics, messages and their meanings."
     @property
     def accuracy(self)->float:
         "Accuracy on the test games."
@@ -316,10 +317,19 @@ class Run:
         "The messages about the test targets."
         sent = self.record.tensors()["messages"]
         return sent if sent.is_floating_point() else sent.long().flatten(1)
+
     @property
     def lengths(self)->Tensor|None: # [n_test] numbers of symbols; None for equal lengths
         "The lengths of the messages."
         return self.record.tensors().get("lengths")
+
+# %% ../nbs/76_own.ipynb #1a96f065
+@dataclasses.dataclass(frozen=True)
+class Run(_Evaluated):
+    "A finished training of a user's game."
+    game:ReferentialGame # in evaluation mode
+    task:object
+    record:RunRecord
 
     def corpus(self)->Corpus:
         "The test messages with their meanings."
@@ -404,7 +414,8 @@ def _parts_of(x, within=()): # what distinguishes tasks: their tensors, numbers 
     if isinstance(x, (bool, int, float, str, type(None))): return [repr(x)]
     if id(x) in within or callable(x): return []
     if hasattr(x, "__dict__"): x = dict(vars(x), kind=type(x).__qualname__)
-    parts = [*x.keys(), *x.values()] if isinstance(x, dict) else x if isinstance(x, (list, tuple, range)) else ()
+    if isinstance(x, dict): x = [*x.keys(), *x.values()]
+    parts = x if isinstance(x, (list, tuple, range)) else ()
     return [p for v in parts for p in _parts_of(v, (*within, id(x)))]
 
 def _spec_of(t)->OwnSpec:
@@ -459,11 +470,13 @@ class Trial(NamedTuple):
             for i, result in zip(places, found): results[i] = result
         return results
 
+# %% ../nbs/76_own.ipynb #b52c4d53
 def _trait(v): # of a module, what members of a stack have in common
     if isinstance(v, Tensor): return content_digest(v.detach().cpu())
     if inspect.isroutine(v) or isinstance(v, functools.partial): return id(v) if code_of(v) else ""
     return repr(v) if isinstance(v, (bool, int, float, str, tuple, type(None))) else ""
 
+# %% ../nbs/76_own.ipynb #d3474e71
 def _trained(trials, places, context, n, n_groups)->list: # of `RunResult`s
     t, device, kept = trials[0], pick_device(context.device), checkpoint_of(context.checkpoint)
     task = t.task if device.type == "cpu" else t.task.to(device)
@@ -495,11 +508,18 @@ def _trained(trials, places, context, n, n_groups)->list: # of `RunResult`s
             tensors | {f"task/{k}": v for k, v in own.items()}, ensemble.weights(m) if context.weights else None))
     return results
 
-class _Own: # what runs an `OwnSpec`
+# %% ../nbs/76_own.ipynb #6525cefc
+class _Own:
+    "The home of `OwnSpec`: how its runs are made."
     @staticmethod
-    def run(specs, context): return Trial.train_together([s.trial for s in specs], context)
+    def run(specs, context)->list:
+        "Train the trials of Specs together."
+        return Trial.train_together([s.trial for s in specs], context)
+
     @staticmethod
-    def stack_key(s, device): return s.trial.shape()
+    def stack_key(s, device)->tuple:
+        "A key that is equal for Specs that are trained together."
+        return s.trial.shape()
 
 OwnSpec.home = _Own
 
@@ -529,6 +549,7 @@ def trial(
     metrics = check_metrics(metrics, game, task)
     return Trial(game, task, settings, metrics, check_at_least("seed", seed, 0), name, on_step, on_epoch)
 
+# %% ../nbs/76_own.ipynb #e8d04a56
 def train(
     game:ReferentialGame, # not changed; the trained copy is in the run
     task, # from `referential`, or any `Task`
@@ -560,6 +581,7 @@ def _grid(grid)->list: # of dicts, one for each combination
         if not len(values := list(values)): raise ConfigError(f"grid[{name!r}] is empty: give at least one value")
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
+# %% ../nbs/76_own.ipynb #69441bdf
 def sweep(
     make, # an experiment, a Spec's class, `train`, or a function (**values) → `Trial` or `Run`
     grid:dict, # name → values to try
@@ -592,6 +614,7 @@ def sweep(
     return pd.DataFrame([{**{k: shown[k][i] for k in grid}, **row, "key": r.key} for i, r in enumerate(records)
         for row in r.rows])
 
+# %% ../nbs/76_own.ipynb #f82cdcfb
 def _shown(x): # a value of a grid as a table holds it
     return x if isinstance(x, (bool, int, float, str, type(None))) else getattr(x, "__name__", None) or str(x)
 
@@ -667,6 +690,6 @@ def task_of(
     objects = Objects(record.tensors()["task/values"], about["names"], about["kinds"])
     task = make_task(about["kind"], objects, about.get("distractors"), about["valid"], about["test"], about["seed"])
     if task.digest() != record.spec["task"]:
-        raise RecordError(f"the games of run own/{record.key} cannot be dealt again: it was made by another version "
+        raise RecordError(f"the games of run own/{record.key} cannot be reconstructed: it was made by another version "
             f"of refcomm")
     return task

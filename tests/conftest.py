@@ -16,6 +16,7 @@ settings.load_profile("refcomm")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("REFCOMM_PROGRESS", "off")
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = ROOT/"tests"/"programs"  # for other processes
 
 
 @pytest.fixture
@@ -61,7 +62,8 @@ def small():
 def checkpoint_state(path):
     "What a checkpoint that is still being replaced says of itself, read from one open file; None where it is gone."
     try:
-        with open(path, "rb") as f: return json.loads(json.loads(f.read(int.from_bytes(f.read(8), "little")))["__metadata__"]["meta"])
+        with open(path, "rb") as f:
+            return json.loads(json.loads(f.read(int.from_bytes(f.read(8), "little")))["__metadata__"]["meta"])
     except FileNotFoundError: return None
 
 

@@ -84,7 +84,8 @@ def main(args):
     for profile in args or PROFILES:
         gpu = COUNTED[profile]
         n = ship_counts(list(every(profile)), None, gpu, as_a_gpu if gpu else count)
-        print(profile, "as a GPU computes it:" if gpu else "as a processor computes it:", n, "shapes in all", flush=True)
+        print(profile, "as a GPU computes it:" if gpu else "as a processor computes it:", n, "shapes in all",
+            flush=True)
 
 
 if __name__ == "__main__": main(sys.argv[1:])

@@ -1,4 +1,6 @@
-"""Damage to what refcomm writes, by a generator of random numbers: bytes, JSON, and whole checkpoints, lists of members, caches, recipes, plans and archives."""
+"""Damage to what refcomm writes, by a generator of random numbers.
+
+Bytes, JSON, and whole checkpoints, lists of members, caches, recipes, plans and archives."""
 import collections
 import json
 import os
@@ -175,7 +177,8 @@ def subjects(root):
     claim = dict(id="a", sentence="b", test="c", source="", kind="result", ours=False, numbers=dict(x=.5), intervals={},
         verdict="refuted", cause="", power="", decide="")
     for item in ("table5", "table6"):
-        save("eqc", item, pd.DataFrame(dict(row=["a"], ours=[.5])), plt.figure(), [], "cpu", "A title", "a note", [claim])
+        save("eqc", item, pd.DataFrame(dict(row=["a"], ours=[.5])), plt.figure(), [], "cpu", "A title", "a note",
+            [claim])
         plt.close("all")
     folder = files.figures_dir("cpu")
     def recipe(path):

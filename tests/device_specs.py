@@ -96,7 +96,8 @@ def iac_spec(**changes):
 
 
 def iac_specs():
-    models = {**iac.MODELS, "Supervised": iac.MODELS["Supervised"] | TAUGHT, "public optimiser": dict(optimizer="lars", accumulate=2, batch_size=12, lr=.01),
+    models = {**iac.MODELS, "Supervised": iac.MODELS["Supervised"] | TAUGHT,
+        "public optimiser": dict(optimizer="lars", accumulate=2, batch_size=12, lr=.01),
         "candidates": dict(train_candidates=4), **{k: v for k, v in iac.CHANNELS.items() if v},
               "large images": dict(image_size=24, view_size=16), "probed": dict(probes=("valid",))}
     found = {f"iac {name}": [iac_spec(**own)] for name, own in models.items()}
@@ -155,7 +156,8 @@ def seeing(device):
     s, world = patch_spec(trained=False, model="supervised"), SceneWorld(32)
     drawn = world.draw(16, generator(0, "seen"))
     images, labels = drawn.images.to(device), drawn.labels.to(device)
-    taught = read_out(build_patch(s, len(world.shapes)).trunk.to(device).eval(), images.float()/255, labels, len(world.shapes), 8)
+    taught = read_out(build_patch(s, len(world.shapes)).trunk.to(device).eval(), images.float()/255, labels,
+        len(world.shapes), 8)
     return saliency(torch.nn.Sequential(taught.trunk, taught.head), images.float()/255, labels)
 
 

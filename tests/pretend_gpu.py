@@ -13,7 +13,8 @@ Found: operations over devices (0-dim tensors on the CPU are allowed where CUDA 
 `numpy.asarray` on the device, states of generators of another device, comparisons of `cuda` with `cuda:0` (both are made as CUDA makes them).
 Counted: kernels (operations that are neither views nor allocations) and synchronisations (reading values, shapes that depend on values,
 copies between host and device unless pinned and non-blocking), each per step of an optimiser.
-Not modelled: the kernels' own rounding, CUDA's list of autocast operations (the CPU's is used, fp16 computed as bf16), memory, streams, other threads and processes."""
+Not modelled: the kernels' own rounding, CUDA's list of autocast operations (the CPU's is used, fp16 computed as bf16), memory, streams,
+other threads and processes."""
 import contextlib
 import hashlib
 import importlib.util

@@ -1,8 +1,11 @@
-"""Kill, damage, compete: what tests/test_runs.py does in small, for some twenty minutes. `make soak` writes tests/soak.md and fails if anything was lost, doubled or believed.
+"""Kill, damage, compete: what tests/test_runs.py does in small, for some twenty minutes.
 
-A reproduction is a plan of long runs and then two notebooks. It is killed and told to stop at random until that has happened often enough, and continued each time,
-sometimes after what it left was damaged; what it leaves must equal, bit by bit, what an undisturbed one leaves. Then stored records, checkpoints, lists of members, caches,
-recipes, plans and archives are damaged in many ways, none of which may pass unnoticed, and two and four drivers work on one store."""
+`make soak` writes tests/soak.md, and fails if anything was lost, made twice, or read although it was damaged.
+
+A reproduction is a plan of long runs and then two notebooks. It is killed and told to stop at random until that has
+happened often enough, and continued each time, sometimes after its files were damaged. The result must equal, bit by
+bit, that of an undisturbed one. Then stored records, checkpoints, lists of members, caches, recipes, plans and archives
+are damaged in many ways, each of which must be noticed, and two and four drivers work on one store."""
 import argparse
 import collections
 import contextlib
@@ -181,8 +184,10 @@ def told_to_stop(place, driver, how, before): # whether it said what is kept
         kill(driver.pid)
         driver.wait()
     lines = [line for line in place.said()[before:].splitlines() if line.startswith("refcomm: stopped by ")]
-    check(driver.returncode in (128 + how, -how, 0), f"{place.root.name}: exit {driver.returncode} after {how.name}: {place.said()[before:][-600:]}")
-    check(len(lines) <= 1 and all("the same command continues" in line for line in lines), f"{place.root.name}: {lines}")
+    check(driver.returncode in (128 + how, -how, 0),
+        f"{place.root.name}: exit {driver.returncode} after {how.name}: {place.said()[before:][-600:]}")
+    check(len(lines) <= 1 and all("the same command continues" in line for line in lines),
+        f"{place.root.name}: {lines}")
     return bool(lines)
 
 
@@ -216,7 +221,8 @@ def disturbed(root, plan, n_stops, rng):
                     if how != signal.SIGKILL: done["said"] += told_to_stop(place, driver, how, before)
                     done["left"] += bool(list(place.store.root.glob("unfinished/*/training.safetensors")))
                 driver.wait()
-                print(f"stop {done['stops']}: {struck and f'{struck[0].name} to {struck[1]}'}; {len(place.store.keys())} records, exit {driver.returncode}",
+                print(f"stop {done['stops']}: {struck and f'{struck[0].name} to {struck[1]}'}; "
+                    f"{len(place.store.keys())} records, exit {driver.returncode}",
                     flush=True)
                 if driver.returncode:
                     if rng.random() < .3:
@@ -417,7 +423,8 @@ def crowd(root, plan, calm, rng):
         cleans.append(place.command("runs", "clean", "--yes").wait())
         time.sleep(rng.uniform(0, 2))
     codes = [p.wait() for p in (*drivers, *imports)]
-    check(not any(codes) and not any(cleans), f"crowd: exit codes {codes}, of the cleans {set(cleans)}: {place.said()[-600:]}")
+    check(not any(codes) and not any(cleans),
+        f"crowd: exit codes {codes}, of the cleans {set(cleans)}: {place.said()[-600:]}")
     place.ended()
     n, stored = compare(place, calm), place.events("store")
     begun = place.events("begin") + place.events("resume")
@@ -431,7 +438,8 @@ def crowd(root, plan, calm, rng):
 def memory(root, plan, item, times):
     "What one driver takes while it reproduces an item again and again. A line for the report."
     place = Place(root, "memory", plan)
-    check(place.run(__file__, "remember", item, str(times)).wait() == 0, f"memory: the driver failed: {place.said()[-600:]}")
+    check(place.run(__file__, "remember", item, str(times)).wait() == 0,
+        f"memory: the driver failed: {place.said()[-600:]}")
     mib = [float(m) for m in place.events("memory")]
     early, late = mib[2:5], mib[-3:]
     check(sum(late) <= 1.05*sum(early), f"memory: {mib}")
@@ -555,7 +563,8 @@ def main(argv=None):
         check(not facts["tracebacks"], f"{facts['tracebacks']} tracebacks")
         o.out.write_text(text := report(facts, table, other, lines), encoding="utf-8")
         print(text)
-        if facts["tracebacks"]: print(*(p.said()[-20_000:] for p in Place.every if "Traceback" in p.said()), sep="\n---\n")
+        if facts["tracebacks"]:
+            print(*(p.said()[-20_000:] for p in Place.every if "Traceback" in p.said()), sep="\n---\n")
     finally:
         for pid in [pid for p in Place.every for pid in p.processes()]: kill(pid)
         shutil.rmtree(root, ignore_errors=True)

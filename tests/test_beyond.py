@@ -14,7 +14,8 @@ from refcomm.runs.execute import Context, make_stacks
 TINY = dict(SIZES["smoke"], n_train=8, n_valid=8, n_test=8, batch_size=8)
 
 
-@pytest.mark.parametrize("how", [dict(generations=2), {}, dict(game="reconstruction", generations=2), dict(bottleneck="fsq")], ids=str)
+@pytest.mark.parametrize("how", [dict(generations=2), {}, dict(game="reconstruction", generations=2),
+    dict(bottleneck="fsq")], ids=str)
 def test_trained_on_the_device_that_is_asked_for(how):
     "Weights and messages are back on the CPU; nothing is computed over two devices."
     s = BeyondSpec(**TINY | dict(bottleneck="straight-through", channel="recurrent") | how)
@@ -31,22 +32,26 @@ def test_generations_tell_logs_and_checkpoints(tmp_path):
     from refcomm.training.loop import Checkpoint
     rows, shares = [], []
     s = BeyondSpec(**TINY, generations=3, bottleneck="straight-through")
-    result, = run([s], Context("cpu", Checkpoint(tmp_path/"t.safetensors", "owner"), lambda done, text: shares.append(done), 0., rows.extend))
+    result, = run([s], Context("cpu", Checkpoint(tmp_path/"t.safetensors", "owner"),
+        lambda done, text: shares.append(done), 0., rows.extend))
     assert [r["epoch"] for r in rows] == [0, 1, 2] == result.history.epoch.tolist() and shares[-1] == 1
     assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [f"t-{i}.safetensors" for i in range(3)]
 
 
 def test_seeds_are_stacked_but_for_codebooks():
     specs = [BeyondSpec(**TINY, bottleneck=b, seed=seed) for b in BOTTLENECKS for seed in range(3)]
-    assert [len(s) for s in make_stacks(specs, "cpu")] == [1 if s[0].bottleneck == "vq" else 3 for s in make_stacks(specs, "cpu")]
+    assert [len(s) for s in make_stacks(specs, "cpu")] == [1 if s[0].bottleneck == "vq" else 3
+        for s in make_stacks(specs, "cpu")]
     stacked = run([s for s in specs if s.bottleneck == "fsq"], Context("cpu"))
     alone, = run([next(s for s in specs if s.bottleneck == "fsq" and s.seed == 2)], Context("cpu"))
     assert [r.summary["trained_together"] for r in stacked] == [3]*3 and stacked[2].rows == alone.rows
     for k, v in alone.weights.items(): torch.testing.assert_close(stacked[2].weights[k], v)
 
 
-@pytest.mark.parametrize("s", [BeyondSpec(**TINY, game=g, bottleneck=b, channel=c) for g, b, c in (("objects", "quantized", "instant"),
-    ("discrimination", "vq", "instant"), ("images", "learned", "recurrent"), ("reconstruction", "reinforce", "ending"))], ids=lambda s: s.game)
+@pytest.mark.parametrize("s", [BeyondSpec(**TINY, game=g, bottleneck=b, channel=c)
+    for g, b, c in (("objects", "quantized", "instant"),
+    ("discrimination", "vq", "instant"), ("images", "learned", "recurrent"),
+    ("reconstruction", "reinforce", "ending"))], ids=lambda s: s.game)
 def test_first_weights_come_from_the_seed_alone(s):
     "Not from what the process has drawn before."
     task, found = make_task(s), []

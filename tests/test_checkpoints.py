@@ -73,7 +73,7 @@ def begun_anew(path, whole):
         found = train(path)
     said = [str(w.message) for w in said if "checkpoint" in str(w.message)]
     assert same(found, whole), "other numbers"
-    assert len(said) == 1 and str(path) in said[0] and "training begins anew" in said[0], said
+    assert len(said) == 1 and str(path) in said[0] and "training starts again" in said[0], said
     aside, = path.parent.glob("*.unreadable-*")
     assert aside.is_dir() or aside.read_bytes() == bad
     with warnings.catch_warnings():
@@ -156,12 +156,12 @@ FORGED = {
     "no scaler": (lambda t, m: m.pop("scaler"), "its scaler is missing"),
     "an order out of range": (lambda t, m: t["order"].add_(1000), "its order of items"),
     "another's": (lambda t, m: m["shape"].update(owner="other"), "it belongs to another model, data or setting: owner"),
-    "no shape": (lambda t, m: m.pop("shape"), "does not say what it is of"),
+    "no shape": (lambda t, m: m.pop("shape"), "does not name its model"),
     "part of a moment": (lambda t, m: t.pop("optimizer.1.exp_avg"), "its optimiser's state is incomplete"),
     "a moment of another shape": (lambda t, m: t.update({"optimizer.0.exp_avg": torch.zeros(7)}),
     "does not fit the parameters"),
     "groups fewer": (lambda t, m: m.update(groups=[]), "other groups"),
-    "meta that is a list": (lambda t, m: m.clear(), "does not say what it is of"),
+    "meta that is a list": (lambda t, m: m.clear(), "does not name its model"),
 }
 
 
@@ -199,7 +199,8 @@ def test_a_cpus_state_goes_on_on_a_gpu(half):
     with PretendGPU(), pytest.warns(UserWarning, match="begun on cpu goes on on cuda: noise is drawn anew"):
         history, _ = train(path, device="cuda")
         assert load_checkpoint(path)[1]["device"] == "cuda"
-    assert history.epoch.tolist() == whole[0].epoch.tolist() and history[:4].equals(whole[0][:4]), "what was learnt is kept"
+    assert (history.epoch.tolist() == whole[0].epoch.tolist()
+        and history[:4].equals(whole[0][:4])), "what was learnt is kept"
     assert not history.equals(whole[0])
 
 

@@ -115,7 +115,8 @@ def test_no_two_claims_read_alike():
 
 def test_claims_about_one_game_name_it():
     for row in ALL[ALL.paper == "eqc"].itertuples():
-        if row.game in ("Object", "Image", "Sent-Ref", "Sent-Cls"): assert f"the {row.game} game" in row.sentence, row.id
+        if row.game in ("Object", "Image", "Sent-Ref", "Sent-Cls"):
+            assert f"the {row.game} game" in row.sentence, row.id
     assert ALL.sentence.str.endswith(".").all() and not ALL.sentence.str.contains("on-par|dealt|at work").any()
 
 

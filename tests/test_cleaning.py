@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from conftest import PROGRAMS
 from refcomm.runs.cleaning import clean, foreign
 from refcomm.core import ConfigError
 from refcomm.papers.eqc.run import EQCSpec
@@ -92,11 +93,8 @@ def test_links_are_removed_not_followed(home, tmp_path):
         "unfinished"]
 
 
-HOLD = "from refcomm.runs.store import Store; import time\nfolder, held = Store().own_folder({what!r})\n(folder/'work').write_text('queued')\nprint(folder, flush=True)\ntime.sleep(100)"
-
-
 def driver(what):
-    p = subprocess.Popen([sys.executable, "-c", HOLD.format(what=what)], stdout=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, PROGRAMS/"hold_folder.py", what], stdout=subprocess.PIPE, text=True)
     return p, Path(p.stdout.readline().strip())
 
 

@@ -179,12 +179,15 @@ def test_notebooks_at_smoke_and_nothing_twice(smoke_home, command, items):
     assert seen == {p: p.stat().st_mtime_ns for p in made}, "finished work is not touched"
 
 
-SAVE = "import pandas as pd, matplotlib.pyplot as plt\nfrom refcomm.publish import figures\nfigures.save('toy', 'x', pd.DataFrame(dict(a=[1])), plt.figure(), [], profile, 'Toy', 'none')"
+SAVE = """import pandas as pd, matplotlib.pyplot as plt
+from refcomm.publish import figures
+figures.save('toy', 'x', pd.DataFrame(dict(a=[1])), plt.figure(), [], profile, 'Toy', 'none')"""
 
 
 def toy(path, code):
     cells = [dict(cell_type="markdown", id="a", metadata={}, source="# Toy"),
-        dict(cell_type="code", id="b", metadata=dict(tags=["parameters"]), source='profile: str = "smoke"\njobs: int = 1',
+        dict(cell_type="code", id="b", metadata=dict(tags=["parameters"]),
+        source='profile: str = "smoke"\njobs: int = 1',
         outputs=[], execution_count=None),
              dict(cell_type="code", id="c", metadata={}, source=code, outputs=[], execution_count=None)]
     path.write_text(json.dumps(dict(cells=cells,
@@ -224,7 +227,8 @@ def test_a_stop_while_the_kernel_starts_is_one_line(home, tmp_path, signum):
     "It has no state to save; interrupted, it would print where in its start it was."
     (tmp_path/"ipykernel_launcher.py").write_text("import os, time\nopen(os.environ['STARTS'], 'w').close()\ntime.sleep(60)")
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "STARTS": str(tmp_path/"starts")}
-    p = subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    p = subprocess.Popen([sys.executable, "-c",
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from refcomm.cli import main; main()", "reproduce", "eqc/table4", "--profile", "smoke"], env=env, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while not (tmp_path/"starts").exists() and p.poll() is None: time.sleep(.05)

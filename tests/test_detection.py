@@ -9,7 +9,8 @@ from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.data.parts import probe_set
 from refcomm.data.scenes import SceneWorld
 from refcomm.metrics import detection as module
-from refcomm.metrics.detection import BoxedImages, boxed, check_boxes, detect, fine_tune, find_objects, make_detector, mean_average_precision50, voc07
+from refcomm.metrics.detection import (BoxedImages, boxed, check_boxes, detect, fine_tune, find_objects, make_detector,
+    mean_average_precision50, voc07)
 
 
 def scenes(n, part="train"):

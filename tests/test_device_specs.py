@@ -14,7 +14,7 @@ WAITS = {  # beginning of a name → most synchronisations in a usual training s
     "eqc": 0, "iac": 0, "patch": 0, "sms": 0,
     "eqc object instant vq": 1, "eqc object recurrent vq": 2,  # vector-quantize-pytorch asks whether its codebook has begun
     "eqc sent-cls fine-tuned": 2,  # transformers asks, for either agent, whether any sentence is padded
-    "patch VQ-VAE2": 2, "patch MoCo": 1, "patch ViT": 1,  # as the first; lightly asks where its queue stands; how many patches are shown is the shape of what follows
+    "patch VQ-VAE2": 2, "patch MoCo": 1, "patch ViT": 1,  # as VQ; lightly reads the place in its queue; the number of patches is a shape
     "sms gumbel fp16": 1, "sms reinforce fp16": 1,  # the scaler asks whether gradients were finite before a step of schedulefree
 }
 NAMES = [*all_specs("no encoder")]

@@ -86,7 +86,8 @@ def test_two_processes_train_what_one_trains(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_makes_one_record_of_each_run(home, tmp_path):
-    "Noise differs from process to process, the games do not: a patch game among the 16 images of one process would lose a fifth less. Two processes leave out an odd last batch, so that rates agree by epochs only."
+    """Noise differs between processes, the games do not: the loss of a patch game among the 16 images of one process
+    would be a fifth lower. Two processes leave out an odd last batch, so that rates agree by epochs only."""
     specs = [dataclasses.replace(iac.grid("figure3", "smoke", 1)[0], accumulate=2, augmentations=False,
         lr_per_epoch=True),
         patch.grid("figure9", "smoke", 1)[0]]
@@ -106,7 +107,8 @@ def test_torchrun_makes_one_record_of_each_run(home, tmp_path):
         played = [[(r.get("data"), r.get("augmented"), r["n_candidates"]) for r in each.rows if r["kind"] == "play"]
             for each in (record, alone)]
         assert played[0] == played[1] != []
-        assert pd.read_csv(home/"logs"/"csv"/record.experiment/record.key/"metrics.csv").loss.dropna().tolist() == ours.loss.tolist(), "the first process logs"
+        logged = pd.read_csv(home/"logs"/"csv"/record.experiment/record.key/"metrics.csv")
+        assert logged.loss.dropna().tolist() == ours.loss.tolist(), "the first process logs"
 
 
 def test_a_batch_of_images_is_split_evenly(monkeypatch):

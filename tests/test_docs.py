@@ -51,6 +51,8 @@ def test_every_notebook_and_every_export_is_there(site):
         shown = {m.lower() for m in re.findall(r'id="(?:def|class)-([\w-]+)"', html)}
         for name in importlib.import_module(f"refcomm.{module}").__all__:
             assert f"{module}.{name}".lower().replace(".", "-").replace("_", "-") in shown, f"{module}.{name}"
+    store = (site/"api"/"runs.store.html").read_text()
+    assert 'id="def-runs-store-store-move-aside"' in store.lower(), "methods of private bases belong to the class"
     assert "#| export" not in (site/"lessons"/"27_channels.html").read_text()
 
 

@@ -15,7 +15,8 @@ from refcomm.bottlenecks.continuous import Continuous
 from refcomm.channels import make_bottleneck, make_channel
 from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.data.objects import ObjectWorld, one_hot
-from refcomm.interact.explore import Explorer, codebook, explore, explore_games, explore_patches, explore_views, game_html, look_html, places_shown, static_page
+from refcomm.interact.explore import (Explorer, codebook, explore, explore_games, explore_patches, explore_views,
+    game_html, look_html, places_shown, static_page)
 from refcomm.games.contrastive import DiscriminationGame
 from refcomm.games.patchgame import PUBLIC_CODE, make_patch_game
 from refcomm.games.referential import EveryObject, ReferentialGame
@@ -104,7 +105,7 @@ def test_games_within_a_batch(n_candidates):
         for i in range(9)] == [str(i) for i in range(9)]
     played = game.play(*VIEWS)
     assert sum(e.choice(i) == e.target[i] for i in range(9)).item() == round(played.accuracy.item()*9)
-    with torch.no_grad(): meant, looked = game.understand(VIEWS[0])[0], game.receiver(VIEWS[1])
+    with torch.no_grad(): meant, looked = game.decode(VIEWS[0])[0], game.receiver(VIEWS[1])
     for i, j in [(8, 8), (7, 1)]:
         expected = (F.cosine_similarity(meant[j:j + 1], looked[e.index[i]])/.1).log_softmax(-1)
         torch.testing.assert_close(e.scores(i, to_say(e, i, j)), expected, rtol=1e-4, atol=1e-4)
@@ -120,10 +121,10 @@ def test_messages_of_patches(changes):
     with seeded_init(0): game = make_patch_game(**SMALL | changes).eval()
     e = explore_patches(game, *VIEWS, str)
     assert e.columns*2 == e.symbols.shape[1] and (e.symbols < 0).any() and (e.symbols >= 0).any()
-    with torch.no_grad(): said, looked = game.send(VIEWS[0]), game.listener.see(VIEWS[1])
+    with torch.no_grad(): said, looked = game.send(VIEWS[0]), game.listener.encode_images(VIEWS[1])
     def score(i, message):
         with torch.no_grad():
-            return (game.loss.scale*F.cosine_similarity(game.listener.read(message),
+            return (game.loss.scale*F.cosine_similarity(game.listener.decode(message),
                 looked[e.index[i]])).log_softmax(-1)
     for i in (0, 8):
         torch.testing.assert_close(e.scores(i), score(i, type(said)(*(part[i:i + 1] for part in said))), rtol=1e-3,

@@ -24,7 +24,8 @@ def test_gpus_are_dealt(four, capsys):
     assert cards_of("auto") == cards_of("cuda") == [0, 1, 3] and cards_of("cuda:2") == [2] and cards_of("cpu") == []
     assert capsys.readouterr().err == "refcomm: cuda:2 is left to others, as 1% of its memory is free\n"
     four[:] = [0.]*4
-    with pytest.raises(ConfigError, match="no GPU has a tenth of its memory free .*cuda:3 0%.*name one"): cards_of("auto")
+    with pytest.raises(ConfigError, match="no GPU has a tenth of its memory free .*cuda:3 0%.*name one"):
+        cards_of("auto")
 
 
 def test_no_gpu_no_cards():
@@ -39,7 +40,8 @@ class Pool(LocalExecutor):
     def shutdown(self, *a, **k): pass
 
 
-@pytest.mark.parametrize("jobs, device, asked, given", [(None, "auto", (3, [0, 1, 3]), "cuda"), (2, "auto", (2, [0, 1, 3]),
+@pytest.mark.parametrize("jobs, device, asked, given",
+    [(None, "auto", (3, [0, 1, 3]), "cuda"), (2, "auto", (2, [0, 1, 3]),
     "cuda"), (None, "cuda", (3, [0, 1, 3]), "cuda"), (2, "cuda:1", (2, [1]), "cuda:1"), (2, "cpu", (2, []), "cpu")])
 def test_one_worker_a_gpu(four, home, small, monkeypatch, jobs, device, asked, given):
     "`jobs=None` makes one worker for each; `auto` is `cuda` for them, so that a worker that finds none fails."
@@ -128,7 +130,9 @@ def test_what_fails_on_apples_gpu_is_named(apple):
 def test_gpus_without_bf16_train_in_what_they_have(home, small, monkeypatch, capsys, able, taken):
     from pretend_gpu import PretendGPU
     from refcomm.training import loop
-    spec, used, autocast = small(epochs=1, precision="bf16", n_train=64, hidden=8, word_length=4, candidates=(2,)), set(), loop.autocast
+    spec = small(epochs=1, precision="bf16", n_train=64, hidden=8, word_length=4, candidates=(2,))
+    used = set()
+    autocast = loop.autocast
     monkeypatch.setattr(loop, "autocast", lambda precision, device: used.add(precision) or autocast(precision, device))
     say_once.cache_clear()
     with PretendGPU():

@@ -143,7 +143,7 @@ def test_a_folder_of_images(folder, tmp_path):
     spec = dataclasses.replace(spec, source=stamped(str(folder)), n_images=None)
     record = execute([spec], store=Store(tmp_path/"runs"))[0]
     protocol = [r for r in record.rows if r["kind"] == "protocol"]
-    assert {r["data"] for r in protocol} == {"valid"}, "nothing can be told about one class"
+    assert {r["data"] for r in protocol} == {"valid"}, "it is undefined for one class"
     assert all("wnsim" not in r and "nmi" in r for r in protocol), "no hierarchy: nMI without WNSim"
     assert record.summary["n_train"] == 29 and record.summary["n_known"] == 3
     assert grids.protocol_rows([record]).wnsim.isna().all()

@@ -107,10 +107,10 @@ def test_folder_and_parquet_of_the_same_images_are_equal(six, data):
 def test_wordnet_ids_come_along(six, data):
     rows = [(encoded(i), i // 3, ["cat", "dog"][i // 3], ["n02121620", "n02084071"][i // 3]) for i in range(6)]
     table = pd.DataFrame(rows, columns=["image", "label", "name", "wnid"])
-    (table.astype(dict(wnid="category")).to_parquet(data/"pets.parquet"),
-        table.drop(columns="name").drop(columns="label").rename(columns=dict(wnid="label")).to_parquet(data/"labels.parquet"))
-    (table.assign(wnid=[None]*3 + ["n02084071"]*3).to_parquet(data/"half.parquet"),
-        table.assign(wnid="dog").to_parquet(data/"words.parquet"))
+    table.astype(dict(wnid="category")).to_parquet(data/"pets.parquet")
+    table.drop(columns=["name", "label"]).rename(columns=dict(wnid="label")).to_parquet(data/"labels.parquet")
+    table.assign(wnid=[None]*3 + ["n02084071"]*3).to_parquet(data/"half.parquet")
+    table.assign(wnid="dog").to_parquet(data/"words.parquet")
     put(data/"synsets", {f"{w}/{i}.png": encoded(3*k + i) for k, w in enumerate(["n02084071", "n02121620"])
         for i in range(3)})
     images, plain = load_images("pets.parquet", size=16), load_images("pets", size=16)
@@ -414,7 +414,8 @@ def test_every_set_of_torchvision_opens_its_images_here():
 
 
 def test_a_set_that_calls_pil_itself_starts_no_program(data, monkeypatch):
-    put(data/"oxford-iiit-pet", {"annotations/trainval.txt": b"a_1 1 1 1\nb_1 2 1 2\n", "images/a_1.jpg": encoded(0, format="JPEG"),
+    put(data/"oxford-iiit-pet", {"annotations/trainval.txt": b"a_1 1 1 1\nb_1 2 1 2\n",
+        "images/a_1.jpg": encoded(0, format="JPEG"),
         "images/b_1.jpg": encoded(1, format="JPEG")})
     assert load_images("torchvision:OxfordIIITPet", size=8, split="trainval").classes == ["A", "B"]
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a program was started"))
@@ -427,7 +428,8 @@ def test_a_set_that_calls_pil_itself_starts_no_program(data, monkeypatch):
 def test_the_images_of_voc_start_no_program(data, monkeypatch):
     from refcomm.data.parts import voc07_items
     xml = b"<annotation><object><name>cat</name></object></annotation>"
-    put(data/"VOCdevkit"/"VOC2007", {"JPEGImages/1.jpg": encoded(0, format="JPEG"), "JPEGImages/2.jpg": EPS, "Annotations/1.xml": xml,
+    put(data/"VOCdevkit"/"VOC2007", {"JPEGImages/1.jpg": encoded(0, format="JPEG"), "JPEGImages/2.jpg": EPS,
+        "Annotations/1.xml": xml,
         "Annotations/2.xml": xml, "ImageSets/Main/trainval.txt": b"1\n2\n", "ImageSets/Main/test.txt": b"1\n"})
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a program was started"))
     items = voc07_items("a test")
@@ -445,7 +447,8 @@ def test_a_set_that_is_cut_into_files(tmp_path, monkeypatch):
     def write(name, n, first):
         rows = [dict(image=dict(bytes=encoded(first + i)), label=i % 2) for i in range(n)]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path/name)
-    for name, n in (("tiny_imagenet_train_0.parquet", 6), ("tiny_imagenet_train_1.parquet", 4), ("tiny_imagenet_val.parquet", 2)):
+    for name, n in (("tiny_imagenet_train_0.parquet", 6), ("tiny_imagenet_train_1.parquet", 4),
+        ("tiny_imagenet_val.parquet", 2)):
         write(name, n, n)
     data = load_images("tiny_imagenet_[tv]*.parquet", 8)
     assert data.part == ["train"]*10 + ["valid"]*2 and len(data.images) == 12
@@ -455,6 +458,7 @@ def test_a_set_that_is_cut_into_files(tmp_path, monkeypatch):
         assert iac.images_of("cpu")["source"] == iac.images_of("cpu", "embedded")["source"] == "shapes"
     assert said.getvalue().count("rendered ones stand in") == 2 and len(said.getvalue().splitlines()) == 2
     with pytest.raises(ConfigError, match="there is no 'tiny_imagenet_x"): load_images("tiny_imagenet_x*.parquet", 8)
-    assert "not available" in iac.fidelity([iac.configure("cpu")]) and "not available" not in iac.fidelity([iac.configure("gpu")])
+    assert ("not available" in iac.fidelity([iac.configure("cpu")])
+        and "not available" not in iac.fidelity([iac.configure("gpu")]))
 
 

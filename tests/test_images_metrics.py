@@ -18,7 +18,8 @@ from refcomm.agents.transformer import ViT, cut_patches
 from refcomm.agents.vision import make_trunk
 from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.metrics import images as looks
-from refcomm.metrics.images import PERCEPTUAL, best_perceptual, edge_density, grey_entropy, patch_means, perceptual_distance, rank_correlation, saliency
+from refcomm.metrics.images import (PERCEPTUAL, best_perceptual, edge_density, grey_entropy, patch_means,
+    perceptual_distance, rank_correlation, saliency)
 from refcomm.metrics.representation import bag_of_symbols, knn, knn_votes, top_accuracy
 from refcomm.metrics.structure import class_correlations, class_pairs, jaccard
 
@@ -74,7 +75,7 @@ def test_neighbours_of_few_classes_leave_the_others_unguessed():
 
 
 @pytest.mark.parametrize("make, says", [
-    (lambda s, y: top_accuracy(s, y, 6), "Top-6 accuracy of 5 classes says nothing: choose k from 1 to 5"),
+    (lambda s, y: top_accuracy(s, y, 6), "Top-6 accuracy of 5 classes is not informative: choose k from 1 to 5"),
     (lambda s, y: top_accuracy(s, y, 0), "k must be at least 1, got 0"),
     (lambda s, y: top_accuracy(s, y + 1), "labels must lie in 0 … 4"),
     (lambda s, y: top_accuracy(s/0, y), "scores contain NaN"), (lambda s, y: top_accuracy(s[:3], y), "scores must be"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from conftest import PROGRAMS
 from refcomm.publish import catalogue
 from refcomm import corpora
 from refcomm import files
@@ -121,7 +122,8 @@ def test_a_plan_whose_fields_were_changed_is_refused(tmp_path):
         lambda e: e[1]["fields"].pop("seed"), lambda e: e[0].update(key=3)):
         with pytest.raises(ConfigError, match="the fields beside it make .*take out the key"): read(change)
     with pytest.raises(ConfigError, match="is not a plan"): read(lambda e: e[0].update(kez=e[0].pop("key")))
-    assert read(lambda e: (e[1].pop("key"), e[1]["fields"].update(seed=7)))[1].seed == 7, "an older or own plan has no keys"
+    assert read(lambda e: (e[1].pop("key"),
+        e[1]["fields"].update(seed=7)))[1].seed == 7, "an older or own plan has no keys"
 
 
 @pytest.mark.parametrize("text", DEEP)
@@ -176,8 +178,7 @@ def test_a_full_disk_while_features_are_kept_is_one_error(home, monkeypatch):
 
 def test_the_words_of_safetensors_for_a_refusal_of_the_system(home):
     "A limit on the size of files is as good as a full disk."
-    code = "import resource, torch; from refcomm import files; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\nfiles.cached_tensor(files.home()/'x.safetensors', lambda: torch.ones(10_000), 'features')"
-    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    r = subprocess.run([sys.executable, PROGRAMS/"small_files_only.py"], capture_output=True, text=True)
     assert (r.returncode == 1 and "StoreError: cannot write" in r.stderr.splitlines()[-1]
         and os.strerror(errno.EFBIG) in r.stderr and not list(home.glob("*.safetensors")))
 
@@ -263,7 +264,8 @@ def test_text_files_have_one_encoding(tmp_path):
                 bare.append((p.name, ast.unparse(n)[:80]))
             if name == "open" and "encoding" not in keys and not any("b" in m for m in positional if len(m) <= 3):
                 bare.append((p.name, ast.unparse(n)[:80]))
-            if name.startswith("subprocess.") and {"text", "universal_newlines"} & keys and "encoding" not in keys: bare.append((p.name, ast.unparse(n)[:80]))
+            if name.startswith("subprocess.") and {"text", "universal_newlines"} & keys and "encoding" not in keys:
+                bare.append((p.name, ast.unparse(n)[:80]))
     assert not bare
 
 
@@ -336,15 +338,18 @@ def says_four_gibibytes(path):
 
 def test_packed_features_that_would_fill_the_memory_are_refused(tmp_path):
     import zipfile
-    with zipfile.ZipFile(tmp_path/"x.npz", "w", zipfile.ZIP_DEFLATED) as file: file.writestr("x.npy", b"\x93NUMPY\x01\x00")
+    with zipfile.ZipFile(tmp_path/"x.npz", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("x.npy", b"\x93NUMPY\x01\x00")
     says_four_gibibytes(tmp_path/"x.npz")
-    with pytest.raises(ConfigError, match="would unpack to 4,294,967,294 bytes, more than a hundred times its own size"):
+    with pytest.raises(ConfigError,
+        match="would unpack to 4,294,967,294 bytes, more than a hundred times its own size"):
         load_features(tmp_path/"x.npz")
 
 
 def test_an_h5_that_would_fill_the_memory_is_refused(tmp_path):
     h5py = pytest.importorskip("h5py")
-    with h5py.File(tmp_path/"x.h5", "w") as f: f.create_dataset("x", (2**29, 1), "f8", chunks=(2**20, 1), compression="gzip")
+    with h5py.File(tmp_path/"x.h5", "w") as f:
+        f.create_dataset("x", (2**29, 1), "f8", chunks=(2**20, 1), compression="gzip")
     (tmp_path/"x.txt").write_text("a\nb\n", encoding="utf-8")
     assert (tmp_path/"x.h5").stat().st_size < 2**20
     with pytest.raises(ConfigError, match="would unpack to 4,294,967,296 bytes"): load_features(tmp_path/"x.h5")
@@ -358,7 +363,8 @@ def test_a_parquet_file_of_few_bytes_and_many_rows_is_refused(tmp_path, monkeypa
     pq.write_table(table, tmp_path/"x.parquet")
     assert (tmp_path/"x.parquet").stat().st_size < 20_000
     for load in (load_sentences, load_corpus, load_images):
-        with pytest.raises(ConfigError, match="would unpack to .* more than a hundred times"): load(tmp_path/"x.parquet")
+        with pytest.raises(ConfigError, match="would unpack to .* more than a hundred times"):
+            load(tmp_path/"x.parquet")
 
 
 def test_a_dump_that_would_fill_the_memory_is_refused(tmp_path):

@@ -27,7 +27,11 @@ LESSONS = ["38_games.referential", "40_games.contrastive", "41_games.patchgame",
 STATE = """() => {
   const panel = window.jupyterapp?.shell.currentWidget;
   const cells = Array.from(panel?.content?.model?.cells ?? []).filter(c => c.type == 'code').map(c => c.toJSON());
-  return {idle: panel?.sessionContext?.session?.kernel?.status == 'idle', left: cells.filter(c => !c.execution_count).length, stopped: cells.some(c => c.outputs.some(o => o.output_type == 'error'))};
+  return {
+    idle: panel?.sessionContext?.session?.kernel?.status == 'idle',
+    left: cells.filter(c => !c.execution_count).length,
+    stopped: cells.some(c => c.outputs.some(o => o.output_type == 'error')),
+  };
 }"""
 
 

@@ -6,6 +6,7 @@ import pandas as pd, pytest, torch
 from torch import nn
 
 import refcomm
+from conftest import PROGRAMS
 from refcomm import keep
 from refcomm.core import ConfigError, generator
 from refcomm.corpora import from_record
@@ -18,7 +19,8 @@ from refcomm.games.contrastive import DiscriminationGame
 from refcomm.games.patchgame import make_patch_game
 from refcomm.games.tasks import ClassTask, ItemTask, SampledTask
 from refcomm.sms.sampling import sample_games
-from refcomm.keep import Kept, cross_play_of, described, ease_of, load, load_game, new_game, probe_of, push_game, role_swap_of, save_game
+from refcomm.keep import (Kept, cross_play_of, described, ease_of, load, load_game, new_game, probe_of, push_game,
+    role_swap_of, save_game)
 from refcomm.own import load_objects, make_game, page, posdis, referential, sweep, topsim, train
 from refcomm.papers.eqc.run import EQCSpec
 from refcomm.papers.iac import items as iac_items
@@ -44,11 +46,13 @@ GAMES = {
     for k, n in dict(train=40, valid=12, test=12).items()}, 3),
     "min|M|": lambda: SampledTask({k: sample_games(n, 2, "tilted", 4, 3, 4, generator=generator(n)).candidates
     for k, n in dict(train=40, valid=12, test=12).items()}, 3),
-    "image": lambda: ItemTask(NOISE, torch.arange(60) % 6, PARTS_OF_60, 3, 4, informed=True, other_classes=True, generator=generator(0)),
+    "image": lambda: ItemTask(NOISE, torch.arange(60) % 6, PARTS_OF_60, 3, 4, informed=True, other_classes=True,
+        generator=generator(0)),
     "sentence": lambda: ItemTask(NOISE, torch.arange(60) % 6, PARTS_OF_60, 3, 4, pool=24, generator=generator(0)),
     "classes": lambda: ClassTask(NOISE, torch.arange(60) % 6, NOISE[:6], PARTS_OF_60, 3),
 }
-NOISE, PARTS_OF_60 = torch.randn(60, 6, generator=generator(1)), dict(zip(("train", "valid", "test"), torch.arange(60).split((40, 10, 10))))
+NOISE = torch.randn(60, 6, generator=generator(1))
+PARTS_OF_60 = dict(zip(("train", "valid", "test"), torch.arange(60).split((40, 10, 10))))
 CHANNELS = {"instant": dict(channel="instant"), "recurrent": dict(), "ending": dict(length_cost=.1)}
 BOTTLENECKS = {"continuous": {}, "gumbel": {}, "straight-through": dict(bottleneck="gumbel", straight_through=True),
     "reinforce": {}, "quantized": dict(alphabet_size=3), "fsq": dict(alphabet_size=3), "vq": dict(alphabet_size=3),
@@ -86,7 +90,8 @@ def _trains_and_plays_again(tmp_path, t, g):
     assert torch.equal(one, two)
     return again
 
-MORE = {"drawn choice": dict(draws=True), "trained temperature": dict(trained_temperature=True), "two layers": dict(layers=2)}
+MORE = {"drawn choice": dict(draws=True), "trained temperature": dict(trained_temperature=True),
+    "two layers": dict(layers=2)}
 
 def _more_cases(): # each with every game, channel, bottleneck and kind of agents that it concerns, one after the other
     every = dict(game=GAMES, channel=CHANNELS, bottleneck=BOTTLENECKS, cell=AGENTS)
@@ -100,7 +105,8 @@ def _more_cases(): # each with every game, channel, bottleneck and kind of agent
 @pytest.mark.parametrize("more, game, channel, bottleneck, cell", list(_more_cases()))
 def test_what_egg_has_besides_trains_saves_and_plays_again(tmp_path, more, game, channel, bottleneck, cell):
     t = GAMES[game]()
-    sizes = dict(bottleneck=bottleneck, alphabet_size=6, word_length=4, message_length=3, hidden=8, embedding=4, cell=cell)
+    sizes = dict(bottleneck=bottleneck, alphabet_size=6, word_length=4, message_length=3, hidden=8, embedding=4,
+        cell=cell)
     sizes |= BOTTLENECKS[bottleneck] | CHANNELS[channel] | MORE[more]
     if game == "image": sizes["sender"] = InformedSender(6, 8, 4, 5, 3)
     plain, g = make_game(t, **{k: v for k, v in sizes.items() if k not in MORE[more]}), make_game(t, **sizes)
@@ -111,23 +117,27 @@ def test_what_egg_has_besides_trains_saves_and_plays_again(tmp_path, more, game,
     assert "draws" not in json.dumps(described(plain)) and "trained" not in json.dumps(described(plain)) # so that keys of runs stay
 
 def test_layers_are_refused_where_there_are_no_cells():
-    with pytest.raises(ConfigError, match="an instant channel has no cells to stack, got layers=2"): make_game(task(), channel="instant", layers=2)
+    with pytest.raises(ConfigError, match="an instant channel has no cells to stack, got layers=2"):
+        make_game(task(), channel="instant", layers=2)
 
 def test_drawn_choices_are_a_members_own(tmp_path):
     "A stack of receivers that draw gives the results of separate trainings; so does a population's pair."
     t, make = task(), lambda seed: make_game(task(), bottleneck="reinforce", draws=True, hidden=8, seed=seed)
     def trained(seeds):
         e = Ensemble([make(s) for s in seeds])
-        fit(e, *objectives(e, t), t.n_train, TrainSettings(epochs=1, batch_size=14), seeds, report=lambda done, text: None)
+        fit(e, *objectives(e, t), t.n_train, TrainSettings(epochs=1, batch_size=14), seeds,
+            report=lambda done, text: None)
         return e.weights(len(seeds) - 1)
     for k, v in trained([0, 1]).items(): torch.testing.assert_close(trained([1])[k], v, msg=k)
     from refcomm.training.populations import train_population
-    assert len(train_population(Population([make(0), make(1)], alone=False), t, TrainSettings(epochs=1, batch_size=14))) == 1
+    assert len(train_population(Population([make(0), make(1)], alone=False), t,
+        TrainSettings(epochs=1, batch_size=14))) == 1
 
 @pytest.mark.parametrize("channel", CHANNELS)
 @pytest.mark.parametrize("bottleneck", BOTTLENECKS)
 def test_discrimination_takes_every_channel_and_bottleneck(tmp_path, channel, bottleneck):
-    sizes = dict(bottleneck=bottleneck, alphabet_size=6, word_length=4, message_length=3, hidden=8, embedding=4) | BOTTLENECKS[bottleneck]
+    sizes = (dict(bottleneck=bottleneck, alphabet_size=6, word_length=4, message_length=3, hidden=8, embedding=4)
+        | BOTTLENECKS[bottleneck])
     c = make_game(task(), **sizes | CHANNELS[channel]).channel
     eye = lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, c.dim))
     game, x = DiscriminationGame(eye(), c, eye(), n_candidates=4), torch.rand(2, 16, 3, 2, 2, generator=generator(0))
@@ -151,8 +161,7 @@ def test_a_patch_game_is_kept_and_takes_no_other_channel(tmp_path):
 
 @pytest.mark.slow
 def test_importing_needs_no_torch():
-    code = "import sys, refcomm; assert 'torch' not in sys.modules and 'train' in dir(refcomm); from refcomm import train, load_objects, topsim; assert 'torch' in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, PROGRAMS/"import_without_torch.py"], check=True)
 
 def test_all_names_are_there():
     for name in refcomm.__all__: assert getattr(refcomm, name) is not None, name
@@ -311,7 +320,8 @@ def test_a_worker_needs_nothing_but_the_spec(tmp_path):
     assert table.key.tolist() == [r.key for r in records]
     assert [r.rows[0]["accuracy"] for r in records] == table.accuracy.tolist()
     kept = load(records[0])
-    assert torch.equal(kept.game.send(kept.task.seen("test")).symbols.flatten(1), records[0].tensors()["messages"].long().flatten(1))
+    assert torch.equal(kept.game.send(kept.task.seen("test")).symbols.flatten(1),
+        records[0].tensors()["messages"].long().flatten(1))
     write_plan(specs, tmp_path/"plan.json")
     assert read_plan(tmp_path/"plan.json") == specs and recorded(store).keys == {("mine", r.key) for r in records}
     assert spent(records)["epochs"] == 2
@@ -321,7 +331,9 @@ def test_a_worker_needs_nothing_but_the_spec(tmp_path):
 @pytest.mark.slow
 def test_sweeps_of_several_shapes_equal_single_runs(tmp_path):
     t = task()
-    def make(bottleneck, seed): return refcomm.trial(make_game(t, bottleneck=bottleneck, alphabet_size=3, word_length=4, hidden=8, seed=seed), t, epochs=2, lr=1e-2, seed=seed)
+    def make(bottleneck, seed):
+        return refcomm.trial(make_game(t, bottleneck=bottleneck, alphabet_size=3, word_length=4, hidden=8, seed=seed),
+            t, epochs=2, lr=1e-2, seed=seed)
     found = sweep(make, dict(bottleneck=["quantized", "vq"], seed=[0, 1]), store=Store(tmp_path/"a"))
     for row in found.itertuples():
         alone = train(*make(row.bottleneck, row.seed)[:2], epochs=2, lr=1e-2, seed=row.seed, store=Store(tmp_path/"b"))
@@ -330,7 +342,8 @@ def test_sweeps_of_several_shapes_equal_single_runs(tmp_path):
 def test_a_grid_is_a_file(tmp_path, capsys):
     from refcomm import cli
     (tmp_path/"own.py").write_text(OWN)
-    (tmp_path/"grid.json").write_text(json.dumps(dict(experiment=f"{tmp_path/'own.py'}:mine", grid=dict(alphabet_size=[3, 6]))))
+    (tmp_path/"grid.json").write_text(json.dumps(dict(experiment=f"{tmp_path/'own.py'}:mine",
+        grid=dict(alphabet_size=[3, 6]))))
     cli.sweep(tmp_path/"grid.json", 1, "cpu", None, None, False, None, None, "accuracy", None)
     assert len(pd.read_csv(tmp_path/"grid.csv")) == 2 and (tmp_path/"grid.png").stat().st_size > 1000
 
@@ -339,21 +352,25 @@ def test_a_page_says_all_that_a_game_takes(tmp_path):
     TABLE.to_csv(tmp_path/"t.csv", index=False)
     given = dict(table=str(tmp_path/"t.csv"), distractors=4, valid=8, test=12, hidden=8, epochs=1)
     fields = {f.name: f.default for f in dataclasses.fields(page.Spec)}
-    takes = {k: p.default for k, p in inspect.signature(make_game).parameters.items() if k not in ("task", "sender", "receiver", "options")}
+    takes = {k: p.default for k, p in inspect.signature(make_game).parameters.items()
+        if k not in ("task", "sender", "receiver", "options")}
     assert takes.items() <= fields.items()
     assert not set(spec_fields(page(**given))) & set(page.later) and page.later
     more = dict(layers=2, draws=True, ends=True, warmup=(0., 1.), trained_temperature=True)
     assert not set(more) - set(spec_fields(page(**given, **more)))
     made = page.made(page(**given, **more))
     assert described(made.game) == described(make_game(made.task, hidden=8, **more)) and made.game.draws
-    assert page.made(page(**given, bottleneck="reinforce", entropy_weight=.5)).game.channel.bottleneck.entropy_weight == .5
+    assert page.made(page(**given, bottleneck="reinforce",
+        entropy_weight=.5)).game.channel.bottleneck.entropy_weight == .5
 
 FINISHED = {
-    "eqc": lambda: [EQCSpec(n_attributes=2, n_values=4, n_train=10, n_valid=3, n_test=3, bottleneck="gumbel", alphabet_size=5,
-        word_length=1, channel="ending", message_length=3, hidden=8, embedding=4, candidates=(2, 16), alphabets=(), epochs=1, seed=s) for s in (0, 1)],
+    "eqc": lambda: [EQCSpec(n_attributes=2, n_values=4, n_train=10, n_valid=3, n_test=3, bottleneck="gumbel",
+        alphabet_size=5, word_length=1, channel="ending", message_length=3, hidden=8, embedding=4, candidates=(2, 16),
+        alphabets=(), epochs=1, seed=s) for s in (0, 1)],
     "sms": lambda: [SMSSpec(n_attributes=4, n_values=3, n_distractors=3, n_train=64, n_valid=32, hidden=16, embedding=8,
         alphabet_size=6, epochs=1, seed=s) for s in (0, 1)],
-    "iac": lambda: [dataclasses.replace(iac_items.grid("table1", "smoke", 1)[3], n_blobs=8, n_permutations=9, epochs=1)],
+    "iac": lambda: [dataclasses.replace(iac_items.grid("table1", "smoke", 1)[3], n_blobs=8, n_permutations=9,
+        epochs=1)],
     "patch": lambda: [patch_items.grid("figure9", "smoke", 1)[0]],
     "own": lambda: [],
 }
@@ -362,14 +379,17 @@ FINISHED = {
 @pytest.mark.parametrize("experiment", FINISHED)
 def test_a_finished_run_is_explored_played_probed_and_written_without_training(tmp_path, experiment, monkeypatch):
     store = Store(tmp_path)
-    if experiment == "own": records = [train(make_game(task(), hidden=8, seed=s), task(), epochs=1, seed=s, store=store).record for s in (0, 1)]
+    if experiment == "own":
+        records = [train(make_game(task(), hidden=8, seed=s), task(), epochs=1, seed=s, store=store).record
+            for s in (0, 1)]
     else: records = execute(FINISHED[experiment](), store=store)
     monkeypatch.setattr("refcomm.training.loop.fit", None)
     key = f"{experiment}/{records[0].key}"
     e, m = explorer_of(key, 4, store), None
     corpus = from_record(records[0], "game/valid" if experiment == "iac" else None)
     if experiment == "patch": # dropped patches are no symbols of a corpus
-        assert [[s for s in row if s >= 0] for row in e.symbols.tolist()] == [row[:n] for row, n in zip(corpus.messages[:4].tolist(), corpus.lengths[:4].tolist())]
+        assert [[s for s in row if s >= 0] for row in e.symbols.tolist()] == [row[:n]
+            for row, n in zip(corpus.messages[:4].tolist(), corpus.lengths[:4].tolist())]
     else:
         n = corpus.messages.shape[1]
         assert torch.equal(e.symbols[:, :n], corpus.messages[:4]) and (e.symbols[:, n:] == -1).all()
@@ -388,7 +408,8 @@ def test_a_finished_run_is_explored_played_probed_and_written_without_training(t
 
 
 def _two_runs(tmp_path, epochs=25, **how):
-    return [train(make_game(task(), alphabet_size=3, word_length=4, message_length=2, hidden=16, seed=s, **how), task(), epochs=epochs, lr=1e-2,
+    return [train(make_game(task(), alphabet_size=3, word_length=4, message_length=2, hidden=16, seed=s, **how), task(),
+        epochs=epochs, lr=1e-2,
         batch_size=14, seed=s, store=Store(tmp_path)) for s in (0, 1)]
 
 def test_kept_agents_that_take_turns_come_to_understand_each_other(tmp_path):
@@ -400,12 +421,16 @@ def test_kept_agents_that_take_turns_come_to_understand_each_other(tmp_path):
     assert all(torch.equal(v, weights[k]) for k, v in runs[0].game.state_dict().items())
     with pytest.raises(ConfigError, match="name at least two runs"): role_swap_of(runs[:1])
 
-@pytest.mark.parametrize("how", [dict(bottleneck="vq", alphabet_size=3), dict(bottleneck="gumbel"), dict(bottleneck="gumbel", length_cost=.1, draws=True),
-    dict(bottleneck="reinforce"), dict(bottleneck="quantized", alphabet_size=3, when="inference"), dict(dropout=True)], ids=str)
+@pytest.mark.parametrize("how", [dict(bottleneck="vq", alphabet_size=3), dict(bottleneck="gumbel"),
+    dict(bottleneck="gumbel", length_cost=.1, draws=True),
+    dict(bottleneck="reinforce"), dict(bottleneck="quantized", alphabet_size=3, when="inference"),
+    dict(dropout=True)], ids=str)
 def test_a_kept_language_stays_as_it_is_while_others_learn_it(tmp_path, how):
     "What a new receiver hears are the symbols that the sender says, and not what its training relaxed, drew or dropped."
     if how.pop("dropout", False): how["sender"] = nn.Sequential(nn.Linear(11, 16), nn.Dropout(.5))
-    run, heard = train(make_game(task(), **dict(hidden=16, message_length=2, word_length=4) | how), task(), epochs=2, batch_size=14, store=Store(tmp_path)), []
+    run = train(make_game(task(), **dict(hidden=16, message_length=2, word_length=4) | how), task(), epochs=2,
+        batch_size=14, store=Store(tmp_path))
+    heard = []
     send = run.game.channel.send
     def told(u, noise=None):
         heard.append(send(u, noise).word.detach())
@@ -419,20 +444,26 @@ def test_a_kept_language_stays_as_it_is_while_others_learn_it(tmp_path, how):
     assert spoken == {tuple(w.flatten().tolist()) for w in said}
     assert all(torch.equal(v, before[k]) for k, v in run.game.state_dict().items()) and not run.game.training
 
-@pytest.mark.parametrize("experiment, how", [("iac", {}), ("iac", dict(shared=True)), ("iac", dict(message_length=2, bottleneck="quantized", word_length=4)), ("patch", {})], ids=str)
+@pytest.mark.parametrize("experiment, how",
+    [("iac", {}), ("iac", dict(shared=True)), ("iac", dict(message_length=2, bottleneck="quantized", word_length=4)),
+    ("patch", {})], ids=str)
 def test_agents_that_see_images_are_learned_from_and_take_turns(experiment, how, monkeypatch):
     "A new receiver learns with its own eyes from a sender that stays as it is; copies of agents alternate."
-    sizes = dict(iac=dict(n_images=120, batch_size=16, n_ood=2), patch=dict(n_images=40, batch_size=8))[experiment] | how
-    spec = dataclasses.replace(dict(iac=iac_items.grid("table1", "smoke", 1)[3], patch=patch_items.grid("figure9", "smoke", 1)[0])[experiment], **sizes)
+    sizes = (dict(iac=dict(n_images=120, batch_size=16, n_ood=2), patch=dict(n_images=40, batch_size=8))[experiment]
+        | how)
+    spec = dataclasses.replace(dict(iac=iac_items.grid("table1", "smoke", 1)[3],
+        patch=patch_items.grid("figure9", "smoke", 1)[0])[experiment], **sizes)
     home = home_of(experiment)
     parts = home.make_parts(spec)
     def kept(seed, **more):
         s = dataclasses.replace(spec, seed=seed, **more)
-        return Kept(home.build(s).eval(), parts, s, RunRecord(experiment, f"{seed}", dataclasses.asdict(s), [], {}, {}, Path()))
+        return Kept(home.build(s).eval(), parts, s,
+            RunRecord(experiment, f"{seed}", dataclasses.asdict(s), [], {}, {}, Path()))
     runs = [kept(0), kept(1)]
     before = [{k: v.clone() for k, v in r.game.state_dict().items()} for r in runs]
     sides, fresh = dict(iac=("sender", "receiver"), patch=("speaker", "listener"))[experiment], []
-    changed = lambda now, was: {k.split(".")[0] for k, v in now.state_dict().items() if v.is_floating_point() and not torch.equal(v, was[k])}
+    changed = lambda now, was: {k.split(".")[0] for k, v in now.state_dict().items() if v.is_floating_point()
+        and not torch.equal(v, was[k])}
     with monkeypatch.context() as m:
         m.setattr(keep, "new_game", lambda *a: fresh.append(new_game(*a)) or fresh[-1])
         ease = ease_of(runs[0], epochs=1, lr=1e-2, seeds=(3, 4))
@@ -450,8 +481,11 @@ def test_agents_that_see_images_are_learned_from_and_take_turns(experiment, how,
         assert changed(now, was) >= {*sides}
     silent = kept(2, model="simclr" if experiment == "iac" else "supervised")
     for ask in (ease_of, lambda r: cross_play_of([r]), lambda r: role_swap_of([r, kept(5, model=r.spec.model)])):
-        with pytest.raises(ConfigError, match=f"{experiment}/2 is of the model '{silent.spec.model}', which sends no messages"): ask(silent)
+        with pytest.raises(ConfigError,
+            match=f"{experiment}/2 is of the model '{silent.spec.model}', which sends no messages"):
+            ask(silent)
 
 def test_games_of_different_kinds_make_no_pair():
     from refcomm.training.populations import paired
-    with pytest.raises(ConfigError, match="a ReferentialGame and a Linear make no pair"): paired(make_game(task()), nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="a ReferentialGame and a Linear make no pair"):
+        paired(make_game(task()), nn.Linear(2, 2))

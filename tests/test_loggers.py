@@ -38,7 +38,8 @@ def read_tensorboard(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     events = EventAccumulator(str(folder)).Reload()
-    started = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content).session_start_info.hparams
+    about = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    started = HParamsPluginData.FromString(about).session_start_info.hparams
     return ({n: [[e.step, e.value] for e in events.Scalars(n)] for n in events.Tags()["scalars"]},
         {k: getattr(v, v.WhichOneof("kind")) for k, v in started.items()})
 
@@ -130,7 +131,8 @@ def test_a_stack_killed_and_resumed_logs_each_run_whole(home, monkeypatch, calm,
         for p in home.glob("logs/*/eqc/*/*")), "what is found is not logged again"
 
 
-@pytest.mark.parametrize("spec", [patch.configure("smoke", model="supervised", trained=False), sms.grid("epoch30", "smoke", 1)[0]],
+@pytest.mark.parametrize("spec", [patch.configure("smoke", model="supervised", trained=False),
+    sms.grid("epoch30", "smoke", 1)[0]],
     ids=["untrained", "sms"])
 def test_other_experiments_log(home, monkeypatch, spec):
     "Those that several processes train are in test_distributed."

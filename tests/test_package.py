@@ -1,17 +1,20 @@
 "The package as it is built, installed and imported."
+import ast
+import collections
 import configparser
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
 import tomllib
 import zipfile
 
 import pytest
 
 import refcomm
-from conftest import ROOT
+from conftest import PROGRAMS, ROOT
 
 
 def test_versions_agree():
@@ -22,16 +25,7 @@ def test_versions_agree():
 
 @pytest.mark.slow
 def test_import_has_no_side_effect():
-    code = """
-import sys, torch
-state, threads, argv, dtype, grad = torch.random.get_rng_state(), torch.get_num_threads(), list(sys.argv), torch.get_default_dtype(), torch.is_grad_enabled()
-before = set(sys.modules)
-import refcomm, refcomm.core, refcomm.channels, refcomm.games.referential, refcomm.sms.complexity, refcomm.runs.execute, refcomm.papers.eqc.run, refcomm.papers.evidence, refcomm.publish.figures, refcomm.publish.report, refcomm.cli
-assert torch.equal(state, torch.random.get_rng_state()) and threads == torch.get_num_threads() and argv == sys.argv and dtype == torch.get_default_dtype() and grad
-heavy = {m for m in set(sys.modules) - before if m.split('.')[0] in ('transformers', 'datasets', 'torchvision', 'matplotlib', 'seaborn', 'papermill', 'nbdev', 'fastcore', 'IPython', 'vector_quantize_pytorch', 'numba', 'sklearn', 'PIL', 'jinja2', 'tensorboard', 'wandb', 'mlflow')}
-assert not heavy, heavy
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, PROGRAMS/"import_everything.py"], check=True)
 
 
 def test_the_library_stands_without_notebook_tooling():
@@ -150,9 +144,11 @@ def test_the_page_from_table_to_corpus_runs_from_the_wheel(installed, tmp_path):
     cells = json.loads((ROOT/"nbs"/"tutorials"/"4_own_data.ipynb").read_text())["cells"]
     page = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code" and c["id"] != "install-refcomm")
     assert len([line for line in page.splitlines() if line.strip()]) <= 30
-    env = {"PATH": str(installed[0]), "HOME": str(tmp_path), "REFCOMM_HOME": str(tmp_path/"home"), "REFCOMM_PROGRESS": "off",
+    env = {"PATH": str(installed[0]), "HOME": str(tmp_path), "REFCOMM_HOME": str(tmp_path/"home"),
+        "REFCOMM_PROGRESS": "off",
         "OMP_NUM_THREADS": "1"}
-    run = lambda code: subprocess.run([str(installed[0]/"python"), "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    run = lambda code: subprocess.run([str(installed[0]/"python"), "-c", code], capture_output=True, text=True,
+        cwd=tmp_path, env=env)
     one = run(f"{page}\nprint(folder)\nprint(run.messages.tolist())")
     assert one.returncode == 0, one.stderr
     folder, messages = one.stdout.splitlines()[-2:]
@@ -166,10 +162,61 @@ def test_the_page_from_table_to_corpus_runs_from_the_wheel(installed, tmp_path):
 
 def test_statements_are_statements():
     "No tuples of calls as statements, no assignments inside tuples, no conditional expressions inside others."
-    import ast
     for p in (ROOT/"refcomm").rglob("*.py"):
         for n in ast.walk(ast.parse(p.read_text())):
             where = f"{p.relative_to(ROOT)}:{getattr(n, 'lineno', 0)}"
             assert not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Tuple)), where
             if isinstance(n, ast.Tuple): assert not any(isinstance(x, ast.NamedExpr) for x in ast.walk(n)), where
-            if isinstance(n, ast.IfExp): assert not any(isinstance(x, ast.IfExp) for x in (n.body, n.orelse, n.test)), where
+            if isinstance(n, ast.IfExp):
+                assert not any(isinstance(x, ast.IfExp) for x in (n.body, n.orelse, n.test)), where
+
+
+def fields(node):
+    "Lines of a dataclass that are fields."
+    made = (isinstance(node, ast.ClassDef)
+        and any("spec" in ast.unparse(d) or "dataclass" in ast.unparse(d) for d in node.decorator_list))
+    return sum(n.end_lineno - n.lineno + 1 for n in node.body if isinstance(n, ast.AnnAssign)) if made else 0
+
+
+def test_an_exported_cell_fits_on_a_screen():
+    "At most 35 lines, the directive included; the fields of dataclasses, one a line with a comment, are not counted."
+    for p in sorted((ROOT/"nbs").glob("[0-9]*.ipynb")):
+        for c in json.loads(p.read_text())["cells"]:
+            source = "".join(c["source"])
+            if c["cell_type"] != "code" or not source.startswith("#| export"): continue
+            lines = len(source.splitlines()) - sum(map(fields, ast.parse(source).body))
+            assert lines <= 35, f"{p.name} #{c['id']}: {lines} lines; split it, or move a part to a function or a base class"
+
+
+def is_text(token):
+    return tokenize.tok_name[token.type] in ("STRING", "FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END")
+
+
+def test_lines_of_code_are_short():
+    "At most 120 characters without the comment, unless text takes up 40 of them or more."
+    for p in [*(ROOT/"refcomm").rglob("*.py"), *(ROOT/"tests").rglob("*.py")]:
+        if p.name == "_modidx.py": continue
+        text, ends, lines = collections.Counter(), {}, p.read_text(encoding="utf-8").splitlines()
+        for t in tokenize.generate_tokens(iter([line + "\n" for line in lines]).__next__):
+            if t.type == tokenize.COMMENT: ends[t.start[0]] = len(lines[t.start[0] - 1][:t.start[1]].rstrip())
+            if not is_text(t): continue
+            for i in range(t.start[0], t.end[0] + 1):
+                first = t.start[1] if i == t.start[0] else 0
+                text[i] += (t.end[1] if i == t.end[0] else len(lines[i - 1])) - first
+        for i, line in enumerate(lines, 1):
+            if line.startswith(("__all__", "# %%")): continue
+            assert ends.get(i,
+                len(line)) <= 120 or text[i] >= 40, f"{p.relative_to(ROOT)}:{i} has {len(line)} characters"
+
+
+def test_what_is_public_is_described():
+    "Functions, and methods of classes, those included that public classes inherit from private ones."
+    for p in (ROOT/"refcomm").rglob("*.py"):
+        if p.name in ("_modidx.py", "__main__.py"): continue
+        body = ast.parse(p.read_text(encoding="utf-8")).body
+        classes = {n.name: n for n in body if isinstance(n, ast.ClassDef)}
+        bases = {b.id for n in classes.values() for b in n.bases if isinstance(b, ast.Name)}
+        shown = [n for name, n in classes.items() if name[0] != "_" or name in bases]
+        for n in [*body, *(m for c in shown for m in c.body)]:
+            if isinstance(n, ast.FunctionDef) and not n.name.startswith("_"):
+                assert ast.get_docstring(n), f"{p.relative_to(ROOT)}:{n.lineno} {n.name} has no docstring"

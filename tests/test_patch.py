@@ -339,7 +339,7 @@ def test_an_empty_message_means_one_thing(masked):
     noise[..., -2:] = torch.tensor([-50., 50.])
     m = game.send(views(4), noise)
     assert not m.sent.any() and not m.word.any() and (m.length == 0).all()
-    read = game.listener.read(m)
+    read = game.listener.decode(m)
     assert read.isfinite().all() and torch.equal(read, read[:1].expand(4, -1))
     game(views(4), views(4, seed=1), noise).backward()
     assert all(p.grad.isfinite().all() for p in game.parameters() if p.grad is not None)
@@ -349,9 +349,9 @@ def test_a_mask_hides_what_is_dropped():
     game = tiny(masked=True).eval()
     m = game.send(views(6))
     other = m._replace(word=m.word + (~m.sent[..., None])*torch.rand(6, 16, 12))
-    torch.testing.assert_close(game.listener.read(other), game.listener.read(m), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(game.listener.decode(other), game.listener.decode(m), atol=1e-5, rtol=1e-5)
     game.listener.masked = False
-    assert not torch.allclose(game.listener.read(other), game.listener.read(m), atol=1e-4)
+    assert not torch.allclose(game.listener.decode(other), game.listener.decode(m), atol=1e-4)
 
 
 # normalised scores
@@ -408,7 +408,8 @@ def test_a_batch_is_played_by_itself():
         whole, parts = game.send(x).symbols, torch.cat([game.send(p).symbols for p in x.split(2)])
         assert torch.equal(whole, parts) and (whole[0] == game.send(x[:1]).symbols[0]).all()
         played = game.play(x, y)
-        scores = torch.stack([torch.cosine_similarity(game.listener.read(game.send(x[i:i+1])), game.listener.see(y))
+        encoded = game.listener.encode_images(y)
+        scores = torch.stack([torch.cosine_similarity(game.listener.decode(game.send(x[i:i+1])), encoded)
             for i in range(9)])
     assert played.accuracy == (scores.argmax(-1) == torch.arange(9)).float().mean() and torch.equal(played.symbols,
         whole)
@@ -531,9 +532,9 @@ def test_the_game_is_learned():
     (lambda: tiny(n_candidates=9).eval().play(views(3), views(3)), "9 candidates were asked for, but a batch has 3"),
     (lambda: tiny()(views(3), views(3)), "trains on noise"),
     (lambda: tiny(dropout=.1).speaker.rank(views(3)), "PatchRank with dropout trains on noise"),
-    (lambda: tiny().listener.read(Message(torch.zeros(2, 16, 13), torch.zeros(2, 16).long(), torch.rand(2, 16))),
+    (lambda: tiny().listener.decode(Message(torch.zeros(2, 16, 13), torch.zeros(2, 16).long(), torch.rand(2, 16))),
     "the speaker has 13 symbols, the listener knows 12"),
-    (lambda: tiny().listener.read(Message(torch.zeros(2, 25, 12), torch.zeros(2, 25).long(), torch.rand(2, 25))),
+    (lambda: tiny().listener.decode(Message(torch.zeros(2, 25, 12), torch.zeros(2, 25).long(), torch.rand(2, 25))),
     "25 tokens for a transformer of at most 16"),
     (lambda: Speaker(PatchSymbol(64, 16, hidden=4), PatchRank(32, "thin")),
     "PatchSymbol looks at patches of 16 pixels, PatchRank at 32"),

@@ -38,7 +38,7 @@ def test_nobody_is_held_out_and_images_keep_their_order(parts):
 def test_a_message_read_from_its_symbols_is_the_message_sent(parts, game):
     s = tiny()
     symbols, importance = patch.encode_messages(game, parts.valid.images, s)
-    direct, = patch.map_images(lambda x: (game.listener.read(game.send(x)),), parts.valid.images, s)
+    direct, = patch.map_images(lambda x: (game.listener.decode(game.send(x)),), parts.valid.images, s)
     assert torch.allclose(patch.decode_messages(game, symbols), direct, atol=1e-4)
     assert torch.allclose(patch.decode_messages(game, symbols.view(2, -1, 49)).flatten(0, 1), direct, atol=1e-4)
     assert torch.equal(symbols < 0, importance < (49 + .999)/2/49), "what ranks below the middle is dropped"
@@ -48,12 +48,13 @@ def test_a_message_through_a_soft_gate_is_read_with_its_weights(parts):
     s = tiny(gate="soft")
     game = patch.build(s).eval()
     said, direct, seen = patch.map_images(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1),
-        game.listener.read(game.send(x)), game.listener.see(x)), parts.valid.images, s)
+        game.listener.decode(game.send(x)), game.listener.encode_images(x)), parts.valid.images, s)
     weights = patch.gate_weights(game, parts.valid.images, s)
     assert 0 < weights.min() < weights.max() < 1
     assert torch.allclose(patch.decode_messages(game, said, weights), direct,
         atol=1e-4) and not torch.allclose(patch.decode_messages(game, said), direct, atol=1e-2)
-    assert {r["n_candidates"]: r["accuracy"] for r in patch.play(game, parts.valid.images, s)} == patch.retrieval_accuracy(direct,
+    assert {r["n_candidates"]: r["accuracy"]
+        for r in patch.play(game, parts.valid.images, s)} == patch.retrieval_accuracy(direct,
         seen, s)
     told, = {r["accuracy"] for r in patch_probes.top_k_play(game, parts.valid.images,
         dict(flat=torch.zeros(len(said), 49)), [49], s) if r["n_candidates"] == 2}
@@ -74,10 +75,11 @@ def test_how_many_suffice_against_a_loop(parts, game):
     images = parts.valid.images[:16]
     symbols, importance = patch.encode_messages(game, images, s)
     rows = patch_probes.suffice(game, images, symbols, importance, s)
-    seen, = patch.map_images(lambda x: (game.listener.see(x),), images, s)
+    seen, = patch.map_images(lambda x: (game.listener.encode_images(x),), images, s)
     own, longest = torch.arange(16), int((symbols >= 0).sum(1).max())
     with torch.no_grad():
-        won = [hits(cosine_similarities(patch.decode_messages(game, patch_probes.most_important(symbols, importance, k)), seen),
+        won = [hits(cosine_similarities(patch.decode_messages(game,
+            patch_probes.most_important(symbols, importance, k)), seen),
             own, [2, 16], generator(0, "distractors")) for k in range(1, longest + 1)]
     for c, n in enumerate((2, 16)):
         needed = []

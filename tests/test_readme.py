@@ -30,7 +30,8 @@ BLOCKS = [(f"{page}:{i}", language, body) for page, text in TEXTS.items() for i,
     enumerate(FENCED.findall(text))]
 PYTHON = {where: body for where, language, body in BLOCKS if language == "python"}
 COMMANDS = sorted({line.split("#")[0].strip() for _, language, body in BLOCKS if language == "sh"
-    for line in body.splitlines()} | {code for text in TEXTS.values() for code in re.findall(r"`((?:refcomm|make) [a-z][^`\n]*)`",
+    for line in body.splitlines()} | {code for text in TEXTS.values()
+    for code in re.findall(r"`((?:refcomm|make) [a-z][^`\n]*)`",
         text)} - {""})
 
 
@@ -60,7 +61,8 @@ def leaf(words):
 
 def check_refcomm(words):
     command, words, path = leaf(words)
-    options = {o: p for p in command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("-")} | {"--help": None}
+    options = ({o: p for p in command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("-")}
+        | {"--help": None})
     items, values = [], []
     while words:
         word, *words = words
@@ -106,11 +108,13 @@ def test_commands_exist(tool):
 def test_other_commands_are_few():
     "A command of another program is named here, so that nobody types what does not exist."
     first = {next(w for w in shlex.split(c) if "=" not in w) for c in COMMANDS}
-    assert first <= {*CHECKS, "python", "jupyter", "papermill", "conda", "git", "export", "sbatch", "torchrun", "ray", "cd"}, first
+    assert first <= {*CHECKS, "python", "jupyter", "papermill", "conda", "git", "export", "sbatch", "torchrun", "ray",
+        "cd"}, first
 
 
 @pytest.mark.parametrize("command, says", [("make quikc", "no target"), ("refcomm reproduse", "no command"),
-    ("refcomm reproduce eqc --executer slurm", "no option"), ("refcomm reproduce eqc/table5 -p n_seedz=2", "no parameter"),
+    ("refcomm reproduce eqc --executer slurm", "no option"),
+    ("refcomm reproduce eqc/table5 -p n_seedz=2", "no parameter"),
     ("refcomm reproduce eqc/table99", "table99"), ("pip install '.[baseline]'", "no extra")])
 def test_a_command_that_does_not_exist_is_found(command, says):
     tool, *words = shlex.split(command)
@@ -150,4 +154,5 @@ def test_an_installation_leaves_torch_as_it_is(there, monkeypatch):
     line, = asked
     command, quiet, url, pinned = line.split()
     assert (command, quiet) == ("install", "-q") and url.startswith("git+https://")
-    assert Requirement(pinned).name == "torch" and Requirement(pinned).specifier.contains(torch.__version__, prereleases=True)
+    assert Requirement(pinned).name == "torch" and Requirement(pinned).specifier.contains(torch.__version__,
+        prereleases=True)

@@ -74,7 +74,8 @@ def test_every_committed_item_is_redrawn(item, tmp_path):
         for c in old["claims"]]
 
 
-BAD_INDEX = ["{", "[]", "["*100_000, '{"item": "sms/figure2"}', '{"item": 3, "runs": [], "parameters": {}, "stamps": {}}',
+BAD_INDEX = ["{", "[]", "["*100_000, '{"item": "sms/figure2"}',
+    '{"item": 3, "runs": [], "parameters": {}, "stamps": {}}',
     '{"item": "sms/figure2", "runs": ["../../etc/passwd"], "parameters": {}, "stamps": {}}']
 
 
@@ -86,7 +87,8 @@ def test_a_damaged_list_of_kept_runs_is_named_and_the_rest_goes_on(kept, command
     with pytest.warns(UserWarning, match="left out: .*eqc_table5.json is no list of kept runs"):
         assert list(records.kept_items(kept)) == ["sms/figure2"]
     with pytest.raises(ConfigError, match="is no list of kept runs"): records.tidy(kept)
-    assert len(list(kept.glob("sms/*.parquet"))) == len(json.loads((kept/"sms_figure2.json").read_text())["runs"]), "nothing is lost"
+    listed = json.loads((kept/"sms_figure2.json").read_text())["runs"]
+    assert len(list(kept.glob("sms/*.parquet"))) == len(listed), "nothing is lost"
     with pytest.warns(UserWarning, match="left out"): r = command("redraw", "eqc/table5")
     assert r.returncode == 1 and "is no list of kept runs" in " ".join(r.stdout.split()) and not r.stderr
 

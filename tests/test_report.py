@@ -124,7 +124,8 @@ def test_pictures_and_numbers_lie_beside_the_page(folder, tmp_path):
 
 def test_what_lies_in_the_way_of_the_files_is_named(folder, tmp_path):
     (tmp_path/"report_files").write_text("mine")
-    with pytest.raises(StoreError, match="name another file with --out"): report.write_report(tmp_path/"report.html", folder)
+    with pytest.raises(StoreError, match="name another file with --out"):
+        report.write_report(tmp_path/"report.html", folder)
     assert (tmp_path/"report_files").read_text() == "mine" and not (tmp_path/"report.html").exists()
 
 
@@ -139,7 +140,8 @@ def test_nothing_is_fetched(html):
     page = Reader(html)
     for tag, a in page.tags:
         for k in ("src", "srcset", "action", "data"): assert a.get(k, "data:").startswith("data:"), (tag, a[k][:80])
-        assert a.get("href", "#").startswith(("#", "data:") + (("refcomm-report_files/",) if tag == "a" else ())), (tag, a["href"][:80])
+        assert a.get("href", "#").startswith(("#", "data:") + (("refcomm-report_files/",) if tag == "a" else ())), (tag,
+            a["href"][:80])
     style = html[html.index("<style>"):html.index("</style>")]
     assert "url(" not in style and "@import" not in style
     assert "default-src 'none'" in page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
@@ -169,7 +171,8 @@ def test_texts_are_escaped(folder):
     page = Reader(html)
     assert evil in page.texts and "<b>.json has no paper" in "".join(page.texts) and not [a for _, a in page.tags
         if "onerror" in a]
-    assert len(page.all("img")) == 3 and evil not in html and "<b>.json" not in html and re.search("1 (are )?untestable here", html)
+    assert (len(page.all("img")) == 3 and evil not in html and "<b>.json" not in html
+        and re.search("1 (are )?untestable here", html))
 
 
 @pytest.mark.parametrize("spoil, says", [
@@ -273,7 +276,8 @@ def test_intervals_are_shown_where_they_were_kept(html, folder):
     page = Reader(report.page(*report.read_items(folder)))
     assert page.texts.count("0.123 … 0.568") == len(t) - 1 and page.texts.count("3 seeds") == 1
     t.drop(columns=["low", "high"]).to_csv(folder/"eqc_table5.csv", index=False)
-    assert Reader(report.page(*report.read_items(folder))).texts.count("3 seeds") == len(t), "made before intervals were kept"
+    page = Reader(report.page(*report.read_items(folder)))
+    assert page.texts.count("3 seeds") == len(t), "made before intervals were kept"
 
 
 def test_the_pages_of_results_are_those_of_the_figures(shipped_figures):

@@ -13,7 +13,8 @@ from sklearn.preprocessing import StandardScaler
 
 from refcomm.core import ConfigError, generator
 from refcomm.files import find_data
-from refcomm.metrics.representation import Clusters, fit_linear, knn, linear_probe, mean_average_precision, similarity_correlation
+from refcomm.metrics.representation import (Clusters, fit_linear, knn, linear_probe, mean_average_precision,
+    similarity_correlation)
 
 
 def blobs(n=400, n_classes=4, dim=10, spread=1.5, seed=0):

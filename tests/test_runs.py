@@ -395,7 +395,8 @@ def killer():
     import glob, signal, subprocess, time
     while not glob.glob(str(store.Store().root/"unfinished"/"*"/"members.json")): time.sleep(.02)
     time.sleep(1)
-    for child in subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "spawn_main"], capture_output=True, text=True).stdout.split(): os.kill(int(child), signal.SIGKILL)
+    workers = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "spawn_main"], capture_output=True, text=True)
+    for child in workers.stdout.split(): os.kill(int(child), signal.SIGKILL)
 if __name__ == "__main__":
     threading.Thread(target=killer, daemon=True).start()
     try: runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)], jobs=2)

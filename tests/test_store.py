@@ -243,7 +243,8 @@ def test_the_index_follows_the_store(home, monkeypatch):
     assert known() == ({a.key, c.key}, [])
 
 
-@pytest.mark.parametrize("kind", ["no table", "another format", "another table", "cut", "empty", "a pipe", "a folder", "a link",
+@pytest.mark.parametrize("kind", ["no table", "another format", "another table", "cut", "empty", "a pipe", "a folder",
+    "a link",
     "may not be written", "held by another"])
 def test_an_index_that_cannot_be_used_is_made_anew(home, tmp_path, kind):
     import sqlite3
@@ -255,9 +256,11 @@ def test_an_index_that_cannot_be_used_is_made_anew(home, tmp_path, kind):
     if kind == "cut": path.write_bytes(data[:len(data)//2])
     if kind == "empty": path.write_bytes(b"")
     if kind == "another format":
-        with contextlib.closing(sqlite3.connect(path)) as db: db.executescript("PRAGMA user_version=99; DROP TABLE runs")
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.executescript("PRAGMA user_version=99; DROP TABLE runs")
     if kind == "another table":
-        with contextlib.closing(sqlite3.connect(path)) as db: db.executescript("DROP TABLE runs; CREATE TABLE runs (key TEXT)")
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.executescript("DROP TABLE runs; CREATE TABLE runs (key TEXT)")
     if kind in ("a pipe", "a folder", "a link"): path.unlink()
     if kind == "a pipe": os.mkfifo(path)
     if kind == "a folder": path.mkdir()

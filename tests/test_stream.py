@@ -86,7 +86,8 @@ def fitted(kind, source, device="cpu", **more):
     run, parts = runner_of(s), runner_of(s).make_parts(s)
     train, ensemble = ImageBatches(parts.train, device), Ensemble([run.build(s, 4)]).to(device)
     settings = TrainSettings(epochs=s.epochs, batch_size=s.batch_size, accumulate=2, drop_last=True, keep="last")
-    history = fit(ensemble, *run.objectives(ensemble, s, parts, device, train), len(parts.train.images), settings, [0], device,
+    history = fit(ensemble, *run.objectives(ensemble, s, parts, device, train), len(parts.train.images), settings, [0],
+        device,
         report=lambda *a: None, announce=train.announce, **more).history
     return history.drop(columns="seconds"), {k: v.cpu() for k, v in ensemble.full_state().items()}, train
 
@@ -103,7 +104,8 @@ def test_a_set_larger_than_its_bound_runs_to_the_same_numbers(kind, form, source
     key, whole = run_key(s), trained(s)
     no_room()
     once = AheadReader.__getitem__
-    monkeypatch.setattr(AheadReader, "__getitem__", lambda self, rows: taken.append(len(self.waiting)) or once(self, rows))
+    monkeypatch.setattr(AheadReader, "__getitem__", lambda self, rows: taken.append(len(self.waiting))
+        or once(self, rows))
     same(trained(s), whole)
     assert run_key(s) == key and len(taken) == 2*(whole.summary["n_train"]//s.batch_size)
     assert min(taken) > 0, "every batch was being read when it was asked for"
@@ -161,8 +163,10 @@ def test_what_notebooks_measure_of_stored_images_is_the_same(sources, no_room):
         game = build(s, 4).eval()
         symbols, importance = encode_messages(game, images, s)
         pairs, _ = class_pairs(labels, generator(0, "pairs"))
-        found = [edge_density(images), grey_entropy(images), symbols, importance, untrained_importance(s, images, 2), images[3, :, 2:9, 4:], images[:3],
-            *(perceptual_distance(images, some, "trunk", torch.nn.AvgPool2d(8), device="cpu") for some in (pairs, None))]
+        found = [edge_density(images), grey_entropy(images), symbols, importance, untrained_importance(s, images, 2),
+            images[3, :, 2:9, 4:], images[:3],
+            *(perceptual_distance(images, some, "trunk", torch.nn.AvgPool2d(8), device="cpu")
+            for some in (pairs, None))]
         rows = [*play(game, images, s), *suffice(game, images, symbols, importance, s),
             *top_k_play(game, images, dict(own=importance), (3, 9), s), *classify(game, s, parts)]
         return images, found, rows
@@ -178,7 +182,8 @@ def test_a_set_is_decoded_once_and_again_when_a_file_changes(sources, no_room, h
     here = shutil.copytree(sources["folder"], tmp_path/"copy")
     no_room()
     first, decode, counted = load_images(here, 16).digest, module._decode, []
-    monkeypatch.setattr(module, "_decode", lambda source, rows, *a: counted.append(len(rows)) or decode(source, rows, *a))
+    monkeypatch.setattr(module, "_decode", lambda source, rows, *a: counted.append(len(rows))
+        or decode(source, rows, *a))
     assert load_images(here, 16).digest == first and sum(counted) == 0
     shutil.copy(here/"star"/"000.png", here/"star"/"001.png")
     changed = load_images(here, 16).digest
@@ -203,7 +208,8 @@ def test_undecodable_images_are_left_out_from_the_disk_as_from_memory(sources, n
 def test_a_full_disk_is_named_before_anything_is_decoded(sources, no_room, home, monkeypatch):
     no_room()
     monkeypatch.setattr(module.shutil, "disk_usage", lambda p: type("Usage", (), dict(free=1000)))
-    with pytest.raises(StoreError, match="96 images of 16 × 16 pixels are 0.0 GiB, but .*images has 0.0 GiB left: set REFCOMM_HOME"):
+    with pytest.raises(StoreError,
+        match="96 images of 16 × 16 pixels are 0.0 GiB, but .*images has 0.0 GiB left: set REFCOMM_HOME"):
         load_images(sources["folder"], 16)
     assert not [*(home/"cache"/"images").iterdir()]
 

@@ -12,7 +12,8 @@ from scipy.stats import spearmanr
 
 from refcomm.core import ConfigError, generator
 from refcomm.data.objects import ObjectWorld
-from refcomm.metrics.structure import STATISTICS, bosdis, distances, entropy, jaccard, measure, posdis, topographic_similarity
+from refcomm.metrics.structure import (STATISTICS, bosdis, distances, entropy, jaccard, measure, posdis,
+    topographic_similarity)
 
 
 def protocol(n=60, length=4, n_attributes=3, n_values=4, alphabet=5, noise=.4, seed=0):

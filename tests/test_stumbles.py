@@ -14,7 +14,8 @@ from refcomm.runs.execute import execute
 
 def test_impossible_values_are_refused_before_a_kernel_starts(home, monkeypatch):
     monkeypatch.setattr(cli, "reproduce_item", lambda *a: pytest.fail("a kernel was started"))
-    for item, value, why in (("beyond/answer", "games=object", "did you mean 'objects'"), ("eqc/table5", "n_seeds=-1", "must be at least 1, got -1"),
+    for item, value, why in (("beyond/answer", "games=object", "did you mean 'objects'"),
+        ("eqc/table5", "n_seeds=-1", "must be at least 1, got -1"),
         ("eqc/table5", "seeds=2", "did you mean 'n_seeds'")):
         for more in ([], ["--dry-run"]):
             found = CliRunner().invoke(cli.app, ["reproduce", item, "--profile", "smoke", "-p", value, *more])
@@ -51,7 +52,8 @@ def test_a_bar_over_workers_shows_what_a_running_one_says(tmp_path):
 
 
 def test_a_stopped_training_is_one_line_in_a_notebook():
-    assert Interrupted("stopped by SIGINT: 1 of 2 runs are kept")._render_traceback_() == ["Interrupted: stopped by SIGINT: 1 of 2 runs are kept"]
+    assert (Interrupted("stopped by SIGINT: 1 of 2 runs are kept")._render_traceback_() == ["Interrupted: stopped by "
+        "SIGINT: 1 of 2 runs are kept"])
 
 
 def test_a_plan_shows_disk_and_says_that_shipped_times_are_of_other_data(home, monkeypatch):
@@ -65,7 +67,8 @@ def test_a_plan_shows_disk_and_says_that_shipped_times_are_of_other_data(home, m
         said[data] = " ".join(CliRunner().invoke(cli.app, ["plan", "iac/table1", "--profile", "cpu"]).output.split())
         assert "MiB" in said[data] and "?" not in said[data]
     other, same = said.values()
-    assert "iac/table1 (shipped with Tiny-ImageNet, 13,000 images; here rendered shapes)" in other and "as counted, for this" in other
+    assert ("iac/table1 (shipped with Tiny-ImageNet, 13,000 images; here rendered shapes)" in other
+        and "as counted, for this" in other)
     assert "other data" not in same and "as shipped runs of this item" in same
 
 

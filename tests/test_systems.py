@@ -97,7 +97,8 @@ def freeze(monkeypatch):
         return real(file, mode, *a, **k)
     for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "symlink", "link", "utime"):
         monkeypatch.setattr(os, name, lambda path, *a, **k: refuse(path))
-    monkeypatch.setattr(os, "open", low), monkeypatch.setattr(builtins, "open", high), monkeypatch.setattr("io.open", high)
+    (monkeypatch.setattr(os, "open", low), monkeypatch.setattr(builtins, "open", high),
+        monkeypatch.setattr("io.open", high))
 
 
 def test_a_store_that_can_only_be_read_is_read_and_each_refusal_is_one_line(home, tmp_path, command, monkeypatch):
@@ -113,11 +114,13 @@ def test_a_store_that_can_only_be_read_is_read_and_each_refusal_is_one_line(home
         freeze(m)
         assert Store().get(spec).rows == record.rows and execute([spec])[0].rows == record.rows
         outs = {args: command(*args) for args in [("runs", "list"), ("runs", "verify"), ("runs", "show", record.key),
-            ("runs", "execute", "made.json"), ("plan", "eqc/table5", "--profile", "smoke"), ("runs", "plan", "eqc/table5"),
+            ("runs", "execute", "made.json"), ("plan", "eqc/table5", "--profile", "smoke"),
+            ("runs", "plan", "eqc/table5"),
             ("runs", "execute", "other.json"), ("runs", "import", "x.tar"), ("runs", "export", "y.tar"),
             ("runs", "clean", "--all", "--yes"), ("reproduce", "eqc/table1", "--profile", "smoke")]}
     reads = list(outs)[:6]
-    assert [outs[a].returncode for a in reads] == [0, 1, 0, 0, 0, 0] and "1 sound, 1 damaged" in outs["runs", "verify"].stdout
+    assert [outs[a].returncode for a in reads] == [0, 1, 0, 0, 0, 0] and "1 sound, 1 damaged" in outs["runs",
+        "verify"].stdout
     for args, r in outs.items():
         if args in reads: continue
         said = r.stderr.strip() or r.stdout.strip().splitlines()[-1]

@@ -46,7 +46,8 @@ def test_escape_sequences_of_a_recipe_and_of_a_record_do_not_reach_the_terminal(
     from refcomm.runs.execute import execute
     from refcomm.runs.store import Store
     figures.save("eqc", "table1", pd.DataFrame(dict(a=[1])), figure(), [], "cpu", "eqc Table 1\x1b[2J", "none",
-        [dict(id="a", sentence="it \x1b[31mholds", test="a > [b]", numbers={"\x1bk": 1.}, verdict="reproduced", cause="\x1b[1mmet", power="")])
+        [dict(id="a", sentence="it \x1b[31mholds", test="a > [b]", numbers={"\x1bk": 1.}, verdict="reproduced",
+        cause="\x1b[1mmet", power="")])
     execute([small(epochs=1)])
     (experiment, key), = Store().keys()
     r = Store().read(experiment, key)
@@ -158,7 +159,7 @@ def test_a_recipe_that_was_changed_after_it_was_written_is_named(home, tmp_path)
     recipe.write_text(json.dumps(written | dict(note="mine", sha256="edited")), encoding="utf-8")
     assert figures.load_recipe(png)["note"] == "mine", "who edits it on purpose says so"
     without = {k: v for k, v in written.items() if k != "sha256"}
-    lost = kept[:kept.index("a note")] + "a no" + kept[kept.index('"sha256"') + 20:] # bytes lost, up to the middle of the checksum
+    lost = kept[:kept.index("a note")] + "a no" + kept[kept.index('"sha256"') + 20:] # bytes lost, also of the checksum
     for text in (json.dumps(without), lost):
         recipe.write_text(text, encoding="utf-8")
         assert isinstance(json.loads(text), dict)

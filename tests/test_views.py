@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 
 from refcomm.core import ConfigError, generator
 from refcomm.data import views
-from refcomm.data.views import VIEWS, DrawnViews, ViewSpec, apply_views, draw_views, gaussian_blobs, random_views, view_spec, views_by_torchvision
+from refcomm.data.views import (VIEWS, DrawnViews, ViewSpec, apply_views, draw_views, gaussian_blobs, random_views,
+    view_spec, views_by_torchvision)
 
 NOTHING = dict(crop=0., flip=0., jitter=0., grey=0., blur=0., mean=(0., 0., 0.), std=(1., 1., 1.))
 
@@ -136,7 +137,8 @@ def test_memory_beside_the_result_is_bounded():
     (dict(size=0), "size must be at least 1, got 0"),
     (dict(size=6.5), "size must be a whole number, got 6.5"),
     (dict(scale=(0., 1.)), "scale must be two numbers.*above 0 and at most 1: got"),
-    (dict(scale=(.5, 1.1)), "at most 1"), (dict(scale=(.9, .1)), "the lower first"), (dict(scale=.5), "scale must be a tuple of numbers or text, got 0.5"),
+    (dict(scale=(.5, 1.1)), "at most 1"), (dict(scale=(.9, .1)), "the lower first"),
+    (dict(scale=.5), "scale must be a tuple of numbers or text, got 0.5"),
     (dict(ratio=(2, 1)), "ratio must be two numbers, the lower first"), (dict(ratio=(1,)), "ratio"),
     (dict(sigma=(0, 1)), "sigma must be two numbers, the lower first, above 0"),
     (dict(sigma=(.1, float("nan"))), "sigma"), (dict(grey=-.1), "grey is a probability, from 0 to 1: got -0.1"),

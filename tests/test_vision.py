@@ -17,7 +17,8 @@ from refcomm.channels import Instant
 from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.distributed import join_processes, processes
 from refcomm.training.ensemble import Ensemble
-from refcomm.games.contrastive import DiscriminationGame, SimCLR, SymmetricInfoNCE, cosine_similarities, in_batch_scores, make_discrimination_game, nt_xent
+from refcomm.games.contrastive import (DiscriminationGame, SimCLR, SymmetricInfoNCE, cosine_similarities,
+    in_batch_scores, make_discrimination_game, nt_xent)
 from refcomm.training.loop import OPTIMIZERS, TrainSettings, fit
 
 QUIET = dict(report=lambda *_: None)

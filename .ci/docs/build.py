@@ -2,7 +2,7 @@
 
 usage: python .ci/docs/build.py [FOLDER]      (by default _docs; the pages are in FOLDER/html)
 """
-import ast, json, os, re, shutil, sys
+import ast, functools, json, os, re, shutil, sys
 from importlib import import_module
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def _public(node): return isinstance(node, _DEFS) and node.name[0] != "_"
 def _entry(module, name): # kind, signature with docments, docstring
     found = module
     for part in name.split("."): found = getattr(found, part)
-    if isinstance(found, property): return "property", "", found.__doc__
+    if isinstance(found, (property, functools.cached_property)): return "property", "", found.__doc__
     kind = "class" if isinstance(found, type) else "def"
     signature = str(DocmentText(found, maxline=110, docstring=False))
     if kind == "class": signature = re.sub(r"\)(->None)?:$", ")", signature)
@@ -39,17 +39,20 @@ class Documented(Processor):
         exported = next((c.directives_["default_exp"][0] for c in self.nb.cells if "default_exp" in c.directives_),
             None)
         if not exported: return
-        module, docs = import_module(f"refcomm.{exported}"), []
-        for cell in self.nb.cells:
-            if "export" in cell.directives_:
-                docs += [entry for node in ast.parse(cell.source).body
-                    for entry in self.entries(module, node, cell.source)]
+        module = import_module(f"refcomm.{exported}")
+        nodes = [(n, c.source) for c in self.nb.cells if "export" in c.directives_ for n in ast.parse(c.source).body]
+        self.classes = {n.name: n for n, _ in nodes if isinstance(n, ast.ClassDef)}
+        docs = [entry for node, source in nodes for entry in self.entries(module, node, source)]
         self.nb.metadata["refcomm"] = dict(module=exported, docs=docs)
+
+    def methods(self, node)->list: # names of documented methods, those of private bases first
+        inherited = [name for b in node.bases if isinstance(b, ast.Name) and b.id[0] == "_" and b.id in self.classes
+            for name in self.methods(self.classes[b.id])]
+        return inherited + [m.name for m in node.body if _public(m) and ast.get_docstring(m)]
 
     def entries(self, module, node, source): # of a function, of a class and its documented methods, or of values
         if _public(node):
-            methods = ([m.name for m in node.body if _public(m) and ast.get_docstring(m)]
-                if isinstance(node, ast.ClassDef) else [])
+            methods = dict.fromkeys(self.methods(node) if isinstance(node, ast.ClassDef) else [])
             return [(n, *_entry(module, n)) for n in (node.name, *(f"{node.name}.{m}" for m in methods))]
         names = ast.walk(node.targets[0]) if isinstance(node, ast.Assign) else ()
         return [(n.id, "value", ast.get_source_segment(source, node), None) for n in names if isinstance(n, ast.Name)

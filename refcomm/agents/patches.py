@@ -24,6 +24,17 @@ from ..bottlenecks.gumbel import GumbelSoftmax
 # %% ../../nbs/34_agents.patches.ipynb #96b70f7d
 SYMBOLS = ("mlp", "linear", "vit")
 
+# %% ../../nbs/34_agents.patches.ipynb #041b8b87
+def _hidden_layers(kind, hidden, dim)->list: # of layers, from vectors of size `dim` for the kind "vit"
+    if kind == "vit": return [nn.Linear(dim, hidden), nn.ReLU()]
+    return [nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()] if kind == "mlp" else []
+
+def _score_norm(norm, n)->nn.BatchNorm1d:
+    check_choice("norm of PatchSymbol", norm, ("batch",))
+    layer = nn.BatchNorm1d(n)
+    nn.init.constant_(layer.weight, 3.)
+    return layer
+
 # %% ../../nbs/34_agents.patches.ipynb #c126a559
 class PatchSymbol(nn.Module):
     "Scores of the symbols of each patch (Gupta et al. 2021, Eq. 4)."
@@ -38,27 +49,20 @@ class PatchSymbol(nn.Module):
         **vit, # dim, layers and heads of `ViT`
     ):
         super().__init__()
-        check_at_least("vocab_size", vocab_size, 2, "one symbol carries nothing")
-        check_at_least("symbols_per_patch", symbols_per_patch, 1)
         if check_choice("kind of PatchSymbol", kind, SYMBOLS) != "vit" and vit:
             raise ConfigError(f"{', '.join(vit)} belong to kind='vit', got kind={kind!r}")
-        self.size = size
-        self.patch_size = patch_size
-        self.vocab_size = vocab_size
-        self.symbols_per_patch = symbols_per_patch
+        self.size, self.patch_size = size, patch_size
+        self.vocab_size = check_at_least("vocab_size", vocab_size, 2, "one symbol carries nothing")
+        self.symbols_per_patch = check_at_least("symbols_per_patch", symbols_per_patch, 1)
         self.n_patches = math.prod(patch_grid(size, size, patch_size))
         self.look = (ViT(size, patch_size, **vit) if kind == "vit"
             else nn.Linear(3*patch_size**2, check_at_least("hidden", hidden, 1)))
         self.positions = nn.Parameter(.02*torch.randn(self.n_patches, hidden)) if kind == "linear" else 0.
-        if kind == "vit": between = [nn.Linear(self.look.feature_dim, hidden), nn.ReLU()]
-        else: between = [nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()] if kind == "mlp" else []
-        self.speak = nn.Sequential(*between, nn.Linear(hidden, symbols_per_patch*vocab_size))
-        self.norm = None if norm is None else nn.BatchNorm1d(symbols_per_patch*vocab_size)
-        if norm is not None:
-            check_choice("norm of PatchSymbol", norm, ("batch",))
-            nn.init.constant_(self.norm.weight, 3.)
+        self.speak = nn.Sequential(*_hidden_layers(kind, hidden, getattr(self.look, "feature_dim", hidden)),
+            nn.Linear(hidden, symbols_per_patch*vocab_size))
+        self.norm = None if norm is None else _score_norm(norm, symbols_per_patch*vocab_size)
 
-    def forward(self, images)->Tensor: # [batch, n_patches, symbols_per_patch, vocab_size]
+    def forward(self, images:Tensor)->Tensor: # [batch, n_patches, symbols_per_patch, vocab_size]
         "Scores of the symbols of each patch of images `[batch, 3, size, size]`."
         check_size(images, self.size)
         seen = (self.look.tokens(images)[:, 1:] if isinstance(self.look, ViT)
@@ -70,6 +74,7 @@ class PatchSymbol(nn.Module):
 # %% ../../nbs/34_agents.patches.ipynb #27692739
 RANK_SIZES, RANK_TRUNKS = GRID_SIZES, ("resnet9", "thin")
 
+# %% ../../nbs/34_agents.patches.ipynb #efce1e00
 class PatchRank(nn.Module):
     "A score for each patch of an image, from the whole image (Gupta et al. 2021, §3.2)."
     def __init__(self,
@@ -95,7 +100,7 @@ class PatchRank(nn.Module):
         "Uniform noise for the dropout."
         return torch.rand(*shape, self.noise_width, generator=generator, device=generator.device)
 
-    def forward(self, images, noise=None)->Tensor: # [batch, n_patches]
+    def forward(self, images:Tensor, noise:Tensor|None=None)->Tensor: # [batch, n_patches]
         "The importance score of each patch of images `[batch, 3, size, size]`."
         patch_grid(*images.shape[-2:], self.patch_size)
         seen = self.features(images).flatten(2).mT
@@ -156,9 +161,9 @@ def keep_by(
         return (scores - low) / (high - low).clamp_min(1e-6)
     return F.normalize(F.softplus(scores), dim=-1) if budget == "l2" else scores.sigmoid()
 
-# %% ../../nbs/34_agents.patches.ipynb #f9c1b5e9
-class Speaker(nn.Module):
-    "Send the symbols of the important patches of an image (Gupta et al. 2021, Eq. 9)."
+# %% ../../nbs/34_agents.patches.ipynb #e483f527
+class _Speaker(nn.Module):
+    "The parts of a speaker, and the temperature of its symbols."
     def __init__(self,
         symbol:PatchSymbol, # or another module that maps images to [batch, n_patches, symbols_per_patch, vocab_size]
         rank:PatchRank, # maps images to [batch, n_patches]
@@ -184,34 +189,37 @@ class Speaker(nn.Module):
         self.temperatures, self.schedule, self.cooled = temperatures, schedule, cooled
         self.cool(0.)
 
+    def cool(self,
+        progress:float, # share of the training done
+    )->None:
+        "Set the temperature of the symbols."
+        self.bottleneck.temperature = anneal(self.schedule, *self.temperatures, progress/self.cooled)
+
+# %% ../../nbs/34_agents.patches.ipynb #f9c1b5e9
+class Speaker(_Speaker):
+    "Send the symbols of the important patches of an image (Gupta et al. 2021, Eq. 9)."
     @property
     def n_symbols(self)->int:
         "Symbols in a message without dropped patches."
         return self.symbol.n_patches * self.symbol.symbols_per_patch
 
-    def cool(self,
-        progress:float, # share of the training done
-    ):
-        "Set the temperature of the symbols."
-        self.bottleneck.temperature = anneal(self.schedule, *self.temperatures, progress/self.cooled)
-
-    def draw_noise(self, batch, generator)->Tensor: # [batch, n_patches, …]
+    def draw_noise(self, batch:int, generator)->Tensor: # [batch, n_patches, …]
         "The randomness of one training pass: of symbols, gates and dropout."
         shape, l = (batch, self.symbol.n_patches), self.symbol.symbols_per_patch
         return torch.cat([self.bottleneck.draw_noise((*shape, l), generator).flatten(2),
             self.gate.draw_noise(shape, generator), self.rank.draw_noise(shape, generator)], -1)
 
-    def forward(self, images, noise=None)->Message:
+    def forward(self, images:Tensor, noise:Tensor|None=None)->Message:
         "Symbols of the important patches of images `[batch, 3, size, size]`."
         l, v, n = self.symbol.symbols_per_patch, self.symbol.vocab_size, self.symbol.n_patches
         of_symbols, of_gate, of_rank = (None,)*3 if noise is None else noise.split((l*v, 2, self.rank.noise_width), -1)
-        said = self.bottleneck(self.symbol(images), None if noise is None else of_symbols.unflatten(-1, (l, v)))
+        sent = self.bottleneck(self.symbol(images), None if noise is None else of_symbols.unflatten(-1, (l, v)))
         scores = self.rank(images, of_rank)
         importance, middle = ((soft_rank(scores, self.strength) / n, (n + .999)/2/n) if self.budget == "half" # keeps patches of equal rank
             else (keep_by(scores, self.budget), .999/n**.5 if self.budget == "l2" else .5))
         gate = self.gate(importance, of_gate, middle=middle)[..., None]
-        symbols = said.symbols.squeeze(-1).where(gate > .5, -1)
-        return Message((said.word * gate[..., None]).flatten(1, 2), symbols.flatten(1), importance)
+        symbols = sent.symbols.squeeze(-1).where(gate > .5, -1)
+        return Message((sent.word * gate[..., None]).flatten(1, 2), symbols.flatten(1), importance)
 
 # %% ../../nbs/34_agents.patches.ipynb #69bcc345
 class Listener(nn.Module):
@@ -233,7 +241,7 @@ class Listener(nn.Module):
         self.project_language, self.project_vision = (projection_head(n, dim, hidden, narrow)
             for n in (language.dim, vision.feature_dim))
 
-    def read(self,
+    def decode(self,
         message:Message,
     )->Tensor: # [batch, dim]
         "The encoding of each message."
@@ -243,7 +251,7 @@ class Listener(nn.Module):
         return self.project_language(self.language.summary(self.embed(message.word), message.sent if self.masked
             else None))
 
-    def see(self,
+    def encode_images(self,
         images:Tensor, # [batch, 3, size, size]
     )->Tensor: # [batch, dim]
         "The encoding of each image."

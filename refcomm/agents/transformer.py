@@ -56,9 +56,9 @@ def _of_first(layer, x, hidden):
     one = layer.norm1(one)
     return layer.norm2(one + think(one))
 
-# %% ../../nbs/33_agents.transformer.ipynb #6ad20f54
-class Transformer(nn.Module):
-    "A transformer encoder over tokens with learned positions and a CLS token."
+# %% ../../nbs/33_agents.transformer.ipynb #f145c1b9
+class _Tokens(nn.Module):
+    "The layers of a transformer, its positions and its CLS token."
     def __init__(self,
         n_tokens:int, # largest number of tokens
         dim:int=192, # of a token
@@ -77,6 +77,14 @@ class Transformer(nn.Module):
             norm_first=pre_norm) for _ in range(layers))
         self.norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()
 
+    @property
+    def dim(self)->int:
+        "Size of a token."
+        return self.positions.shape[1]
+
+# %% ../../nbs/33_agents.transformer.ipynb #6ad20f54
+class Transformer(_Tokens):
+    "A transformer encoder over tokens with learned positions and a CLS token."
     def forward(self,
         tokens:Tensor, # [batch, n, dim]
         seen:Tensor|None=None, # [batch, n] bool, False for hidden tokens; None: all are visible
@@ -105,11 +113,6 @@ class Transformer(nn.Module):
         hidden = None if seen is None else F.pad(seen.logical_not(), (1, 0))
         return (torch.cat([self.first.expand(len(tokens), 1, -1), tokens], 1)
             + self.positions[slice(tokens.shape[1] + 1) if places is None else F.pad(places + 1, (1, 0))], hidden)
-
-    @property
-    def dim(self)->int:
-        "Size of a token."
-        return self.positions.shape[1]
 
 # %% ../../nbs/33_agents.transformer.ipynb #6547b278
 def _check_keep(keep, batch, n_patches):
@@ -150,7 +153,7 @@ class ViT(nn.Module):
             patches = patches.gather(1, places.expand(-1, -1, patches.shape[2]))
         return self.embed(patches)
 
-    def tokens(self, images, keep=None)->Tensor: # [batch, n_patches+1, dim], or [batch, k+1, dim] of those kept; CLS first
+    def tokens(self, images:Tensor, keep=None)->Tensor: # [batch, n_patches+1, dim], or [batch, k+1, dim] of those kept; CLS first
         "The outputs for CLS and all patches of images `[batch, 3, size, size]`."
         return self.transformer(self._embedded(images, keep), places=keep)
 
@@ -160,6 +163,22 @@ class ViT(nn.Module):
     )->Tensor: # [batch, dim]
         "The output for CLS."
         return self.transformer.summary(self._embedded(images, keep), places=keep)
+
+# %% ../../nbs/33_agents.transformer.ipynb #dacd7fb8
+def _load_vit(checkpoint): # its configuration, the network, and the processor of its images
+    from transformers import AutoConfig, AutoImageProcessor, ViTModel
+    config = fetch_weights(lambda: AutoConfig.from_pretrained(checkpoint, trust_remote_code=False), checkpoint,
+        "folder that save_pretrained wrote", "train a small one in place")
+    if config.model_type != "vit":
+        raise ConfigError(f"{checkpoint} is a model of kind {config.model_type!r}, expected was 'vit', such as google/vit-base-patch16-224")
+    load = lambda: (ViTModel.from_pretrained(checkpoint, add_pooling_layer=False, use_safetensors=True,
+        output_loading_info=True), AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False))
+    (net, info), own = fetch_weights(load, checkpoint,
+        "folder that save_pretrained wrote, with its preprocessor_config.json", "train a small one in place")
+    if info["missing_keys"]:
+        raise ConfigError(f"the weights of {checkpoint} do not fit its config.json: {len(info['missing_keys'])} "
+            f"are absent, such as {min(info['missing_keys'])}")
+    return config, net, own
 
 # %% ../../nbs/33_agents.transformer.ipynb #81919d35
 class PretrainedViT(nn.Module):
@@ -171,21 +190,10 @@ class PretrainedViT(nn.Module):
         std:tuple=ViewSpec.std,
     ):
         super().__init__()
-        from transformers import AutoConfig, AutoImageProcessor, ViTModel
-        config = fetch_weights(lambda: AutoConfig.from_pretrained(checkpoint, trust_remote_code=False), checkpoint,
-            "folder that save_pretrained wrote", "train a small one in place")
-        if config.model_type != "vit":
-            raise ConfigError(f"{checkpoint} is a model of kind {config.model_type!r}, expected was 'vit', such as google/vit-base-patch16-224")
-        load = lambda: (ViTModel.from_pretrained(checkpoint, add_pooling_layer=False, use_safetensors=True,
-            output_loading_info=True), AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False))
-        (self.net, info), eyes = fetch_weights(load, checkpoint,
-            "folder that save_pretrained wrote, with its preprocessor_config.json", "train a small one in place")
-        if info["missing_keys"]:
-            raise ConfigError(f"the weights of {checkpoint} do not fit its config.json: {len(info['missing_keys'])} "
-                f"are absent, such as {min(info['missing_keys'])}")
+        config, self.net, own = _load_vit(checkpoint)
         self.patch_size, self.feature_dim = config.patch_size, config.hidden_size
         self.side = check_at_least("side", side or config.image_size//config.patch_size, 1)
-        for name, value in dict(mean=mean, std=std, own_mean=eyes.image_mean, own_std=eyes.image_std).items():
+        for name, value in dict(mean=mean, std=std, own_mean=own.image_mean, own_std=own.image_std).items():
             self.register_buffer(name, torch.tensor(value).view(-1, 1, 1))
         self.eval()
 
@@ -204,8 +212,8 @@ class PretrainedViT(nn.Module):
 # %% ../../nbs/33_agents.transformer.ipynb #8c42d73e
 class Cosines(nn.Linear):
     "A linear layer without bias, with inputs and weights normalised to length 1."
-    def __init__(self, in_features, out_features): super().__init__(in_features, out_features, bias=False)
-    def forward(self, x)->Tensor:
+    def __init__(self, in_features:int, out_features:int): super().__init__(in_features, out_features, bias=False)
+    def forward(self, x:Tensor)->Tensor:
         "Cosines `[..., n_classes]` of vectors `[..., dim]` with the rows of the weight."
         return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
 

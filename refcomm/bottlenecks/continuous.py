@@ -59,7 +59,7 @@ class Bottleneck(nn.Module):
     alphabet_size:int|None = None
     def __init__(self,
         width:int, # size of the vector taken and of the word sent
-        n_symbols:int|None=None, # symbols in a word; `width` unless told otherwise
+        n_symbols:int|None=None, # symbols in a word; `width` by default
     ):
         super().__init__()
         self.width, self.n_symbols = check_at_least("word_length", width, 1), n_symbols or width
@@ -85,7 +85,7 @@ class Continuous(Bottleneck):
         super().__init__(word_length)
         self.normalize = normalize
 
-    def forward(self, x, noise=None)->Sent:
+    def forward(self, x:Tensor, noise:Tensor|None=None)->Sent:
         "Vectors `[..., width]` to words of the same shape, without symbols."
         return Sent(minmax_normalize(x) if self.normalize else x, None)
 

@@ -43,7 +43,7 @@ class OneSymbol(Bottleneck):
         "Gumbel noise `[*shape, width]`."
         return gumbel_noise((*shape, self.width), generator)
 
-    def forward(self, x, noise=None)->Sent:
+    def forward(self, x:Tensor, noise:Tensor|None=None)->Sent:
         "Logits `[..., width]` to words `[..., width]` and symbols `[..., 1]`; training needs noise of the logits' shape."
         if self.training:
             if noise is None: raise ConfigError(f"{self.noise_for}: pass noise=bottleneck.draw_noise(shape, generator)")
@@ -51,7 +51,7 @@ class OneSymbol(Bottleneck):
         hard, symbol = one_hot_argmax(refuse_nan(x, self.training))
         return Sent(hard, symbol[..., None])
 
-    def noisy(self, x, noise)->Sent:
+    def noisy(self, x:Tensor, noise:Tensor|None)->Sent:
         "The word in training, from logits and noise `[..., width]`."
         raise NotImplementedError # what is sent in training
 
@@ -76,7 +76,7 @@ class GumbelSoftmax(OneSymbol):
         "The temperature in use."
         return self.temperature if self.log_temperature is None else self.log_temperature.exp()
 
-    def noisy(self, x, noise)->Sent:
+    def noisy(self, x:Tensor, noise:Tensor|None)->Sent:
         "The relaxed word `[..., width]`, or the one-hot word with its gradient."
         soft = ((x + noise) / self.tau).softmax(-1)
         if not self.straight_through: return Sent(soft, soft.argmax(-1)[..., None])

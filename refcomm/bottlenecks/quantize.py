@@ -134,7 +134,6 @@ class LearnedQuantizer(Bottleneck):
         points = words.reshape(-1, self.levels.shape[1]).cpu().numpy()
         if len(points) < self.alphabet_size:
             raise ConfigError(f"{self.alphabet_size} levels cannot be fitted to {len(points)} symbols: give more words, or ask for fewer levels")
-        found = MiniBatchKMeans(self.alphabet_size, batch_size=8192, n_init=3,
-            random_state=0).fit(points).cluster_centers_
-        self.levels.copy_(torch.as_tensor(found).to(self.levels))
+        kmeans = MiniBatchKMeans(self.alphabet_size, batch_size=8192, n_init=3, random_state=0).fit(points)
+        self.levels.copy_(torch.as_tensor(kmeans.cluster_centers_).to(self.levels))
         return self

@@ -23,7 +23,7 @@ class Reinforce(OneSymbol):
         super().__init__(alphabet_size)
         self.entropy_weight = check_at_least("entropy_weight", entropy_weight, 0)
 
-    def noisy(self, x, noise)->Sent:
+    def noisy(self, x:Tensor, noise:Tensor|None)->Sent:
         "A sampled one-hot word `[..., width]`, its log-probability `[...]` and the entropy bonus."
         hard, symbol = one_hot_argmax((x + noise).detach())
         log_p = x.log_softmax(-1)

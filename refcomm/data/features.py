@@ -33,6 +33,7 @@ class Features(NamedTuple):
         "A digest of features, labels and class names; the source's name does not count."
         return content_digest(self.x, self.labels, self.classes)
 
+# %% ../../nbs/16_data.features.ipynb #fd8a6fd5
 def check_features(
     features:Features,
     min_members:int=2, # smallest allowed number of images in a class that occurs; 1 checks only the numbers
@@ -105,6 +106,7 @@ def effnet_lite0(
         weights_only=True))
     return net.to(device).eval(), lambda x: (_resized(x, (160, 160)) - 127)/128
 
+# %% ../../nbs/16_data.features.ipynb #a38d5e49
 def _effnet_lite0(name, images, device):
     net, prepare = effnet_lite0(device)
     return lambda x: net.extract_features(prepare(x)).mean((2, 3))
@@ -174,6 +176,7 @@ def _blocks(images, block, extract, folder, bar)->Tensor: # [n, dim]
         bar.update(len(some))
     return torch.cat(made)
 
+# %% ../../nbs/16_data.features.ipynb #5d278fc2
 def extract_features(
     images:LabelledImages,
     trunk="pixels", # a name in `TRUNKS`, "torchvision:NAME", "timm:NAME", or a module that maps images in [0, 1] to vectors
@@ -209,7 +212,7 @@ class _PlainUnpickler(pickle.Unpickler):
         if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in ("ndarray", "dtype",
             "_reconstruct"):
             return _Pickled
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it needs {module}.{name}")
 
 def _array(parts)->list:
     "The strings or numbers of a numpy array from its parts."
@@ -219,6 +222,7 @@ def _array(parts)->list:
     return np.frombuffer(raw if isinstance(raw, bytes) else raw.encode("latin1"), dtype.state[1].strip("|")
         + kind).tolist()
 
+# %% ../../nbs/16_data.features.ipynb #e984b07e
 def _read_labels(path)->list:
     "One label per image, from a pickled list or array, or from the lines of a text file."
     try:
@@ -263,6 +267,7 @@ def _npz(path)->Features:
         raise ConfigError(f"{path} holds no table of features ({type(e).__name__}: {e}): expected numbers x [n, dim] "
             f"and whole numbers or names label [n]") from None
 
+# %% ../../nbs/16_data.features.ipynb #4bff71f7
 def _h5(path)->Features:
     "Features from an .h5 of one table, with labels beside it in a file .objects or .txt."
     h5py = _package("h5py", "pip install h5py")
@@ -283,6 +288,7 @@ def _h5(path)->Features:
         raise ConfigError(f"{path} has no labels: put {path.stem}.objects or {path.stem}.txt, one label a line, beside it")
     return Features(x, *number_classes(_read_labels(beside), {}, f"h5: {path.stem}"), f"h5: {path.stem}")
 
+# %% ../../nbs/16_data.features.ipynb #a3c41408
 def load_features(
     source="shapes", # an .npz or .h5 of features, or any source of images that `load_images` knows
     trunk=None, # what makes features of images; None: "shapes-cnn" for shapes, "effnet-lite0" for all others

@@ -41,13 +41,14 @@ class LabelledImages(NamedTuple):
         "A digest of images, labels and class names; the source's name does not count."
         return content_digest(_content(self.images), self.labels, self.classes, *([self.wnids] if self.wnids else []))
 
+# %% ../../nbs/14_data.images.ipynb #85fa5d59
 def _content(images): # for `content_digest`, which digests a tensor in the same way
     if isinstance(images, Tensor): return images
     digest = hashlib.sha256()
     for some in images.split(_BLOCK): digest.update(some.numpy())
     return [str(images.dtype), list(images.shape), digest.hexdigest()]
 
-def number_classes(labels, names, name)->tuple: # [n] int64, list of str
+def number_classes(labels, names, name:str)->tuple: # [n] int64, list of str
     "Number the classes that occur; fewer than two raise a `ConfigError`."
     absent = [i for i, l in enumerate(labels) if l is None or l != l]
     if absent:
@@ -62,6 +63,7 @@ def number_classes(labels, names, name)->tuple: # [n] int64, list of str
     number = {k: i for i, k in enumerate(keys)}
     return torch.tensor([number[l] for l in labels]), classes
 
+# %% ../../nbs/14_data.images.ipynb #9d4dd056
 def class_wnids(labels, names, wnids)->list|None: # of the classes that occur, in their order
     "The WordNet ids of classes, also from labels or names in that form; None unless each class has one."
     found = [str(wnids.get(l) or (l if WNID.fullmatch(str(l)) else names.get(l))) for l in sorted(set(labels))]
@@ -100,9 +102,9 @@ def read_rows(
 # %% ../../nbs/14_data.images.ipynb #14c0a003
 _BLOCK = 1024 # images that are decoded or copied at a time
 
-class StoredImages:
-    "Rows of images that are not all in memory; those that are indexed are read, as a tensor."
-    dtype, device = torch.uint8, torch.device("cpu")
+# %% ../../nbs/14_data.images.ipynb #e0c48abf
+class _StoredRows:
+    "The rows of stored images, and their shape."
     def __init__(self,
         tensors, # one or several [m, 3, size, size] uint8, such as those of mapped files
         rows:Tensor|None=None, # [n] int64, numbers in all tensors, one after the other; all of them when None
@@ -111,12 +113,26 @@ class StoredImages:
         self.rows = torch.arange(sum(map(len, self.tensors))) if rows is None else rows
 
     @property
-    def shape(self)->torch.Size: return torch.Size((len(self.rows), *self.tensors[0].shape[1:]))
-    def __len__(self): return len(self.rows)
-    def __repr__(self): return f"StoredImages({list(self.shape)})"
-    def dim(self)->int: return len(self.shape)
-    def numel(self)->int: return self.shape.numel()
+    def shape(self)->torch.Size:
+        "`[n, 3, height, width]`, without reading an image."
+        return torch.Size((len(self.rows), *self.tensors[0].shape[1:]))
 
+    def __len__(self): return len(self.rows)
+
+    def __repr__(self): return f"StoredImages({list(self.shape)})"
+
+    def dim(self)->int:
+        "Number of dimensions, 4."
+        return len(self.shape)
+
+    def numel(self)->int:
+        "Number of bytes."
+        return self.shape.numel()
+
+# %% ../../nbs/14_data.images.ipynb #0f95ca16
+class StoredImages(_StoredRows):
+    "Rows of images that are not all in memory; those that are indexed are read, as a tensor."
+    dtype, device = torch.uint8, torch.device("cpu")
     def __getitem__(self, i)->Tensor: # [m, 3, size, size]; of a number [3, size, size]; after a comma, slices of these
         if isinstance(i, tuple): return self[i[0]][i[1:] if isinstance(i[0], int) else (slice(None), *i[1:])]
         rows = self.rows[i.cpu() if isinstance(i, Tensor) else i]
@@ -220,6 +236,7 @@ def _inside(name, folders)->Path:
         if os.path.commonpath([folder, path]) == folder and os.path.isfile(path): return Path(path)
     raise ConfigError(f"{name!r:.80} is no file in the folder of the source")
 
+# %% ../../nbs/14_data.images.ipynb #f03e97d6
 def square(image, size:int)->Tensor: # [3, size, size] uint8
     "An RGB image scaled and cropped about its centre to a square."
     from PIL import ImageOps, Image
@@ -334,9 +351,10 @@ def _parts_of(path)->list: # (part, folder) of each
     others = [p.name for p in subs if p not in named and any(file.suffix.lower() in _SUFFIXES for file in _files(p))]
     if others:
         raise ConfigError(f"{path} has the parts {', '.join(p.name for p in named)}, and beside them images in "
-            f"{', '.join(others[:5])}, which is no part: move it elsewhere, or name it {', '.join(_PARTS)}")
+            f"{', '.join(others[:5])}, which is no part: move it out of the folder, or name it {', '.join(_PARTS)}")
     return [(_PARTS[p.name.lower()], p) for p in named]
 
+# %% ../../nbs/14_data.images.ipynb #a68f4eb9
 def _folder(path)->_Source:
     "One sub-folder per class, or such folders for each split."
     parts = _parts_of(path)
@@ -357,6 +375,7 @@ def _part_of(file)->str: # "train", "valid", "test", or "" if the name contains 
     "The split in a file's name, such as train-00000-of-00001.parquet or tiny_imagenet_val.parquet."
     return next((_PARTS[word] for word in re.split(r"[^a-z]+", file.stem.lower()) if word in _PARTS), "")
 
+# %% ../../nbs/14_data.images.ipynb #1a0a5dfb
 def _parquet(path, image_column, label_column)->_Source:
     "A parquet file with encoded images, a folder of them or a pattern; without a column `split`, files are parts by their names."
     files = [path] if path.is_file() else matches(path) or sorted(path.glob("*.parquet"))
@@ -386,6 +405,7 @@ def _parquet(path, image_column, label_column)->_Source:
     return _Source(lambda i: _open(images[i], [folder]), lambda i: where[i], labels, names, part,
         f"parquet: {path.stem}", wnids, lambda: [image_column, *_states(files)] if here else None)
 
+# %% ../../nbs/14_data.images.ipynb #52074488
 def _class_names(table, column)->list: # of text; empty where there are none
     "The class names that Hugging Face's `datasets` stores in a file's metadata."
     try: names = from_json(table.schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
@@ -427,6 +447,7 @@ def _hub(name, split, image_column, label_column)->_Source:
     return _Source(lambda i: _open(data[i][image_column], kept), lambda i: f"row {i}", labels, dict(enumerate(names)),
         [_PARTS.get(split, split)]*len(labels), f"hub: {name}", content=lambda: getattr(data, "_fingerprint", None))
 
+# %% ../../nbs/14_data.images.ipynb #5d813c2c
 def _torchvision(name, split)->_Source:
     "A set of `torchvision.datasets` under REFCOMM_DATA."
     import torchvision.datasets as sets
@@ -448,7 +469,7 @@ def _torchvision(name, split)->_Source:
         [_PARTS.get(split, split) if which else ""]*len(labels), f"torchvision: {name}")
 
 # %% ../../nbs/14_data.images.ipynb #c40ee165
-def missing_data(name)->ConfigError:
+def missing_data(name:str)->ConfigError:
     "The error for a source that was not found."
     known = ["shapes", "scenes", *sorted({name for folder in data_folders() if os.path.isdir(folder)
         for name in os.listdir(folder) if not name.startswith(".")})]
@@ -472,6 +493,7 @@ def _scenes(size, n)->LabelledImages:
 
 _RENDERED = {"shapes": _shapes, "scenes": _scenes}
 
+# %% ../../nbs/14_data.images.ipynb #b54b045e
 def load_images(
     source="shapes", # "shapes", "scenes", a folder, a .parquet file, a folder or a pattern of them, "org/name" on the hub, "torchvision:CIFAR10"
     size:int=64, # pixels on a side

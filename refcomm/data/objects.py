@@ -55,8 +55,7 @@ class ObjectWorld:
         if self.size >= 2**63:
             raise ConfigError(f"{n_values}^{n_attributes} objects cannot be numbered in 64 bits: use fewer attributes or values")
 
-    def __repr__(self):
-        return f"ObjectWorld({self.n_attributes} attributes × {self.n_values} values = {self.size} objects)"
+    def __repr__(self): return f"ObjectWorld({self.n_attributes} attributes × {self.n_values} values = {self.size} objects)"
 
     def attributes(self,
         ids:Tensor, # [...] object numbers
@@ -106,5 +105,5 @@ def split(
     for name, n in parts.items(): check_at_least(f"split {name!r}", n, 1)
     if sum(parts.values()) > size:
         raise ConfigError(f"splits {parts} need {sum(parts.values())} items, but there are {size}: make a part smaller")
-    dealt = draw_distinct(size, sum(parts.values()), generator)
-    return dict(zip(parts, dealt.split(list(parts.values()))))
+    order = draw_distinct(size, sum(parts.values()), generator)
+    return dict(zip(parts, order.split(list(parts.values()))))

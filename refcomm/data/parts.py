@@ -27,6 +27,7 @@ class ImageParts(NamedTuple):
     ood:LabelledImages # images of classes that do not occur in training
     similarity:Tensor|None # [n_classes, n_classes] of all classes; None without a hierarchy
 
+# %% ../../nbs/20_data.parts.ipynb #78a729f3
 def _take(images, rows):
     return images._replace(images=taken(images.images, rows), labels=images.labels[rows],
         part=[images.part[i] for i in rows.tolist()])
@@ -45,6 +46,7 @@ def _join(a, b)->LabelledImages:
     return LabelledImages(joined(a.images, b.images), torch.cat([a.labels, b.labels + len(a.classes)]), a.classes
         + b.classes, a.part + ["ood"]*len(b.part), a.name, a.wnids and b.wnids and a.wnids + b.wnids)
 
+# %% ../../nbs/20_data.parts.ipynb #2eac4bfa
 def image_parts(
     source:str="shapes", # see `load_images`
     size:int=64, # pixels on a side
@@ -62,7 +64,7 @@ def image_parts(
         check_at_least("n_ood", n_ood, 0)
         if len(every.classes) < n_ood + 2:
             raise ConfigError(f"{n_ood} classes are to be held out, but {every.name} has {len(every.classes)}: lower "
-                f"n_ood, or bring more classes")
+                f"n_ood, or add classes")
         ood = torch.zeros(len(names), dtype=torch.bool)
         if n_ood:
             ood[class_disjoint_split(names, n_ood, generator(0, "ood"),
@@ -108,6 +110,7 @@ def voc07_items(
         for image, about in bounded(VOCDetection)(str(root.parent), "2007", name):
             yield part, image, about["annotation"]["object"]
 
+# %% ../../nbs/20_data.parts.ipynb #f0f1dcd7
 def _voc07(size):
     "Pascal VOC 2007, labelled by all classes in the image."
     images, seen, parts = [], [], []

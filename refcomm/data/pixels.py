@@ -45,6 +45,7 @@ def resize_weights(
     weight, j = weight / weight.sum(-1, keepdim=True), j.clamp(min=0).minimum(end).long() + start[:, None, None]
     return weight.new_zeros(len(start), size, full).scatter_add_(2, j, weight)
 
+# %% ../../nbs/18_data.pixels.ipynb #0941ff6d
 def resample(
     x:Tensor, # [3, n, height, width]
     rows:Tensor, # [n, new height, height]

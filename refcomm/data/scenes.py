@@ -125,10 +125,22 @@ class Scenes(NamedTuple):
         area = (self.boxes[..., 2:] - self.boxes[..., :2]).prod(-1)
         return self.kinds.gather(1, area.argmax(1, keepdim=True))[:, 0]
 
+# %% ../../nbs/12_data.scenes.ipynb #90bec646
 MANY = 2**24 # pixels from which images are kept: some seconds of painting; raise the number in "painted 1" with every change of how they look
 
-class SceneWorld:
-    "Random scenes of shapes that vary in size, place, colour and texture and overlap little, on patterned backdrops."
+# %% ../../nbs/12_data.scenes.ipynb #6a5b1011
+def _check_scenes(size, n_objects, radius, overlap):
+    if size not in range(32, 513):
+        raise ConfigError(f"size must be a whole number of pixels from 32 to 512, got {size!r}")
+    if not 1 <= n_objects[0] <= n_objects[1]:
+        raise ConfigError(f"n_objects must be the fewest, at least 1, and the most: got {n_objects!r}")
+    if not .08 <= radius[0] < radius[1] <= .4:
+        raise ConfigError(f"radius must be two shares of the image's side, the lesser first, from 0.08 to 0.4: got {radius!r}")
+    if not 0 <= overlap <= 1: raise ConfigError(f"overlap must be from 0 to 1, got {overlap!r}")
+
+# %% ../../nbs/12_data.scenes.ipynb #3a8e8626
+class _ScenePlanner:
+    "Shapes, backdrops and colours, and where objects are placed."
     def __init__(self,
         size:int=64, # pixels on a side, 32 … 512
         n_objects:tuple=(1, 5), # fewest and most in a scene
@@ -136,13 +148,7 @@ class SceneWorld:
         overlap:float=.2, # greatest intersection of two boxes, as a share of the smaller one
         shapes:tuple=ATTRIBUTES["shape"], # names of the shapes that occur
     ):
-        if size not in range(32, 513):
-            raise ConfigError(f"size must be a whole number of pixels from 32 to 512, got {size!r}")
-        if not 1 <= n_objects[0] <= n_objects[1]:
-            raise ConfigError(f"n_objects must be the fewest, at least 1, and the most: got {n_objects!r}")
-        if not .08 <= radius[0] < radius[1] <= .4:
-            raise ConfigError(f"radius must be two shares of the image's side, the lesser first, from 0.08 to 0.4: got {radius!r}")
-        if not 0 <= overlap <= 1: raise ConfigError(f"overlap must be from 0 to 1, got {overlap!r}")
+        _check_scenes(size, n_objects, radius, overlap)
         self.size, self.n_objects, self.overlap = int(size), n_objects, overlap
         self.shapes = tuple(check_choice("shape", s, ATTRIBUTES["shape"]) for s in shapes)
         self._stamps, self._backdrops = _stamps(self.size, radius, self.shapes), _backdrops(self.size)
@@ -166,6 +172,9 @@ class SceneWorld:
         raise ConfigError(f"{most} objects that overlap by at most {self.overlap} find no place in a scene: lower "
             f"n_objects or radius, or raise overlap")
 
+# %% ../../nbs/12_data.scenes.ipynb #f21b8a72
+class SceneWorld(_ScenePlanner):
+    "Random scenes of shapes that vary in size, place, colour and texture and overlap little, on patterned backdrops."
     def paint(self, plan)->Tensor: # [n, 3, size, size] uint8
         "Paint a few scenes."
         outlines, textures, extents = self._stamps

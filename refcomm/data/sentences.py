@@ -129,6 +129,7 @@ def _from_hub(path, split, **kwargs):
     frame = data.to_pandas()
     return frame.assign(**{c: f.int2str(frame[c].tolist()) for c,f in data.features.items() if hasattr(f, "int2str")})
 
+# %% ../../nbs/15_data.sentences.ipynb #447858c3
 def _table(source, split): # DataFrame, name
     "The table named by `source`."
     if source == "banking77":
@@ -157,7 +158,7 @@ def load_sentences(
     if n is not None: check_at_least("n", n, 1)
     if source == "synthetic":
         if split is not None:
-            raise ConfigError(f"split {split!r} asked for, but the synthetic sentences have no splits: deal them with refcomm.data.objects.split")
+            raise ConfigError(f"split {split!r} asked for, but the synthetic sentences have no splits: split them with refcomm.data.objects.split")
         grammar = json.loads(importlib.resources.files("refcomm.data").joinpath("intents.json").read_text("utf-8"))
         return _synthetic(grammar, n or 10_000)
     frame, name = _table(source, split)

@@ -216,7 +216,25 @@ def _part(
     for name in by: check_choice("attribute", name, world.values)
     return AttributeWorld({name: world.values[name] for name in by}, world.device)
 
-class ShapeWorld(AttributeWorld):
+# %% ../../nbs/11_data.shapes.ipynb #2bd5ceb4
+class _Classed(AttributeWorld):
+    "Objects whose classes are combinations of some of their attributes."
+    def label(self,
+        attributes:Tensor, # [..., n_attributes] values
+        by:tuple=("shape", "colour"), # the attributes that make a class
+    )->Tensor: # [...] class numbers
+        "The class of each vector: its number in the world of the attributes `by` alone."
+        classes = _part(self, by)
+        return classes.ids(_check_vectors(attributes, self.values)[..., [list(self.values).index(name) for name in by]])
+
+    def class_names(self,
+        by:tuple=("shape", "colour"), # the attributes that make a class
+    )->list: # of str, in the order of the class numbers
+        "The names of the classes: the values of `by`, last one first, as in “red circle”."
+        return [" ".join(names[::-1]) for names in itertools.product(*_part(self, by).values.values())]
+
+# %% ../../nbs/11_data.shapes.ipynb #1abd42ba
+class ShapeWorld(_Classed):
     "Images of one shape each, whose attributes are known: the embedded image set."
     def __init__(self,
         size:int=64, # pixels on a side, 16 … 512
@@ -244,17 +262,3 @@ class ShapeWorld(AttributeWorld):
             fixed = dict.fromkeys(ATTRIBUTES, some.new_zeros(len(some)))
             into.copy_(_paint(self._tables, fixed | dict(zip(self.values, some.T))))
         return images.view(*attributes.shape[:-1], *images.shape[1:])
-
-    def label(self,
-        attributes:Tensor, # [..., n_attributes] values
-        by:tuple=("shape", "colour"), # the attributes that make a class
-    )->Tensor: # [...] class numbers
-        "The class of each vector: its number in the world of the attributes `by` alone."
-        classes = _part(self, by)
-        return classes.ids(_check_vectors(attributes, self.values)[..., [list(self.values).index(name) for name in by]])
-
-    def class_names(self,
-        by:tuple=("shape", "colour"), # the attributes that make a class
-    )->list: # of str, in the order of the class numbers
-        "The names of the classes: the values of `by`, last one first, as in “red circle”."
-        return [" ".join(names[::-1]) for names in itertools.product(*_part(self, by).values.values())]

@@ -29,8 +29,8 @@ class AheadReader:
 
     def announce(self,
         batches, # iterable of indices [batch] int64 on the CPU
-    ):
-        "Say which batches will be asked for, in order; the first ones are read from now on."
+    )->None:
+        "Announce the next batches, in order; the first ones are read from now on."
         self.coming = iter(batches)
         self.waiting.clear()
         self._read_on()
@@ -65,7 +65,8 @@ class ImageBatches:
         self.labels = data.labels if self.streamed else data.labels.to(self.device)
 
     @property
-    def announce(self): # `AheadReader.announce`; None where nothing is read ahead
+    def announce(self):
+        "`AheadReader.announce`; None where nothing is read ahead."
         return self.images.announce if self.streamed else None
 
     # images [batch, 3, size, size] uint8, and labels [batch]; indices on the device of a stream make the host wait

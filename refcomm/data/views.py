@@ -24,6 +24,7 @@ def _check_range(what, pair, low, high):
         raise ConfigError(f"{what} must be two numbers, the lower first, above {low}"
             + (f" and at most {high}" if high < math.inf else "") + f": got {pair!r}")
 
+# %% ../../nbs/19_data.views.ipynb #6b776bcd
 @spec
 class ViewSpec:
     "Settings of the augmentation; probabilities are per image."
@@ -104,6 +105,7 @@ class DrawnViews(NamedTuple):
     sigma:Tensor # [n] width of the blur, 0 for none
     solarise:Tensor # [n] bool
 
+# %% ../../nbs/19_data.views.ipynb #bacc9f0b
 def _between(u, low, high): return low + u*(high - low)
 
 def _draw_boxes(u, height, width, s)->Tensor: # [n, 4]
@@ -120,6 +122,7 @@ def _draw_boxes(u, height, width, s)->Tensor: # [n, 4]
     whole = constant((0, 0, height, width), u.device)
     return torch.where((u[22] < s.crop)[:, None], torch.stack([*place, h, w], 1), whole).long()
 
+# %% ../../nbs/19_data.views.ipynb #832489c9
 def draw_views(
     n:int, # images
     height:int, # of the images, in pixels
@@ -235,6 +238,7 @@ def apply_views(
             f"draw_views their height and width")
     return _apply(images, drawn, spec, images.device.type != "cpu")
 
+# %% ../../nbs/19_data.views.ipynb #9c451f8a
 def _apply(images, drawn, spec, at_once)->Tensor: # [n, 3, size, size]
     "Make the views block by block, by groups or with the same operations for all."
     views = torch.empty(len(images), 3, spec.size, spec.size, device=images.device)

@@ -72,6 +72,7 @@ def ascents(
     for row, way in zip(steps, ways): row[[column[a] for a in way]] = list(way.values())
     return list(column), steps
 
+# %% ../../nbs/13_data.wordnet.ipynb #29bc23f8
 def path_similarity(
     ids, # [n] classes, wnids by default
     others=None, # [m] classes; `ids` when None

@@ -22,19 +22,19 @@ class Baseline(nn.Module):
     "Base of the baselines, with defaults for parts that a method does not have."
     trunk:nn.Module # maps images to [batch, feature_dim]
 
-    def draw_noise(self, batch, generator)->Tensor|None:
+    def draw_noise(self, batch:int, generator)->Tensor|None:
         "The randomness of one training pass; none by default."
         return None
 
-    def cool(self, progress)->None:
+    def cool(self, progress:float)->None:
         "Set temperatures at `progress` in [0, 1]; none by default."
         pass
 
-    def symbols(self, x)->Tensor|None:
+    def symbols(self, x:Tensor)->Tensor|None:
         "The symbols for images; None without a discrete code."
         return None # [batch, n_symbols] int64
 
-    def play(self, x, seen)->Played:
+    def play(self, x:Tensor, seen:Tensor)->Played:
         "The outcome in evaluation mode; accuracy is NaN by default."
         return Played(self(x, seen), torch.full((), math.nan, device=x.device), self.symbols(x))
 
@@ -50,22 +50,22 @@ class Supervised(Baseline):
         "The networks whose features are probed."
         return self.trunk, self.trunk
 
-    def forward(self, x, labels, noise=None)->Tensor:
+    def forward(self, x:Tensor, labels:Tensor, noise:Tensor|None=None)->Tensor:
         "Cross-entropy of the labels `[batch]` of images `[batch, 3, size, size]`."
         return F.cross_entropy(self.head(self.trunk(x)), labels)
 
-    def play(self, x, labels)->Played:
+    def play(self, x:Tensor, labels:Tensor)->Played:
         "Loss and accuracy on labelled images."
         logits = self.head(self.trunk(x))
         return Played(F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).float().mean(), None)
 
 class SupervisedViT(Supervised):
     "A supervised vision transformer, trained on random subsets of patches (Liu et al. 2023)."
-    def draw_noise(self, batch, generator)->Tensor: # [batch, n_patches + 1]
+    def draw_noise(self, batch:int, generator)->Tensor: # [batch, n_patches + 1]
         "Random numbers that choose the number of patches and the patches."
         return torch.rand(batch, len(self.trunk.transformer.positions), generator=generator, device=generator.device)
 
-    def forward(self, x, labels, noise=None)->Tensor:
+    def forward(self, x:Tensor, labels:Tensor, noise:Tensor|None=None)->Tensor:
         "Cross-entropy of the labels; with noise, on a random subset of patches."
         if noise is None: return super().forward(x, labels)
         shown = 1 + int(noise[0, 0]*(noise.shape[1] - 1)) # the same number for all images of the batch
@@ -84,9 +84,9 @@ def _frozen(net):
             m.register_buffer(name, p.detach())
     return net
 
-# %% ../../nbs/42_games.baselines.ipynb #6d49efe2
-class MoCo(Baseline):
-    "Momentum contrast (He et al. 2020; Chen et al. 2020)."
+# %% ../../nbs/42_games.baselines.ipynb #70742015
+class _MomentumPair(Baseline):
+    "A trunk with its projection, and a slow copy of both."
     def __init__(self,
         trunk:str="resnet18", # see `make_trunk`
         small_stem:bool=False, # see `make_trunk`
@@ -109,28 +109,31 @@ class MoCo(Baseline):
         self.loss = _lightly("loss.ntx_ent_loss").NTXentLoss(temperature, (queue, dim),
             torch.distributed.is_available())
 
-    def draw_noise(self, batch, generator)->Tensor|None:
+    def draw_noise(self, batch:int, generator)->Tensor|None:
         "Random numbers `[batch]` that shuffle the keys; none with one group."
         return None if self.groups == 1 else torch.rand(batch, generator=generator, device=generator.device)
-
-    def queries(self, x)->Tensor:
-        "Projections of images by the trained network, in groups."
-        return torch.cat([self.project(self.trunk(part)) for part in x.tensor_split(self.groups)]) # [batch, dim]
-
-    @torch.no_grad()
-    def keys(self, seen, noise=None)->Tensor: # [batch, dim]
-        "Projections of images by the slow network, in shuffled groups."
-        order = torch.arange(len(seen), device=seen.device) if noise is None else noise.argsort()
-        found = torch.cat([self.slow["project"](self.slow["trunk"](part))
-            for part in seen[order].tensor_split(self.groups)])
-        return found[order.argsort()]
 
     @torch.no_grad()
     def follow(self):
         "Update the slow weights towards the trained ones."
         for name, p in self.named_parameters(): self.slow.get_buffer(name).lerp_(p, 1 - self.momentum)
 
-    def forward(self, x, seen, noise=None)->Tensor:
+# %% ../../nbs/42_games.baselines.ipynb #6d49efe2
+class MoCo(_MomentumPair):
+    "Momentum contrast (He et al. 2020; Chen et al. 2020)."
+    def queries(self, x:Tensor)->Tensor:
+        "Projections of images by the trained network, in groups."
+        return torch.cat([self.project(self.trunk(part)) for part in x.tensor_split(self.groups)]) # [batch, dim]
+
+    @torch.no_grad()
+    def keys(self, seen:Tensor, noise:Tensor|None=None)->Tensor: # [batch, dim]
+        "Projections of images by the slow network, in shuffled groups."
+        order = torch.arange(len(seen), device=seen.device) if noise is None else noise.argsort()
+        found = torch.cat([self.slow["project"](self.slow["trunk"](part))
+            for part in seen[order].tensor_split(self.groups)])
+        return found[order.argsort()]
+
+    def forward(self, x:Tensor, seen:Tensor, noise:Tensor|None=None)->Tensor:
         "InfoNCE of two views `[batch, 3, size, size]` against the queue, a scalar."
         if len(check_batch(x, seen)[0]) < 2*self.groups:
             raise ConfigError(f"a batch of {len(x)} cannot be split into {self.groups} groups of 2 or more: raise batch_size, or lower groups")
@@ -142,7 +145,7 @@ class MoCo(Baseline):
         with torch.autocast(x.device.type, enabled=False):
             return self.loss(found.float() if self.training else found.detach().float(), keys.float())
 
-    def play(self, x, seen):
+    def play(self, x:Tensor, seen:Tensor):
         "Loss and accuracy of matching the two views within a batch, in evaluation mode."
         check_batch(x, seen)
         scores, target = in_batch_scores(self.queries(x), self.keys(seen))

@@ -64,7 +64,7 @@ def check_batch(
             f"out an incomplete last batch with drop_last=True")
     return a, b
 
-def own_places(a, negatives:str)->Tensor: # [batch]
+def own_places(a:Tensor, negatives:str)->Tensor: # [batch]
     "The indices of this process's images among the candidates."
     check_choice("negatives", negatives, NEGATIVES)
     return torch.arange(len(a), device=a.device) + len(a)*processes()[0]*(negatives == "global")
@@ -115,7 +115,7 @@ class SymmetricInfoNCE(nn.Module):
         return (self.log_scale.exp().clamp(max=self.most) if isinstance(self.log_scale, Tensor)
             else math.exp(self.log_scale))
 
-    def forward(self, a, b)->Tensor:
+    def forward(self, a:Tensor, b:Tensor)->Tensor:
         "The loss of paired vectors `[batch, dim]`, a scalar."
         ways = [in_batch_scores(*pair, self.negatives) for pair in ((a, b), (b, a))]
         return sum(F.cross_entropy(self.scale*scores, own) for scores, own in ways) / 2
@@ -144,9 +144,9 @@ class Played(NamedTuple):
     accuracy:Tensor # scalar, share of targets with the highest score
     symbols:Tensor|None # [batch, symbols_per_message], None for continuous words
 
-# %% ../../nbs/40_games.contrastive.ipynb #f64aa92a
-class DiscriminationGame(ReferentialGame):
-    "Identify an image among the others of its batch by a message (Dessì et al. 2021, §3.1)."
+# %% ../../nbs/40_games.contrastive.ipynb #671b0669
+class _InBatchGame(ReferentialGame):
+    "A referential game whose candidates are the images of a batch."
     def __init__(self,
         sender:nn.Module, # maps images to the channel's input
         channel:nn.Module, # see `channels`
@@ -160,14 +160,17 @@ class DiscriminationGame(ReferentialGame):
         self.negatives = check_choice("negatives", negatives, NEGATIVES)
         self.n_candidates = n_candidates
 
-    def candidates(self, seen, negatives="local")->InBatch:
+    def candidates(self, seen:Tensor, negatives:str="local")->InBatch:
         "The candidates from views `[batch, 3, size, size]`."
         return InBatch(seen, self.temperature, negatives, self.n_candidates)
 
-    def draw_noise(self, batch, generator)->Tensor|None:
+    def draw_noise(self, batch:int, generator)->Tensor|None:
         "The channel's noise for `batch` messages."
         return self.channel.draw_noise(batch, generator)
 
+# %% ../../nbs/40_games.contrastive.ipynb #f64aa92a
+class DiscriminationGame(_InBatchGame):
+    "Identify an image among the others of its batch by a message (Dessì et al. 2021, §3.1)."
     def forward(self,
         x:Tensor, # [batch, 3, size, size] the sender's views
         seen:Tensor, # [batch, 3, size, size] the receiver's views, in the same order
@@ -177,16 +180,15 @@ class DiscriminationGame(ReferentialGame):
         candidates = self.candidates(check_batch(x, seen)[1], self.negatives)
         return super().forward(x, candidates.target, candidates, noise)
 
-    # [batch, dim], and [batch, symbols_per_message] or None for continuous words
-    def understand(self, x)->tuple:
+    def decode(self, x:Tensor)->tuple: # [batch, dim], and [batch, symbols_per_message] or None for continuous words
         "The receiver's vectors for messages about images `x`, and their symbols."
         sent = self.send(x)
         return self.channel.receive(sent.word), sent.symbols if sent.symbols is None else sent.symbols.flatten(1)
 
-    def play(self, x, seen)->Played:
+    def play(self, x:Tensor, seen:Tensor)->Played:
         "Loss, accuracy and symbols of a batch in evaluation mode, without noise."
-        candidates, (understood, symbols) = self.candidates(check_batch(x, seen)[1]), self.understand(x)
-        return _played(candidates.scores(self.receiver, understood), candidates.target, symbols)
+        candidates, (decoded, symbols) = self.candidates(check_batch(x, seen)[1]), self.decode(x)
+        return _played(candidates.scores(self.receiver, decoded), candidates.target, symbols)
 
 # %% ../../nbs/40_games.contrastive.ipynb #021fbcbf
 def _played(scores, target, symbols):
@@ -207,20 +209,20 @@ def make_discrimination_game(
 )->DiscriminationGame:
     "The game of Dessì et al. (2021), §3.1."
     sender = make_trunk(trunk, small_stem, pretrained)
-    eyes, width = sender if shared else make_trunk(trunk, small_stem, pretrained), sender.feature_dim
+    receiver_trunk, width = sender if shared else make_trunk(trunk, small_stem, pretrained), sender.feature_dim
     if channel is None:
         channel = Instant(GumbelSoftmax(vocab_size, temperature), width, vocabulary_head(width, vocab_size),
             symbol_embedding(vocab_size, dim))
     else: dim = channel.dim
     speaker = sender if channel.dim == width else nn.Sequential(sender, nn.Linear(width, channel.dim))
-    game = DiscriminationGame(speaker, channel, nn.Sequential(eyes, projector(width, dim, dim)), cosine_temperature,
-        **kwargs)
-    game.trunks = sender, eyes # in a tuple, so that they are not registered twice
+    receiver = nn.Sequential(receiver_trunk, projector(width, dim, dim))
+    game = DiscriminationGame(speaker, channel, receiver, cosine_temperature, **kwargs)
+    game.trunks = sender, receiver_trunk # in a tuple, so that they are not registered twice
     return game
 
-# %% ../../nbs/40_games.contrastive.ipynb #16c9f7a8
-class SimCLR(nn.Module):
-    "One trunk and projector for both views, trained by NT-Xent (Chen et al. 2020; the comparison of Dessì et al. 2021)."
+# %% ../../nbs/40_games.contrastive.ipynb #7579981b
+class _Projected(nn.Module):
+    "A trunk with a projector, and the layers of both."
     def __init__(self,
         trunk:nn.Module, # maps images to [batch, feature_dim]
         projector:nn.Sequential, # its last layer is linear, see `refcomm.agents.vision.projector`
@@ -233,16 +235,19 @@ class SimCLR(nn.Module):
         self.temperature = check_temperature(temperature, .1)
         self.negatives = check_choice("negatives", negatives, NEGATIVES)
 
-    def layers(self, x)->dict: # "h", "s" and "z" → [batch, …]
+    def layers(self, x:Tensor)->dict: # "h", "s" and "z" → [batch, …]
         "The trunk's output h, the projector's hidden layer s and its output z."
         s = self.projector[:-1](h := self.trunk(x))
         return dict(h=h, s=s, z=self.projector[-1](s))
 
-    def draw_noise(self, batch, generator)->None:
+    def draw_noise(self, batch:int, generator)->None:
         "No noise is needed."
         return None
 
-    def forward(self, x, seen, noise=None)->Tensor:
+# %% ../../nbs/40_games.contrastive.ipynb #16c9f7a8
+class SimCLR(_Projected):
+    "One trunk and projector for both views, trained by NT-Xent (Chen et al. 2020; the comparison of Dessì et al. 2021)."
+    def forward(self, x:Tensor, seen:Tensor, noise:Tensor|None=None)->Tensor:
         "NT-Xent of two views `[batch, 3, size, size]`, a scalar."
         return nt_xent(*(self.layers(v)["z"] for v in check_batch(x, seen)), self.temperature, self.negatives)
 
@@ -253,7 +258,7 @@ class SimCLR(nn.Module):
         "The index of the largest entry of a layer."
         return self.layers(x)[check_choice("layer", layer, "hsz")].argmax(-1)
 
-    def understand(self,
+    def decode(self,
         layers:dict, # from `layers`
         layer:str="s", # "h", "s" or "z"
     )->tuple: # [batch, dim], and the symbol [batch, 1]
@@ -261,8 +266,8 @@ class SimCLR(nn.Module):
         word, symbols = one_hot_argmax(layers[check_choice("layer", layer, "hsz")])
         return dict(h=self.projector, s=self.projector[-1], z=nn.Identity())[layer](word), symbols[:, None]
 
-    def play(self, x, seen, layer:str="s")->Played:
+    def play(self, x:Tensor, seen:Tensor, layer:str="s")->Played:
         "Evaluate the discrimination game with the argmax of a layer as the symbol."
-        understood, symbols = self.understand(self.layers(check_batch(x, seen)[0]), layer)
-        scores, target = in_batch_scores(understood, self.layers(seen)["z"], n_candidates=self.n_candidates)
+        decoded, symbols = self.decode(self.layers(check_batch(x, seen)[0]), layer)
+        scores, target = in_batch_scores(decoded, self.layers(seen)["z"], n_candidates=self.n_candidates)
         return _played(scores / self.temperature, target, symbols)

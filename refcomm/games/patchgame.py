@@ -17,9 +17,9 @@ from ..agents.transformer import Transformer, ViT
 from ..agents.vision import RESNETS, make_trunk
 from .contrastive import Played, SymmetricInfoNCE, check_batch, in_batch_scores
 
-# %% ../../nbs/41_games.patchgame.ipynb #98c5a136
-class PatchGame(nn.Module):
-    "A speaker of patches and a listener, trained together (Gupta et al. 2021)."
+# %% ../../nbs/41_games.patchgame.ipynb #f6dfc544
+class _PatchAgents(nn.Module):
+    "A speaker and a listener, with the loss between messages and images."
     def __init__(self,
         speaker:Speaker,
         listener:Listener,
@@ -36,18 +36,21 @@ class PatchGame(nn.Module):
         self.n_candidates = n_candidates
         self.length_cost = length_cost
 
-    def draw_noise(self, batch, generator)->Tensor:
+    def draw_noise(self, batch:int, generator)->Tensor:
         "The speaker's noise for `batch` images."
         return self.speaker.draw_noise(batch, generator)
 
-    def cool(self, progress):
+    def cool(self, progress:float)->None:
         "Set the temperatures at `progress` in [0, 1]."
         self.speaker.cool(progress)
 
-    def send(self, x, noise=None)->Message:
+    def send(self, x:Tensor, noise:Tensor|None=None)->Message:
         "Messages about images `[batch, 3, size, size]`."
         return self.speaker(x, noise)
 
+# %% ../../nbs/41_games.patchgame.ipynb #98c5a136
+class PatchGame(_PatchAgents):
+    "A speaker of patches and a listener, trained together (Gupta et al. 2021)."
     def forward(self,
         x:Tensor, # [batch, 3, size, size] the speaker's views
         seen:Tensor, # [batch, 3, size, size] the listener's views, in the same order
@@ -55,17 +58,22 @@ class PatchGame(nn.Module):
     )->Tensor: # scalar
         "The contrastive loss of messages and images, with the cost of length."
         check_batch(x, seen)
-        loss = self.loss(self.listener.read(sent := self.send(x, noise)), self.listener.see(seen))
+        loss = self.loss(self.listener.decode(sent := self.send(x, noise)), self.listener.encode_images(seen))
         return loss + self.length_cost*sent.word.sum((1, 2)).mean() if self.length_cost else loss
 
-    def play(self, x, seen, noise=None)->Played:
+    def play(self, x:Tensor, seen:Tensor, noise:Tensor|None=None)->Played:
         "Loss, accuracy and symbols of a batch in evaluation mode, with the most probable symbols; given noise, gates are sampled."
         check_batch(x, seen)
         sent = self.send(x, noise)
-        scores, target = in_batch_scores(self.listener.read(sent), self.listener.see(seen),
+        scores, target = in_batch_scores(self.listener.decode(sent), self.listener.encode_images(seen),
             n_candidates=self.n_candidates)
         return Played(F.cross_entropy(self.loss.scale*scores, target), (scores.argmax(-1) == target).float().mean(),
             sent.symbols)
+
+# %% ../../nbs/41_games.patchgame.ipynb #85888e27
+def _vision(name, small_stem, size, patch_size, transformer)->nn.Module: # the listener's network for images
+    check_choice("vision", name, ("vit", "narrow", *RESNETS))
+    return ViT(size, patch_size, **transformer) if name == "vit" else make_trunk(name, small_stem)
 
 # %% ../../nbs/41_games.patchgame.ipynb #18efb9ae
 def make_patch_game(
@@ -76,22 +84,19 @@ def make_patch_game(
     symbol:str="mlp", # see `PatchSymbol`
     symbol_width:int=768, # of the layers of `PatchSymbol`
     norm:str|None=None, # of the symbols' scores, see `PatchSymbol`
-    rank:str="resnet9", # see `PatchRank`
+    rank:str="resnet9", dropout:float=0., # see `PatchRank`
     strength:float=1., # of the soft ranks, see `Speaker`
     vision:str="resnet18", # the listener's: "vit", or see `make_trunk`
     gate:str="hard", # see `Gate`
-    dropout:float=0., # of `PatchRank`
     schedule:str="cosine", # of the symbols' temperature
     temperature:float=.07, # of the cosines
     learned:bool=False, # whether that temperature is trained
     masked:bool=False, # see `Listener`
-    small_stem:bool=False, # of the listener's trunk, see `make_trunk`
+    small_stem:bool=False, # see `make_trunk`
     width:int=192, # of every transformer
-    layers:int=12,
-    heads:int=3,
+    layers:int=12, heads:int=3,
     hidden:int=2048, # of the projections, see `projection_head`
-    narrow:int=256,
-    dim:int=65_536,
+    narrow:int=256, dim:int=65_536,
     negatives:str="global", # see `in_batch_scores`
     n_candidates:int|None=None, # see `PatchGame`
     budget:str="half", # see `Speaker`
@@ -99,10 +104,9 @@ def make_patch_game(
 )->PatchGame:
     "The game of Gupta et al. (2021)."
     transformer = dict(dim=width, layers=layers, heads=heads)
-    says = PatchSymbol(size, patch_size, vocab_size, symbols_per_patch, symbol, symbol_width, norm,
-        **(transformer if symbol == "vit" else {}))
-    speaker = Speaker(says, PatchRank(patch_size, rank, dropout), gate, strength, schedule=schedule, budget=budget)
-    eyes = (ViT(size, patch_size, **transformer) if check_choice("vision", vision, ("vit", "narrow", *RESNETS)) == "vit"
-        else make_trunk(vision, small_stem))
-    listener = Listener(Transformer(speaker.n_symbols, **transformer), eyes, vocab_size, dim, hidden, narrow, masked)
+    vit = transformer if symbol == "vit" else {}
+    symbols = PatchSymbol(size, patch_size, vocab_size, symbols_per_patch, symbol, symbol_width, norm, **vit)
+    speaker = Speaker(symbols, PatchRank(patch_size, rank, dropout), gate, strength, schedule=schedule, budget=budget)
+    trunk = _vision(vision, small_stem, size, patch_size, transformer)
+    listener = Listener(Transformer(speaker.n_symbols, **transformer), trunk, vocab_size, dim, hidden, narrow, masked)
     return PatchGame(speaker, listener, SymmetricInfoNCE(temperature, learned, negatives), n_candidates, length_cost)

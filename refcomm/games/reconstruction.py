@@ -39,9 +39,9 @@ class Attributes(NamedTuple):
             for a, p in enumerate(self.logits(receiver, z)))
         return each.mean() if reduction == "mean" else each
 
-# %% ../../nbs/44_games.reconstruction.ipynb #e258f5dd
-class Reconstruction(Task):
-    "Predict the value of each attribute of the target (as in EGG's basic games and attribute–value games)."
+# %% ../../nbs/44_games.reconstruction.ipynb #bcbf4915
+class _SplitObjects(Task):
+    "Objects in three parts, and their attribute values."
     def __init__(self,
         objects, # `own.Objects`
         valid:float=.1, # share of the objects, or their number
@@ -50,23 +50,26 @@ class Reconstruction(Task):
     ):
         n = {k: round(v*len(objects)) if isinstance(v, float) else v for k, v in dict(valid=valid, test=test).items()}
         if min(n.values()) < 1 or sum(n.values()) >= len(objects):
-            raise ConfigError(f"{len(objects)} objects cannot be dealt into {n} and some to train on: change valid and test")
+            raise ConfigError(f"{len(objects)} objects cannot be split into {n} and some to train on: change valid and test")
         self.ids = split(len(objects), dict(train=len(objects) - sum(n.values()), **n), generator(seed, "split"))
         self.given = dict(n, seed=seed)
         self.objects, self.x, self.n_train = objects, objects.one_hot(), len(self.ids["train"])
         self.every = Attributes(objects.values, tuple(map(len, objects.kinds)))
 
-    def make_receiver(self, dim)->nn.Module:
-        "A linear receiver from vectors of size `dim` to all logits."
-        return nn.Linear(dim, sum(self.every.sizes))
-
-    def seen(self, part)->Tensor:
+    def seen(self, part:str)->Tensor:
         "Targets `[n, ...]` of a part."
         return self.x[self.ids[part]]
 
-    def meanings(self, part)->Tensor:
+    def meanings(self, part:str)->Tensor:
         "Attribute values `[n, n_attributes]` of a part's targets."
         return self.objects.values[self.ids[part]]
+
+# %% ../../nbs/44_games.reconstruction.ipynb #e258f5dd
+class Reconstruction(_SplitObjects):
+    "Predict the value of each attribute of the target (as in EGG's basic games and attribute–value games)."
+    def make_receiver(self, dim:int)->nn.Module:
+        "A linear receiver from vectors of size `dim` to all logits."
+        return nn.Linear(dim, sum(self.every.sizes))
 
     def about(self)->tuple:
         "What `save_game` keeps of this task: its settings, and its tensors."
@@ -77,11 +80,12 @@ class Reconstruction(Task):
         "A digest of data and split."
         return content_digest(self.x, *self.ids.values(), json.dumps("reconstruction"))
 
-    def batch(self, idx, generators)->Games:
+    def batch(self, idx:Tensor, generators)->Games:
         "A training batch of all members."
         target = self.ids["train"][idx]
         return Games(self.x[target], target, self.every._replace(values=self.every.values.expand(len(idx), -1, -1)))
-    def games(self, part, block=125):
+
+    def games(self, part:str, block:int=125):
         "The games of a part, block by block."
         for target in self.ids[part].split(block): yield Games(self.x[target], target, self.every)
 

@@ -6,6 +6,8 @@
 __all__ = ['draw_distractors', 'draw_other_classes', 'EveryObject', 'choice_loss', 'ReferentialGame', 'check_game']
 
 # %% ../../nbs/38_games.referential.ipynb #acddea3f
+import functools
+
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
@@ -70,15 +72,12 @@ def _check_others(targets, labels, own, n_distractors):
         at = (others == others.min()).nonzero()[0].unbind()
         t = targets[at]
         raise ConfigError(f"{n_distractors} distractors asked for, but only {others.min()} of {labels.shape[-1]} items "
-            f"are of other classes than item {t} (class {labels[*at[:-1], t]}): ask for fewer, or bring more classes")
+            f"are of other classes than item {t} (class {labels[*at[:-1], t]}): ask for fewer, or add classes")
 
 # %% ../../nbs/38_games.referential.ipynb #713bab0d
 class EveryObject:
     "All objects of a world as the candidates of every game; their softmax factorises over attributes."
-    def __init__(self,
-        world:ObjectWorld,
-        device="cpu", # the targets' device
-    ):
+    def __init__(self, world:ObjectWorld, device="cpu"): # the targets' device
         self.world = world
         self.table = world.attributes(torch.arange(world.size, device=device)) if world.size <= 2**20 else None
 
@@ -98,9 +97,7 @@ class EveryObject:
     def scores(self, receiver, z)->Tensor: # [batch, world.size] log-probabilities in the order of object numbers
         "Log-probabilities of all objects, from the factorised softmax."
         parts = self.logits(receiver, z).log_softmax(-1).unbind(-2)
-        total = parts[0]
-        for part in parts[1:]: total = (total[..., None] + part[..., None, :]).flatten(-2)
-        return total
+        return functools.reduce(lambda total, part: (total[..., None] + part[..., None, :]).flatten(-2), parts)
 
     def loss(self, receiver, z, target, reduction="mean")->Tensor: # cross-entropy of the targets among all objects: its mean, or with "none" [batch]
         "The cross-entropy of the targets among all objects."
@@ -127,25 +124,24 @@ def choice_loss(
     term = (wrong - others)*log_p.gather(-1, choice[:, None]).squeeze(-1)
     return wrong + (term - term.detach())
 
-# %% ../../nbs/38_games.referential.ipynb #ea0930f7
-class ReferentialGame(nn.Module):
-    "Sender encoder → channel → receiver, trained by cross-entropy over the candidates (Carmeli et al. 2023, §2)."
+# %% ../../nbs/38_games.referential.ipynb #f8522351
+def _parted(game, noise)->tuple: # the channel's noise, and uniform numbers of a receiver that draws
+    if not (game.draws and game.training): return noise, None
+    if not isinstance(noise, tuple):
+        raise ConfigError("a receiver that draws its choice trains on noise: pass noise=game.draw_noise(batch, generator)")
+    return noise
+
+# %% ../../nbs/38_games.referential.ipynb #e1e2be56
+class _Agents(nn.Module):
+    "A sender and a receiver with a channel between them."
     def __init__(self,
         sender:nn.Module, # maps the target's input to [batch, channel.dim]
         channel:nn.Module, # see `channels`
         receiver:nn.Module, # maps candidates to [..., channel.dim]
-        draws:bool=False, # the receiver draws its choice in training, and is told only whether it was right
+        draws:bool=False, # the receiver draws its choice in training, and learns only whether it was right
     ):
         super().__init__()
         self.sender, self.channel, self.receiver, self.draws = sender, channel, receiver, draws
-
-    def draw_noise(self,
-        batch:int, # games to be played
-        generator, # source of randomness, or a list with one per member
-    ): # the channel's noise; with `draws` a pair: that, and uniform numbers [batch] for the choices
-        "The randomness that one training pass consumes."
-        noise = self.channel.draw_noise(batch, generator)
-        return (noise, _draw(generator, lambda g: torch.rand(batch, generator=g, device=g.device))) if self.draws else noise
 
     def send(self, x, noise=None)->Sent:
         "The messages about targets `[batch, ...]`."
@@ -163,6 +159,18 @@ class ReferentialGame(nn.Module):
         return (candidates.scores(self.receiver, z) if hasattr(candidates, "scores")
             else dot_scores(self.receiver, z, candidates))
 
+# %% ../../nbs/38_games.referential.ipynb #ea0930f7
+class ReferentialGame(_Agents):
+    "Sender encoder → channel → receiver, trained by cross-entropy over the candidates (Carmeli et al. 2023, §2)."
+    def draw_noise(self,
+        batch:int, # games to be played
+        generator, # source of randomness, or a list with one per member
+    ): # the channel's noise; with `draws` a pair: that, and uniform numbers [batch] for the choices
+        "The randomness that one training pass consumes."
+        noise = self.channel.draw_noise(batch, generator)
+        if not self.draws: return noise
+        return noise, _draw(generator, lambda g: torch.rand(batch, generator=g, device=g.device))
+
     def forward(self,
         x:Tensor, # [batch, ...] the targets as the sender sees them
         target:Tensor, # [batch] their indices among the candidates
@@ -172,7 +180,7 @@ class ReferentialGame(nn.Module):
         """Mean cross-entropy of the target among the candidates, plus the bottleneck's own loss and the REINFORCE term for sampled symbols.
 
         Where the receiver draws, the loss of a game is `choice_loss` in training."""
-        noise, u = self._parted(noise)
+        noise, u = _parted(self, noise)
         def lose(z, reduction="none"):
             if u is not None: return choice_loss(self.judge(z, candidates), target, u)
             if hasattr(candidates, "loss"): return candidates.loss(self.receiver, z, target, reduction)
@@ -182,12 +190,6 @@ class ReferentialGame(nn.Module):
         else: loss = lose(self.channel.receive(sent.word), "mean" if sent.log_prob is None else "none")
         loss = loss.mean() if sent.log_prob is None else loss.mean() + score_function_loss(loss, sent.log_prob)
         return loss if sent.loss is None else loss + sent.loss
-
-    def _parted(self, noise)->tuple: # the channel's noise, and uniform numbers of a receiver that draws
-        if not (self.draws and self.training): return noise, None
-        if not isinstance(noise, tuple):
-            raise ConfigError("a receiver that draws its choice trains on noise: pass noise=game.draw_noise(batch, generator)")
-        return noise
 
 # %% ../../nbs/38_games.referential.ipynb #542a789f
 def check_game(

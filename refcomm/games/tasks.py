@@ -33,6 +33,15 @@ def _moved(x, device): # tensors, and what of this package holds tensors
     vars(new).update({k: tree_map(lambda v: _moved(v, device), v) for k, v in vars(x).items()})
     return new
 
+# %% ../../nbs/39_games.tasks.ipynb #58c13d51
+def _means(game, blocks)->tuple: # accuracy and loss over blocks of `Games`
+    right, loss, n = 0, 0, 0
+    for g in blocks:
+        scores = game.scores(game.send(g.x).word, g.candidates)
+        right = right + (scores.argmax(-1) == g.target).sum()
+        loss, n = loss + F.cross_entropy(scores, g.target, reduction="sum"), n + len(g.target)
+    return right / n, loss / n
+
 # %% ../../nbs/39_games.tasks.ipynb #fa1784c2
 class Task:
     "Base of all tasks."
@@ -66,12 +75,7 @@ class Task:
         game, # a `ReferentialGame`
     )->tuple: # accuracy and loss, scalars
         "Play the validation games once."
-        right, loss, n = 0, 0, 0
-        for g in self.games("valid", 1024):
-            scores = game.scores(game.send(g.x).word, g.candidates)
-            right = right + (scores.argmax(-1) == g.target).sum()
-            loss, n = loss + F.cross_entropy(scores, g.target, reduction="sum"), n + len(g.target)
-        return right / n, loss / n
+        return _means(game, self.games("valid", 1024))
 
 # %% ../../nbs/39_games.tasks.ipynb #8acf57e5
 class ObjectTask(Task):
@@ -87,18 +91,18 @@ class ObjectTask(Task):
         self.inputs, self.n_train = {k: world.one_hot(v) for k,v in self.ids.items()}, len(parts["train"])
         self.values = self.every.values(self.ids["valid"])
 
-    def batch(self, idx, generators)->Games:
+    def batch(self, idx:Tensor, generators)->Games:
         "A training batch among all objects, or with drawn distractors."
         x, target = self.inputs["train"][idx], self.ids["train"][idx]
         if self.n_negatives is None: return Games(x, target, self.every)
         drawn = draw_distractors(target, self.world.size, self.n_negatives, generators)
         return Games(x, torch.zeros_like(target), self.world.one_hot(torch.cat([target[..., None], drawn], -1)))
 
-    def seen(self, part)->Tensor:
+    def seen(self, part:str)->Tensor:
         "Targets `[n, n_attributes*n_values]` as one-hot vectors."
         return self.inputs[part]
 
-    def games(self, part, block=125):
+    def games(self, part:str, block:int=125):
         "The games of a part among all objects, block by block."
         for x, target in zip(self.inputs[part].split(block), self.ids[part].split(block)):
             yield Games(x, target, self.every)
@@ -119,9 +123,9 @@ def _without(
     n = order.shape[1] - targets.shape[1]
     return order.new_empty(len(order), n + 1).scatter_(1, torch.where(left, left.cumsum(1) - 1, n), order)[:, :n]
 
-# %% ../../nbs/39_games.tasks.ipynb #30322788
-class ItemTask(Task):
-    "Targets and candidates are items of the same split (the Image and Sent-Ref games of Carmeli et al. 2023)."
+# %% ../../nbs/39_games.tasks.ipynb #b58b3986
+class _Items(Task):
+    "Items in three parts, and the distractors drawn for each target."
     def __init__(self,
         x:Tensor, # [n, in] features
         labels:Tensor, # [n] classes
@@ -149,6 +153,9 @@ class ItemTask(Task):
             else draw_distractors(targets, labels.shape[-1], n, generator))
         return torch.cat([targets[..., None], drawn], -1)
 
+# %% ../../nbs/39_games.tasks.ipynb #30322788
+class ItemTask(_Items):
+    "Targets and candidates are items of the same split (the Image and Sent-Ref games of Carmeli et al. 2023)."
     def _games(self, items, index):
         seen = Drawn(items, index)
         if not self.informed:
@@ -156,7 +163,7 @@ class ItemTask(Task):
                 else items.gather(1, index[..., :1].expand(-1, -1, items.shape[-1])))
         return Games(seen if self.informed else x, torch.zeros_like(index[..., 0]), seen)
 
-    def batch(self, idx, generators)->Games:
+    def batch(self, idx:Tensor, generators)->Games:
         "Training targets with distractors from a shuffled pool."
         if idx.shape[1] > self.pool:
             raise ConfigError(f"a batch of {idx.shape[1]} targets does not fit in a pool of {self.pool} items: make the pool larger")
@@ -170,11 +177,11 @@ class ItemTask(Task):
     def _pool(self, places, generators)->Tensor: # [n_members, pool, ...]
         return self.x["train"][places]
 
-    def seen(self, part)->Tensor:
+    def seen(self, part:str)->Tensor:
         "Targets `[n, dim]`."
         return super().seen(part) if self.informed else self.x[part]
 
-    def games(self, part, block=125, n_seen=None):
+    def games(self, part:str, block:int=125, n_seen:int|None=None):
         "The games of a part with fixed candidates, block by block."
         for index in self.index[part][:, :n_seen].split(block): yield self._games(self.x[part], index)
 
@@ -195,7 +202,7 @@ class ClassTask(Task):
         self.every, self.n_train = Fixed(classes.to(device)), len(parts["train"])
         self.n_negatives = None if n_negatives == len(classes) - 1 else n_negatives
 
-    def batch(self, idx, generators)->Games:
+    def batch(self, idx:Tensor, generators)->Games:
         "A training batch among all classes, or with drawn distractors."
         x, target = self.x["train"][idx], self.labels["train"][idx]
         if self.n_negatives is None: return Games(x, target, self.every)
@@ -204,11 +211,11 @@ class ClassTask(Task):
         return Games(x, torch.zeros_like(target),
             Drawn(self.every.items.expand(len(idx), *self.every.items.shape), index))
 
-    def seen(self, part)->Tensor:
+    def seen(self, part:str)->Tensor:
         "Targets `[n, ...]`."
         return self.x[part]
 
-    def games(self, part, block=125):
+    def games(self, part:str, block:int=125):
         "The games of a part among all classes, block by block."
         for x, target in zip(self.x[part].split(block), self.labels[part].split(block)):
             yield Games(x, target, self.every)
@@ -237,14 +244,11 @@ class SampledTask(Task):
         device="cpu",
     ):
         self.values = {k: v.to(device) for k,v in games.items()}
-        self.n_values = n_values
-        self.n_train = len(games["train"])
-        most = max(int(v.max()) for v in games.values())
+        self.n_values, self.n_train, most = n_values, len(games["train"]), max(int(v.max()) for v in games.values())
         if most >= n_values: raise ConfigError(f"attribute values must lie in 0 … {n_values - 1}, got {most}")
         self.stock, n_objects = stock if stock is None else stock.to(device), n_values**games["train"].shape[-1]
         if stock is not None and len(stock) != n_objects:
-            raise ConfigError(f"a stock of {len(stock)} items was given for {n_objects} objects: one for each, in the "
-                f"order of their numbers, is expected")
+            raise ConfigError(f"a stock of {len(stock)} items was given for {n_objects} objects: give one for each, in their order")
 
     def _games(self, values):
         target = torch.zeros(values.shape[:-2], dtype=torch.long, device=values.device)
@@ -254,15 +258,15 @@ class SampledTask(Task):
         return Games(self.stock[index[..., 0]], target,
             Drawn(self.stock if index.dim() == 2 else self.stock.expand(len(index), *self.stock.shape), index))
 
-    def batch(self, idx, generators)->Games:
+    def batch(self, idx:Tensor, generators)->Games:
         "A training batch of sampled games."
         return self._games(self.values["train"][idx])
 
-    def seen(self, part)->Tensor:
+    def seen(self, part:str)->Tensor:
         "Targets `[n, dim]` of a part."
         return self._games(self.values[part]).x
 
-    def games(self, part, block=125):
+    def games(self, part:str, block:int=125):
         "The sampled games of a part, block by block."
         for values in self.values[part].split(block): yield self._games(values)
 

@@ -22,15 +22,28 @@ from .baselines import Baseline
 
 # %% ../../nbs/43_games.vae.ipynb #00127b6a
 class _Residual(nn.Sequential):
-    def forward(self, x): return x + super().forward(x)
+    def forward(self, x:Tensor): return x + super().forward(x)
 
 def _halve(i, o): return nn.Conv2d(i, o, 4, 2, 1)
 def _double(i, o): return nn.ConvTranspose2d(i, o, 4, 2, 1)
 def _same(i, o): return nn.Conv2d(i, o, 3, 1, 1)
 
-# %% ../../nbs/43_games.vae.ipynb #4fc8031a
-class VQVAE2(Baseline):
-    "Autoencoder with two levels of symbols (Razavi et al. 2019)."
+# %% ../../nbs/43_games.vae.ipynb #2cad7bc2
+def _refine(width, hidden, blocks)->list: # of layers: residual blocks and a rectifier
+    block = lambda: _Residual(nn.ReLU(), _same(width, hidden), nn.ReLU(), nn.Conv2d(hidden, width, 1))
+    return [*(block() for _ in range(blocks)), nn.ReLU()]
+
+def _codebook(dim, size, decay, commitment)->nn.Module:
+    make = need("vector_quantize_pytorch",
+        "VQVAE2 needs the package vector-quantize-pytorch: pip install 'refcomm[baselines]'").VectorQuantize
+    return make(dim, size, decay=decay, commitment_weight=commitment, accept_image_fmap=True, rotation_trick=False)
+
+def _quantise(codebook, x, learn)->tuple: # vectors, symbols and loss, in full precision
+    with torch.autocast(x.device.type, enabled=False): return codebook(x.float(), freeze_codebook=not learn)
+
+# %% ../../nbs/43_games.vae.ipynb #07969a8c
+class _TwoLevels(Baseline):
+    "Encoder, codebooks and decoder of two levels, the top one half as fine."
     def __init__(self,
         codebook_size:int=512, # symbols of each level
         code_dim:int=64, # of the symbols' vectors
@@ -43,12 +56,7 @@ class VQVAE2(Baseline):
         super().__init__()
         for name, value in dict(codebook_size=codebook_size, width=width).items(): check_at_least(name, value, 2)
         for name, value in dict(code_dim=code_dim, hidden=hidden).items(): check_at_least(name, value, 1)
-        make = need("vector_quantize_pytorch",
-            "VQVAE2 needs the package vector-quantize-pytorch: pip install 'refcomm[baselines]'").VectorQuantize
-        codebook = lambda: make(code_dim, codebook_size, decay=decay, commitment_weight=commitment,
-            accept_image_fmap=True, rotation_trick=False)
-        residual = lambda: _Residual(nn.ReLU(), _same(width, hidden), nn.ReLU(), nn.Conv2d(hidden, width, 1))
-        think = lambda: [*(residual() for _ in range(blocks)), nn.ReLU()]
+        think = lambda: _refine(width, hidden, blocks)
         bottom = nn.Sequential(_halve(3, width//2), nn.ReLU(), _halve(width//2, width), nn.ReLU(), _same(width, width),
             *think())
         top = nn.Sequential(_halve(width, width//2), nn.ReLU(), _same(width//2, width), *think())
@@ -56,7 +64,8 @@ class VQVAE2(Baseline):
             flatten=nn.Flatten()))
         self.trunk.feature_dim, self.codebook_size = width, codebook_size
         self.say_top, self.say_bottom = nn.Conv2d(width, code_dim, 1), nn.Conv2d(width + code_dim, code_dim, 1)
-        self.top, self.bottom, self.enlarge = codebook(), codebook(), _double(code_dim, code_dim)
+        self.top, self.bottom = (_codebook(code_dim, codebook_size, decay, commitment) for _ in range(2))
+        self.enlarge = _double(code_dim, code_dim)
         self.hear_top = nn.Sequential(_same(code_dim, width), *think(), _double(width, code_dim))
         self.decoder = nn.Sequential(_same(2*code_dim, width), *think(), _double(width, width//2), nn.ReLU(),
             _double(width//2, 3))
@@ -66,6 +75,9 @@ class VQVAE2(Baseline):
         "Different symbols of both levels."
         return 2*self.codebook_size
 
+# %% ../../nbs/43_games.vae.ipynb #4fc8031a
+class VQVAE2(_TwoLevels):
+    "Autoencoder with two levels of symbols (Razavi et al. 2019)."
     def encode(self,
         x:Tensor, # [batch, 3, height, width], multiples of 8
         learn:bool=False, # update the codebooks, in training mode
@@ -73,17 +85,14 @@ class VQVAE2(Baseline):
         "Images to the quantised vectors of both levels."
         patch_grid(*x.shape[-2:], 8)
         fine = self.trunk.bottom(x)
-        top = self._quantise(self.top, self.say_top(self.trunk.top(fine)), learn)
-        return top, self._quantise(self.bottom, self.say_bottom(torch.cat([self.hear_top(top[0]), fine], 1)), learn)
+        top = _quantise(self.top, self.say_top(self.trunk.top(fine)), learn)
+        return top, _quantise(self.bottom, self.say_bottom(torch.cat([self.hear_top(top[0]), fine], 1)), learn)
 
-    def _quantise(self, codebook, said, learn):
-        with torch.autocast(said.device.type, enabled=False): return codebook(said.float(), freeze_codebook=not learn)
-
-    def decode(self, top, bottom)->Tensor:
+    def decode(self, top:Tensor, bottom:Tensor)->Tensor:
         "Images from the quantised vectors of both levels."
         return self.decoder(torch.cat([self.enlarge(top), bottom], 1)) # [batch, 3, height, width]
 
-    def reconstruct(self, x)->Tensor: # as `x`
+    def reconstruct(self, x:Tensor)->Tensor: # as `x`
         "Encode and decode images `[batch, 3, height, width]`."
         return self.decode(*(level[0] for level in self.encode(x)))
 
@@ -96,7 +105,7 @@ class VQVAE2(Baseline):
         (top, _, above), (bottom, _, below) = self.encode(x, learn=self.training)
         return F.mse_loss(self.decode(top, bottom).float(), x.float()) + above + below
 
-    def symbols(self, x)->Tensor: # [batch, n_symbols] of the top level, then of the bottom level, numbered from codebook_size on
+    def symbols(self, x:Tensor)->Tensor: # [batch, n_symbols] of the top level, then of the bottom level, numbered from codebook_size on
         "The symbols of images `[batch, 3, height, width]`."
         top, bottom = (level[1].flatten(1) for level in self.encode(x))
         return torch.cat([top, bottom + self.codebook_size], 1)
@@ -153,9 +162,53 @@ def _grow(in_dim, width, times):
     for i, o in zip(widths, widths[1:]): layers += [nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False), *tidy(o)]
     return nn.Sequential(*layers, _double(widths[-1], 3))
 
-# %% ../../nbs/43_games.vae.ipynb #74742063
-class PatchVAE(Baseline):
-    "Autoencoder whose code is the occurrence and appearance of parts (Gupta et al. 2020)."
+# %% ../../nbs/43_games.vae.ipynb #8e0e9477
+def _staged(trunk:str)->nn.Sequential: # the trunk's stages, then its average
+    net = make_trunk(trunk)
+    stages = {k: m for k, m in net.named_children() if k not in ("avgpool", "flatten", "fc")}
+    made = nn.Sequential(OrderedDict(**stages, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
+    made.feature_dim = net.feature_dim
+    return made
+
+def _finer(dim, times)->nn.Sequential: # maps with `times` times as many places on a side
+    return nn.Sequential(nn.Conv2d(dim, dim*times**2, 1), nn.PixelShuffle(times))
+
+# %% ../../nbs/43_games.vae.ipynb #57ce5bdc
+class _Occurrence(Baseline):
+    "The distributions of the parts: which occur where, and how each looks."
+    @property
+    def _drawn(self): return self.parts*math.prod(self.grid)*(2 if self.occurrence == "bernoulli" else 1)
+
+    def cool(self,
+        progress:float, # share of the training done
+    )->None:
+        "Set the temperature of the occurrence."
+        self.temperature = anneal("exponential", *self.temperatures, progress/self.cooled)
+
+    def draw_noise(self, batch:int, generator)->Tensor: # [batch, …]
+        "The randomness of one training pass: of occurrence and appearance."
+        return torch.cat([gumbel_noise((batch, self._drawn), generator),
+            torch.randn(batch, self.parts*self.code_dim, generator=generator, device=generator.device)], 1)
+
+    def probability(self, logits:Tensor)->Tensor:
+        "Occurrence probabilities from logits, of the same shape."
+        return logits.sigmoid() if self.occurrence == "bernoulli" else logits.softmax(1)
+
+    def draw(self,
+        parts:Parts,
+        noise:Tensor|None=None, # from `draw_noise`; None: expected values
+    )->tuple: # occurrence [batch, parts, places] and appearance [batch, parts, code_dim]
+        "Samples of occurrence and appearance, or their expected values."
+        if noise is None: return self.probability(parts.occurrence), parts.mean
+        where, how = noise.split((self._drawn, self.parts*self.code_dim), 1)
+        where = where.unflatten(1, (self.parts, parts.occurrence.shape[-1], -1))
+        odds = where[..., 0] - where[..., 1] if self.occurrence == "bernoulli" else where[..., 0]
+        return (self.probability((parts.occurrence + odds)/self.temperature), parts.mean
+            + parts.variance.sqrt()*how.view_as(parts.mean))
+
+# %% ../../nbs/43_games.vae.ipynb #8d19d478
+class _PartNetworks(_Occurrence):
+    "The networks of encoder and decoder."
     def __init__(self,
         size:int=224, # pixels on a side of the images
         patch_size:int=32, # pixels on a side of a place, one of `GRID_SIZES`
@@ -173,45 +226,21 @@ class PatchVAE(Baseline):
         for name, value in dict(code_dim=code_dim, width=width).items(): check_at_least(name, value, 1)
         if not 0 < cooled <= 1:
             raise ConfigError(f"cooled is a share of the training, above 0 and at most 1: got {cooled!r}")
-        self.size = size
-        self.patch_size = patch_size
-        self.parts = check_at_least("parts", parts, 2, "one part says nothing of where it is")
-        self.code_dim = code_dim
+        self.size, self.patch_size, self.code_dim, self.edges = size, patch_size, code_dim, edges
+        self.parts = check_at_least("parts", parts, 2, "a single part carries no information")
         self.occurrence = check_choice("occurrence", occurrence, OCCURRENCES)
-        self.weights = weights
-        self.temperatures = temperatures
-        self.cooled = cooled
-        self.edges = edges
+        self.weights, self.temperatures, self.cooled = weights, temperatures, cooled
         finer = GRID_SIZES[0] // check_choice("patch_size", patch_size, GRID_SIZES)
-        net, self.grid = make_trunk(trunk), patch_grid(size, size, patch_size)
-        stages = {k: m for k, m in net.named_children() if k not in ("avgpool", "flatten", "fc")}
-        self.trunk = nn.Sequential(OrderedDict(**stages, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
-        dim = self.trunk.feature_dim = net.feature_dim
-        self.divide = (nn.Sequential(nn.Conv2d(dim, dim*finer**2, 1), nn.PixelShuffle(finer)) if finer > 1
-            else nn.Identity())
+        self.trunk, self.grid = _staged(trunk), patch_grid(size, size, patch_size)
+        dim = self.trunk.feature_dim
+        self.divide = _finer(dim, finer) if finer > 1 else nn.Identity()
         self.say = _same(dim, parts*(1 + 2*code_dim))
         self.decoder = _grow(parts*code_dim, width, patch_size.bit_length() - 1)
         self.cool(0.)
 
-    @property
-    def vocab_size(self)->int:
-        "The number of parts."
-        return self.parts
-
-    @property
-    def _drawn(self): return self.parts*math.prod(self.grid)*(2 if self.occurrence == "bernoulli" else 1)
-
-    def cool(self,
-        progress:float, # share of the training done
-    ):
-        "Set the temperature of the occurrence."
-        self.temperature = anneal("exponential", *self.temperatures, progress/self.cooled)
-
-    def draw_noise(self, batch, generator)->Tensor: # [batch, …]
-        "The randomness of one training pass: of occurrence and appearance."
-        return torch.cat([gumbel_noise((batch, self._drawn), generator),
-            torch.randn(batch, self.parts*self.code_dim, generator=generator, device=generator.device)], 1)
-
+# %% ../../nbs/43_games.vae.ipynb #24b989c9
+class _PartAutoencoder(_PartNetworks):
+    "From images to distributions of parts, and back."
     def encode(self,
         x:Tensor, # [batch, 3, size, size]
     )->Parts:
@@ -224,31 +253,23 @@ class PatchVAE(Baseline):
         pool = lambda v, absent: ((v.unflatten(1, (p, d))*here).sum(-1) + 1e-7*absent) / (here.sum(-1) + 1e-7)
         return Parts(logits, pool(mean, 0), pool(spread.exp().clamp(1e-7, 1e7), 1))
 
-    def probability(self, logits)->Tensor:
-        "Occurrence probabilities from logits, of the same shape."
-        return logits.sigmoid() if self.occurrence == "bernoulli" else logits.softmax(1)
-
-    def draw(self,
-        parts:Parts,
-        noise:Tensor|None=None, # from `draw_noise`; None: expected values
-    )->tuple: # occurrence [batch, parts, places] and appearance [batch, parts, code_dim]
-        "Samples of occurrence and appearance, or their expected values."
-        if noise is None: return self.probability(parts.occurrence), parts.mean
-        where, how = noise.split((self._drawn, self.parts*self.code_dim), 1)
-        where = where.unflatten(1, (self.parts, parts.occurrence.shape[-1], -1))
-        odds = where[..., 0] - where[..., 1] if self.occurrence == "bernoulli" else where[..., 0]
-        return (self.probability((parts.occurrence + odds)/self.temperature), parts.mean
-            + parts.variance.sqrt()*how.view_as(parts.mean))
-
     def decode(self, occurrence, appearance)->Tensor: # [batch, 3, size, size]
         "Images from occurrence `[batch, parts, places]` and appearance `[batch, parts, code_dim]`."
         return self.decoder((appearance[..., None]*occurrence[:, :, None]).flatten(1, 2).unflatten(-1, self.grid))
 
-    def reconstruct(self, x)->Tensor: # as `x`
+    def reconstruct(self, x:Tensor)->Tensor: # as `x`
         "Encode and decode images without noise."
         return self.decode(*self.draw(self.encode(x)))
 
-    def terms(self, x, noise=None)->tuple: # squared error, divergences of appearance and of occurrence, each summed over an image and averaged over the batch
+# %% ../../nbs/43_games.vae.ipynb #74742063
+class PatchVAE(_PartAutoencoder):
+    "Autoencoder whose code is the occurrence and appearance of parts (Gupta et al. 2020)."
+    @property
+    def vocab_size(self)->int:
+        "The number of parts."
+        return self.parts
+
+    def terms(self, x:Tensor, noise=None)->tuple: # squared error, divergences of appearance and of occurrence: sums over an image, means over the batch
         "The terms of the loss for images `[batch, 3, size, size]`."
         parts = self.encode(x)
         error = (self.decode(*self.draw(parts, noise)).float() - x).square()
@@ -268,6 +289,6 @@ class PatchVAE(Baseline):
         error, how, where = self.terms(x, noise)
         return error + self.weights[0]*how + self.weights[1]*where
 
-    def symbols(self, x)->Tensor: # [batch, n_patches] the most probable part of every place
+    def symbols(self, x:Tensor)->Tensor: # [batch, n_patches] the most probable part of every place
         "The symbols of images `[batch, 3, size, size]`."
         return self.encode(x).occurrence.argmax(1)

@@ -174,17 +174,18 @@ def explore_patches(
 )->Explorer:
     "An explorer of games with symbols of patches."
     _trained(game)
-    said, looked = game.send(x), game.listener.see(seen)
-    understood, strength = game.listener.read(said), said.word.sum(-1, keepdim=True).where(said.sent[..., None], 1.)
+    message, encoded = game.send(x), game.listener.encode_images(seen)
+    decoded = game.listener.decode(message)
+    strength = message.word.sum(-1, keepdim=True).where(message.sent[..., None], 1.)
     def respond(i, symbols):
-        symbols, meant = symbols.to(x.device), understood.clone()
-        fresh = F.one_hot(symbols.clamp_min(0), said.word.shape[-1]) * (symbols >= 0)[:, None] * strength[i]
-        word = said.word[i].where((symbols == said.symbols[i])[:, None], fresh)
-        meant[i] = game.listener.read(Message(word[None], symbols[None], said.importance[i:i+1]))[0]
-        return game.loss.scale * in_batch_scores(meant, looked, n_candidates=game.n_candidates)[0][i]
+        symbols, meant = symbols.to(x.device), decoded.clone()
+        fresh = F.one_hot(symbols.clamp_min(0), message.word.shape[-1]) * (symbols >= 0)[:, None] * strength[i]
+        word = message.word[i].where((symbols == message.symbols[i])[:, None], fresh)
+        meant[i] = game.listener.decode(Message(word[None], symbols[None], message.importance[i:i+1]))[0]
+        return game.loss.scale * in_batch_scores(meant, encoded, n_candidates=game.n_candidates)[0][i]
     candidates, symbol = InBatch(seen, 1., n_candidates=game.n_candidates), game.speaker.symbol
     across = x.shape[-1] // symbol.patch_size * symbol.symbols_per_patch
-    return Explorer(said.symbols.cpu(), candidates.target.cpu(),
+    return Explorer(message.symbols.cpu(), candidates.target.cpu(),
         items_of(candidates, len(x), game.n_candidates or len(x)), looks, respond, symbol.vocab_size, across,
         gated=True)
 
@@ -196,14 +197,14 @@ def looks_of(
 ): # see `Explorer`
     "What the items of a run's games look like: pictures, sentences, attributes, or the names of classes."
     task, home = kept.task, home_of(kept.record.experiment)
-    say = lambda values: ", ".join(map(str, values.tolist()))
+    text_of = lambda values: ", ".join(map(str, values.tolist()))
     if isinstance(games.candidates, Valued):
         values = games.candidates.values.flatten(0, 1)
-        return lambda i: say(values[i])
+        return lambda i: text_of(values[i])
     if hasattr(getattr(task, "objects", None), "look"):
         own = task.ids[part] if isinstance(games.candidates, Drawn) else range(len(task.objects))
         return lambda i: task.objects.look(int(own[i]))
-    if isinstance(task, ObjectTask): return lambda i: say(task.world.attributes(torch.tensor(i)))
+    if isinstance(task, ObjectTask): return lambda i: text_of(task.world.attributes(torch.tensor(i)))
     if not hasattr(home, "load"): return lambda i: f"item {i}"
     data, _, parts = home.load(kept.spec)
     if isinstance(games.candidates, Fixed): return data.classes

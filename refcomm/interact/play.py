@@ -11,9 +11,9 @@ import torch
 from ..core import ConfigError, generator
 from .explore import STYLE, Explorer, explorer_of, look_html, message_html, widgets, within
 
-# %% ../../nbs/78_interact.play.ipynb #c240b5b7
-class Match:
-    "Rounds in which a person is the receiver, with the scores of person and agent."
+# %% ../../nbs/78_interact.play.ipynb #5d2ae16e
+class _Round:
+    "A round: the target among some candidates, and the agent's choice."
     def __init__(self,
         explorer:Explorer,
         n_candidates:int=5, # per round
@@ -30,7 +30,7 @@ class Match:
         self.rounds = [] # (game, whether the person was right, whether the agent was)
         self.deal()
 
-    def deal(self):
+    def deal(self)->None:
         "Start the next round: the target and some distractors in random order."
         e, draw = self.explorer, lambda n: torch.randperm(n, generator=self.generator)
         self.game, self.guessed = draw(len(e))[0].item(), None
@@ -39,6 +39,9 @@ class Match:
         self.places = torch.cat([torch.tensor([target]), others + (others >= target)])[draw(self.n_candidates)].tolist()
         self.answer, self.agent = self.places.index(target), e.scores(self.game)[self.places].argmax().item()
 
+# %% ../../nbs/78_interact.play.ipynb #c240b5b7
+class Match(_Round):
+    "Rounds in which a person is the receiver, with the scores of person and agent."
     def guess(self,
         k:int, # index of the chosen candidate, from 0
     )->bool: # whether it is the target
@@ -83,6 +86,7 @@ def match_html(
         f'meant?</b>{message_html(e, m.game)}<div>{"".join(cards)}</div><details open><summary>Other messages, and '
         f'what they are about</summary><table>{examples}</table></details><div>{score}</div></div>')
 
+# %% ../../nbs/78_interact.play.ipynb #1aadbade
 def play(
     m, # a `Match`; or a finished run, see `explorer_of`
 ): # an ipywidgets box

@@ -27,6 +27,7 @@ class BoxedImages(NamedTuple):
     labels:list # [n] of [k] int64, numbers of classes
     classes:list # names of the classes
 
+# %% ../../nbs/54_metrics.detection.ipynb #1bf6abf4
 def check_boxes(
     data:BoxedImages, # training or test images
 )->BoxedImages: # the same
@@ -48,6 +49,7 @@ def check_boxes(
             raise ConfigError(f"image {i} has the label {labels[wrong][0].item()}: expected are 0 … {n_classes - 1}")
     return data
 
+# %% ../../nbs/54_metrics.detection.ipynb #ebf3ce2e
 def boxed(
     scenes:Scenes, # drawn by a `SceneWorld`
     shapes:tuple, # the world that drew them
@@ -104,7 +106,7 @@ _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 class _OneMap(nn.Module):
     "A module that returns one map, as a backbone with one level."
-    def __init__(self, trunk, width):
+    def __init__(self, trunk, width:int):
         super().__init__()
         self.trunk, self.out_channels = trunk, width
 

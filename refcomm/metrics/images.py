@@ -42,6 +42,7 @@ def edge_density(
         found.append((slope > threshold).float().mean((1, 2)))
     return torch.cat(found)
 
+# %% ../../nbs/55_metrics.images.ipynb #f8a82b9e
 def grey_entropy(
     images, # tensor or `StoredImages`, [n, 3, height, width] uint8
     batch:int=256, # images per block
@@ -134,6 +135,29 @@ def perceptual_distance(
         found.append(_apart(see, images[some.to(images.device)], batch, device)[*place.T.to(images.device)])
     return torch.cat(found)
 
+# %% ../../nbs/55_metrics.images.ipynb #5985ff22
+def _stages(net, layer)->list: # names of modules whose maps may be weighted
+    names = [name for name, _ in net.named_modules() if name]
+    stages = ([name for name in names if re.fullmatch("layer[1-4]", name.rpartition(".")[2])] if layer is None
+        else [check_choice("layer", layer, names)])
+    if not stages:
+        raise ConfigError(f"{type(net).__name__} has no stages called layer1 … layer4: name the last "
+            f"convolutional one by layer=, such as {names[-1]!r}" if names
+            else "a classifier without modules has no layer")
+    return stages
+
+def _finest(net, stages, image, places)->tuple: # the last stage with at least `places`, and the number of classes
+    sides = {}
+    for name in stages:
+        net.get_submodule(name).register_forward_hook(
+            lambda module, given, out, name=name: sides.update({name: min(out.shape[2:], default=0)}))
+    with torch.no_grad(): n_classes = net(image).shape[-1]
+    fine = [name for name in stages if sides.get(name, 0) >= places]
+    if not fine:
+        raise ConfigError(f"maps of {places} × {places} places were asked for, but those of the finest stage have "
+            f"{max(sides.values(), default=0)} on a side: lower places, or show larger images")
+    return fine[-1], n_classes
+
 # %% ../../nbs/55_metrics.images.ipynb #8465b617
 def saliency(
     classifier:nn.Module, # maps images to [batch, n_classes] scores
@@ -147,28 +171,13 @@ def saliency(
     cam = need("pytorch_grad_cam", "saliency needs the package grad-cam: pip install 'refcomm[baselines]'")
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     net = copy.deepcopy(classifier).eval().requires_grad_(True)
-    names = [name for name, _ in net.named_modules() if name]
-    stages = ([name for name in names if re.fullmatch("layer[1-4]", name.rpartition(".")[2])] if layer is None
-        else [check_choice("layer", layer, names)])
-    if not stages:
-        raise ConfigError(f"{type(classifier).__name__} has no stages called layer1 … layer4: name the last "
-            f"convolutional one by layer=, such as {names[-1]!r}" if names
-            else "a classifier without modules has no layer")
-    sides = {}
-    for name in stages:
-        net.get_submodule(name).register_forward_hook(
-            lambda module, given, out, name=name: sides.update({name: min(out.shape[2:], default=0)}))
-    with torch.no_grad(): n_classes = net(images[:1]).shape[-1]
-    fine = [name for name in stages if sides.get(name, 0) >= places]
-    if not fine:
-        raise ConfigError(f"maps of {places} × {places} places were asked for, but those of the finest stage have "
-            f"{max(sides.values(), default=0)} on a side: lower places, or show larger images")
+    last, n_classes = _finest(net, _stages(net, layer), images[:1], places)
     if len(images) != len(labels) or int(labels.min()) < 0 or int(labels.max()) >= n_classes:
         raise ConfigError(f"each of {len(images)} images needs a label in 0 … {n_classes - 1}, got {len(labels)} in "
             f"{int(labels.min())} … {int(labels.max())}")
     with torch.enable_grad():
-        look = cam.XGradCAM(net, [net.get_submodule(fine[-1])])
-        maps = [torch.from_numpy(look(x, [ClassifierOutputTarget(c) for c in y.tolist()]))
+        explain = cam.XGradCAM(net, [net.get_submodule(last)])
+        maps = [torch.from_numpy(explain(x, [ClassifierOutputTarget(c) for c in y.tolist()]))
             for x, y in zip(images.split(batch), labels.split(batch))]
     return torch.cat(maps).clamp_(0, 1).to(images.device)
 

@@ -99,7 +99,7 @@ def normalized_mutual_information(
     table = integers(table, "counts", whole=True)
     n = table.sum((-1, -2)).double()
     if ((table.sum(-2) > 0).sum(-1) < 2).any():
-        raise ConfigError("nMI needs labels of at least 2 classes: nothing can be told about one")
+        raise ConfigError("nMI needs labels of at least 2 classes: it is undefined for one")
     count = torch.arange(int(n.max()) + 1, dtype=torch.double, device=table.device)
     weight = torch.xlogy(count, count)
     entropy = lambda counts, dims: n.log() - weight[counts].sum(dims)/n
@@ -114,7 +114,7 @@ def adjusted_mutual_information(
     from sklearn.metrics import adjusted_mutual_info_score
     symbols, classes = table.nonzero(as_tuple=True)
     if len(classes.unique()) < 2:
-        raise ConfigError("AMI needs labels of at least 2 classes: nothing can be told about one")
+        raise ConfigError("AMI needs labels of at least 2 classes: it is undefined for one")
     return float(adjusted_mutual_info_score(*(x.repeat_interleave(table[symbols, classes]).cpu().numpy()
         for x in (symbols, classes))))
 

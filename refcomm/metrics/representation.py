@@ -176,7 +176,7 @@ def top_accuracy(
         raise ConfigError(f"scores must be [n, n_classes] and labels [n], got {list(scores.shape)} and {list(labels.shape)}")
     n_classes, own = scores.shape[1], labels.long()[:, None]
     if check_at_least("k", k, 1) > n_classes:
-        raise ConfigError(f"Top-{k} accuracy of {n_classes} classes says nothing: choose k from 1 to {n_classes}")
+        raise ConfigError(f"Top-{k} accuracy of {n_classes} classes is not informative: choose k from 1 to {n_classes}")
     if labels.min() < 0 or labels.max() >= n_classes:
         raise ConfigError(f"labels must lie in 0 … {n_classes - 1}, one for each column of scores, got {int(labels.min())} … {int(labels.max())}")
     if scores.isnan().any(): raise ConfigError("scores contain NaN: they cannot be ranked")
@@ -200,6 +200,7 @@ def _counts(symbols, vocab_size):
     return csr_array((torch.ones(len(row)).numpy(), (row.cpu().numpy(), symbols[row, place].cpu().numpy())),
         shape=(len(symbols), vocab_size))
 
+# %% ../../nbs/52_metrics.representation.ipynb #94c10aa9
 def bag_of_symbols(
     train:Tensor, # [n, length] symbols, −1 where none was sent
     train_labels:Tensor, # [n] classes from 0
@@ -217,10 +218,10 @@ def bag_of_symbols(
         raise ConfigError("a classifier needs training messages of at least 2 classes, numbered from 0")
     counts, tfidf, bayes = _counts(test, vocab_size), TfidfTransformer(), ComplementNB()
     bayes.fit(tfidf.fit_transform(_counts(train, vocab_size)), train_labels.cpu().numpy())
-    told = bayes.predict_joint_log_proba(tfidf.transform(counts))
-    told[counts.sum(1) == 0] = bayes.class_log_prior_
+    log_p = bayes.predict_joint_log_proba(tfidf.transform(counts))
+    log_p[counts.sum(1) == 0] = bayes.class_log_prior_
     scores = torch.full((len(test), int(bayes.classes_[-1]) + 1), -torch.inf, dtype=torch.double)
-    scores[:, torch.from_numpy(bayes.classes_)] = torch.from_numpy(told)
+    scores[:, torch.from_numpy(bayes.classes_)] = torch.from_numpy(log_p)
     return scores.to(test.device)
 
 # %% ../../nbs/52_metrics.representation.ipynb #a064027a

@@ -42,10 +42,12 @@ class Estimate(NamedTuple):
         "The standard deviation over seeds."
         return self.se*math.sqrt(self.n_seeds)
 
+# %% ../../nbs/56_metrics.statistics.ipynb #8516d811
 def as_estimate(x)->Estimate:
     "An `Estimate` unchanged; a number as an exact estimate."
     return x if isinstance(x, Estimate) else Estimate(float(x))
 
+# %% ../../nbs/56_metrics.statistics.ipynb #781c91e0
 def estimate(
     values, # [n_seeds], missing values are dropped
     n_targets=None, # number of targets of which each value is a share; None or NaN: not a share
@@ -99,7 +101,7 @@ def interval(
 
 def mean_interval(
     values, # [n_seeds], see `estimate`
-    n_targets=None,
+    n_targets:int|None=None,
     whole:float=1.,
     level:float=.95,
 )->tuple: # low, high, within 0 and `whole` for shares; NaN if neither error is known

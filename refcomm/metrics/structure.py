@@ -66,7 +66,7 @@ MEANING_DISTANCES = ("hamming", "cosine")
 
 # %% ../../nbs/53_metrics.structure.ipynb #adaaac0f
 def _compact(symbols): # [n, length] renumbered from 0, in the smallest type
-    "Symbols, numbered anew."
+    "Symbols, renumbered."
     kinds, number = symbols.unique(return_inverse=True)
     return number.to(_small(len(kinds)))
 
@@ -157,9 +157,9 @@ def _check_pairs(symbols, message_distance, meaning_distance):
     check_choice("meaning_distance", meaning_distance, MEANING_DISTANCES)
     check_at_least("number of messages", len(symbols), 3, "there must be pairs to rank")
 
-# %% ../../nbs/53_metrics.structure.ipynb #a1576765
-class _Pairs:
-    "Topographic similarity, prepared for permutations and resampling."
+# %% ../../nbs/53_metrics.structure.ipynb #aea9c036
+class _PairCells:
+    "Pairs of objects as cells of a table of distances: of meanings by of messages."
     def __init__(self, symbols, meanings, message_distance="edit", meaning_distance="hamming", ends=None):
         _check_pairs(symbols, message_distance, meaning_distance)
         self.n, ((x, nx), (y, ny)) = (len(symbols),
@@ -177,15 +177,22 @@ class _Pairs:
             self.y = y.long()
             self.counts = torch.ones_like(x, dtype=torch.double)
 
-    def value(self): return _spearman(self.x, self.y, self.counts)
+    def value(self)->Tensor:
+        "The correlation of both distances."
+        return _spearman(self.x, self.y, self.counts)
 
-    def square(self, values, fill=0): # [n_pairs] → [n, n], `fill` on and below the diagonal
+    def square(self, values, fill=0)->Tensor: # [n_pairs] → [n, n]
+        "A table of pairs, with `fill` on and below the diagonal."
         table = torch.full((self.n, self.n), fill, dtype=values.dtype, device=values.device)
         table[*torch.triu_indices(self.n, self.n, 1, device=values.device)] = values
         return table
 
+# %% ../../nbs/53_metrics.structure.ipynb #a1576765
+class _Pairs(_PairCells):
+    "Topographic similarity, prepared for permutations and resampling."
     @functools.cached_property
-    def blocks(self): # of 256 rows, from the diagonal on: cells of pairs, and an extra cell for the rest
+    def blocks(self)->list:
+        "Blocks of 256 rows, from the diagonal on: the cells of pairs, and an extra cell for the rest."
         return [(i, rows[:, i:].flatten().long())
             for i, rows in zip(range(0, self.n, 256), self.square(self.cell, len(self.x)).split(256))]
 
@@ -198,7 +205,8 @@ class _Pairs:
         return _spearman(self.x, self.y, counts[:-1])
 
     @functools.cached_property
-    def tables(self): # [n, n] scores of meanings, and of messages above the diagonal
+    def tables(self)->tuple:
+        "The scores `[n, n]` of meanings, and of messages above the diagonal."
         x, y = (self.square(_scores(v, self.counts)[v][self.cell.long()].float()) for v in (self.x, self.y))
         return x + x.T, y
 
@@ -248,8 +256,8 @@ def topographic_similarity(
     "Spearman correlation of distances between meanings and distances between messages (Brighton and Kirby 2006)."
     symbols, meanings, ends = _told(symbols, meanings, lengths)
     _check_pairs(symbols, message_distance, meaning_distance)
-    if meaning_distance == "hamming" and (told := _pair_counts(symbols, meanings, message_distance, ends)):
-        return float(_spearman(*told))
+    if meaning_distance == "hamming" and (pairs := _pair_counts(symbols, meanings, message_distance, ends)):
+        return float(_spearman(*pairs))
     return float(_Pairs(symbols, meanings, message_distance, meaning_distance, ends).value())
 
 # %% ../../nbs/53_metrics.structure.ipynb #c8cc17da
@@ -281,25 +289,35 @@ class _Gap:
         if meanings.is_floating_point():
             raise ConfigError("meanings must be attributes, integers, got numbers with a fraction: only topographic similarity takes vectors")
         check_at_least("number of attributes", meanings.shape[1], 2,
-            "what is told about one is compared with what is told about the next")
-        said, self.meant = _one_hot(parts, gaps), _one_hot(meanings)
-        self.said, self.kinds = said.flatten(1).T.contiguous(), said.shape[1:]
+            "the information about one is compared with that about the next")
+        parts_of, self.meant = _one_hot(parts, gaps), _one_hot(meanings)
+        self.parts_of, self.kinds = parts_of.flatten(1).T.contiguous(), parts_of.shape[1:]
 
-    def of(self, meant): # [n, n_attributes, n_values] → scalar
-        counts = (self.said @ meant.flatten(1)).double().view(*self.kinds, *meant.shape[1:]) # [n_parts, n_kinds, n_attributes, n_values]
+    def of(self, meant)->Tensor: # [n, n_attributes, n_values] → scalar
+        "The value for one-hot meanings, each with its weight."
+        counts = (self.parts_of @ meant.flatten(1)).double().view(*self.kinds, *meant.shape[1:]) # [n_parts, n_kinds, n_attributes, n_values]
         bits, known = _nats(counts[:, :, 0].sum(-1), -1), _nats(counts.sum(1), -1) # among messages with this part
-        told = (bits[:, None] + known - _nats(counts, 1, 3)).topk(2, -1).values
-        return ((told[:, 0] - told[:, 1]) / bits)[bits > 1e-12].mean()
+        known_bits = (bits[:, None] + known - _nats(counts, 1, 3)).topk(2, -1).values
+        return ((known_bits[:, 0] - known_bits[:, 1]) / bits)[bits > 1e-12].mean()
 
-    def value(self): return self.of(self.meant)
-    def permuted(self, order): return self.of(self.meant[order])
-    def resampled(self, weights): return self.of(self.meant * weights[:, None, None])
+    def value(self)->Tensor:
+        "The value for the given meanings."
+        return self.of(self.meant)
+
+    def permuted(self, order)->Tensor: # [n] permutation of the meanings
+        "The value with permuted meanings."
+        return self.of(self.meant[order])
+
+    def resampled(self, weights)->Tensor: # [n] multiplicity of each object
+        "The value for a bootstrap sample."
+        return self.of(self.meant * weights[:, None, None])
 
 def _bags(symbols, gaps=False): # [n, length] → [n, n_symbols]; with gaps, −1 is no symbol
     number = _compact(F.pad(symbols, (0, 1), value=-1) if gaps else symbols).long()[:, :symbols.shape[1]]
     return torch.zeros(len(symbols), int(number.max()) + 1, dtype=torch.long, device=number.device).scatter_add_(1,
         number, torch.ones_like(number))[:, int(gaps):]
 
+# %% ../../nbs/53_metrics.structure.ipynb #55cefa66
 def posdis(
     symbols:Tensor, # [n, length] messages
     attributes:Tensor, # [n, n_attributes] integers

@@ -125,13 +125,13 @@ def answer(
 
 # %% ../../nbs/82_papers.claims.ipynb #8e47c5c5
 def verdict(
-    says:Answer|None, # None: no values
+    result:Answer|None, # None: no values
     near:bool, # whether the runs are near the paper's scale
 )->str: # a name in `VERDICTS`
     "The verdict from a test's answer and the scale of the runs."
-    if says is None: return "untestable here"
-    if says.true: return "reproduced"
-    if not says.false: return "undecided"
+    if result is None: return "untestable here"
+    if result.true: return "reproduced"
+    if not result.false: return "undecided"
     return "refuted" if near else "not seen at this scale"
 
 def _number(x, digits=3):
@@ -139,33 +139,33 @@ def _number(x, digits=3):
 
 def _in_words(part)->str:
     x, (low, high) = part.excess.value, interval(part.excess)
-    said = f"{part.text}: {'met by' if x >= 0 else 'missed by'} {_number(abs(x))}"
-    if math.isnan(low): return f"{said}, in single runs, whose spread over seeds is unknown"
-    if low == high: return said
+    text = f"{part.text}: {'met by' if x >= 0 else 'missed by'} {_number(abs(x))}"
+    if math.isnan(low): return f"{text}, in single runs, whose spread over seeds is unknown"
+    if low == high: return text
     ends = (low, high) if x >= 0 else (-high, -low)
-    return f"{said} (95 % {_number(ends[0])} … {_number(ends[1])})"
+    return f"{text} (95 % {_number(ends[0])} … {_number(ends[1])})"
 
 def cause(
-    says:Answer|None,
+    result:Answer|None,
     near:bool,
     explanation:str="", # `explanation` from the table
     short:str="", # smaller sizes and other data, from `reach`
 )->str: # one sentence
     "The cause of a verdict: the deciding comparison, the scale of the runs, and the explanation."
-    if says is None: return "The runs at hand do not have these values."
-    weakest = min(says.parts, key=lambda p: (not p.false, p.true, p.excess.value))
-    word = verdict(says, near)
-    more = [f"smaller here: {short}"]*(word == "not seen at this scale" and bool(short)) + [explanation]*(says.false
+    if result is None: return "The runs at hand do not have these values."
+    weakest = min(result.parts, key=lambda p: (not p.false, p.true, p.excess.value))
+    word = verdict(result, near)
+    more = [f"smaller here: {short}"]*(word == "not seen at this scale" and bool(short)) + [explanation]*(result.false
         and bool(explanation))
     return "; ".join([_in_words(weakest), *more]).rstrip(".") + "."
 
 # %% ../../nbs/82_papers.claims.ipynb #d4197ed1
 def power(
-    says:Answer|None,
+    result:Answer|None,
 )->str:
     "The smallest effect that the least precise comparison detects with power 0.8."
-    if says is None: return ""
-    seen = [detectable(p.excess) for p in says.parts]
+    if result is None: return ""
+    seen = [detectable(p.excess) for p in result.parts]
     if any(map(math.isnan, seen)): return "None: single runs do not tell the spread over seeds."
     if max(seen) == 0: return "Exact: nothing is drawn."
     return f"An effect of {_number(max(seen), 2)} is seen in 80 of 100 cases."

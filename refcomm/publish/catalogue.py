@@ -70,7 +70,7 @@ def parameters_of(
 def check_parameters(
     path, # the notebook
     given:dict, # name → value
-):
+)->None:
     "Raise a `ConfigError` if the notebook has no such parameter, or the value has another type or is impossible."
     known = parameters_of(path)
     for name, value in given.items():
@@ -97,7 +97,7 @@ def check_values(
     item:str, # "eqc/table5"
     path, # its notebook
     given:dict, # name → value, for its parameters cell
-):
+)->None:
     "Raise the `ConfigError` of the first run that these values make impossible, before a kernel starts."
     usual = {**parameters_of(path), **{k: v for k, v in given.items() if k in ("profile", "jobs")}}
     if usual == {**usual, **given}: return

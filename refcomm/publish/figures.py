@@ -91,7 +91,7 @@ def footnote(
     figure, # matplotlib figure
     *sentences:str, # the most important one first; wrapped to the figure's width
     origin:str="", # the last line
-):
+)->None:
     "Small print at the bottom of a figure: two lines of whole sentences, and one line on the origin."
     literal(figure).draw_without_rendering() # a constrained layout is computed when the figure is drawn
     box, (w, h) = figure.get_tightbbox(), figure.get_size_inches()
@@ -134,7 +134,7 @@ def candidate_curves(
     axes, # two: ours, and the paper's
     name:str, # of the game
     profile:str,
-):
+)->None:
     "Accuracy by the number of candidates, ours beside the published, on the same axes; CN is drawn wider, as others lie on it."
     t = numbers[numbers.column.str.isdigit()].assign(n_candidates=lambda d: d.column.astype(int))
     styles = {row: dict(lw=3) for row in t.row if row.startswith("CN")}

@@ -18,7 +18,9 @@ from ..runs.store import RunRecord, Store, digest
 # %% ../../nbs/95_publish.records.ipynb #4e3a3501
 LARGEST = 2**18 # largest size in bytes of a stored tensor of real numbers
 
-def records_dir()->Path: return figures_dir()/"records"
+def records_dir()->Path:
+    "The folder of the kept runs."
+    return figures_dir()/"records"
 
 def _reduced(record, messages)->tuple: # body, history, tensors as bytes
     "A record without weights, with valid checksums."
@@ -130,6 +132,7 @@ def keep_item(
     tidy(folder)
     return _index(folder, item)
 
+# %% ../../nbs/95_publish.records.ipynb #f40830e7
 def tidy(
     folder, # of records
 )->list: # of files removed

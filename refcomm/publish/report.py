@@ -180,6 +180,7 @@ def label(
     "An item's name in text form."
     return re.sub(r"^(table|figure)(\d+)", lambda m: f"{m[1].capitalize()} {m[2]}", item).replace("_", ", ")
 
+# %% ../../nbs/97_publish.report.ipynb #45815e91
 NAMES = {**PAPERS, "beyond": "Beyond the papers", "benchmarks": "Benchmarks"}
 
 def section(
@@ -202,6 +203,7 @@ def section(
         drawings=[label(i) for i in own["item"] if i not in results],
                 claims=ledger(made), n_results=len(results), n_made=len(set(have) & set(results)))
 
+# %% ../../nbs/97_publish.report.ipynb #75d2ae2e
 def sections(
     items, # from `read_items`
     known, # "eqc/table5" → title, of every notebook

@@ -73,6 +73,7 @@ def _claims(section)->list: # lines
         lines.append(f"| {cell(c['sentence'])}{whose} | {c['verdict']} | {cell(c.get('cause') or '')} | {cell(_numbers(c))} |")
     return lines
 
+# %% ../../nbs/98_publish.results.ipynb #1c1c8202
 def results_page(
     items, # from `read_items`
 )->str: # markdown, for `figures/README.md`

@@ -70,7 +70,7 @@ AXES = dict(
     nmi="normalised mutual information", position="position in the message", rank="rank", share="share",
 ) # column → label of the axis
 
-def style():
+def style()->None:
     "Set matplotlib's parameters for the figures of a notebook, like `seaborn.set_theme`."
     import matplotlib as mpl
     from cycler import cycler

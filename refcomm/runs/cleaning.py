@@ -42,7 +42,7 @@ def foreign(
 def recognise(
     store:Store,
     adopt:bool=False, # accept the folder as a store, even with other files in it
-):
+)->None:
     "Raise a `ConfigError` unless the folder is a store; mark an older one."
     if (store.root/MARKER).is_file() or not _names(store.root): return
     if (others := foreign(store.root)) and not adopt:

@@ -101,7 +101,7 @@ def estimate(
 )->Cost:
     """Median of like runs, else of the shipped item, else by the model, else of the paper's shipped items.
 
-    What was shipped with other images than the usual says little of these."""
+    Values shipped with other images are not comparable."""
     k = kind(spec.experiment, spec_fields(spec))
     at = {i: r for i, r in recipes.items() if r["profile"] == profile and r.get("costs", {}).get("runs")
         and " -p images=" not in r.get("command", "")}
@@ -248,7 +248,8 @@ def timed(
     try:
         for one in (x for lines in from_json(Path(path).read_text(encoding="utf-8"))["timed"].values() for x in lines):
             if one.get("step_seconds"):
-                found[kind(one["experiment"], one["fields"])] = (float(one["step_seconds"]), int(one["together"]), float(one["peak_bytes"]))
+                measured = float(one["step_seconds"]), int(one["together"]), float(one["peak_bytes"])
+                found[kind(one["experiment"], one["fields"])] = measured
     except OSError as e: raise ConfigError(f"cannot read {path}: {e.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ConfigError(f"{path} holds no timed steps ({e!r:.80}): make it with tests/on_gpu.py") from None
@@ -267,6 +268,7 @@ class Line(NamedTuple):
     basis:str # how many missing runs by what
     memory:float=0 # bytes on the device that missing runs take at most, as far as it is known
 
+# %% ../../nbs/73_runs.costs.ipynb #9075b893
 def _line(item, runs, costs)->Line:
     count = collections.Counter(c.basis for c in costs)
     return Line(item, runs, runs - len(costs), sum(c.seconds or 0 for c in costs),

@@ -30,8 +30,8 @@ def _start_worker(threads, stopping, started, cards):
     multiprocessing.current_process().stopping = stopping
     signal.signal(signal.SIGINT, signal.SIG_IGN) # the driver handles Ctrl-C
     def follow(driver):
-        while not (told := stopping.is_set()) and driver.is_alive(): time.sleep(.2)
-        while told and driver.is_alive() and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL: # so that it can save its state
+        while not (ending := stopping.is_set()) and driver.is_alive(): time.sleep(.2)
+        while ending and driver.is_alive() and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL: # so that it can save its state
             _thread.interrupt_main(signal.SIGTERM)
             time.sleep(.2)
         os._exit(1)
@@ -62,15 +62,19 @@ class LocalExecutor(concurrent.futures.ProcessPoolExecutor):
         self.submitted.append(super().submit(_unless_stopped, fn, *args))
         return self.submitted[-1]
 
-    def shutdown(self, wait=True, *, cancel_futures=False)->None:
+    def shutdown(self, wait:bool=True, *, cancel_futures:bool=False)->None:
         "Wait for the workers; with `cancel_futures` stop them."
         if cancel_futures and not all(f.done() for f in self.submitted): self.stopping.set()
         super().shutdown(wait, cancel_futures=cancel_futures)
 
     def __exit__(self, kind, *error): self.shutdown(cancel_futures=kind is not None)
 
-def local_executor(jobs:int, cards=())->LocalExecutor: return LocalExecutor(jobs, cards)
+# %% ../../nbs/71_runs.executors.ipynb #f6abe2d7
+def local_executor(jobs:int, cards:tuple=())->LocalExecutor:
+    "Worker processes on this machine, see `LocalExecutor`."
+    return LocalExecutor(jobs, cards)
 
+# %% ../../nbs/71_runs.executors.ipynb #a51be0cb
 @contextlib.contextmanager
 def named_deaths(
     work:str, # description of the work
@@ -85,7 +89,7 @@ def named_deaths(
 def cards_of(
     device:str="auto", # where runs are made
 )->list: # numbers of GPUs; empty where runs are not made on them
-    "The GPUs that runs may be dealt to: the one that is named, or all with a tenth of their memory free."
+    "The GPUs that runs may be assigned to: the one that is named, or all with a tenth of their memory free."
     if no_cuda() or (d := pick_device(device)).type != "cuda": return []
     if device != "auto" and torch.device(device).index is not None: return [d.index]
     share = {i: free/total for i in range(torch.cuda.device_count()) for free, total in [torch.cuda.mem_get_info(i)]}
@@ -118,9 +122,9 @@ def portable(
         except Exception as e: e.add_note(f"raised by a worker:\n{traceback.format_exc()}"); return None, e
     return refcomm_run
 
-# %% ../../nbs/71_runs.executors.ipynb #3d36ded3
-class RemoteExecutor(concurrent.futures.ThreadPoolExecutor):
-    "Base of executors for jobs in other systems; subclasses define `start`, `done`, `outcome` and `stop`."
+# %% ../../nbs/71_runs.executors.ipynb #c5a13304
+class _Jobs(concurrent.futures.ThreadPoolExecutor):
+    "What an executor defines: how a job is started, watched and stopped."
     def __init__(self,
         jobs:int, # number of parallel jobs
     ):
@@ -147,19 +151,9 @@ class RemoteExecutor(concurrent.futures.ThreadPoolExecutor):
         "End a job at once."
         self.stop(job)
 
-    def pack(self, fn, args):
-        "The call in a form that another machine can run."
-        return portable(fn, args)
-
-    def submit(self, fn, *args):
-        "Submit a call; returns its future."
-        return super().submit(self._keep, self.pack(fn, args))
-
-    def shutdown(self, wait=True, *, cancel_futures=False)->None:
-        "Wait for the jobs; with `cancel_futures` stop them."
-        if cancel_futures: self.stopping.set()
-        super().shutdown(wait, cancel_futures=cancel_futures)
-
+# %% ../../nbs/71_runs.executors.ipynb #cf4c6892
+class _Watched(_Jobs):
+    "A job is watched until it ends, and started again once if its worker dies."
     def _keep(self, work):
         for last in (False, True):
             if self.stopping.is_set(): raise concurrent.futures.CancelledError
@@ -186,6 +180,22 @@ class RemoteExecutor(concurrent.futures.ThreadPoolExecutor):
                 raise concurrent.futures.CancelledError
         return self.outcome(job)
 
+# %% ../../nbs/71_runs.executors.ipynb #3d36ded3
+class RemoteExecutor(_Watched):
+    "Base of executors for jobs in other systems; subclasses define `start`, `done`, `outcome` and `stop`."
+    def pack(self, fn, args):
+        "The call in a form that another machine can run."
+        return portable(fn, args)
+
+    def submit(self, fn, *args):
+        "Submit a call; returns its future."
+        return super().submit(self._keep, self.pack(fn, args))
+
+    def shutdown(self, wait:bool=True, *, cancel_futures:bool=False)->None:
+        "Wait for the jobs; with `cancel_futures` stop them."
+        if cancel_futures: self.stopping.set()
+        super().shutdown(wait, cancel_futures=cancel_futures)
+
 # %% ../../nbs/71_runs.executors.ipynb #9fa9a64f
 def _tail(log, lines=20): return "\n".join(str(log).strip().splitlines()[-lines:])
 
@@ -199,9 +209,9 @@ def asked_gpus(
             "for a GPU a job, or device='cpu'")
     return int(torch.device(device).type == "cuda")
 
-# %% ../../nbs/71_runs.executors.ipynb #0801939f
-class SlurmExecutor(RemoteExecutor):
-    "Jobs in Slurm's queue; without Slurm, processes on this machine that outlive a killed driver."
+# %% ../../nbs/71_runs.executors.ipynb #7c39f22a
+class _SlurmQueue(RemoteExecutor):
+    "Slurm's queue, or processes on this machine where there is none."
     def __init__(self,
         jobs:int, # in the queue at a time
         device:str="auto", # where runs are made
@@ -220,6 +230,14 @@ class SlurmExecutor(RemoteExecutor):
         "The call as a function for submitit."
         return portable(fn, args, self.threads, ("REFCOMM_", "CUDA_VISIBLE_DEVICES") if self.here else ("REFCOMM_",))
 
+    def shutdown(self, wait:bool=True, *, cancel_futures:bool=False)->None:
+        "Wait for the jobs and release the folder."
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        if wait: self.held.close()
+
+# %% ../../nbs/71_runs.executors.ipynb #0801939f
+class SlurmExecutor(_SlurmQueue):
+    "Jobs in Slurm's queue; without Slurm, processes on this machine that outlive a killed driver."
     def start(self, work):
         "Submit a job to Slurm."
         return self.queue.submit(work)
@@ -237,11 +255,6 @@ class SlurmExecutor(RemoteExecutor):
         lost = self.here and not job.paths.result_pickle.exists() # on Slurm the file may appear late
         if not lost and job.exception() is None: return job.result()
         raise WorkerDied(job.stderr() or job.stdout() or "it is empty: the worker was killed")
-
-    def shutdown(self, wait=True, *, cancel_futures=False)->None:
-        "Wait for the jobs and release the folder."
-        super().shutdown(wait, cancel_futures=cancel_futures)
-        if wait: self.held.close()
 
 # %% ../../nbs/71_runs.executors.ipynb #5c1d7e12
 def slot(
@@ -285,15 +298,29 @@ def _start_ray(cpus, gpus=None, head=None):
 
 # %% ../../nbs/71_runs.executors.ipynb #5c1d7e17
 def _gpus():
-    "What REFCOMM_GPUS says."
-    if not (said := os.environ.get("REFCOMM_GPUS")): return None
+    "The value of REFCOMM_GPUS."
+    if not (value := os.environ.get("REFCOMM_GPUS")): return None
     with contextlib.suppress(ValueError):
-        if 0 <= (gpus := float(said)) <= 1: return gpus
-    raise ConfigError(f"REFCOMM_GPUS is the number of GPUs that a run takes on Ray, from 0 to 1, got {said!r}")
+        if 0 <= (gpus := float(value)) <= 1: return gpus
+    raise ConfigError(f"REFCOMM_GPUS is the number of GPUs that a run takes on Ray, from 0 to 1, got {value!r}")
 
-# %% ../../nbs/71_runs.executors.ipynb #fe1109a7
-class RayExecutor(RemoteExecutor):
-    "Tasks on the Ray cluster at RAY_ADDRESS, or on a local one that ends with the executor."
+# %% ../../nbs/71_runs.executors.ipynb #c68fec66
+def _connect(ray, opened, address):
+    quiet = dict(log_to_driver=False, logging_level=logging.ERROR)
+    if address:
+        try: ray.init(address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as e:
+            raise ConfigError(f"no Ray cluster at RAY_ADDRESS={address}: {e}; start one with `ray start --head`, "
+                f"or unset RAY_ADDRESS to have one for these runs alone") from None
+    else:
+        node = _start_ray(n_cores())
+        opened.callback(node.kill_all_processes, check_alive=False, allow_graceful=True, wait=True)
+        with _loopback(): ray.init(node.gcs_address, **quiet)
+    opened.callback(ray.shutdown)
+
+# %% ../../nbs/71_runs.executors.ipynb #67944fc7
+class _RayCluster(RemoteExecutor):
+    "The Ray cluster at RAY_ADDRESS, or a local one."
     def __init__(self,
         jobs:int, # on the cluster at a time
     ):
@@ -303,7 +330,7 @@ class RayExecutor(RemoteExecutor):
         with contextlib.ExitStack() as opened:
             self.folder, held = Store().own_folder("ray")
             opened.enter_context(held)
-            if not ray.is_initialized(): self._connect(opened, address)
+            if not ray.is_initialized(): _connect(ray, opened, address)
             nodes = [(n["Resources"].get("CPU", 0), n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]]
             if gpus and not any(g for _, g in nodes):
                 raise ConfigError(f"REFCOMM_GPUS is {gpus:g}, but no node of the Ray cluster has a GPU: unset it")
@@ -312,19 +339,18 @@ class RayExecutor(RemoteExecutor):
                 scheduling_strategy="SPREAD")(lambda work: work())
             self.opened = opened.pop_all()
 
-    def _connect(self, opened, address):
-        quiet = dict(log_to_driver=False, logging_level=logging.ERROR)
-        if address:
-            try: self.ray.init(address, **quiet)
-            except (ConnectionError, RuntimeError, ValueError) as e:
-                raise ConfigError(f"no Ray cluster at RAY_ADDRESS={address}: {e}; start one with `ray start --head`, "
-                    f"or unset RAY_ADDRESS to have one for these runs alone") from None
-        else:
-            node = _start_ray(n_cores())
-            opened.callback(node.kill_all_processes, check_alive=False, allow_graceful=True, wait=True)
-            with _loopback(): self.ray.init(node.gcs_address, **quiet)
-        opened.callback(self.ray.shutdown)
+    def start(self, work)->tuple:
+        "Start a Ray task."
+        return self.task.remote(work[0]), work[1]
 
+    def shutdown(self, wait:bool=True, *, cancel_futures:bool=False)->None:
+        "Wait for the tasks and leave Ray."
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        if wait: self.opened.close()
+
+# %% ../../nbs/71_runs.executors.ipynb #fe1109a7
+class RayExecutor(_RayCluster):
+    "Tasks on the Ray cluster at RAY_ADDRESS, or on a local one that ends with the executor."
     def pack(self, fn, args)->tuple:
         "The call and the path of its log."
         work, log = portable(fn, args, self.threads), str(self.folder/uuid.uuid4().hex)
@@ -334,10 +360,6 @@ class RayExecutor(RemoteExecutor):
             for stream in (1, 2): os.dup2(file, stream)
             return work()
         return logged, Path(log)
-
-    def start(self, work)->tuple:
-        "Start a Ray task."
-        return self.task.remote(work[0]), work[1]
 
     def done(self, job)->bool:
         "Whether the task has ended."
@@ -356,11 +378,6 @@ class RayExecutor(RemoteExecutor):
         try: return self.ray.get(job[0])
         except self.ray.exceptions.RayError as e:
             raise WorkerDied((job[1].exists() and job[1].read_text(encoding="utf-8", errors="replace")) or e) from None
-
-    def shutdown(self, wait=True, *, cancel_futures=False)->None:
-        "Wait for the tasks and leave Ray."
-        super().shutdown(wait, cancel_futures=cancel_futures)
-        if wait: self.opened.close()
 
 # %% ../../nbs/71_runs.executors.ipynb #44a44120
 EXECUTORS = {"local": local_executor, "slurm": SlurmExecutor, "ray": RayExecutor}

@@ -90,9 +90,11 @@ def _captured(x)->dict: # numbers, text and arrays that a user's function has fr
 def _installed(x)->bool: # part of Python, of an installed package or of this one
     module = getattr(x, "__module__", None) or "builtins"
     file = getattr(sys.modules.get(module), "__file__", None) or ""
-    return (module.partition(".")[0] in ("builtins", "refcomm") or {"site-packages", "dist-packages"} & set(Path(file).parts)
+    packages = {"site-packages", "dist-packages"}
+    return (module.partition(".")[0] in ("builtins", "refcomm") or packages & set(Path(file).parts)
         or file.startswith(sysconfig.get_path("stdlib")))
 
+# %% ../../nbs/63_runs.experiments.ipynb #ad2dc81a
 def code_of(
     *things, # functions, classes, and objects of classes; None is left out
 )->str: # 16 hexadecimal digits; "" if all of it is installed
@@ -107,9 +109,9 @@ def code_of(
     found = {k: v for k, v in found.items() if v}
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:16] if found else ""
 
-# %% ../../nbs/63_runs.experiments.ipynb #fb201d65
-class Experiment:
-    "A user function whose runs are stored; calling it with arguments returns the Spec of a run."
+# %% ../../nbs/63_runs.experiments.ipynb #a210870f
+class _Definition:
+    "A function, its name and version, and the Spec of its arguments."
     def __init__(self,
         make, # (**fields) → a trial, a dict of numbers, or a `RunResult`
         name:str, # which records carry
@@ -130,13 +132,8 @@ class Experiment:
         self.context, self.__doc__, self.__name__ = "context" in inspect.signature(make).parameters, make.__doc__, name
         own = {k: v for k, (_, v) in fields.items() if v is not dataclasses.MISSING}
         self.Spec = spec(type(name, (), dict(own, __annotations__={k: kind for k, (kind, _) in fields.items()},
-            experiment=name, version=version, home=self, later=self.later, __reduce__=lambda s: self._reduced(s), __module__=__name__)))
-
-    def __call__(self, **fields):
-        missing = [f.name for f in dataclasses.fields(self.Spec) if f.default is dataclasses.MISSING
-            and f.name not in fields]
-        if missing: raise ConfigError(f"{self.name} needs {', '.join(missing)}")
-        return self.Spec(**fields | {f: stamped(fields[f]) for f in self.files if fields.get(f)})
+            experiment=name, version=version, home=self, later=self.later, __reduce__=lambda s: self._reduced(s),
+            __module__=__name__)))
 
     def __repr__(self): return f"Experiment({self.name}, version {self.version}: {', '.join(_fields(self.make))})"
 
@@ -144,6 +141,9 @@ class Experiment:
         options = dict(stack=self.stack, files=self.files, later=self.later)
         return _respec, (self.name, self.version, self.source, self.packed(), options, dataclasses.asdict(s))
 
+# %% ../../nbs/63_runs.experiments.ipynb #3f887b0e
+class _Sent(_Definition):
+    "The function as it is sent to other processes, and its result for a Spec."
     def packed(self)->bytes:
         "The function by value, for a worker."
         cloudpickle = need("cloudpickle", f"to run {self.name} in other processes, its code is sent there with the "
@@ -162,7 +162,18 @@ class Experiment:
         if self.context: given["context"] = context
         with seeded_init(getattr(s, "seed", 0)): return self.make(**given)
 
-    def stack_key(self, s, device): # Specs with equal keys are made together
+# %% ../../nbs/63_runs.experiments.ipynb #fb201d65
+class Experiment(_Sent):
+    "A user function whose runs are stored; calling it with arguments returns the Spec of a run."
+    def __call__(self, **fields):
+        "The Spec of a run; fields that name files get a digest of their content."
+        missing = [f.name for f in dataclasses.fields(self.Spec) if f.default is dataclasses.MISSING
+            and f.name not in fields]
+        if missing: raise ConfigError(f"{self.name} needs {', '.join(missing)}")
+        return self.Spec(**fields | {f: stamped(fields[f]) for f in self.files if fields.get(f)})
+
+    def stack_key(self, s, device)->tuple:
+        "A key that is equal for Specs that are made together."
         first = {f.name: f.default for f in dataclasses.fields(s) if f.name in self.stack}
         return tuple((k, v) for k, v in dataclasses.asdict(s).items() if k not in first)
 

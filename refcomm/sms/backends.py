@@ -324,7 +324,7 @@ def bounded_set(
     target, # [n_attributes] integers
     distractors, # [n_distractors, n_attributes]; copies of the target are left out
     seconds:float, # to search for, at most; a slice of the search may take somewhat longer
-    say=lambda low, high: None, # called with the bounds as they become closer
+    report=lambda low, high: None, # called with the bounds as they become closer
 )->tuple: # low, and a set [n_attributes] bool, a smallest one where it has `low` attributes
     "Bounds of the size of a smallest set that identifies the target."
     start, columns = time.monotonic(), _columns(target[None], distractors[None])[0]
@@ -343,7 +343,7 @@ def bounded_set(
         at, found = next(search)
         if found is not None: sets = found
         low = low if at is None else max(low, int(at))
-        say(low, int(sets.sum()))
+        report(low, int(sets.sum()))
     return low, sets
 
 # %% ../../nbs/58_sms.backends.ipynb #ddf0ebbe

@@ -103,6 +103,7 @@ class Automatic:
         much = size >= 2**23 or sizes_only and self.spent >= self.load
         return "numba" if much and have_numba() else "numpy"
 
+# %% ../../nbs/59_sms.complexity.ipynb #a5acf933
 automatic = Automatic()
 
 def _solve(targets, distractors, copies, backend, sizes_only=False):
@@ -178,11 +179,11 @@ def symbol_bounds(
     check_at_least("time_limit", time_limit, 0)
     lows, sets, end = np.zeros(len(targets), np.int64), np.zeros(targets.shape, bool), time.monotonic() + time_limit
     with progress_bar(len(targets), "games") as bar:
-        say = lambda low, high: bar.set_postfix_str(f"{low} to {high} symbols")
+        report = lambda low, high: bar.set_postfix_str(f"{low} to {high} symbols")
         for g in range(len(targets)):
             if copies == "flag" and (distractors[g] == targets[g]).all(1).any(): lows[g] = UNDECIDABLE
             else:
                 seconds = max(0, end - time.monotonic()) / (len(targets) - g)
-                lows[g], sets[g] = bounded_set(targets[g], distractors[g], seconds, say)
+                lows[g], sets[g] = bounded_set(targets[g], distractors[g], seconds, report)
             bar.update()
     return Bounds(lows, np.where(lows < 0, UNDECIDABLE, sets.sum(1)), sets)

@@ -74,6 +74,7 @@ def _values(path, column, shape, n_values):
         raise ConfigError(f"{path} holds the value {values.max()}, but values must lie in 0 … {n_values - 1}: make it again")
     return torch.from_numpy(values.copy()).view(-1, *shape)
 
+# %% ../../nbs/62_sms.datasets.ipynb #38010343
 def load_games(
     path, # a file that `save_games` wrote
     split:str|None=None, # "train", "eval", or None for all

@@ -85,7 +85,7 @@ def _refusal(wanted, left, drawn, max_draws, way):
 def _check(n, m, n_attributes, n_values, n_distractors):
     "Raise a `ConfigError` with the reason if such games do not exist."
     check_at_least("n", n, 1)
-    check_at_least("n_values", n_values, 2, "an attribute with one value tells nothing apart")
+    check_at_least("n_values", n_values, 2, "an attribute with one value distinguishes no objects")
     if n_values > 256: raise ConfigError(f"values are stored in 8 bits: n_values must be at most 256, got {n_values}")
     possible = feasible(m, n_attributes, n_values, n_distractors)
     if not possible:

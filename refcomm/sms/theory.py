@@ -130,7 +130,7 @@ def feasible(
     for name, value in dict(n_attributes=n_attributes, n_distractors=n_distractors, m=m).items():
         if value < 1: return Feasible(False, f"{name} must be at least 1, got {value}")
     if n_values < 2:
-        return Feasible(False, f"n_values must be at least 2, got {n_values}: one value tells nothing apart")
+        return Feasible(False, f"n_values must be at least 2, got {n_values}: one value distinguishes no objects")
     if not 1 <= min_hamming <= n_attributes:
         return Feasible(False, f"min_hamming must lie in 1 … {n_attributes}, got {min_hamming}")
     most = n_attributes - min_hamming + 1
@@ -168,7 +168,7 @@ def uniform_law(
     "The distribution of min|M| in uniform games, from the first two moments of the number of identifying sets."
     check_at_least("n_attributes", n_attributes, 1)
     check_at_least("n_distractors", n_distractors, 1)
-    if not n_values > 1: raise ConfigError(f"n_values must be above 1, got {n_values!r}: one value tells nothing apart")
+    if not n_values > 1: raise ConfigError(f"n_values must be above 1, got {n_values!r}: one value distinguishes no objects")
     one, two = _moments(n_attributes, n_values, n_distractors)
     mean, excess = np.exp(one), np.maximum(np.exp(two - one) - np.exp(one) - 1, -1)
     lower = np.clip(np.maximum(np.exp(2*one - two), mean - (np.exp(two) - mean)/2), 0, 1)

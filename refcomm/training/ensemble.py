@@ -44,23 +44,28 @@ def changing_buffers(
     kept = module.state_dict()
     return [name for name, _ in module.named_buffers() if name in kept]
 
-# %% ../../nbs/65_training.ensemble.ipynb #b294611c
-class Ensemble(nn.Module):
-    "Models of equal shape, their parameters stacked as `[n_members, ...]`; one member is run without stacking."
+# %% ../../nbs/65_training.ensemble.ipynb #10437e06
+def _checked(members)->list: # the parameters of each by name, all of equal shapes
+    if not members: raise ConfigError("an ensemble needs at least one member")
+    states = [dict(m.named_parameters()) for m in members]
+    for i, s in enumerate(states):
+        if {k: v.shape for k,v in s.items()} != {k: v.shape for k,v in states[0].items()}:
+            raise ConfigError(f"member {i} has parameters of other shapes than member 0: stack only models of one shape")
+    if len(members) > 1 and changing_buffers(members[0]):
+        raise ConfigError("models with buffers (batch statistics, codebooks) cannot be stacked: train them one by one")
+    for name, b in members[0].named_buffers():
+        if any(not torch.equal(b, m.get_buffer(name)) for m in members[1:]):
+            raise ConfigError(f"members differ in the constant {name!r}: stack only models with equal constants")
+    return states
+
+# %% ../../nbs/65_training.ensemble.ipynb #13da9425
+class _Stack(nn.Module):
+    "Parameters of several modules, stacked; the first module is their template."
     def __init__(self,
         members, # list of modules with equal parameter shapes
     ):
         super().__init__()
-        states = [dict(m.named_parameters()) for m in members]
-        if not members: raise ConfigError("an ensemble needs at least one member")
-        for i, s in enumerate(states):
-            if {k: v.shape for k,v in s.items()} != {k: v.shape for k,v in states[0].items()}:
-                raise ConfigError(f"member {i} has parameters of other shapes than member 0: stack only models of one shape")
-        if len(members) > 1 and changing_buffers(members[0]):
-            raise ConfigError("models with buffers (batch statistics, codebooks) cannot be stacked: train them one by one")
-        for name, b in members[0].named_buffers():
-            if any(not torch.equal(b, m.get_buffer(name)) for m in members[1:]):
-                raise ConfigError(f"members differ in the constant {name!r}: stack only models with equal constants")
+        states = _checked(members)
         self.n_members, self.names = len(members), list(states[0])
         self.stacked = nn.ParameterList([torch.stack([s[k].detach() for s in states]) for k in self.names])
         self._call = [_Apply(members[0])] # in a list, so that its parameters are not registered
@@ -81,36 +86,9 @@ class Ensemble(nn.Module):
         "Parameters of one member."
         return sum(p[0].numel() for p in self.stacked)
 
-    def map(self,
-        fn, # (member, *args) -> tensor or tuple of tensors
-        *args, # tensors [n_members, ...], also in (named) tuples, with one slice per member; other values are passed unchanged
-    ): # the results, stacked along a new first dimension
-        "Apply `fn` to every member with its slice of each argument; variables in the closure of `fn` are shared."
-        step = self.compiled if self.training and torch.is_grad_enabled() else None
-        return (step or self._map)(fn, *args)
-
-    def _map(self, fn, *args):
-        def call(params, values, *a):
-            with self._holding(values) if values else contextlib.nullcontext():
-                return functional_call(self._call[0], {k: params[i] for k,i in self._places}, (fn, *a),
-                    tie_weights=False)
-        if self.n_members == 1:
-            out = call([p.squeeze(0) for p in self.stacked], [],
-                *tree_map(lambda a: a[0] if isinstance(a, Tensor) else a, args))
-            return tuple(o[None] for o in out) if isinstance(out, tuple) else out[None]
-        values = [getattr(self, f"values_{i}") for i in range(len(self.values))]
-        return vmap(call, in_dims=(0, 0 if values else None,
-            *tree_map(lambda a: 0 if isinstance(a, Tensor) else None, args)))(list(self.stacked), values, *args)
-
-    @contextlib.contextmanager
-    def _holding(self, values):
-        "Set the template's numbers to those of one member."
-        before = [getattr(m, name) for m, name in self._varied]
-        for (m, name), v in zip(self._varied, values): setattr(m, name, v)
-        try: yield
-        finally:
-            for (m, name), v in zip(self._varied, before): setattr(m, name, v)
-
+# %% ../../nbs/65_training.ensemble.ipynb #78e1bd9f
+class _Members(_Stack):
+    "Single members of a stack, and the state of all."
     def member(self, i:int)->nn.Module: # the template
         "Load member `i` into the template and return it."
         with torch.no_grad():
@@ -140,3 +118,36 @@ class Ensemble(nn.Module):
     def load_full_state(self, state)->None:
         "Copy a `full_state` into the members."
         for k,v in self.full_state().items(): v.copy_(state[k])
+
+# %% ../../nbs/65_training.ensemble.ipynb #b294611c
+class Ensemble(_Members):
+    "Models of equal shape, their parameters stacked as `[n_members, ...]`; one member is run without stacking."
+    def map(self,
+        fn, # (member, *args) -> tensor or tuple of tensors
+        *args, # tensors [n_members, ...], also in (named) tuples, with one slice per member; other values are passed unchanged
+    ): # the results, stacked along a new first dimension
+        "Apply `fn` to every member with its slice of each argument; variables in the closure of `fn` are shared."
+        step = self.compiled if self.training and torch.is_grad_enabled() else None
+        return (step or self._map)(fn, *args)
+
+    def _map(self, fn, *args):
+        def call(params, values, *a):
+            with self._holding(values) if values else contextlib.nullcontext():
+                return functional_call(self._call[0], {k: params[i] for k,i in self._places}, (fn, *a),
+                    tie_weights=False)
+        if self.n_members == 1:
+            out = call([p.squeeze(0) for p in self.stacked], [],
+                *tree_map(lambda a: a[0] if isinstance(a, Tensor) else a, args))
+            return tuple(o[None] for o in out) if isinstance(out, tuple) else out[None]
+        values = [getattr(self, f"values_{i}") for i in range(len(self.values))]
+        return vmap(call, in_dims=(0, 0 if values else None,
+            *tree_map(lambda a: 0 if isinstance(a, Tensor) else None, args)))(list(self.stacked), values, *args)
+
+    @contextlib.contextmanager
+    def _holding(self, values):
+        "Set the template's numbers to those of one member."
+        before = [getattr(m, name) for m, name in self._varied]
+        for (m, name), v in zip(self._varied, values): setattr(m, name, v)
+        try: yield
+        finally:
+            for (m, name), v in zip(self._varied, before): setattr(m, name, v)

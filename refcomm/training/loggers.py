@@ -50,7 +50,7 @@ class CSVLog:
 # %% ../../nbs/66_training.loggers.ipynb #d74dc131
 class TensorBoardLog:
     "Scalars and the Spec as hyper-parameters, in an event file."
-    def __init__(self, folder, fields):
+    def __init__(self, folder, fields:dict):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
         self.writer = SummaryWriter(str(_fresh(folder)))
@@ -58,19 +58,19 @@ class TensorBoardLog:
         for part in hparams(plain, dict.fromkeys(("accuracy", "valid_loss"), 0.)):
             self.writer.file_writer.add_summary(part)
 
-    def log_metrics(self, metrics, step)->None:
+    def log_metrics(self, metrics:dict, step:int)->None:
         "Write the numbers of one epoch."
         for k,v in metrics.items(): self.writer.add_scalar(k, v, step)
         self.writer.flush()
 
-    def finalize(self, status)->None:
+    def finalize(self, status:str)->None:
         "Close the log."
         self.writer.close()
 
 # %% ../../nbs/66_training.loggers.ipynb #c4cd646a
 class WandbLog:
     "An offline run of Weights & Biases, for `wandb sync`."
-    def __init__(self, folder, fields):
+    def __init__(self, folder, fields:dict):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
         quiet = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True, x_disable_meta=True,
@@ -79,18 +79,18 @@ class WandbLog:
             name=folder.name, id=folder.name, config=fields, reinit="create_new", settings=quiet)
         self.run.define_metric("*", step_metric="epoch")
 
-    def log_metrics(self, metrics, step)->None:
+    def log_metrics(self, metrics:dict, step:int)->None:
         "Write the numbers of one epoch."
         self.run.log(dict(metrics, epoch=step))
 
-    def finalize(self, status)->None:
+    def finalize(self, status:str)->None:
         "Close the log."
         self.run.finish(0 if status == "success" else 1)
 
 # %% ../../nbs/66_training.loggers.ipynb #07834bd8
 class MLflowLog:
     "A run in the SQLite database `mlflow.db`, two folders up."
-    def __init__(self, folder, fields):
+    def __init__(self, folder, fields:dict):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from filelock import FileLock
         from mlflow import MlflowClient
@@ -107,12 +107,12 @@ class MLflowLog:
         self.run = self.client.create_run(experiment, run_name=folder.name).info.run_id
         self.client.log_batch(self.run, params=[Param(k, str(v)[:500]) for k,v in fields.items()])
 
-    def log_metrics(self, metrics, step)->None:
+    def log_metrics(self, metrics:dict, step:int)->None:
         "Write the numbers of one epoch."
         from mlflow.entities import Metric
         self.client.log_batch(self.run, [Metric(k, float(v), int(time.time()*1000), step) for k,v in metrics.items()])
 
-    def finalize(self, status)->None:
+    def finalize(self, status:str)->None:
         "Close the log."
         self.client.set_terminated(self.run, "FINISHED" if status == "success" else "FAILED")
 
@@ -142,29 +142,13 @@ def final_metrics(
         for i, row in enumerate(result.rows)]
     return [(numbers(result.summary, "summary"), len(result.history) - 1), *rows]
 
-# %% ../../nbs/66_training.loggers.ipynb #70a5ab9c
-class StackLogs:
-    "The logs of runs that are trained together; a context manager that closes them."
+# %% ../../nbs/66_training.loggers.ipynb #b398918b
+class _Logs:
+    "Logs that are opened when they are first written, and closed once."
     def __init__(self,
         name:str|None, # in `LOGGERS`
         runs, # (experiment, key, the Spec's fields), one per member
     ): self.name, self.runs, self.logs = name, runs, []
-
-    def epochs(self,
-        rows, # of `fit`'s history: dictionaries
-    )->None:
-        "Write rows of the history, each to its member's log."
-        self._write(lambda: [self.logs[r["member"]].log_metrics({k: r[k] for k in MEASURED}, r["epoch"]) for r in rows])
-
-    def finish(self,
-        results, # a `RunResult` per member
-    )->None:
-        "Write the final results and close the logs."
-        def write():
-            for log, result in zip(self.logs, results):
-                for metrics, step in final_metrics(result): log.log_metrics(metrics, step)
-        self._write(write)
-        self._close("success")
 
     def _write(self, write):
         if not self.name: return
@@ -182,4 +166,24 @@ class StackLogs:
         self.name, self.logs = None, []
 
     def __enter__(self): return self
+
     def __exit__(self, *error): self._close("failed")
+
+# %% ../../nbs/66_training.loggers.ipynb #70a5ab9c
+class StackLogs(_Logs):
+    "The logs of runs that are trained together; a context manager that closes them."
+    def epochs(self,
+        rows, # of `fit`'s history: dictionaries
+    )->None:
+        "Write rows of the history, each to its member's log."
+        self._write(lambda: [self.logs[r["member"]].log_metrics({k: r[k] for k in MEASURED}, r["epoch"]) for r in rows])
+
+    def finish(self,
+        results, # a `RunResult` per member
+    )->None:
+        "Write the final results and close the logs."
+        def write():
+            for log, result in zip(self.logs, results):
+                for metrics, step in final_metrics(result): log.log_metrics(metrics, step)
+        self._write(write)
+        self._close("success")

@@ -119,7 +119,7 @@ class Best:
         self.accuracy, self.loss = torch.full((n,), -torch.inf), torch.full((n,), torch.inf)
         self.epoch = torch.full((n,), -1)
 
-    def active(self, epoch, patience)->Tensor:
+    def active(self, epoch:int, patience:int)->Tensor:
         "Which members are still within `patience` epochs of their best, `[n_members]`."
         return epoch - self.epoch.clamp_min(0) < patience
 
@@ -146,14 +146,13 @@ def _resume_generator(g, state, meta, seed, name):
     if state.shape == g.get_state().shape: return g.set_state(state)
     g.manual_seed(generator(seed, f"{name}/{meta['epoch']}.{meta['step']}").initial_seed())
 
-# %% ../../nbs/64_training.loop.ipynb #4e7cede4
-class Training:
-    "The complete state of a training, to save and restore."
-    def __init__(self, ensemble, settings:TrainSettings, seeds, n_items, device, lr_factors=()):
-        self.ensemble = ensemble
-        self.settings = settings
-        self.seeds = list(seeds)
-        self.n_items = n_items
+# %% ../../nbs/64_training.loop.ipynb #9dd89ea9
+class _Begun:
+    "A training at its beginning: optimiser, random generators, and counts of what is done."
+    def __init__(self, ensemble, settings:TrainSettings, seeds, n_items:int, device, lr_factors=()):
+        self.ensemble, self.settings, self.seeds, self.n_items = ensemble, settings, list(seeds), n_items
+        if len(self.seeds) != ensemble.n_members:
+            raise ConfigError(f"{ensemble.n_members} members need as many seeds, got {len(self.seeds)}")
         self.batches = settings.batches(n_items)
         check_sense(ensemble, settings, device)
         self.rank, self.size = processes()
@@ -172,6 +171,9 @@ class Training:
         self.started, self.saved, self.kept, self.whole = time.monotonic(), time.monotonic(), False, True
         self.order, self.total = torch.empty(0), torch.zeros(len(self.seeds), device=device)
 
+# %% ../../nbs/64_training.loop.ipynb #d90fa6df
+class _Saved(_Begun):
+    "The state of a training as a checkpoint holds it."
     def tensors(self)->dict:
         "The tensors of a checkpoint: weights, optimiser, generators, best weights."
         opt = {f"optimizer.{i}.{k}": v for i, s in self.optimizer.state_dict()["state"].items() for k,v in s.items()}
@@ -191,20 +193,23 @@ class Training:
             if rank}
         return noise | {f"total of {rank}": own for rank, own in enumerate(gather_batches(self.total[None])) if rank}
 
-    def meta(self, shape)->dict:
+    def meta(self, shape:dict)->dict:
         "The part of a checkpoint that is JSON."
         groups = [{k: v for k,v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         return dict(epoch=self.epoch, step=self.step, lr=self.lr, history=self.history, scaler=self.scaler.state_dict(),
             groups=groups, shape=shape, device=self.total.device.type)
 
+# %% ../../nbs/64_training.loop.ipynb #4e7cede4
+class Training(_Saved):
+    "The complete state of a training, to save and restore."
     def mode(self,
         name:str, # "train" or "eval"
-    ):
+    )->None:
         "Set ensemble and optimiser to training or evaluation mode; a schedule-free optimiser swaps weights."
         getattr(self.ensemble, name)()
         getattr(self.optimizer, name, lambda: None)()
 
-    def load(self, tensors, meta)->None:
+    def load(self, tensors:dict, meta:dict)->None:
         "Restore the state from a checkpoint."
         state, groups = {}, self.optimizer.state_dict()["param_groups"]
         for k,v in tensors.items():
@@ -226,7 +231,7 @@ class Training:
         if meta["scaler"]: self.scaler.load_state_dict(meta["scaler"]) # empty from a device that did not need one
 
 # %% ../../nbs/64_training.loop.ipynb #39d0c3bf
-def check_sense(ensemble, settings:TrainSettings, device):
+def check_sense(ensemble, settings:TrainSettings, device)->None:
     "Raise a `ConfigError` for settings that this device or model does not support."
     if settings.precision == "fp16" and torch.device(device).type == "cpu":
         raise ConfigError("precision 'fp16' is for GPUs, but training was asked for on the CPU: use 'bf16' or 'fp32'")
@@ -234,6 +239,47 @@ def check_sense(ensemble, settings:TrainSettings, device):
     if settings.optimizer == "schedulefree" and normed:
         raise ConfigError("optimizer 'schedulefree' validates other weights than it trains, and batch statistics do "
             "not fit them: use 'adamw', 'sgd' or 'lars' for models with batch normalisation")
+
+# %% ../../nbs/64_training.loop.ipynb #7de29567
+def _wrong_progress(t, meta)->str: # each of these says what is wrong with a checkpoint; empty if nothing is
+    kinds = dict(epoch=int, step=int, lr=(int, float), history=list, scaler=dict, groups=list, device=str)
+    if bad := [k for k, kind in kinds.items() if not isinstance(meta.get(k), kind)]:
+        return f"its {bad[0]} is missing or of another kind"
+    if not (0 <= meta["epoch"] <= t.settings.epochs and 0 <= meta["step"] <= t.batches
+        and len(meta["history"]) == meta["epoch"]*len(t.seeds)):
+        return "its epoch, step and history do not fit each other"
+    return ""
+
+def _wrong_order(t, order, meta)->str:
+    if (meta["step"] or meta["epoch"]) and not (order.dtype == torch.int64 and order.shape[:1] == (len(t.seeds),)
+        and order.numel() and 0 <= order.min() and order.max() < t.n_items):
+        return "its order of items is none"
+    return ""
+
+# %% ../../nbs/64_training.loop.ipynb #e308db93
+def _wrong_state(t, tensors, meta)->str:
+    own = t.tensors()
+    for rank in range(1, t.size):
+        own |= {f"noise_generators.{i} of {rank}": g.get_state()
+            for i, g in enumerate(t.noise_generators)} | {f"total of {rank}": t.total}
+    if missing := sorted(k for k in own if k not in tensors and not k.startswith("optimizer.")):
+        return f"it has no {missing[0]}"
+    if len(meta["groups"]) != len(t.optimizer.param_groups): return "its optimiser has other groups of parameters"
+    for k, v in own.items():
+        foreign = k.startswith("noise_generators") and meta["device"] != t.total.device.type # states of another kind of device
+        if not (k == "order" or foreign) and (tensors[k].shape, tensors[k].dtype) != (v.shape, v.dtype):
+            return f"its {k} is {tensors[k].dtype} {list(tensors[k].shape)}, not {v.dtype} {list(v.shape)}"
+    return ""
+
+def _wrong_moments(t, tensors)->str:
+    params = [p for g in t.optimizer.param_groups for p in g["params"]]
+    moments = [k.split(".", 2) for k in tensors if k.startswith("optimizer.")]
+    if any(not i.isdigit() or int(i) >= len(params) or tensors[f"optimizer.{i}.{n}"].numel() > 1
+        and tensors[f"optimizer.{i}.{n}"].shape != params[int(i)].shape for _, i, n in moments):
+        return "its optimiser's state does not fit the parameters"
+    if len({frozenset(n for _, j, n in moments if j == i) for _, i, _ in moments}) > 1:
+        return "its optimiser's state is incomplete"
+    return ""
 
 # %% ../../nbs/64_training.loop.ipynb #7d1c0a01
 def misfit(
@@ -244,37 +290,11 @@ def misfit(
     "The reason why a checkpoint cannot continue this training, if any."
     shape = json.loads(json.dumps(shape))
     found = meta.get("shape") if isinstance(meta, dict) else None
-    if not isinstance(found, dict): return "it does not say what it is of"
+    if not isinstance(found, dict): return "it does not name its model"
     if other := [k for k in shape if found.get(k) != shape[k]]:
         return f"it belongs to another model, data or setting: {', '.join(other)}"
-    kinds = dict(epoch=int, step=int, lr=(int, float), history=list, scaler=dict, groups=list, device=str)
-    if bad := [k for k, kind in kinds.items() if not isinstance(meta.get(k), kind)]:
-        return f"its {bad[0]} is missing or of another kind"
-    if not (0 <= meta["epoch"] <= t.settings.epochs and 0 <= meta["step"] <= t.batches
-        and len(meta["history"]) == meta["epoch"]*len(t.seeds)):
-        return "its epoch, step and history do not fit each other"
-    own, params = t.tensors(), [p for g in t.optimizer.param_groups for p in g["params"]]
-    for rank in range(1, t.size):
-        own |= {f"noise_generators.{i} of {rank}": g.get_state()
-            for i, g in enumerate(t.noise_generators)} | {f"total of {rank}": t.total}
-    if missing := sorted(k for k in own if k not in tensors and not k.startswith("optimizer.")):
-        return f"it has no {missing[0]}"
-    if len(meta["groups"]) != len(t.optimizer.param_groups): return "its optimiser has other groups of parameters"
-    for k, v in own.items():
-        elsewhere = k.startswith("noise_generators") and meta["device"] != t.total.device.type # generator states of another kind of device
-        if not (k == "order" or elsewhere) and (tensors[k].shape, tensors[k].dtype) != (v.shape, v.dtype):
-            return f"its {k} is {tensors[k].dtype} {list(tensors[k].shape)}, not {v.dtype} {list(v.shape)}"
-    moments = [k.split(".", 2) for k in tensors if k.startswith("optimizer.")]
-    if any(not i.isdigit() or int(i) >= len(params) or tensors[f"optimizer.{i}.{n}"].numel() > 1
-        and tensors[f"optimizer.{i}.{n}"].shape != params[int(i)].shape for _, i, n in moments):
-        return "its optimiser's state does not fit the parameters"
-    if len({frozenset(n for _, j, n in moments if j == i) for _, i, _ in moments}) > 1:
-        return "its optimiser's state is incomplete"
-    order = tensors["order"]
-    if (meta["step"] or meta["epoch"]) and not (order.dtype == torch.int64 and order.shape[:1] == (len(t.seeds),)
-        and order.numel() and 0 <= order.min() and order.max() < t.n_items):
-        return "its order of items is none"
-    return ""
+    return (_wrong_progress(t, meta) or _wrong_state(t, tensors, meta) or _wrong_moments(t, tensors)
+        or _wrong_order(t, tensors["order"], meta))
 
 # %% ../../nbs/64_training.loop.ipynb #d29f83cf
 def resume(
@@ -357,10 +377,13 @@ class Checkpoint(NamedTuple):
     path:object # the file
     owner:str # identifier of the run; the checkpoint of another run is renamed
 
-def checkpoint_of(checkpoint)->Checkpoint: # a `Checkpoint`, a path or None
+def checkpoint_of(
+    checkpoint, # a `Checkpoint`, a path or None
+)->Checkpoint:
+    "A `Checkpoint`, without an owner where only a path is given."
     return checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint, "")
 
-def keep(t, path, shape):
+def keep(t, path, shape:dict)->None:
     "Save the state of a training between two steps; a collective call, the first process writes."
     others = t.of_others() if path else {}
     if path and t.rank == 0: save_checkpoint(path, t.tensors() | others, t.meta(shape))
@@ -371,6 +394,26 @@ def stopped(e:Interrupted, t, save, path)->Interrupted:
     if path and t.whole and t.size == 1: save()
     what = f"its state is kept in {path}; the same command continues" if path and t.kept else "nothing of it is kept"
     return Interrupted(f"{e.name} stopped training in epoch {t.epoch + 1} of {t.settings.epochs}: {what}", e.signum)
+
+# %% ../../nbs/64_training.loop.ipynb #715e84c7
+def _shape(ensemble, n_items, settings, seeds, owner, lr_factors)->dict:
+    "What a checkpoint must agree with: model, data, settings and processes."
+    return dict(layout=3, owner=owner, processes=processes()[1], n_items=n_items, seeds=seeds, settings=repr(settings),
+        lr_factors=[list(f) for f in lr_factors], parameters=[list(p.shape) for p in ensemble.parameters()])
+
+@contextlib.contextmanager
+def _progress(t, report, log): # a function that logs and shows the means of an epoch
+    tell = lambda rows: log and log([r for r in rows if r["epoch"] <= t.best.epoch[r["member"]] + t.settings.patience])
+    bar = None if report else progress_bar(t.settings.epochs, "epochs", initial=t.epoch)
+    tell(t.history)
+    def show(row):
+        tell(t.history[-t.ensemble.n_members:])
+        text = f"loss {row['loss']:.4f}, validation accuracy {row['accuracy']:.4f}"
+        if report: return report(t.epoch/t.settings.epochs, f"epoch {t.epoch} of {t.settings.epochs}, {text}")
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(t.epoch - bar.n)
+    yield show
+    if bar is not None: bar.close()
 
 # %% ../../nbs/64_training.loop.ipynb #e46805de
 def fit(
@@ -390,33 +433,21 @@ def fit(
     announce=None, # called in each epoch with the batches of indices to come, which then stay on the CPU
 )->Fit:
     "Train `ensemble` in place; its final weights are chosen by `settings.keep`."
-    seeds, (path, owner) = list(seeds), checkpoint_of(checkpoint)
-    if len(seeds) != ensemble.n_members:
-        raise ConfigError(f"{ensemble.n_members} members need as many seeds, got {len(seeds)}")
-    shape = dict(layout=3, owner=owner, processes=processes()[1], n_items=n_items, seeds=seeds, settings=repr(settings),
-        lr_factors=[list(f) for f in lr_factors], parameters=[list(p.shape) for p in ensemble.parameters()])
+    path, owner = checkpoint_of(checkpoint)
+    seeds = list(seeds)
+    shape = _shape(ensemble, n_items, settings, seeds, owner, lr_factors)
     t = resume(lambda: Training(ensemble, settings, seeds, n_items, device, lr_factors), path, shape)
     ensemble.compiled = compiled_steps(ensemble, settings, on_progress)
-    bar = None if report else progress_bar(settings.epochs, "epochs", initial=t.epoch)
-    def say(done, text):
-        if report: return report(done, f"epoch {t.epoch} of {settings.epochs}, {text}")
-        bar.set_postfix_str(text, refresh=False)
-        bar.update(round(done*settings.epochs) - bar.n)
-    tell = lambda rows: log and log([r for r in rows if r["epoch"] <= t.best.epoch[r["member"]] + settings.patience])
     save = lambda: keep(t, path, shape)
-    tell(t.history)
-    with Interruptible() as stop:
+    with _progress(t, report, log) as show, Interruptible() as stop:
         try:
             while t.epoch < settings.epochs and t.best.active(t.epoch - 1, settings.patience).any():
                 train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop, announce)
-                row = finish_epoch(t, validate, stop)
-                tell(t.history[-ensemble.n_members:])
-                say(t.epoch/settings.epochs, f"loss {row['loss']:.4f}, validation accuracy {row['accuracy']:.4f}")
+                show(finish_epoch(t, validate, stop))
             with stop.hold(): save()
         except Interrupted as e: raise stopped(e, t, save, path) from None
         finally: ensemble.compiled = None
     agree([True]) # names the last checkpoint
-    if bar is not None: bar.close()
     if settings.keep == "best": t.best.restore(ensemble)
     return Fit(pd.DataFrame(t.history), t.best.epoch.tolist())
 
@@ -424,14 +455,15 @@ def fit(
 FIRST = 5. # seconds until the first checkpoint, if the usual ones are further apart
 TOGETHER = 8 # number of steps after which several processes agree whether to save
 
-def turn(t, mode, stop):
+def turn(t, mode, stop)->None:
     "Set a training's mode. A schedule-free optimiser swaps weights, half of them swapped are none: a signal waits."
     with stop.hold():
         t.whole = False
         t.mode(mode)
         t.whole = True
 
-def prepare_epoch(t, device, announce=None):
+# %% ../../nbs/64_training.loop.ipynb #69eb5ab2
+def prepare_epoch(t, device, announce=None)->None:
     "Draw the order of an epoch's items, unless a checkpoint has it, and announce or copy it."
     s, t.whole = t.settings, False
     if t.step == 0:
@@ -441,7 +473,8 @@ def prepare_epoch(t, device, announce=None):
     if announce: announce(b[0] for b in t.order[:, t.step*s.batch_size:].split(s.batch_size, 1)[t.rank::t.size])
     else: t.order = t.order.to(device) # once per epoch, because each copy synchronises
 
-def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop=None, announce=None):
+# %% ../../nbs/64_training.loop.ipynb #be1957d3
+def train_epoch(t, loss, device, save, checkpoint_seconds:float, on_progress, stop=None, announce=None)->None:
     "Train one epoch, or the rest of an interrupted one; between steps, save every `checkpoint_seconds` and stop on a signal."
     s, stop, prepared = t.settings, stop or Interruptible(), False
     if t.step < t.batches: turn(t, "train", stop)
@@ -460,7 +493,7 @@ def train_epoch(t, loss, device, save, checkpoint_seconds, on_progress, stop=Non
         if halt: stop.end()
 
 # %% ../../nbs/64_training.loop.ipynb #db2f45d2
-def train_step(t, loss, device, on_progress):
+def train_step(t, loss, device, on_progress)->None:
     "One step of the optimiser, on the next batches of the epoch's order."
     s, t.whole = t.settings, False
     done = (t.epoch + t.step/t.batches) / s.epochs
@@ -482,7 +515,7 @@ def train_step(t, loss, device, on_progress):
     t.scaler.step(t.optimizer); t.scaler.update()
     t.whole = True
 
-def check_losses(t, losses:Tensor):
+def check_losses(t, losses:Tensor)->None:
     "Raise `TrainingDiverged` if a loss is not finite, or if the loss scale of fp16 has fallen below 1."
     way = f"lower lr (now {t.settings.lr:g}), or use precision='fp32'"
     for seed, value in zip(t.seeds, losses.tolist()):

@@ -61,7 +61,9 @@ class PairedPatches(PatchGame):
     loss = property(lambda self: self.listening.loss)
     n_candidates = property(lambda self: self.listening.n_candidates)
 
-    def draw_noise(self, batch, generator): return super().draw_noise(batch, generator) if self.speaking.training else None
+    def draw_noise(self, batch:int, generator):
+        "The noise of a sender that is trained; None for a fixed one."
+        return super().draw_noise(batch, generator) if self.speaking.training else None
 
 def paired(
     speaking:nn.Module, # a game
@@ -88,6 +90,7 @@ class Population(nn.Module):
         "The game of sender `i` with receiver `j`."
         return paired(self.games[i], self.games[j])
 
+# %% ../../nbs/67_training.populations.ipynb #b3de6026
 class _Playing:
     "An ensemble of one population as an ensemble of the pair that plays."
     def __init__(self, ensemble): self.ensemble, self.now = ensemble, ensemble.template.pairs[0]
@@ -96,6 +99,7 @@ class _Playing:
     def map(self, fn, *args): return self.ensemble.map(lambda p, *a: fn(p.pair(*self.now), *a), *args)
     def member(self, i): return self.ensemble.member(i).pair(*self.now)
 
+# %% ../../nbs/67_training.populations.ipynb #6cd704ff
 def train_population(
     population:Population, # trained in place
     task, # a `Task`
@@ -164,6 +168,7 @@ def renewed(
     fresh.load_state_dict({k: v if k.startswith(new) else kept[k] for k, v in fresh.state_dict().items()})
     return fresh
 
+# %% ../../nbs/67_training.populations.ipynb #17930c1a
 def iterated(
     make, # (seed) → a new game
     task, # a `Task`
@@ -178,7 +183,7 @@ def iterated(
     checkpoint_seconds:float=60., # see `fit`
     log=None, # called with new rows of the history, epochs counted over all generations
 ): # iterator of (generation, game in evaluation mode, history)
-    "Iterated learning: one side begins anew in every generation, and the optimisers with it (Li and Bowling 2019)."
+    "Iterated learning: one side starts again in every generation, and the optimisers with it (Li and Bowling 2019)."
     if every is not None:
         epochs = _whole_epochs(every, settings.batches(task.n_train))
         settings = dataclasses.replace(settings, epochs=epochs)
@@ -186,15 +191,16 @@ def iterated(
     for generation in range(check_at_least("generations", generations, 1)):
         if generation: game = renewed(game, make(seed + 1000*generation), side)
         ensemble = Ensemble([game]).to(device)
-        say = lambda done, text: report((generation + done)/generations, text) if report else None
+        progress = lambda done, text: report((generation + done)/generations, text) if report else None
         path = kept.path and Path(kept.path).with_stem(f"{Path(kept.path).stem}-{generation}")
         first = generation*settings.epochs
         tell = lambda rows: log and log([dict(r, epoch=first + r["epoch"]) for r in rows])
         history = fit(ensemble, *objectives(ensemble, task), task.n_train, settings, [seed + 1000*generation], device,
-            Checkpoint(path, kept.owner), checkpoint_seconds, say, log=tell).history
+            Checkpoint(path, kept.owner), checkpoint_seconds, progress, log=tell).history
         game = ensemble.eval().member(0)
         yield generation, game, history
 
+# %% ../../nbs/67_training.populations.ipynb #d8317826
 def _whole_epochs(steps, batches):
     if steps > 0 and steps % batches == 0: return steps // batches
     raise ConfigError(f"a reset comes between epochs of {batches} steps: every={max(1, round(steps/batches))*batches} would do, got {steps}")
@@ -213,7 +219,7 @@ def ease_of_learning(
         members = Ensemble(some).to(device)
         for name, p in zip(members.names, members.parameters()): p.requires_grad_(not name.startswith("speaking."))
         as_it_is = lambda done: members.template.speaking.eval()
-        return fit(members, *objectives(members, task), task.n_train, settings, own, device, report=lambda done, text: None,
-            on_progress=as_it_is).history[["seed", "epoch", "accuracy"]]
+        return fit(members, *objectives(members, task), task.n_train, settings, own, device,
+            report=lambda done, text: None, on_progress=as_it_is).history[["seed", "epoch", "accuracy"]]
     if not changing_buffers(learners[0]): return learned(learners, seeds)
     return pd.concat([learned([g], [s]) for g, s in zip(learners, seeds)], ignore_index=True)

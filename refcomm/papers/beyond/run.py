@@ -126,6 +126,7 @@ def build(
     with seeded_init(s.seed, "channel"): channel = _instant(s) if s.channel == "instant" else None
     return make_game(task, seed=s.seed, **message_sizes(s) | own | (dict(channel=channel) if channel else {}))
 
+# %% ../../../nbs/92_papers.beyond.run.ipynb #7c79866a
 def _instant(s): # with encodings as wide as those of the recurrent channel, not as the word
     own = {k: v for k, v in message_sizes(s).items() if k not in ("channel", "hidden", "embedding")}
     return Instant(make_bottleneck(own.pop("bottleneck"), **own), s.hidden)
@@ -155,8 +156,8 @@ def judged(
 def _generations(s, task, context)->RunResult: # rows of every generation, the last one's at the end
     about, rows, histories, device = task.meanings("test"), [], [], pick_device(context.device)
     there, make = task.to(device), lambda seed: build(dataclasses.replace(s, seed=seed), task)
-    for generation, game, history in iterated(make, there, _trial(s, task).settings, s.generations, s.side, s.seed, None,
-        device, context.checkpoint, context.report, context.checkpoint_seconds, context.log):
+    for generation, game, history in iterated(make, there, _trial(s, task).settings, s.generations, s.side, s.seed,
+        None, device, context.checkpoint, context.report, context.checkpoint_seconds, context.log):
         row, tensors = tested(game, there, ())
         rows.append(dict(judged(row, tensors["messages"], about, tensors.get("lengths")), generation=generation))
         histories.append(history.assign(generation=generation, epoch=history.epoch + generation*s.epochs))
@@ -164,7 +165,8 @@ def _generations(s, task, context)->RunResult: # rows of every generation, the l
         pd.concat(histories, ignore_index=True).drop(columns="member"), tensors, {k: v.detach().cpu().clone()
             for k, v in game.state_dict().items()} if context.weights else None)
 
-def stack_key(s:BeyondSpec, device): # Specs with equal keys are trained together
+def stack_key(s:BeyondSpec, device)->BeyondSpec:
+    "A key that is equal for Specs that are trained together."
     alone = s.generations > 1 or s.bottleneck == "vq" # VQ's codebook is no parameter
     return s if alone else dataclasses.replace(s, seed=0)
 
@@ -214,14 +216,14 @@ def ranking_in_words(
     ranks:pd.DataFrame, # from `ranking`
     rows:pd.DataFrame, # what it is of
 )->str:
-    "Which kinds are first, which are not told apart from them, and what the intervals cover."
+    "Which kinds are first, which do not differ from them significantly, and what the intervals cover."
     games, seeds = [rows[k].unique().tolist() for k in ("game", "seed")]
     best, ties = ranks.kind[0], ranks.kind[1:][ranks.low[1:] <= ranks.high[0]].tolist()
     where = f"over {len(games)} games" if len(games) > 1 else f"in {games[0]}, the only game here"
     covered = [f"{len(games)} games"]*(len(games) > 1) + [f"{len(seeds)} seeds"]*(len(seeds) > 1) + ["test targets"]
     unknown = ["other games"]*(len(games) == 1) + ["other seeds"]*(len(seeds) == 1)
     return (f"Best {'mean ' if len(games) > 1 else ''}rank {where}: {best}, first in {ranks.best[0]:.0%} of the draws. "
-        f"{len(ties)} of {len(ranks) - 1} others are not told apart from it by their intervals: {'; '.join(ties) or 'none'}. "
+        f"{len(ties)} of {len(ranks) - 1} others are not significantly different from it by their intervals: {'; '.join(ties) or 'none'}. "
         f"Last: {ranks.kind.iloc[-1]}. The intervals cover the choice of {', '.join(covered)}"
         + (f"; nothing is known of {' and '.join(unknown)}." if unknown else "."))
 

@@ -16,6 +16,7 @@ GAMES = ("objects", "images", "sentences", "classes", "discrimination", "symboli
 BOTTLENECKS = ("continuous", "quantized", "fsq", "vq", "learned", "gumbel", "straight-through", "reinforce")
 CHANNELS = ("instant", "recurrent", "ending")
 
+# %% ../../../nbs/49_papers.beyond.spec.ipynb #f57f1a5c
 @spec
 class BeyondSpec:
     "One training of one game with one kind of message and one seed."
@@ -38,7 +39,7 @@ class BeyondSpec:
     epochs:int = 48
     batch_size:int = 64
     lr:float = 1e-2
-    generations:int = 1 # of `epochs` each; between them one side begins anew
+    generations:int = 1 # of `epochs` each; between them one side is initialised again
     side:str = "receiver" # a name in `SIDES`
     seed:int = 0
 
@@ -49,4 +50,5 @@ class BeyondSpec:
         if self.bits % 12 or self.bits < 12:
             raise ConfigError(f"bits must be a multiple of 12, which 2, 3 and 4 divide, got {self.bits}")
         check_choice("side", self.side, SIDES)
-        for name in ("n_train", "n_valid", "n_test", "candidates", "epochs", "generations"): check_at_least(name, getattr(self, name), 1)
+        for name in ("n_train", "n_valid", "n_test", "candidates", "epochs", "generations"):
+            check_at_least(name, getattr(self, name), 1)

@@ -143,6 +143,19 @@ def _small(changes): # at smoke
 def _settings(item, game):
     return "printed" if item.endswith("_printed") or item == "table2_gradient" and game != "object" else "tuned"
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #30debbaf
+def _map_specs(make, game, profile)->list: # continuous runs, quantised at inference, and runs quantised in training
+    lengths, alphabets = ((HEATMAP["word_lengths"], HEATMAP["alphabets"]) if profile != "smoke"
+        else ((2, 10), (2, 8)))
+    short = MAP_EPOCHS.get(game, {}) if profile == "cpu" else {}
+    if profile == "gpu" and game == "sent-cls": short = FROZEN
+    at_inference, in_training = (make(name, game, **short) for name in ("CN-Inst", "QT-Inst train+inf"))
+    specs = []
+    for w in lengths:
+        specs += [dataclasses.replace(s, word_length=w) for s in at_inference]
+        specs += [dataclasses.replace(s, word_length=w, alphabet_size=v) for v in alphabets for s in in_training]
+    return specs
+
 # %% ../../../nbs/84_papers.eqc.items.ipynb #bf30634b
 def grid(
     item:str, # a name in `ITEMS`
@@ -173,14 +186,7 @@ def grid(
     specs += [s for game, name, setting, changes in TRIALS.get(item, ())
         for s in make(name, game, setting, **(changes if profile != "smoke" else _small(changes)))]
     if games and not names:
-        lengths, alphabets = ((HEATMAP["word_lengths"], HEATMAP["alphabets"]) if profile != "smoke"
-            else ((2, 10), (2, 8)))
-        short = MAP_EPOCHS.get(games[0], {}) if profile == "cpu" else {}
-        if profile == "gpu" and games[0] == "sent-cls": short = FROZEN
-        late, early = (make(name, games[0], **short) for name in ("CN-Inst", "QT-Inst train+inf"))
-        for w in lengths:
-            specs += [dataclasses.replace(s, word_length=w) for s in late]
-            specs += [dataclasses.replace(s, word_length=w, alphabet_size=v) for v in alphabets for s in early]
+        specs += _map_specs(make, games[0], profile)
     return specs
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #91e004d7
@@ -193,10 +199,10 @@ def rows_of(
     "Metric rows with the paper's names: CN, GS or QT; RNN or Inst; and where they are quantised."
     t = frame(records)
     for name in EQCSpec.later: t[name] = t[name].fillna(getattr(EQCSpec, name)) if name in t else getattr(EQCSpec, name)
-    late = ((t.bottleneck == "continuous") & t.alphabet.notna()) | (t.when == "inference")
-    kind = t.bottleneck.map({"continuous": "CN", "gumbel": "GS"}).fillna("QT").mask(late, "QT")
+    at_inference = ((t.bottleneck == "continuous") & t.alphabet.notna()) | (t.when == "inference")
+    kind = t.bottleneck.map({"continuous": "CN", "gumbel": "GS"}).fillna("QT").mask(at_inference, "QT")
     t["row"] = kind + t.channel.map({"recurrent": "-RNN", "ending": "-RNN EGG", "instant": "-Inst"})
-    t["quantised"] = late.map({True: "inference only", False: "train+inference"}).mask(t.gradient == "none",
+    t["quantised"] = at_inference.map({True: "inference only", False: "train+inference"}).mask(t.gradient == "none",
         "no gradient").where(kind == "QT", "")
     t["column"] = t.n_candidates
     return t
@@ -270,6 +276,7 @@ def graceful_values(
         values[f"eqc.{game}.graceful"] = dict(more_lost=more)
     return values
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #204d9800
 def printed_rate_values(
     rows, # from `printed_rows`, Object game at the printed rate
 )->dict: # claim → its values
@@ -280,6 +287,7 @@ def printed_rate_values(
         printed=_printed("table5", "CN-Inst", most)),
             "eqc.object.printed-noum": dict(noum=sent, printed=published_estimate(58., n_runs=3, like=sent))}
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #e7c02829
 def fine_tuned_values(
     rows, # from `printed_rows`, with the column `encoder`: "fine-tuned" or "frozen"
 )->dict: # claim → its values
@@ -318,6 +326,11 @@ def noum_values(
         for g in dict.fromkeys(rows.game) for name in (f"{kind}-Inst", f"{kind}-RNN")}
     return {"eqc.noum-qt": dict(share=of("QT")), "eqc.noum-gs": dict(share=of("GS"))}
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #aebfff2b
+def _perfect(table, alphabets, lengths, above, n)->dict: # accuracies of words of 50 symbols and more
+    return dict(accuracy={f"{v:g} × {w}": estimate(table[v, w], n) for v in alphabets if v > above
+        for w in lengths if w >= 50} or {"none": Estimate(float("nan"))})
+
 # %% ../../../nbs/84_papers.eqc.items.ipynb #a29d137c
 def map_values(
     rows, # from `rows_of`: Instant QT at the most candidates, one game
@@ -343,8 +356,7 @@ def map_values(
         "training-hurts": dict(cost=combine([(1, estimate(maps["inference only"].mean(axis=1))),
             (-1, estimate(maps["train+inference"].mean(axis=1)))])),
     }
-    perfect = lambda mode, above: dict(accuracy={f"{v:g} × {w}": estimate(maps[mode][v, w], n) for v in alphabets
-        if v > above for w in lengths if w >= 50} or {"none": Estimate(float("nan"))})
+    perfect = lambda mode, above: _perfect(maps[mode], alphabets, lengths, above, n)
     if game == "object":
         values |= {"heatmap-late": perfect("inference only", 4), "heatmap-early": perfect("train+inference", 16)}
     if game == "image":
@@ -442,14 +454,14 @@ def daggered(
     note:str, # the fidelity note of the item, with the sentence of `unfinished`
 ): # the same table
     "Mark the rows that the note names as stopped early."
-    early = re.findall(r"([A-Z][\w-]+(?: EGG)?) in [A-Z]", note.partition("†")[2])
-    return table.rename(index={row: f"{row} †" for row in early}, level=0)
+    names = re.findall(r"([A-Z][\w-]+(?: EGG)?) in [A-Z]", note.partition("†")[2])
+    return table.rename(index={row: f"{row} †" for row in names}, level=0)
 
 def unfinished(
-    early, # from `stopped_early`
+    names, # from `stopped_early`
 )->str: # a sentence, or empty
     "The part of the fidelity note about rows that were stopped early."
-    said = [f"{row} in {TITLES[game]} (by {rise:.2f})"
-        for game, row, rise in early[["game", "row", "rise"]].itertuples(index=False)]
-    return (f" † Stopped while validation accuracy still rose over the last fifth of the epochs: {', '.join(said)}."
-        if said else "")
+    named = [f"{row} in {TITLES[game]} (by {rise:.2f})"
+        for game, row, rise in names[["game", "row", "rise"]].itertuples(index=False)]
+    return (f" † Stopped while validation accuracy still rose over the last fifth of the epochs: {', '.join(named)}."
+        if named else "")

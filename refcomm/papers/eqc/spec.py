@@ -12,6 +12,18 @@ from ...core import ConfigError, check_at_least, check_choice, spec
 from ...files import choose_source, stamped
 from ...names import CHANNELS
 
+# %% ../../../nbs/45_papers.eqc.spec.ipynb #fdb793be
+def _check_symbols(s): # of an `EQCSpec`: symbols of several numbers
+    for width in (s.symbol_width, *s.fitted):
+        check_at_least("symbol_width", width, 1)
+        if s.word_length % width:
+            raise ConfigError(f"word_length={s.word_length} numbers cannot be cut into symbols of {width}: choose a divisor")
+    if s.symbol_width > 1 and s.bottleneck not in ("vq", "learned"):
+        raise ConfigError(f"symbol_width={s.symbol_width} is for the bottlenecks 'vq' and 'learned', got {s.bottleneck!r}")
+    if s.fitted and (s.game == "image" or s.bottleneck != "continuous"):
+        raise ConfigError(f"fitted={s.fitted} is for continuous channels and senders that see the target alone, "
+            f"got {s.bottleneck!r} in the {s.game!r} game")
+
 # %% ../../../nbs/45_papers.eqc.spec.ipynb #07898a9b
 @spec
 class EQCSpec:
@@ -81,15 +93,7 @@ class EQCSpec:
             raise ConfigError(f"channel='ending' is for bottleneck='gumbel', got {self.bottleneck!r}")
         if not self.normalize and self.bottleneck not in ("continuous", "quantized"):
             raise ConfigError(f"normalize=False is for the bottlenecks 'continuous' and 'quantized', got {self.bottleneck!r}")
-        for width in (self.symbol_width, *self.fitted):
-            check_at_least("symbol_width", width, 1)
-            if self.word_length % width:
-                raise ConfigError(f"word_length={self.word_length} numbers cannot be cut into symbols of {width}: choose a divisor")
-        if self.symbol_width > 1 and self.bottleneck not in ("vq", "learned"):
-            raise ConfigError(f"symbol_width={self.symbol_width} is for the bottlenecks 'vq' and 'learned', got {self.bottleneck!r}")
-        if self.fitted and (self.game == "image" or self.bottleneck != "continuous"):
-            raise ConfigError(f"fitted={self.fitted} is for continuous channels and senders that see the target alone, "
-                f"got {self.bottleneck!r} in the {self.game!r} game")
+        _check_symbols(self)
         check_choice("grid", self.grid, ("exact", "paper"))
         check_choice("feature_scale", self.feature_scale, ("rms", "length"))
         for name, least in (("candidates", self.candidates or (0,)), ("alphabets", self.alphabets or (2,))):

@@ -50,6 +50,7 @@ class Thumbnail(nn.Sequential):
     feature_dim = 48
     def __init__(self): super().__init__(nn.AdaptiveAvgPool2d(4), nn.Flatten())
 
+# %% ../../../nbs/85_papers.iac.run.ipynb #b2c0bed1
 class Untrained(nn.Module):
     "An untrained trunk, for probing and clustering."
     def __init__(self,
@@ -58,6 +59,7 @@ class Untrained(nn.Module):
         super().__init__()
         self.trunk, self.trunks = trunk, (trunk, trunk)
 
+# %% ../../../nbs/85_papers.iac.run.ipynb #83c194f4
 def build(
     s:IACSpec,
     n_classes:int=2, # for a supervised trunk
@@ -82,6 +84,7 @@ def views_of(
     return (view_spec("simclr", size=size, sigma=tuple(w*size/224 for w in (.1, 2.))) if augmentations
         else view_spec("plain", size=size))
 
+# %% ../../../nbs/85_papers.iac.run.ipynb #620448f4
 def pair_of_views(
     images:Tensor, # [n, 3, height, width] uint8
     augmentations:bool,
@@ -94,6 +97,7 @@ def pair_of_views(
     x = view()
     return x, view() if augmentations else x
 
+# %% ../../../nbs/85_papers.iac.run.ipynb #9c973c50
 @torch.no_grad()
 def map_images(
     fn, # two views [batch, 3, size, size] → tuple of tensors [batch, ...]
@@ -104,12 +108,12 @@ def map_images(
     batch:int=256, # images per batch
 )->tuple: # of tensors [n, ...]
     "The results of `fn` for all images, batch by batch."
-    draws, said = generator(0, "views", device), []
+    draws, results = generator(0, "views", device), []
     for part in images.split(batch) if hasattr(images, "split") else images:
         part = part.to(device)
-        said.append(fn(*((part, part) if part.is_floating_point()
+        results.append(fn(*((part, part) if part.is_floating_point()
             else pair_of_views(part, augmentations, s.view_size, draws))))
-    return tuple(map(torch.cat, zip(*said)))
+    return tuple(map(torch.cat, zip(*results)))
 
 # %% ../../../nbs/85_papers.iac.run.ipynb #561d7ea0
 def objectives(
@@ -160,7 +164,7 @@ def players(
 )->tuple: # names of the players, and a function of two views → the receiver's images; for each player, vectors [batch, dim] and symbols [batch, n]
     "All players of a model."
     if s.model == "game":
-        def describe(x, seen): return model.receiver(seen), *model.understand(x)
+        def describe(x, seen): return model.receiver(seen), *model.decode(x)
         return ["game"], describe
     some = taken(parts.train.images, slice(round(s.clusters_share*len(parts.train.images))))
     known = len(parts.train.labels.unique())
@@ -177,11 +181,11 @@ def players(
         return list(clusters), describe
     def describe(x, seen):
         layers = model.layers(x)
-        told = [model.understand(layers, layer) for layer in "hsz"]
+        decoded = [model.decode(layers, layer) for layer in "hsz"]
         for c in clusters.values():
             symbols = c(layers["h"])
-            told.append((model.projector(c.centres[symbols]), symbols[:, None]))
-        return (layers if seen is x else model.layers(seen))["z"], *(t for pair in told for t in pair)
+            decoded.append((model.projector(c.centres[symbols]), symbols[:, None]))
+        return (layers if seen is x else model.layers(seen))["z"], *(t for pair in decoded for t in pair)
     return [*(f"disc {layer}" for layer in "hsz"), *clusters], describe
 
 # %% ../../../nbs/85_papers.iac.run.ipynb #eaa7ee59
@@ -190,11 +194,11 @@ def _protocol(symbols, images, s, parts, where)->list: # rows
     rows, measures = [], dict(nmi=normalized_mutual_information)
     if parts.similarity is not None: measures["wnsim"] = lambda table: within_symbol_similarity(table, parts.similarity)
     for position in (None, *range(symbols.shape[1] if symbols.shape[1] > 1 else 0)):
-        said = symbols if position is None else symbols[:, position]
-        row = dict(kind="protocol", **where, position=position, n_symbols=n_unique(said.view(len(said), -1)),
-            ami=adjusted_mutual_information(cooccurrence(said, images.labels, len(images.classes))))
+        sent = symbols if position is None else symbols[:, position]
+        row = dict(kind="protocol", **where, position=position, n_symbols=n_unique(sent.view(len(sent), -1)),
+            ami=adjusted_mutual_information(cooccurrence(sent, images.labels, len(images.classes))))
         for name, statistic in measures.items():
-            test = permutation_test(statistic, said, images.labels, generator(0, "deals"), s.n_permutations,
+            test = permutation_test(statistic, sent, images.labels, generator(0, "deals"), s.n_permutations,
                 len(images.classes))
             row |= {name: defined(test.value), f"{name}_p": defined(test.p),
                 f"{name}_chance": defined(float(test.null.mean()))}
@@ -216,12 +220,12 @@ def play(
         ("blobs", (gaussian_blobs(n, s.view_size, draws) for n in sizes), False), ("valid", parts.valid.images, True),
         ("ood", parts.ood.images, True)]
     for data, images, augmentations in sets:
-        projected, *told = map_images(describe, images, s, device, augmentations)
+        projected, *decoded = map_images(describe, images, s, device, augmentations)
         counts = [n for n in s.test_candidates if n <= len(projected)]
         own = torch.arange(len(projected), device=projected.device)
-        for name, understood, symbols in zip(names, told[::2], told[1::2]):
+        for name, vectors, symbols in zip(names, decoded[::2], decoded[1::2]):
             accuracy = torch.cat([expected_accuracy(cosine_similarities(u, projected), place, counts)
-                for u, place in zip(understood.split(512), own.split(512))]).mean(0)
+                for u, place in zip(vectors.split(512), own.split(512))]).mean(0)
             where = dict(player=name, data=data)
             rows += [dict(kind="play", **where, augmented=augmentations, n_candidates=n, accuracy=a)
                 for n, a in zip(counts, accuracy.tolist())]

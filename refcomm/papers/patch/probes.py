@@ -50,6 +50,7 @@ def most_important(
     order = of_symbols.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return symbols.where((order < k) & (symbols >= 0), -1)
 
+# %% ../../../nbs/88_papers.patch.probes.ipynb #e361df9f
 def suffice(
     game,
     images:Tensor, # [n, 3, height, width] uint8
@@ -59,7 +60,7 @@ def suffice(
     device="cpu",
 )->list: # rows: accuracy at every length, and the fewest symbols that suffice
     "Accuracy with truncated messages."
-    seen, = map_images(lambda x: (game.listener.see(x),), images, s, device)
+    seen, = map_images(lambda x: (game.listener.encode_images(x),), images, s, device)
     weights = gate_weights(game, images, s, device)
     counts, own = [n for n in s.test_candidates if n <= len(images)], torch.arange(len(images), device=seen.device)
     lengths = list(range(1, int((symbols >= 0).sum(1).max()) + 1))
@@ -123,8 +124,8 @@ def top_k_play(
 )->list: # rows: order, k, n_candidates, accuracy
     "The listener's accuracy with the symbols of `k` patches."
     weights = gate_weights(game, images, s, device)
-    whole, seen = map_images(lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1), game.listener.see(x)), images, s,
-        device)
+    both = lambda x: (game.speaker.symbol(x).argmax(-1).flatten(1), game.listener.encode_images(x))
+    whole, seen = map_images(both, images, s, device)
     decoded = lambda scores, k: decode_messages(game, most_important(whole, scores.to(whole.device), k), weights)
     return [dict(order=name, k=k, n_candidates=n, accuracy=a) for name, scores in orders.items() for k in ks
         for n, a in retrieval_accuracy(decoded(scores, k), seen, s).items()]

@@ -188,7 +188,7 @@ def decode_messages(
     weights = torch.ones_like(symbols, dtype=torch.float32) if weights is None else weights
     def meaning(part, weight):
         message = message_of(part, game.speaker.symbol.vocab_size)
-        return game.listener.read(message._replace(word=message.word*weight[..., None]))
+        return game.listener.decode(message._replace(word=message.word*weight[..., None]))
     parts = zip(*(t.flatten(0, -2).split(batch) for t in (symbols, weights)))
     return torch.cat([meaning(*part) for part in parts]).unflatten(0, symbols.shape[:-1])
 
@@ -211,8 +211,9 @@ def play(
     device="cpu",
 )->list: # rows of metrics
     "Play among images."
-    meant, seen = map_images(lambda x: (game.listener.read(game.send(x)), game.listener.see(x)), images, s, device)
-    return [dict(kind="play", n_candidates=n, accuracy=a) for n, a in retrieval_accuracy(meant, seen, s).items()]
+    both = lambda x: (game.listener.decode(game.send(x)), game.listener.encode_images(x))
+    messages, views = map_images(both, images, s, device)
+    return [dict(kind="play", n_candidates=n, accuracy=a) for n, a in retrieval_accuracy(messages, views, s).items()]
 
 # %% ../../../nbs/87_papers.patch.run.ipynb #c3e2aa6b
 def symbols_of(model, images, s, device="cpu")->Tensor|None: # [n, n_symbols]; None without discrete symbols
@@ -233,9 +234,9 @@ def classify(
     score = lambda kind, votes: [dict(kind=kind, top=k, accuracy=top_accuracy(votes.cpu(), z, k)) for k in tops]
     a, b = (map_images(lambda x: (image_trunk(model)(x),), part, s, device)[0] for part in (train, test))
     rows += score("knn", knn_votes(a, y.to(a.device), b, min(20, len(a))))
-    if (said := symbols_of(model, train, s, device)) is not None:
+    if (sent := symbols_of(model, train, s, device)) is not None:
         own = symbols_of(model, test, s, device)
-        rows += score("bow", bag_of_symbols(said.cpu(), y, own.cpu(), max(said.max().item(), own.max().item(), 1) + 1))
+        rows += score("bow", bag_of_symbols(sent.cpu(), y, own.cpu(), max(sent.max().item(), own.max().item(), 1) + 1))
     return rows
 
 # %% ../../../nbs/87_papers.patch.run.ipynb #9125ae5b

@@ -90,8 +90,8 @@ def evaluate(
     accuracy, symbols = ensemble.map(play)
     rows = []
     for a, sent in zip(accuracy.double().cpu(), symbols):
-        told = information(sent, values[:, 0]).cpu()
-        lost, bits = a[0] - a[1:], told.sum(1)
+        carried = information(sent, values[:, 0]).cpu()
+        lost, bits = a[0] - a[1:], carried.sum(1)
         rows.append([dict(position=None, accuracy=a[0].item(), bits=bits.sum().item(), noum=n_unique(sent),
             n_targets=len(sent), n_used=effective_number(lost).item(), n_telling=effective_number(bits).item()),
                      *(dict(position=i, accuracy=a[i+1].item(), bits=bits[i].item(), n_symbols=len(sent[:, i].unique()))
