@@ -1,4 +1,6 @@
 "Several GPUs: who gets which, what a queue is asked for, and that nobody trains on a processor who was promised a GPU."
+import re
+
 import pytest
 import torch
 
@@ -155,7 +157,7 @@ def test_a_notebook_suits_its_device(monkeypatch):
     assert named["profile"] == "cpu"
 
 
-@pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu", "paper"])
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu"])
 def test_a_plan_counts_nothing_anew(profile, capfd):
     "What every item trains, with real data and with embedded ones, is in the shipped counts."
     import count_gpu
@@ -164,3 +166,10 @@ def test_a_plan_counts_nothing_anew(profile, capfd):
     assert len(specs) > 100
     missing = {shape: s for s in specs if (shape := shape_of(s, count_gpu.COUNTED[profile])) not in _shipped()}
     assert not missing, f"{len(missing)} shapes, first {[*missing.values()][0]}: python tests/count_gpu.py {profile}"
+
+
+def test_the_page_on_gpus_has_every_item():
+    from conftest import ROOT
+    from refcomm.publish.catalogue import item_runs, notebooks, parameters_of
+    shown = re.findall(r"^\| (\w+/\w+) \|", (ROOT/"nbs"/"gpu.md").read_text(encoding="utf-8"), re.M)
+    assert shown == [item for item, path in notebooks().items() if item_runs(item, {**parameters_of(path), "profile": "gpu"})]

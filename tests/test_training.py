@@ -29,6 +29,43 @@ def test_stacked_equals_one_by_one(small, kind):
             torch.testing.assert_close(a[0], b[i], atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [KINDS[1], KINDS[3], KINDS[5]], ids=lambda k: "-".join(map(str, k.values())))
+def test_compiled_steps_train_the_same(small, kind, monkeypatch):
+    "The step of all members, captured as one graph, forwards and backwards."
+    specs = [small(seed=s, epochs=1, **kind) for s in range(2)]
+    plain, _ = train(specs, Context("cpu", report=lambda *_: None))
+    monkeypatch.setenv("REFCOMM_COMPILE", "aot_eager")
+    quick, fitted = train(specs, Context("cpu", report=lambda *_: None))
+    assert fitted.history.compiled.eq(1).all()
+    for a, b in zip(plain.parameters(), quick.parameters()): torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_every_training_of_a_process_is_compiled(monkeypatch):
+    "More of them than PyTorch compiles one function anew."
+    monkeypatch.setenv("REFCOMM_COMPILE", "eager")
+    for width in range(1, 11):
+        e = Ensemble([torch.nn.Linear(width, 1)])
+        told = fit(e, lambda i, g: e.map(lambda m: m.weight.sum()), lambda: dict(accuracy=torch.ones(1), loss=torch.zeros(1)),
+            4, TrainSettings(epochs=1), [0], report=lambda *_: None)
+        assert told.history.compiled.tolist() == [1.]
+
+
+@pytest.mark.parametrize("bottleneck, compiled", [("quantized", True), ("vq", False)])
+def test_a_record_says_whether_its_steps_were_compiled(home, small, monkeypatch, capsys, bottleneck, compiled):
+    "What asks for numbers in between is no graph: it is trained as it is, and one line says so."
+    from refcomm.core import say_once
+    spec, say = small(bottleneck=bottleneck, alphabet_size=4, epochs=2), "refcomm: training steps are not compiled: "
+    monkeypatch.setenv("REFCOMM_COMPILE", "eager")
+    say_once.cache_clear()
+    record, = execute([spec])
+    assert record.provenance["device"].endswith(", training steps compiled (eager)") == compiled
+    assert record.history().compiled.tolist() == [float(compiled)]*2 and capsys.readouterr().err.count(say) == (not compiled)
+    monkeypatch.delenv("REFCOMM_COMPILE")
+    again, = execute([spec])
+    assert again.key == record.key and again.provenance == record.provenance, "it is the same run"
+
+
 def train(specs, context): return eqc.train(specs, eqc.make_task(specs[0]), context)
 
 

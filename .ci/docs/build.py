@@ -161,8 +161,8 @@ class Site:
             if keep and "hide-cell" not in c["metadata"].get("tags", ()): cells.append(c)
         cells = [dict(c, source=text(c).replace("](../figures/README.md)", "](papers/index.md)").replace("](../figures/", "](/figures/")) for c in cells]
         links = ("[Lessons](lessons/index.md) · [Papers](papers/index.md) · [Build your own game](tutorials/index.md) · "
-            "[API](api/index.md) · [Glossary](glossary.md) · [Speed](speed.md) · [Security](security.md)")
-        pages = tree(["lessons/index", "papers/index", "tutorials/index", "api/index", "glossary", "speed", "security"])
+            "[API](api/index.md) · [Glossary](glossary.md) · [Speed](speed.md) · [GPUs](gpu.md) · [Security](security.md)")
+        pages = tree(["lessons/index", "papers/index", "tutorials/index", "api/index", "glossary", "speed", "gpu", "security"])
         self.notebook("index", [cells[0], markdown(links, "links"), *cells[1:], markdown(pages, "pages")])
 
     def lessons(self):
@@ -265,8 +265,8 @@ class Site:
             (self.folder/"figures").mkdir(parents=True, exist_ok=True)
             shutil.copy2(p, self.folder/"figures"/p.name)
         self.home(), self.lessons(), self.papers(), self.tutorials(), self.api()
-        self.put("speed.md", self.links((ROOT/"nbs"/"speed.md").read_text("utf-8"), None))
-        self.put("glossary.md", self.links((ROOT/"nbs"/"glossary.md").read_text("utf-8"), None))
+        for name in ("speed", "gpu", "glossary"):
+            self.put(f"{name}.md", self.links((ROOT/"nbs"/f"{name}.md").read_text("utf-8"), None))
         self.put("security.md", (ROOT/"SECURITY.md").read_text("utf-8"))
         for p in self.folder.rglob("*"):
             if p.is_file() and p not in self.kept: p.unlink()

@@ -136,8 +136,11 @@ def run_stack(
 def _origin(device, s, result, first, n): # a stack may hold groups that are trained one after the other
     alone, d, precision = result.summary.get("trained_together"), pick_device(device), getattr(s, "precision", "fp32")
     made = provenance(d, float((result if alone else first).history["seconds"].sum()), alone or n)
-    other = usable_precision(precision, d)
-    return made if other == precision else made | dict(device=f"{made['device']}, {other} in place of {precision}")
+    other, compiled = usable_precision(precision, d), result.history.get("compiled")
+    differs = [f"{other} in place of {precision}"]*(other != precision)
+    if compiled is not None and compiled.any():
+        differs.append(f"{'' if compiled.eq(1).all() else 'some '}training steps compiled ({os.environ.get('REFCOMM_COMPILE')})")
+    return made | dict(device=", ".join([made["device"], *differs]))
 
 def _checkpoint(folder, members):
     from refcomm.training.loop import Checkpoint

@@ -74,7 +74,7 @@ class _Stack(nn.Module):
             self.register_buffer(f"values_{i}", torch.tensor(values, dtype=torch.float32), persistent=False)
         number = {id(p): i for i, p in enumerate(members[0].parameters())} # a parameter may be used in several places
         self._places = [(name, number[id(p)]) for name, p in _places(self._call[0])]
-        self.compiled = None # a `Compiled`, in place of `_map` in training steps
+        self.compiled = None # what computes training steps in place of `_map`, see `refcomm.training.loop`
 
     @property
     def template(self)->nn.Module:
