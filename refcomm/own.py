@@ -483,12 +483,16 @@ def _takes(call, n)->bool: # whether a function has n arguments or more
 def _true(x)->bool: # also NumPy's and PyTorch's
     return x is True or hasattr(x, "item") and x.item() is True
 
+# %% ../nbs/76_own.ipynb #466217c3
+def _try_metrics(trials, task, device): # finds errors of the user's metrics before a training
+    for x in trials:
+        if code_of(*x.metrics): tested(copy.deepcopy(x.game).to(device).eval(), task, x.metrics)
+
 # %% ../nbs/76_own.ipynb #d3474e71
 def _trained(trials, places, context, n, n_groups)->list: # of `RunResult`s
     t, device, kept = trials[0], pick_device(context.device), checkpoint_of(context.checkpoint)
     task = t.task if device.type == "cpu" else t.task.to(device)
-    for x in trials: # finds errors of the user's metrics before a training
-        if code_of(*x.metrics): tested(copy.deepcopy(x.game).to(device).eval(), task, x.metrics)
+    _try_metrics(trials, task, device)
     ensemble = Ensemble([copy.deepcopy(x.game) for x in trials]).to(device)
     channel = ensemble.template.channel
     def step(done):

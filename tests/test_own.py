@@ -235,11 +235,14 @@ def test_a_callback_measures_the_game_of_its_epoch_and_ends_the_training(task, t
     run = train(make_game(task, hidden=8), task, epochs=6, lr=1e-2, keep="last", on_epoch=watch, store=Store(tmp_path))
     assert len(seen) == len(run.history) == 3 and torch.equal(weights[-1], run.game.sender.weight)
     assert len({w.sum().item() for w in weights}) == 3
-    assert len(train(make_game(task, hidden=8), task, epochs=6, lr=1e-2, keep="last", store=Store(tmp_path)).history) == 6
+    assert len(train(make_game(task, hidden=8), task, epochs=6, lr=1e-2, keep="last",
+        store=Store(tmp_path)).history) == 6
 
 
 def test_one_member_that_ends_does_not_end_the_others(task, tmp_path):
-    def make(seed): return trial(make_game(task, hidden=8, seed=seed), task, epochs=4, seed=seed, on_epoch=lambda row: row["epoch"] == seed)
+    def make(seed):
+        return trial(make_game(task, hidden=8, seed=seed), task, epochs=4, seed=seed,
+            on_epoch=lambda row: row["epoch"] == seed)
     sweep(make, dict(seed=[0, 2]), store=Store(tmp_path))
     assert sorted(len(r.history()) for r in Store(tmp_path).survey()[0]) == [1, 3]
 
@@ -255,7 +258,8 @@ def test_a_stopped_training_with_a_callback_goes_on(task, tmp_path, monkeypatch)
     def measured(row, game): games.append(row["epoch"])
     for callback in (told, measured):
         steps.clear()
-        call = lambda: train(make_game(task, hidden=8), task, epochs=3, batch_size=8, on_step=stop, on_epoch=callback, store=Store(tmp_path))
+        call = lambda: train(make_game(task, hidden=8), task, epochs=3, batch_size=8, on_step=stop, on_epoch=callback,
+            store=Store(tmp_path))
         with pytest.raises(KeyboardInterrupt): call()
         call()
     assert rows == [0, 0, 1, 2] and games == [0, 1, 2]
@@ -263,8 +267,10 @@ def test_a_stopped_training_with_a_callback_goes_on(task, tmp_path, monkeypatch)
 
 def test_a_misspelt_name_in_a_grid(task):
     def make(size, seed=0): return trial(make_game(task, hidden=size, seed=seed), task)
-    with pytest.raises(ConfigError, match="make has no argument 'sizes': did you mean 'size'"): sweep(make, dict(sizes=[8]))
-    with pytest.raises(ConfigError, match="make has no argument 'sede': did you mean 'seed'"): sweep(make, dict(size=[8]), sede=1)
+    with pytest.raises(ConfigError, match="make has no argument 'sizes': did you mean 'size'"):
+        sweep(make, dict(sizes=[8]))
+    with pytest.raises(ConfigError, match="make has no argument 'sede': did you mean 'seed'"):
+        sweep(make, dict(size=[8]), sede=1)
 
 
 def test_values_that_other_tasks_and_files_cannot_have(task, tmp_path):

@@ -316,7 +316,8 @@ def static_page(
     title:str="Messages",
 )->str: # a whole page
     "Games as one HTML page that needs neither kernel nor network."
-    shown = [game_html(e, g, c, most) for g in (range(min(5, len(e))) if games is None else games) for c in ({}, changes)[:1 + bool(changes)]]
+    games = range(min(5, len(e))) if games is None else games
+    shown = [game_html(e, g, c, most) for g in games for c in ({}, changes)[:1 + bool(changes)]]
     return (f'<!doctype html><html lang="en"><meta '
         f'charset="utf-8"><title>{html.escape(title)}</title><body><h1>{html.escape(title)}</h1>{"<hr>".join(shown)}</body></html>')
 
