@@ -172,4 +172,5 @@ def test_the_page_on_gpus_has_every_item():
     from conftest import ROOT
     from refcomm.publish.catalogue import item_runs, notebooks, parameters_of
     shown = re.findall(r"^\| (\w+/\w+) \|", (ROOT/"nbs"/"gpu.md").read_text(encoding="utf-8"), re.M)
-    assert shown == [item for item, path in notebooks().items() if item_runs(item, {**parameters_of(path), "profile": "gpu"})]
+    assert shown == [item for item, path in notebooks().items()
+        if item_runs(item, {**parameters_of(path), "profile": "gpu"})]

@@ -46,7 +46,8 @@ def test_every_training_of_a_process_is_compiled(monkeypatch):
     monkeypatch.setenv("REFCOMM_COMPILE", "eager")
     for width in range(1, 11):
         e = Ensemble([torch.nn.Linear(width, 1)])
-        told = fit(e, lambda i, g: e.map(lambda m: m.weight.sum()), lambda: dict(accuracy=torch.ones(1), loss=torch.zeros(1)),
+        told = fit(e, lambda i, g: e.map(lambda m: m.weight.sum()),
+            lambda: dict(accuracy=torch.ones(1), loss=torch.zeros(1)),
             4, TrainSettings(epochs=1), [0], report=lambda *_: None)
         assert told.history.compiled.tolist() == [1.]
 
@@ -60,7 +61,8 @@ def test_a_record_says_whether_its_steps_were_compiled(home, small, monkeypatch,
     say_once.cache_clear()
     record, = execute([spec])
     assert record.provenance["device"].endswith(", training steps compiled (eager)") == compiled
-    assert record.history().compiled.tolist() == [float(compiled)]*2 and capsys.readouterr().err.count(say) == (not compiled)
+    assert record.history().compiled.tolist() == [float(compiled)]*2
+    assert capsys.readouterr().err.count(say) == (not compiled)
     monkeypatch.delenv("REFCOMM_COMPILE")
     again, = execute([spec])
     assert again.key == record.key and again.provenance == record.provenance, "it is the same run"
