@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'COMPILERS', 'FIRST', 'TOGETHER', 'TrainSettings', 'scaled_lr', 'rate', 'parameter_groups', 'Best',
            'Training', 'check_sense', 'misfit', 'resume', 'Compiled', 'compiled_steps', 'Fit', 'Checkpoint',
-           'checkpoint_of', 'keep', 'stopped', 'fit', 'turn', 'prepare_epoch', 'train_epoch', 'train_step',
-           'check_losses', 'finish_epoch']
+           'checkpoint_of', 'keep', 'stopped', 'fit', 'turn', 'prepare_epoch', 'train_epoch', 'clip_gradients',
+           'train_step', 'check_losses', 'finish_epoch']
 
 # %% ../../nbs/64_training.loop.ipynb #af95c079
-import contextlib, json, os, time, warnings
+import contextlib, dataclasses, json, os, time, warnings
 from typing import NamedTuple
 
 import pandas as pd, torch
@@ -28,6 +28,7 @@ OPTIMIZERS = {
     "adam": lambda params, lr: torch.optim.Adam(params, lr, fused=True),
     "adamw": lambda params, lr: torch.optim.AdamW(params, lr, fused=True),
     "sgd": lambda params, lr: torch.optim.SGD(params, lr, momentum=.9, fused=params[0]["params"][0].is_cuda or None),
+    "adagrad": lambda params, lr: torch.optim.Adagrad(params, lr),
     "schedulefree": lambda params, lr: need("schedulefree", _SCHEDULEFREE).AdamWScheduleFree(params, lr), # Defazio et al. 2024
     "lars": lambda params, lr: need("timm.optim", _TIMM).Lars(params, lr, momentum=.9, trust_coeff=.001), # You et al. 2017
 }
@@ -51,6 +52,7 @@ class TrainSettings:
     accumulate:int = 1 # batches per step, shared among processes
     drop_last:bool = False # omit an incomplete last batch: for games with the batch as candidates
     keep:str = "best" # final weights: of the "best" validation, or "last"
+    clip:float|None = None # longest gradient, by its Euclidean norm over all weights of a member; None: any
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "patience", "accumulate"): check_at_least(name, getattr(self, name), 1)
@@ -59,10 +61,15 @@ class TrainSettings:
         if not self.lr > 0: raise ConfigError(f"lr must be above 0, got {self.lr!r}")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup is a share of the training, from 0 to below 1: got {self.warmup!r}")
+        if self.clip is not None and not self.clip > 0: raise ConfigError(f"clip must be above 0, got {self.clip!r}")
         if self.weight_decay is not None: check_at_least("weight_decay", self.weight_decay, 0)
         if self.weight_decay_end is not None and not (self.weight_decay and self.weight_decay_end > 0):
             raise ConfigError(f"weight_decay_end ends a schedule from weight_decay, both above 0: got "
                 f"{self.weight_decay_end!r} and {self.weight_decay!r}")
+
+    def __repr__(self): # keys of runs and checkpoints are made of it, so `clip`, which is newer, is left out if it is None
+        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return f"TrainSettings({', '.join(f'{k}={v!r}' for k, v in named.items() if (k, v) != ('clip', None))})"
 
     def batches(self, n_items:int)->int: # batches in an epoch
         "The number of batches for `n_items` training items."
@@ -494,6 +501,18 @@ def train_epoch(t, loss, device, save, checkpoint_seconds:float, on_progress, st
             with stop.hold(): save()
         if halt: stop.end()
 
+# %% ../../nbs/64_training.loop.ipynb #97b9fd03
+@torch.no_grad()
+def clip_gradients(
+    parameters, # stacked, [n_members, ...]; changed in place
+    longest:float, # norm
+)->None:
+    "Shorten the gradient of each member to a Euclidean norm of at most `longest` (Pascanu et al. 2013)."
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in gradients]).norm(dim=0)
+    factors = (longest/norms.clamp(min=1e-12)).clamp(max=1.)
+    for g in gradients: g.mul_(factors.view(-1, *[1]*(g.dim() - 1)))
+
 # %% ../../nbs/64_training.loop.ipynb #db2f45d2
 def train_step(t, loss, device, on_progress)->None:
     "One step of the optimiser, on the next batches of the epoch's order."
@@ -514,6 +533,9 @@ def train_step(t, loss, device, on_progress)->None:
         t.total += losses.detach() * indices.shape[1]
     t.step += len(batches)
     sum_over_processes(*(p.grad for p in t.ensemble.parameters() if p.grad is not None))
+    if s.clip is not None:
+        t.scaler.unscale_(t.optimizer)
+        clip_gradients(t.ensemble.parameters(), s.clip)
     t.scaler.step(t.optimizer); t.scaler.update()
     t.whole = True
 
