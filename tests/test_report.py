@@ -166,7 +166,7 @@ def test_texts_are_escaped(folder):
     t = pd.read_csv(folder/"eqc_table5.csv")
     t["row"] = t["column"] = t["note"] = evil
     t.to_csv(folder/"eqc_table5.csv", index=False)
-    (folder/"<b>.json").write_text("{}")
+    (folder/"<b>.json").write_text('{"sha256": "edited"}')
     html = report.page(*report.read_items(folder), {"eqc/<i>": evil})
     page = Reader(html)
     assert evil in page.texts and "<b>.json has no paper" in "".join(page.texts) and not [a for _, a in page.tags
