@@ -46,9 +46,9 @@ def test_a_bar_shows_epochs_and_loss_within_the_first_run(home, small, monkeypat
 
 def test_a_bar_over_workers_shows_what_a_running_one_says(tmp_path):
     path = tmp_path/"0"
-    assert module._said(path) == (0., "")
+    assert module._progress_in(path) == (0., "")
     module._reporter(path)(.25, "epoch 1 of 4, loss 2.1")
-    assert module._said(path) == (.25, "epoch 1 of 4, loss 2.1")
+    assert module._progress_in(path) == (.25, "epoch 1 of 4, loss 2.1")
 
 
 def test_a_stopped_training_is_one_line_in_a_notebook():
