@@ -138,7 +138,8 @@ def test_json_that_is_nested_too_deep_elsewhere(tmp_path, home, command, text):
     for _ in range(5000): about = [about]
     with pytest.raises(ConfigError, match="must be a dict of numbers, text or lists"):
         corpora.make_corpus([[1]], about=dict(a=about))
-    (tmp_path/"eqc_x.json").write_text(text), (tmp_path/"eqc_y.json").write_text('{"paper": "eqc", "item": "y", "profile": "cpu"}')
+    (tmp_path/"eqc_x.json").write_text(text)
+    (tmp_path/"eqc_y.json").write_text('{"paper": "eqc", "item": "y", "profile": "cpu", "sha256": "edited"}')
     with pytest.warns(UserWarning, match="eqc_x.json is no recipe"): assert list(costs.shipped(tmp_path)) == ["eqc/y"]
 
 
