@@ -75,6 +75,7 @@ def test_a_plan_shows_disk_and_says_that_shipped_times_are_of_other_data(home, m
 SCRIPT = """
 import itertools, os, pandas as pd, signal
 from refcomm import load_objects, make_game, referential, train
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs ignore it
 objects = load_objects(pd.DataFrame(itertools.product("abcd", "xyz", "1234"), columns=["letter", "end", "number"]))
 task = referential(objects, distractors=4, valid=8, test=12)
 def step(done, game):
