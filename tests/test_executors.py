@@ -158,7 +158,7 @@ def test_an_interruption_stops_what_runs_and_what_waits(home, name, quick):
     wait_for(lambda: makers(running), p)
     started = [*descendants(p.pid)]
     p.send_signal(signal.SIGINT)
-    assert p.wait(60) != 0 and "Interrupted: stopped by SIGINT: 0 of 2 runs are in" in p.stderr.read()
+    assert p.wait(60) != 0 and "refcomm: stopped by SIGINT: 0 of 2 runs are in" in p.stderr.read()
     assert not [pid for pid in started if alive(pid)], "Ray's own processes are gone, too"
     assert not makers(running,
         waiting) and Store().keys() == [] and not (Store().root/"locks"/f"eqc-{run_key(waiting)}.lock").exists()
