@@ -22,7 +22,7 @@ from .core import (ConfigError, RecordError, check_at_least, check_choice, check
     nearest, need, pick_device, seeded_init, spec)
 from .corpora import Corpus, make_corpus, save_corpus
 from .data.objects import split
-from .files import content_digest
+from .files import content_digest, read_parquet
 from .games.referential import ReferentialGame, check_game
 from .games.reconstruction import Reconstruction
 from .games.tasks import ItemTask, objectives
@@ -69,7 +69,9 @@ def _table(table)->pd.DataFrame:
     path = Path(table)
     if not path.is_file(): raise ConfigError(f"no file {path.absolute()}: name a .csv or .parquet file")
     try:
-        if path.suffix == ".parquet": return pd.read_parquet(path)
+        if path.suffix == ".parquet":
+            read_parquet(path, pick=lambda names: []) # refuses what would unpack to too much, reading no row
+            return pd.read_parquet(path)
         with open(path, encoding="utf-8-sig") as f: head = re.sub('"[^"]*"', "", f.readline())
         found = pd.read_csv(path, sep=max(",;\t|", key=head.count), encoding="utf-8-sig")
     except Exception as e:
@@ -363,7 +365,7 @@ def tested(game, task, metrics)->tuple: # a row of metrics, and tensors
     if ends: tensors["lengths"] = torch.cat(ends).cpu(); row["mean_length"] = float(tensors["lengths"].float().mean())
     meanings = task.meanings(part) if metrics and hasattr(task, "meanings") else None
     for metric in metrics:
-        extra = dict(lengths=tensors["lengths"]) if ends and _takes_lengths(metric) else {}
+        extra = dict(lengths=tensors["lengths"]) if ends and _accepts(metric, "lengths") else {}
         value = metric(sent.flatten(1), meanings, **extra)
         try: value = float(value)
         except (TypeError, ValueError):
@@ -371,10 +373,10 @@ def tested(game, task, metrics)->tuple: # a row of metrics, and tensors
         row[_short(metric)] = None if value != value else value
     return row, tensors | dict(messages=sent.contiguous())
 
-def _takes_lengths(metric):
-    try: takes = inspect.signature(metric).parameters
+def _accepts(call, name)->bool: # whether a function can be given an argument of this name
+    try: takes = inspect.signature(call).parameters
     except (TypeError, ValueError): return False
-    return "lengths" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    return name in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
 
 # %% ../nbs/76_own.ipynb #9a4225cd
 METRICS = dict(topsim=topsim, posdis=posdis, bosdis=bosdis) # that compare symbols with attributes
@@ -614,7 +616,7 @@ def sweep(
     if twice := sorted(set(grid) & set(fixed)): raise ConfigError(f"{twice[0]!r} is in the grid, and is fixed, too")
     chosen, takes = _grid(grid), inspect.signature(make).parameters
     for name in (*grid, *fixed):
-        if name not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        if not _accepts(make, name):
             raise ConfigError(f"{getattr(make, '__name__', make)} has no argument {name!r}: {nearest(name, takes)}")
     made = [(trial if make is train else make)(**fixed, **c) for c in chosen]
     if all(isinstance(m, Run) for m in made):

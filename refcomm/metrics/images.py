@@ -111,7 +111,7 @@ def _apart(see, images, batch, device): # → [n, n]
     x = torch.cat([_vectors(see, part, device) for part in images.split(batch)])
     if not x.isfinite().all(): raise ConfigError("features contain NaN or infinity: the trunk diverged")
     table = x @ x.T
-    return (table.diag()[:, None] + table.diag() - 2*table).clamp_min(0).fill_diagonal_(0).to(images.device)
+    return (table.diag()[:, None] + table.diag() - (table + table.T)).clamp_min(0).fill_diagonal_(0).to(images.device)
 
 def perceptual_distance(
     images, # tensor or `StoredImages`, [n, 3, height, width] uint8

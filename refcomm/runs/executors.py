@@ -130,6 +130,7 @@ class _Jobs(concurrent.futures.ThreadPoolExecutor):
     ):
         super().__init__(jobs)
         self.one, self.stopping = threading.Lock(), threading.Event()
+        self.opened = contextlib.ExitStack() # of what is held until all jobs have ended
 
     def start(self, work):
         "Start a job that calls `work`."
@@ -192,9 +193,10 @@ class RemoteExecutor(_Watched):
         return super().submit(self._keep, self.pack(fn, args))
 
     def shutdown(self, wait:bool=True, *, cancel_futures:bool=False)->None:
-        "Wait for the jobs; with `cancel_futures` stop them."
+        "Wait for the jobs and release what was held for them; with `cancel_futures` stop them."
         if cancel_futures: self.stopping.set()
         super().shutdown(wait, cancel_futures=cancel_futures)
+        if wait: self.opened.close()
 
 # %% ../../nbs/71_runs.executors.ipynb #9fa9a64f
 def _tail(log, lines=20): return "\n".join(str(log).strip().splitlines()[-lines:])
@@ -218,7 +220,8 @@ class _SlurmQueue(RemoteExecutor):
     ):
         import submitit
         super().__init__(jobs)
-        self.folder, self.held = Store().own_folder("slurm")
+        self.folder, held = Store().own_folder("slurm")
+        self.opened.enter_context(held)
         with disk_errors(self.folder): self.queue = submitit.AutoExecutor(self.folder)
         self.here = self.queue.cluster == "local"
         gpus = torch.cuda.device_count() if self.here else asked_gpus(device)
@@ -229,11 +232,6 @@ class _SlurmQueue(RemoteExecutor):
     def pack(self, fn, args):
         "The call as a function for submitit."
         return portable(fn, args, self.threads, ("REFCOMM_", "CUDA_VISIBLE_DEVICES") if self.here else ("REFCOMM_",))
-
-    def shutdown(self, wait:bool=True, *, cancel_futures:bool=False)->None:
-        "Wait for the jobs and release the folder."
-        super().shutdown(wait, cancel_futures=cancel_futures)
-        if wait: self.held.close()
 
 # %% ../../nbs/71_runs.executors.ipynb #0801939f
 class SlurmExecutor(_SlurmQueue):
@@ -326,7 +324,7 @@ class _RayCluster(RemoteExecutor):
     ):
         import ray
         super().__init__(jobs)
-        gpus, address, self.ray, self.opened = _gpus(), os.environ.get("RAY_ADDRESS"), ray, contextlib.ExitStack()
+        gpus, address, self.ray = _gpus(), os.environ.get("RAY_ADDRESS"), ray
         with contextlib.ExitStack() as opened:
             self.folder, held = Store().own_folder("ray")
             opened.enter_context(held)
@@ -342,11 +340,6 @@ class _RayCluster(RemoteExecutor):
     def start(self, work)->tuple:
         "Start a Ray task."
         return self.task.remote(work[0]), work[1]
-
-    def shutdown(self, wait:bool=True, *, cancel_futures:bool=False)->None:
-        "Wait for the tasks and leave Ray."
-        super().shutdown(wait, cancel_futures=cancel_futures)
-        if wait: self.opened.close()
 
 # %% ../../nbs/71_runs.executors.ipynb #fe1109a7
 class RayExecutor(_RayCluster):
