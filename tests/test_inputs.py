@@ -359,11 +359,12 @@ def test_an_h5_that_would_fill_the_memory_is_refused(tmp_path):
 def test_a_parquet_file_of_few_bytes_and_many_rows_is_refused(tmp_path, monkeypatch):
     from refcomm.corpora import load_corpus
     from refcomm.data.images import load_images
+    from refcomm.own import load_objects
     monkeypatch.setattr(files, "most_unpacked", lambda path: 100*path.stat().st_size) # two million rows in place of two thousand million
     table = pa.table({k: pa.nulls(2_000_000, pa.int8()) for k in ("text", "category", "image", "label")})
     pq.write_table(table, tmp_path/"x.parquet")
     assert (tmp_path/"x.parquet").stat().st_size < 20_000
-    for load in (load_sentences, load_corpus, load_images):
+    for load in (load_sentences, load_corpus, load_images, load_objects):
         with pytest.raises(ConfigError, match="would unpack to .* more than a hundred times"):
             load(tmp_path/"x.parquet")
 
