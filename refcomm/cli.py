@@ -47,11 +47,18 @@ def found_done(
     return known == _state(item, path, parameters, profile) and bool(known["outputs"])
 
 # %% ../nbs/99_cli.ipynb #c847a934
+def _stop_kernel(ready):
+    "Interrupt the kernel, which leads a session of its own; one that does not execute yet is ended with all that start it."
+    import psutil
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if not ready: process.terminate()
+            elif os.name != "posix" or os.getsid(process.pid) == process.pid: process.send_signal(signal.SIGINT)
+
 def _in_thread(what, work):
     """Call `work` in a thread, so that this thread receives signals; on a signal the kernel is stopped and saves its state.
 
     `work` is given an event, to be set once the kernel executes cells; a kernel that still starts has no state and is ended."""
-    import psutil
     from concurrent.futures import Future
     result, ready = Future(), threading.Event()
     def call():
@@ -62,8 +69,7 @@ def _in_thread(what, work):
         thread.start()
         try: return _waited(result)
         except Interrupted as e:
-            stop = signal.SIGINT if ready.is_set() else signal.SIGTERM
-            for child in psutil.Process().children(): child.send_signal(stop)
+            _stop_kernel(ready.is_set())
             with contextlib.suppress(Exception): result.result(20)
             raise Interrupted(f"{e} in {what}: finished runs and unfinished training are kept in {home()/'runs'}; the "
                 f"same command continues", e.signum) from None
@@ -80,6 +86,7 @@ def reproduce_item(
     path:Path, # its notebook
     parameters:dict, # for its parameters cell
     force:bool=False, # execute even if nothing has changed
+    preload=(), # modules that a server imports for this and further kernels, see `kernel_manager`
 )->tuple: # ("done" | "found done" | "failed", executed notebook, message)
     "Execute a notebook with papermill, unless its item is up to date."
     profile = parameters["profile"]
@@ -89,6 +96,7 @@ def reproduce_item(
     try:
         import papermill, ipykernel
         from nbclient.exceptions import DeadKernelError
+        from .kernels import kernel_manager
     except ImportError as e:
         raise ConfigError(f"running notebooks needs {e.name}: pip install 'refcomm[notebooks]'") from None
     state_file.unlink(missing_ok=True)
@@ -96,7 +104,8 @@ def reproduce_item(
     os.environ.setdefault("REFCOMM_PROGRESS", "text")
     own = ["--IPKernelApp.log_level=40", "--IPKernelApp.ignore_cwd=True"] # the kernel imports the installed package, not files in the working folder
     work = lambda ready: papermill.execute_notebook(str(path), str(executed), parameters, progress_bar=False,
-        stderr_file=sys.stderr, kernel_name="python3", extra_arguments=own, on_cell_start=lambda **_: ready.set())
+        stderr_file=sys.stderr, kernel_name="python3", extra_arguments=own, on_cell_start=lambda **_: ready.set(),
+        kernel_manager_class=kernel_manager(preload))
     try:
         with disk_errors(executed), used_runs() as used: _in_thread(item, work)
     except papermill.PapermillExecutionError as e: return "failed", executed, f"{e.ename}: {e.evalue}"
@@ -184,13 +193,22 @@ def _print_dry(chosen, given, force):
     print_table("Nothing is executed: `refcomm plan` estimates time and disk", ("item", "", "what it shows"),
         [(i, state(i, p), title(p)) for i, p in chosen.items()])
 
+_ALL = ("ipykernel.kernelapp", "torch._dynamo", "pandas", "matplotlib.pyplot", "scipy.stats", "pyarrow.parquet",
+    "refcomm.papers.evidence", "refcomm.papers.claims", "refcomm.publish.figures", "refcomm.runs.execute")
+_SOME = dict(iac=("torchvision", "sklearn.metrics"), patch=("torchvision", "numba"), benchmarks=())
+
+def _preload(items)->tuple: # modules that most of their notebooks import; none for a single notebook
+    papers = {i.split("/")[0] for i in items}
+    own = [f"refcomm.papers.{p}.run" for p in papers if p != "benchmarks"]
+    return (*_ALL, *own, *(m for p in papers for m in _SOME.get(p, ()))) if len(items) > 1 else ()
+
 def _reproduced(chosen, given, force)->list: # (item, status, executed notebook, message, seconds)
-    results = []
+    results, preload = [], _preload(chosen)
     for n, (item, path) in enumerate(chosen.items(), 1):
         print(f"[{n}/{len(chosen)}] {item}: {title(path)}", flush=True)
         start = time.time()
         with _stopped_in_one_line():
-            results.append((item, *reproduce_item(item, path, given[item], force), time.time() - start))
+            results.append((item, *reproduce_item(item, path, given[item], force, preload), time.time() - start))
     return results
 
 # %% ../nbs/99_cli.ipynb #20d2cfd9
@@ -369,15 +387,15 @@ def plan(
         "this machine, without evaluation, data and figures.")
 
 # %% ../nbs/99_cli.ipynb #1aa5a748
-def _redrawn(item, path, into, from_numbers, from_store)->tuple: # status, message
+def _redrawn(item, path, into, from_numbers, from_store, preload)->tuple: # status, message
     "Redraw an item from its numbers, from the runs of the store, or from its records."
     try:
         if from_numbers: return _from_numbers(item, path, into)
         if from_store:
             profile = check_choice("profile", from_store[1], PROFILES)
-            return _from_store(item, path, dict(parse_parameters(from_store[0]), profile=profile, jobs=1))
+            return _from_store(item, path, dict(parse_parameters(from_store[0]), profile=profile, jobs=1), preload)
         with kept_store(item, into=into) as own:
-            status, _, message = reproduce_item(item, path, dict(own, jobs=1), force=True)
+            status, _, message = reproduce_item(item, path, dict(own, jobs=1), True, preload)
         return status.replace("done", "redrawn"), message
     except (ConfigError, RecordError) as e:
         return "no records" if str(e).startswith("no records") else "failed", str(e)
@@ -412,7 +430,8 @@ def redraw(
     results = []
     for item, path in chosen.items():
         print(f"{item}: {title(path)}", flush=True)
-        results.append((item, *_redrawn(item, path, into, from_numbers, from_store and (parameters, profile))))
+        results.append((item, *_redrawn(item, path, into, from_numbers, from_store and (parameters, profile),
+            _preload(chosen))))
     print_table(None, ("item", "", ""), results)
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
 
@@ -426,12 +445,12 @@ def _from_numbers(item, path, into)->tuple: # status, message
         return "needs its runs", "no cell of its notebook is tagged `draw`"
     return "redrawn", str(redraw_from_numbers(path, kept, into))
 
-def _from_store(item, path, parameters)->tuple: # status, message
+def _from_store(item, path, parameters, preload)->tuple: # status, message
     "Execute an item with the runs of the store alone, and keep them."
     check_parameters(path, parameters)
     before = os.environ.get("REFCOMM_TRAINING")
     os.environ["REFCOMM_TRAINING"] = "refuse"
-    try: status, _, message = reproduce_item(item, path, parameters, force=True)
+    try: status, _, message = reproduce_item(item, path, parameters, True, preload)
     finally:
         if before is None: del os.environ["REFCOMM_TRAINING"]
         else: os.environ["REFCOMM_TRAINING"] = before

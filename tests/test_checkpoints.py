@@ -412,9 +412,10 @@ def test_interrupted_and_continued_is_undisturbed(home, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_notebook_that_trains_is_stopped_too(home, tmp_path):
+@pytest.mark.parametrize("items", [["eqc/table5"], ["eqc/table5", "eqc/table6"]], ids=["started", "forked"])
+def test_a_notebook_that_trains_is_stopped_too(home, tmp_path, items):
     "`refcomm reproduce` tells the kernel, which keeps the state, and no kernel is left."
-    code = "from refcomm.cli import main\nsys.argv[1:] = ['reproduce', 'eqc/table5', '--profile', 'cpu', '--jobs', '1']; main()"
+    code = f"from refcomm.cli import main\nsys.argv[1:] = ['reproduce', *{items}, '--profile', 'cpu', '--jobs', '1']; main()"
     p = start(code, REFCOMM_CHECKPOINT_SECONDS="2", REFCOMM_FIGURES=str(tmp_path/"figures"), REFCOMM_PROGRESS="off")
     wait_for(unfinished, p)
     kernels, sent = children(p.pid), time.time()
@@ -426,3 +427,16 @@ def test_a_notebook_that_trains_is_stopped_too(home, tmp_path):
         and "the same command continues" in said[0]), err
     wait_for(lambda: not any(map(alive, kernels)), seconds=10)
     assert kernels and unfinished()[0].stat().st_mtime >= sent - .01
+
+
+@pytest.mark.slow
+def test_no_forked_kernel_outlives_its_driver(home, tmp_path):
+    "Killed, the driver cannot tell its kernels: the server and they notice."
+    code = "from refcomm.cli import main\nsys.argv[1:] = ['reproduce', 'eqc/table5', 'eqc/table6', '--jobs', '1']; main()"
+    p = start(code, REFCOMM_CHECKPOINT_SECONDS="2", REFCOMM_FIGURES=str(tmp_path/"figures"), REFCOMM_PROGRESS="off")
+    wait_for(unfinished, p)
+    import psutil
+    started = [c.pid for c in psutil.Process(p.pid).children(recursive=True)]
+    p.kill()
+    wait_for(lambda: not any(map(alive, started)), seconds=10)
+    assert len(started) >= 3, "a tracker of resources, the server and a kernel"

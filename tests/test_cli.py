@@ -206,11 +206,39 @@ def test_a_failing_notebook_is_kept_and_named(home, tmp_path):
     assert status == "failed", "a failure is not found done"
 
 
+FORK = ("ipykernel.kernelapp", "statistics")
+
+
 @pytest.mark.slow
-def test_a_dead_kernel_is_a_failed_item(home, tmp_path):
+@pytest.mark.parametrize("preload", [(), FORK], ids=["started", "forked"])
+def test_a_dead_kernel_is_a_failed_item(home, tmp_path, preload):
     status, _, message = cli.reproduce_item("toy/dead",
-        toy(tmp_path/"dead.ipynb", "import os; os.kill(os.getpid(), 9)"), dict(profile="smoke", jobs=1))
+        toy(tmp_path/"dead.ipynb", "import os; os.kill(os.getpid(), 9)"), dict(profile="smoke", jobs=1), False, preload)
     assert status == "failed" and "died" in message
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux")
+def test_forked_kernels_share_modules_and_nothing_else(home, tmp_path, monkeypatch):
+    "Each has a process, a namespace, the environment of its time, pictures in its cells and workers of its own."
+    code = """import multiprocessing, os, sys
+assert 'statistics' in sys.modules and 'x' not in globals() and os.environ['TURN'] == TURN
+import pandas as pd, matplotlib.pyplot as plt
+from concurrent.futures import ProcessPoolExecutor
+x = os.getpid()
+assert ProcessPoolExecutor(1, multiprocessing.get_context("spawn")).submit(os.getppid).result() == x
+figure = plt.figure(); plt.plot([1, 2]); plt.show()
+from refcomm.publish import figures
+figures.save('toy', 'x', pd.DataFrame(dict(a=[x])), figure, [], profile, 'Toy', 'none')"""
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    pids = []
+    for turn in "ab":
+        monkeypatch.setenv("TURN", turn)
+        path = toy(tmp_path/f"{turn}.ipynb", code.replace("TURN)", "TURN").replace("== TURN", f"== {turn!r}"))
+        status, executed, message = cli.reproduce_item("toy/x", path, dict(profile="smoke", jobs=1), True, FORK)
+        assert status == "done" and "image/png" in executed.read_text(), message
+        pids.append((home/"smoke-figures"/"toy_x.csv").read_text())
+    assert pids[0] != pids[1]
 
 
 @pytest.mark.slow
@@ -222,14 +250,15 @@ def test_a_working_folder_with_another_refcomm_changes_nothing(home, tmp_path, m
         "")
 
 
+@pytest.mark.parametrize("items", [["eqc/table4"], ["eqc/table4", "eqc/table1"]], ids=["one", "several"])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_while_the_kernel_starts_is_one_line(home, tmp_path, signum):
+def test_a_stop_while_the_kernel_starts_is_one_line(home, tmp_path, signum, items):
     "It has no state to save; interrupted, it would print where in its start it was."
     (tmp_path/"ipykernel_launcher.py").write_text("import os, time\nopen(os.environ['STARTS'], 'w').close()\ntime.sleep(60)")
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "STARTS": str(tmp_path/"starts")}
     p = subprocess.Popen([sys.executable, "-c",
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from refcomm.cli import main; main()", "reproduce", "eqc/table4", "--profile", "smoke"], env=env, text=True,
+        "from refcomm.cli import main; main()", "reproduce", *items, "--profile", "smoke"], env=env, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while not (tmp_path/"starts").exists() and p.poll() is None: time.sleep(.05)
     p.send_signal(signum)

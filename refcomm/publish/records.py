@@ -46,7 +46,7 @@ def keep_run(
     path = Path(folder)/record.experiment/f"{record.key}.parquet"
     with write_atomic(path) as tmp:
         pq.write_table(table, tmp, compression="zstd", compression_level=19, use_dictionary=False,
-            write_page_checksum=True)
+            write_page_checksum=True, write_statistics=False)  # statistics would repeat a record twice
     return path
 
 # %% ../../nbs/95_publish.records.ipynb #95a00001
