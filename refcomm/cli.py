@@ -480,7 +480,7 @@ def report(
 
 # %% ../nbs/99_cli.ipynb #07791de4
 @runs_app.command("list")
-def runs_list(limit:int = typer.Option(1000, min=0, help="number of runs to show; 0 for all")):
+def runs_list(limit:int = typer.Option(100, min=0, help="number of runs to show; 0 for all")):
     "List all finished runs."
     from refcomm.runs.costs import size
     from refcomm.runs.store import Store, indexed

@@ -1,6 +1,9 @@
 """What only a GPU can tell, in one run: the Specs of `device_specs` on it and on the CPU, and a training step of every item at a profile.
 
     python tests/on_gpu.py --out gpu.json [--minutes 8] [--profile gpu] [--only eqc/table5] [--specs patch]
+    python tests/on_gpu.py --out cpu.json --minutes 30 --profile cpu --device cpu
+
+The second times the trainings of a processor, by which `test_gpus.py` judges the estimates of `refcomm plan`: no Specs are compared then.
 
 Small Specs: both devices must end within an interval of each other (numbers differ in rounding and in what is drawn). Items: of every shape of
 Spec, some steps are trained; seconds of a step and peak memory go into the file, from which costs are estimated. Nothing is written elsewhere."""
@@ -18,6 +21,8 @@ from device_specs import all_specs, experiment, tiny_distilbert
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from refcomm.core import pick_device
+from refcomm.papers.counts import trains
+from refcomm.runs.costs import device_name, measure_speed
 from refcomm.runs.execute import Context, make_stacks
 from refcomm.runs.store import spec_fields
 
@@ -43,26 +48,28 @@ def compared(name, specs, device):
 
 
 def timed(specs, device, steps=20):
-    "Seconds of a training step, the first ones apart, and peak memory, of a stack."
-    at, optimizers = [], set()
+    "Seconds of a training step, the first ones apart, and peak memory, of a stack; on a processor those of this process."
+    at, optimizers, cuda = [], set(), device.type == "cuda"
+    clock = time.perf_counter if cuda else time.process_time
 
     def stepped(optimizer, args, kwargs):
         optimizers.add(type(optimizer).__name__)
-        torch.cuda.synchronize(device)
-        at.append(time.perf_counter())
+        if cuda: torch.cuda.synchronize(device)
+        at.append(clock())
         if len(at) > steps: raise Enough
     hook = register_optimizer_step_post_hook(stepped)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    begun = time.perf_counter()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    begun = clock()
     try: experiment(specs).run(specs, silent(device))
     except Enough: pass
     finally: hook.remove()
-    later = sorted(b - a for a, b in zip(at[5:], at[6:]))
+    later = sorted(b - a for a, b in zip(at[steps//4:], at[steps//4 + 1:]))
     return dict(experiment=specs[0].experiment, fields=spec_fields(specs[0]), together=len(specs),
         before_first_step=at[0] - begun if at else None,
                 step_seconds=later[len(later)//2] if later else None,
-                peak_bytes=torch.cuda.max_memory_allocated(device), optimizers=sorted(optimizers))
+                peak_bytes=torch.cuda.max_memory_allocated(device) if cuda else 0, optimizers=sorted(optimizers))
 
 
 def items(profile, only):
@@ -70,7 +77,7 @@ def items(profile, only):
     for paper in ("eqc", "iac", "patch", "sms"):
         grids = importlib.import_module(f"refcomm.papers.{paper}.items")
         for item in grids.ITEMS:
-            if not only or f"{paper}/{item}".startswith(only): yield f"{paper}/{item}", grids.grid(item, profile)
+            if not only or f"{paper}/{item}".startswith(only): yield f"{paper}/{item}", list(filter(trains, grids.grid(item, profile)))
 
 
 def shape(stack):
@@ -90,33 +97,35 @@ def main(argv=None):
     args = parse.parse_args(argv)
     device, until = pick_device(args.device), time.monotonic() + 60*args.minutes
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    told = dict(device=torch.cuda.get_device_name(device), torch=torch.__version__, profile=args.profile, compared=[],
+    found = dict(device=device_name(device), torch=torch.__version__, profile=args.profile, compared=[],
         timed={}, failed={}, left_out=[])
+    if device.type == "cpu": found["speed"] = measure_speed(device)._asdict()
 
-    def save(): Path(args.out).write_text(json.dumps(told, indent=1, default=str))
+    def save(): Path(args.out).write_text(json.dumps(found, indent=1, default=str))
 
     def attempt(name, work):
-        if time.monotonic() > until: return told["left_out"].append(name)
+        if time.monotonic() > until: return found["left_out"].append(name)
         try: return work()
-        except Exception as e: told["failed"][name] = f"{type(e).__name__}: {e}\n{traceback.format_exc(limit=-3)}"
+        except Exception as e: found["failed"][name] = f"{type(e).__name__}: {e}\n{traceback.format_exc(limit=-3)}"
         finally: save()
     seen = {}
     for item, specs in items(args.profile, args.only):
         for stack in make_stacks(specs, device):
-            name = f"{item} #{len(told['timed'].setdefault(item, []))}"
-            if shape(stack) not in seen: seen[shape(stack)] = attempt(name, lambda: timed(stack, device))
-            told["timed"][item].append(dict(seen[shape(stack)] or {}, runs=len(stack), epochs=stack[0].epochs))
+            name = f"{item} #{len(found['timed'].setdefault(item, []))}"
+            steps = 20 if device.type == "cuda" else 8
+            if shape(stack) not in seen: seen[shape(stack)] = attempt(name, lambda: timed(stack, device, steps))
+            found["timed"][item].append(dict(seen[shape(stack)] or {}, runs=len(stack), epochs=stack[0].epochs))
     with tempfile.TemporaryDirectory() as folder:
         for name, specs in all_specs(tiny_distilbert(folder)).items():
-            if name.startswith(args.specs):
-                told["compared"].append(attempt(name, lambda: compared(name, specs, device))
+            if name.startswith(args.specs) and device.type == "cuda":
+                found["compared"].append(attempt(name, lambda: compared(name, specs, device))
                     or dict(name=name, near=None))
     save()
-    wrong = [c["name"] for c in told["compared"] if c["near"] is False]
-    print(f"{told['device']}: {len(told['compared'])} Specs compared, {len(wrong)} apart {wrong}; {len(seen)} kinds of "
-        f"training timed; {len(told['failed'])} failed {list(told['failed'])}; {len(told['left_out'])} left out for "
+    wrong = [c["name"] for c in found["compared"] if c["near"] is False]
+    print(f"{found['device']}: {len(found['compared'])} Specs compared, {len(wrong)} apart {wrong}; {len(seen)} kinds of "
+        f"training timed; {len(found['failed'])} failed {list(found['failed'])}; {len(found['left_out'])} left out for "
         f"time")
-    return bool(wrong or told["failed"])
+    return bool(wrong or found["failed"])
 
 
 if __name__ == "__main__": raise SystemExit(main())

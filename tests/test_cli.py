@@ -150,7 +150,7 @@ def smoke_home(tmp_path_factory, monkeypatch):
     return place/"smoke"
 
 
-def some_at_a_time(items, n=4):
+def some_at_a_time(items, n=6):
     "The items of each paper, n by n."
     papers = {}
     for item in items: papers.setdefault(item.split("/")[0], []).append(item)

@@ -1,11 +1,15 @@
 "Several GPUs: who gets which, what a queue is asked for, and that nobody trains on a processor who was promised a GPU."
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from refcomm.core import ConfigError, say_once
-from refcomm.runs import execute as module
+from refcomm.papers import counts
+from refcomm.runs import costs, execute as module
+from refcomm.runs.experiments import spec_class
 from refcomm.runs.store import Store
 from refcomm.runs.executors import LocalExecutor, SlurmExecutor, asked_gpus, cards_of
 
@@ -174,3 +178,21 @@ def test_the_page_on_gpus_has_every_item():
     shown = re.findall(r"^\| (\w+/\w+) \|", (ROOT/"nbs"/"gpu.md").read_text(encoding="utf-8"), re.M)
     assert shown == [item for item, path in notebooks().items()
         if item_runs(item, {**parameters_of(path), "profile": "gpu"})]
+
+
+def test_estimates_are_within_a_factor_of_two_of_measured_steps():
+    """Of items, at `cpu`: seconds of their trainings by steps that were timed (`tests/on_gpu.py --device cpu`), and by what
+    they compute and the speed of that machine, measured before. Four of five items are within a factor of two."""
+    measured = json.loads((Path(__file__).parent/"reference"/"steps_cpu.json").read_text(encoding="utf-8"))
+    speed, ratios = costs.Speed(**measured["speed"]), {}
+    for item, trainings in measured["items"].items():
+        estimated = timed = 0
+        for number, runs in trainings:
+            t = measured["steps"][number]
+            s = spec_class(t["experiment"])(**{k: tuple(v) if isinstance(v, list) else v for k, v in t["fields"].items()})
+            half, weight = getattr(s, "precision", "fp32") != "fp32", runs*s.epochs*counts.training_items(s)[0]/s.batch_size
+            estimated += weight*costs.run_seconds(counts.counted(s), speed, 1, 1, 0, half, t["together"])
+            timed += weight*t["seconds"]/t["together"]
+        ratios[item] = estimated/timed
+    near = [item for item, r in ratios.items() if .5 <= r <= 2]
+    assert len(ratios) >= 40 and len(near) >= .8*len(ratios), {i: round(r, 2) for i, r in ratios.items() if i not in near}
