@@ -78,7 +78,8 @@ def kernel_manager(
 )->type: # for nbclient and papermill: `kernel_manager_class`
     """The kernel manager that starts kernels as forks of a server, on Linux.
 
-    On other systems, and without modules to import, it is Jupyter's own."""
+    On other systems, and without modules to import, it is Jupyter's own. As wherever processes are started, a script
+    calls it below `if __name__ == "__main__":`."""
     if not preload or sys.platform != "linux": return AsyncKernelManager
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
     return ForkingKernelManager

@@ -144,11 +144,11 @@ def test_the_script_for_a_real_gpu_says_what_it_timed(home, tmp_path):
     with PretendGPU():
         failed = on_gpu.main(["--out", str(tmp_path/"gpu.json"), "--profile", "smoke", "--only", "sms/figure2",
             "--specs", "sms adam"])
-    told = json.loads((tmp_path/"gpu.json").read_text())
-    assert not failed and not told["failed"] and told["device"] == "Pretended GPU"
-    assert [c["near"] for c in told["compared"]] == [True]
+    found = json.loads((tmp_path/"gpu.json").read_text())
+    assert not failed and not found["failed"] and found["device"] == "Pretended GPU"
+    assert [c["near"] for c in found["compared"]] == [True]
     assert all(t["experiment"] == "sms" and t["fields"]["hidden"] == 16 and t["runs"] == 3
-        for t in told["timed"]["sms/figure2"])
+        for t in found["timed"]["sms/figure2"])
 
 
 def test_the_table_says_what_a_step_asks_of_a_gpu(home):

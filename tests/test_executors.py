@@ -227,12 +227,12 @@ def test_a_plan_on_the_command_line(home, tmp_path, calm):
 def test_reproduce_tells_the_kernel(home, monkeypatch):
     from typer.testing import CliRunner
     monkeypatch.setenv("REFCOMM_EXECUTOR", "slurm")
-    told = []
-    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, *a: told.append(os.environ["REFCOMM_EXECUTOR"])
+    executors = []
+    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, *a: executors.append(os.environ["REFCOMM_EXECUTOR"])
         or ("done", path, ""))
     assert CliRunner().invoke(cli.app,
         ["reproduce", "eqc/table1", "--profile", "smoke", "--executor", "local"]).exit_code == 0
-    assert told == ["local"]
+    assert executors == ["local"]
 
 
 @pytest.mark.parametrize("name, says",

@@ -69,7 +69,7 @@ def test_candidates_of_every_kind_are_told_apart():
     per_game = index.flatten().tolist()
     kinds = [(Drawn(inputs, index), str), (inputs[index], [str(i) for i in per_game]),
         (Valued(WORLD.attributes(index), 3), lambda item: str(per_game[item]))]
-    shown = [explore_games(game, (x, place, c), looks) for c, looks in kinds]
+    shown = [explore_games(game, (x, place, c), pictures) for c, pictures in kinds]
     whole = [explore_games(game, (x, TARGETS, c), str) for c in (inputs, Fixed(inputs), EveryObject(WORLD))]
     for i in range(7):
         assert all([e.look(item) for item in e.index[i].tolist()] == [str(o) for o in index[i].tolist()] for e in shown)
@@ -156,7 +156,7 @@ def test_looking_changes_nothing():
     (lambda: of_all(some_game().train()), "call game.eval"),
     (lambda: codebook(Continuous(3)), "put a quantiser in its place"),
     (lambda: explore_games(some_game(), (WORLD.one_hot(TARGETS), TARGETS, EveryObject(WORLD)), ["one"]),
-    "up to number 26, but 1 looks"),
+    "up to number 26, but 1 displays"),
     (lambda: of_all(some_game()).scores(7), "game must lie in 0 … 6, got 7"),
     (lambda: of_all(some_game()).scores(0, {0: 3}), "symbol must lie in 0 … 2, got 3"),
     (lambda: of_all(some_game()).scores(0, {5: 0}), "place must lie in 0 … 4, got 5"),
@@ -176,10 +176,10 @@ class Reader(HTMLParser):
     def handle_data(self, data): self.data.append(data)
 
 
-def toy(looks=("a", "b", "c"), n=3):
+def toy(pictures=("a", "b", "c"), n=3):
     "A candidate is worth the symbol at its place."
     symbols = torch.stack([torch.arange(n).roll(i) for i in range(n)])
-    return Explorer(symbols, symbols.argmax(-1), torch.arange(n).expand(n, -1), list(looks), lambda game, s: s.float(),
+    return Explorer(symbols, symbols.argmax(-1), torch.arange(n).expand(n, -1), list(pictures), lambda game, s: s.float(),
         n, n)
 
 
@@ -189,7 +189,7 @@ def test_texts_cannot_become_markup(text, title):
     plain = Reader(static_page(toy(), [0], title="t")).tags
     assert Reader(static_page(toy([text, "b", "c"]), [0], title=title)).tags == plain
     assert html.unescape(look_html(text)[6:-7]) == text
-    m = lambda looks: match_html(Match(toy(looks), 3, generator=generator(0)))
+    m = lambda pictures: match_html(Match(toy(pictures), 3, generator=generator(0)))
     assert Reader(m([text, "b", "c"])).tags == Reader(m("abc")).tags
 
 

@@ -111,11 +111,11 @@ def test_simclr_speaks_in_all_its_ways(parts):
     names, say = iac.players(model, s, parts)
     known = len(parts.train.labels.unique())
     assert names == ["disc h", "disc s", "disc z", f"kmeans {known}", f"kmeans {2*known}", "kmeans 16"]
-    projected, *told = iac.map_images(say, parts.valid.images[:20], s)
-    for name, symbols in zip(names[:3], told[1::2]):
+    projected, *symbols_of = iac.map_images(say, parts.valid.images[:20], s)
+    for name, symbols in zip(names[:3], symbols_of[1::2]):
         assert torch.equal(symbols[:, 0],
             iac.map_images(lambda x, _: (model.symbols(x, name[-1]),), parts.valid.images[:20], s)[0])
-    assert told[2*names.index("kmeans 16") + 1].max() < 16
+    assert symbols_of[2*names.index("kmeans 16") + 1].max() < 16
 
 
 def test_a_run_is_repeated_and_resumed_to_the_same_result(tmp_path):

@@ -17,7 +17,7 @@ from refcomm.agents.patches import top_patches
 from refcomm.agents.transformer import ViT, cut_patches
 from refcomm.agents.vision import make_trunk
 from refcomm.core import ConfigError, generator, seeded_init
-from refcomm.metrics import images as looks
+from refcomm.metrics import images as image_metrics
 from refcomm.metrics.images import (PERCEPTUAL, best_perceptual, edge_density, grey_entropy, patch_means,
     perceptual_distance, rank_correlation, saliency)
 from refcomm.metrics.representation import bag_of_symbols, knn, knn_votes, top_accuracy
@@ -175,7 +175,7 @@ def test_efficientnets_distance_is_that_of_its_stages():
         255).to(torch.uint8)])
     table = perceptual_distance(images, kind="efficientnet", batch=2)
     assert torch.equal(table, table.T) and (table.diag() == 0).all() and table[0, 4] < .6*table[0, 1:4].min()
-    net, prepare = looks.effnet_lite0()
+    net, prepare = image_metrics.effnet_lite0()
     maps, x = [], None
     with torch.no_grad():
         x = net._swish(net._bn0(net._conv_stem(prepare(images))))
@@ -191,7 +191,7 @@ def test_efficientnets_distance_is_that_of_its_stages():
 def test_lpips_is_the_packages(monkeypatch):
     lpips = pytest.importorskip("lpips")
     with seeded_init(0): net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    monkeypatch.setattr(looks, "fetch_weights", lambda load, *_: net) # VGG's own weights need a network: what is made of them is tested
+    monkeypatch.setattr(image_metrics, "fetch_weights", lambda load, *_: net) # VGG's own weights need a network: what is made of them is tested
     images, pairs = photos(4, 64, 64), torch.tensor([[0, 1], [3, 1], [2, 2], [2, 0]])
     state = torch.random.get_rng_state()
     ours = perceptual_distance(images, pairs)

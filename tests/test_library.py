@@ -437,12 +437,12 @@ def test_a_kept_language_stays_as_it_is_while_others_learn_it(tmp_path, how):
         batch_size=14, store=Store(tmp_path))
     heard = []
     send = run.game.channel.send
-    def told(u, noise=None):
+    def recorded(u, noise=None):
         heard.append(send(u, noise).word.detach())
         return send(u, noise)
     before = {k: v.clone() for k, v in run.game.state_dict().items()}
     with torch.no_grad(): said = run.game.send(task().seen("train")).word
-    run.game.channel.send = told
+    run.game.channel.send = recorded
     found = ease_of(run, epochs=2, seeds=(4,))
     assert found.seed.tolist() == [4, 4] and found.epoch.tolist() == [0, 1]
     spoken = {tuple(w.flatten().tolist()) for words in heard if len(words) == task().n_train for w in words}

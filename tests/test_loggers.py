@@ -149,12 +149,12 @@ def test_other_experiments_log(home, monkeypatch, spec):
 def test_workers_and_kernels_hear_of_it(home, monkeypatch):
     from typer.testing import CliRunner
     monkeypatch.setenv("REFCOMM_LOGGER", "")
-    told = []
-    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, *a: told.append(os.environ["REFCOMM_LOGGER"])
+    loggers = []
+    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, *a: loggers.append(os.environ["REFCOMM_LOGGER"])
         or ("done", path, ""))
     assert CliRunner().invoke(cli.app,
         ["reproduce", "eqc/table1", "--profile", "smoke", "--logger", "csv"]).exit_code == 0
-    assert told == ["csv"]
+    assert loggers == ["csv"]
     with ThreadPoolExecutor(1) as pool:
         records = execute([dataclasses.replace(SPECS[0], word_length=w, epochs=1) for w in (10, 20)], executor=pool)
     for r in records: check("csv", home, r)

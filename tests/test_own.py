@@ -254,9 +254,9 @@ def test_a_stopped_training_with_a_callback_goes_on(task, tmp_path, monkeypatch)
     def stop(done, game):
         steps.append(done)
         if len(steps) == 7: raise KeyboardInterrupt
-    def told(row): rows.append(row["epoch"])
+    def noted(row): rows.append(row["epoch"])
     def measured(row, game): games.append(row["epoch"])
-    for callback in (told, measured):
+    for callback in (noted, measured):
         steps.clear()
         call = lambda: train(make_game(task, hidden=8), task, epochs=3, batch_size=8, on_step=stop, on_epoch=callback,
             store=Store(tmp_path))

@@ -56,9 +56,9 @@ def test_a_message_through_a_soft_gate_is_read_with_its_weights(parts):
     assert {r["n_candidates"]: r["accuracy"]
         for r in patch.play(game, parts.valid.images, s)} == patch.retrieval_accuracy(direct,
         seen, s)
-    told, = {r["accuracy"] for r in patch_probes.top_k_play(game, parts.valid.images,
+    accuracy, = {r["accuracy"] for r in patch_probes.top_k_play(game, parts.valid.images,
         dict(flat=torch.zeros(len(said), 49)), [49], s) if r["n_candidates"] == 2}
-    assert told == pytest.approx(patch.retrieval_accuracy(direct, seen, s)[2])
+    assert accuracy == pytest.approx(patch.retrieval_accuracy(direct, seen, s)[2])
 
 
 @pytest.mark.parametrize("k", [1, 5, 49])

@@ -46,10 +46,10 @@ def test_every_training_of_a_process_is_compiled(monkeypatch):
     monkeypatch.setenv("REFCOMM_COMPILE", "eager")
     for width in range(1, 11):
         e = Ensemble([torch.nn.Linear(width, 1)])
-        told = fit(e, lambda i, g: e.map(lambda m: m.weight.sum()),
+        result = fit(e, lambda i, g: e.map(lambda m: m.weight.sum()),
             lambda: dict(accuracy=torch.ones(1), loss=torch.zeros(1)),
             4, TrainSettings(epochs=1), [0], report=lambda *_: None)
-        assert told.history.compiled.tolist() == [1.]
+        assert result.history.compiled.tolist() == [1.]
 
 
 @pytest.mark.parametrize("bottleneck, compiled", [("quantized", True), ("vq", False)])

@@ -116,12 +116,12 @@ def curves(
     "One line per value of `line`: the mean and a band of one standard deviation, without missing values."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 3.4))[1]
-    looks, banded = line_styles(rows[line].dropna().unique()), False
+    chosen, banded = line_styles(rows[line].dropna().unique()), False
     for name, part in rows.dropna(subset=[x, y]).groupby(line, sort=False):
         mean = part.groupby(x)[y].mean()
         spread = (part.groupby(x)[sd].mean() if sd else part.groupby(x)[y].std()).fillna(0)
         banded |= bool(spread.any())
-        drawn, = ax.plot(mean.index, mean, label=name, **looks[str(name)] | (styles or {}).get(name, {}))
+        drawn, = ax.plot(mean.index, mean, label=name, **chosen[str(name)] | (styles or {}).get(name, {}))
         ax.fill_between(mean.index, mean - spread, mean + spread, color=drawn.get_color(), alpha=.15, lw=0)
     ax.set(xlabel=AXES.get(x, x.replace("_", " ")), ylabel=AXES.get(y, y.replace("_", " ")))
     ax.grid(alpha=.3); ax.legend(fontsize=8, title="bands: ±1 sd" if banded else None, title_fontsize=7)

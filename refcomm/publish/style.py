@@ -39,8 +39,8 @@ def line_styles(
     taken = {CONFIGURATIONS[n][0] for n in names if n in CONFIGURATIONS}
     free = itertools.cycle([(c, m) for c, m in zip(PALETTE, MARKERS) if c not in taken] or list(zip(PALETTE, MARKERS)))
     dashes = itertools.cycle(["-"]*len(PALETTE) + ["--"]*len(PALETTE))
-    looks = {n: CONFIGURATIONS[n] if n in CONFIGURATIONS else (*next(free), next(dashes)) for n in names}
-    return {n: dict(color=PALETTE[c], marker=m, ls=ls, ms=4, markevery=.12) for n, (c, m, ls) in looks.items()}
+    styles = {n: CONFIGURATIONS[n] if n in CONFIGURATIONS else (*next(free), next(dashes)) for n in names}
+    return {n: dict(color=PALETTE[c], marker=m, ls=ls, ms=4, markevery=.12) for n, (c, m, ls) in styles.items()}
 
 # %% ../../nbs/93_publish.style.ipynb #a28cecec
 def ordered_styles(
