@@ -54,13 +54,19 @@ class ForkedProcess:
         "Send a signal, unless it has ended."
         if self.poll() is None: os.kill(self.pid, signum)
 
-    def terminate(self)->None: self.process.terminate()
-    def kill(self)->None: self.process.kill()
+    def terminate(self)->None:
+        "Ask it to end."
+        self.process.terminate()
+
+    def kill(self)->None:
+        "End it at once."
+        self.process.kill()
 
 # %% ../nbs/05_kernels.ipynb #05000008
 class ForkingProvisioner(LocalProvisioner):
     "Starts a kernel as a fork of the server."
     async def launch_kernel(self, cmd, env=None, cwd=None, **_)->dict:
+        "Fork the kernel; returns how to connect to it."
         process = multiprocessing.get_context("forkserver").Process(target=_become_kernel,
             args=(list(cmd), dict(os.environ if env is None else env), cwd), daemon=True)
         process.start()

@@ -77,7 +77,8 @@ def items(profile, only):
     for paper in ("eqc", "iac", "patch", "sms"):
         grids = importlib.import_module(f"refcomm.papers.{paper}.items")
         for item in grids.ITEMS:
-            if not only or f"{paper}/{item}".startswith(only): yield f"{paper}/{item}", list(filter(trains, grids.grid(item, profile)))
+            if not only or f"{paper}/{item}".startswith(only):
+                yield f"{paper}/{item}", list(filter(trains, grids.grid(item, profile)))
 
 
 def shape(stack):

@@ -321,7 +321,7 @@ def test_a_headline_in_one_line(shipped_figures, item):
 def test_a_first_look_has_parameters_of_its_own(home, monkeypatch):
     from typer.testing import CliRunner
     asked = {}
-    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, given, force: asked.setdefault(item, given)
+    monkeypatch.setattr(cli, "reproduce_item", lambda item, path, given, *_: asked.setdefault(item, given)
         and ("failed", path, "not made"))
     CliRunner().invoke(cli.app, ["reproduce", "--quick", "--jobs", "2", "-p", "n_seeds=2"])
     assert {item: {k: v for k, v in given.items() if k not in ("profile", "jobs")}

@@ -179,8 +179,8 @@ class Reader(HTMLParser):
 def toy(pictures=("a", "b", "c"), n=3):
     "A candidate is worth the symbol at its place."
     symbols = torch.stack([torch.arange(n).roll(i) for i in range(n)])
-    return Explorer(symbols, symbols.argmax(-1), torch.arange(n).expand(n, -1), list(pictures), lambda game, s: s.float(),
-        n, n)
+    return Explorer(symbols, symbols.argmax(-1), torch.arange(n).expand(n, -1), list(pictures),
+        lambda game, s: s.float(), n, n)
 
 
 @settings(max_examples=25)
