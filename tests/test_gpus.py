@@ -189,8 +189,10 @@ def test_estimates_are_within_a_factor_of_two_of_measured_steps():
         estimated = timed = 0
         for number, runs in trainings:
             t = measured["steps"][number]
-            s = spec_class(t["experiment"])(**{k: tuple(v) if isinstance(v, list) else v for k, v in t["fields"].items()})
-            half, weight = getattr(s, "precision", "fp32") != "fp32", runs*s.epochs*counts.training_items(s)[0]/s.batch_size
+            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in t["fields"].items()}
+            s = spec_class(t["experiment"])(**fields)
+            half = getattr(s, "precision", "fp32") != "fp32"
+            weight = runs*s.epochs*counts.training_items(s)[0]/s.batch_size
             estimated += weight*costs.run_seconds(counts.counted(s), speed, 1, 1, 0, half, t["together"])
             timed += weight*t["seconds"]/t["together"]
         ratios[item] = estimated/timed
