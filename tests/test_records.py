@@ -125,3 +125,18 @@ def test_a_damaged_kept_run_is_named_and_the_rest_goes_on(kept, command, monkeyp
     r = command("redraw", "sms/figure2")
     assert r.returncode == 1 and "cannot be read as a kept run" in " ".join(r.stdout.split()) and not r.stderr
     assert "cannot be read as a kept run" in records.outdated(kept)["sms/figure2"]
+
+
+def test_runs_of_another_store_belong_to_no_item(home, tmp_path):
+    "A benchmark trains in temporary stores, which are gone when its runs would be kept."
+    from refcomm.papers.eqc.run import EQCSpec
+    from refcomm.publish.records import used_runs
+    from refcomm.runs.execute import execute
+    from refcomm.runs.store import Store
+    spec = EQCSpec(bottleneck="continuous", word_length=4, hidden=8, n_train=32, n_valid=16, n_test=16, epochs=1)
+    with used_runs() as used:
+        execute([spec], store=Store(tmp_path/"other"))
+        execute([spec])
+    assert used == [f"eqc/{Store().keys()[0][1]}"]
+    with used_runs() as used: execute([spec], store=Store(tmp_path/"other"))
+    assert not used

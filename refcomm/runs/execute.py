@@ -211,7 +211,7 @@ def execute(
     if None in records:
         raise RecordError(f"run {run_key(specs[records.index(None)])} vanished from {store.root} while others were "
             f"made: is another process cleaning it?")
-    _note_used(records)
+    _note_used(records, store)
     return records
 
 # %% ../../nbs/72_runs.execute.ipynb #ee17bc3b
@@ -221,9 +221,9 @@ def _refuse_training(missing):
     s = missing[0]
     raise ConfigError(f"training is refused (REFCOMM_TRAINING), and {len(missing)} runs are missing, first {s.experiment}/{run_key(s)}: {s}")
 
-def _note_used(records):
-    "Append the runs to the file `REFCOMM_USED`, if it is set."
-    if not os.environ.get("REFCOMM_USED"): return
+def _note_used(records, store):
+    "Append the runs to the file `REFCOMM_USED`, if it is set and they are in the default store."
+    if not os.environ.get("REFCOMM_USED") or store.root != Store().root: return
     with open(os.environ["REFCOMM_USED"], "a", encoding="utf-8") as f:
         f.writelines(f"{r.experiment}/{r.key}\n" for r in records)
 
