@@ -195,7 +195,7 @@ def _print_dry(chosen, given, force):
 
 _ALL = ("ipykernel.kernelapp", "torch._dynamo", "pandas", "matplotlib.pyplot", "scipy.stats", "pyarrow.parquet",
     "refcomm.papers.evidence", "refcomm.papers.claims", "refcomm.publish.figures", "refcomm.runs.execute")
-_SOME = dict(iac=("torchvision", "sklearn.metrics"), patch=("torchvision", "numba"), benchmarks=())
+_SOME = dict(iac=("torchvision", "sklearn.metrics"), patch=("torchvision", "numba"))
 
 def _preload(items)->tuple: # modules that most of their notebooks import; none for a single notebook
     papers = {i.split("/")[0] for i in items}
@@ -427,11 +427,10 @@ def redraw(
         rows = [(i, old.get(i, "" if i in have else "no records")) for i in (items and chosen or known)]
         print_table(None, ("item", "what is wrong"), [r for r in rows if r[1]])
         raise typer.Exit(1 if any(i in old for i, _ in rows) else 0)
-    results = []
+    results, preload = [], _preload(chosen)
     for item, path in chosen.items():
         print(f"{item}: {title(path)}", flush=True)
-        results.append((item, *_redrawn(item, path, into, from_numbers, from_store and (parameters, profile),
-            _preload(chosen))))
+        results.append((item, *_redrawn(item, path, into, from_numbers, from_store and (parameters, profile), preload)))
     print_table(None, ("item", "", ""), results)
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
 

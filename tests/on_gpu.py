@@ -1,9 +1,10 @@
 """What only a GPU can tell, in one run: the Specs of `device_specs` on it and on the CPU, and a training step of every item at a profile.
 
     python tests/on_gpu.py --out gpu.json [--minutes 8] [--profile gpu] [--only eqc/table5] [--specs patch]
-    python tests/on_gpu.py --out cpu.json --minutes 30 --profile cpu --device cpu
+    python tests/on_gpu.py --out tests/reference/steps_cpu.json --minutes 30 --profile cpu --device cpu
 
-The second times the trainings of a processor, by which `test_gpus.py` judges the estimates of `refcomm plan`: no Specs are compared then.
+The second times the trainings of a processor, by which `test_gpus.py` judges the estimates of `refcomm plan`: no Specs are compared then,
+and the file holds each training once.
 
 Small Specs: both devices must end within an interval of each other (numbers differ in rounding and in what is drawn). Items: of every shape of
 Spec, some steps are trained; seconds of a step and peak memory go into the file, from which costs are estimated. Nothing is written elsewhere."""
@@ -24,6 +25,7 @@ from refcomm.core import pick_device
 from refcomm.papers.counts import trains
 from refcomm.runs.costs import device_name, measure_speed
 from refcomm.runs.execute import Context, make_stacks
+from refcomm.runs.experiments import spec_class
 from refcomm.runs.store import spec_fields
 
 
@@ -70,6 +72,28 @@ def timed(specs, device, steps=20):
         before_first_step=at[0] - begun if at else None,
                 step_seconds=later[len(later)//2] if later else None,
                 peak_bytes=torch.cuda.max_memory_allocated(device) if cuda else 0, optimizers=sorted(optimizers))
+
+
+def compact(found):
+    "What was timed, as JSON: items with numbers of trainings and of runs, and the trainings with what differs from their Spec's defaults."
+    steps, at, items = [], {}, {}
+    for item, stacks in found["timed"].items():
+        runs = {}
+        for t in stacks:
+            if not t.get("step_seconds"): continue
+            usual = {f.name: f.default for f in dataclasses.fields(spec_class(t["experiment"]))}
+            plain = lambda v: tuple(v) if isinstance(v, list) else v
+            own = {k: v for k, v in t["fields"].items() if k not in usual or plain(v) != usual[k]}
+            name = json.dumps([t["experiment"], {**t["fields"], "seed": 0}, t["together"], t["step_seconds"]], sort_keys=True)
+            if name not in at:
+                at[name] = len(steps)
+                steps.append(dict(experiment=t["experiment"], fields=own, together=t["together"],
+                    seconds=round(t["step_seconds"], 6)))
+            runs[at[name]] = runs.get(at[name], 0) + t["runs"]
+        if runs: items[item] = [*map(list, runs.items())]
+    head = json.dumps({k: found[k] for k in ("device", "torch", "speed")})[1:-1]
+    rows = ",\n".join(f"{json.dumps(item)}: {json.dumps(runs)}" for item, runs in items.items())
+    return f'{{{head},\n"items": {{\n{rows}}},\n"steps": [\n' + ",\n".join(map(json.dumps, steps)) + "]}\n"
 
 
 def items(profile, only):
@@ -122,6 +146,7 @@ def main(argv=None):
                 found["compared"].append(attempt(name, lambda: compared(name, specs, device))
                     or dict(name=name, near=None))
     save()
+    if device.type == "cpu": Path(args.out).write_text(compact(found))
     wrong = [c["name"] for c in found["compared"] if c["near"] is False]
     print(f"{found['device']}: {len(found['compared'])} Specs compared, {len(wrong)} apart {wrong}; {len(seen)} kinds of "
         f"training timed; {len(found['failed'])} failed {list(found['failed'])}; {len(found['left_out'])} left out for "

@@ -10,6 +10,7 @@ import time
 import warnings
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -435,7 +436,6 @@ def test_no_forked_kernel_outlives_its_driver(home, tmp_path):
     code = "from refcomm.cli import main\nsys.argv[1:] = ['reproduce', 'eqc/table5', 'eqc/table6', '--jobs', '1']; main()"
     p = start(code, REFCOMM_CHECKPOINT_SECONDS="2", REFCOMM_FIGURES=str(tmp_path/"figures"), REFCOMM_PROGRESS="off")
     wait_for(unfinished, p)
-    import psutil
     started = [c.pid for c in psutil.Process(p.pid).children(recursive=True)]
     p.kill()
     wait_for(lambda: not any(map(alive, started)), seconds=10)

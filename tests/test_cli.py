@@ -234,7 +234,7 @@ figures.save('toy', 'x', pd.DataFrame(dict(a=[x])), figure, [], profile, 'Toy', 
     pids = []
     for turn in "ab":
         monkeypatch.setenv("TURN", turn)
-        path = toy(tmp_path/f"{turn}.ipynb", code.replace("TURN)", "TURN").replace("== TURN", f"== {turn!r}"))
+        path = toy(tmp_path/f"{turn}.ipynb", code.replace("== TURN", f"== {turn!r}"))
         status, executed, message = cli.reproduce_item("toy/x", path, dict(profile="smoke", jobs=1), True, FORK)
         assert status == "done" and "image/png" in executed.read_text(), message
         pids.append((home/"smoke-figures"/"toy_x.csv").read_text())

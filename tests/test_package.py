@@ -220,3 +220,10 @@ def test_what_is_public_is_described():
         for n in [*body, *(m for c in shown for m in c.body)]:
             if isinstance(n, ast.FunctionDef) and not n.name.startswith("_"):
                 assert ast.get_docstring(n), f"{p.relative_to(ROOT)}:{n.lineno} {n.name} has no docstring"
+
+
+def test_outputs_name_no_place_of_one_machine():
+    "A warning in a notebook's output would name the file of an installed package."
+    for p in (ROOT/"nbs").rglob("*.ipynb"):
+        outputs = [c.get("outputs") for c in json.loads(p.read_text(encoding="utf-8"))["cells"]]
+        assert "site-packages" not in json.dumps(outputs), f"{p.name}: mend or silence the warning, and execute it again"

@@ -204,7 +204,7 @@ def ranking(
         return rng.binomial(n[g], value[g][:, seeds].mean(1))/n[g]
     def ranks(pick): # one sample of games, each with seeds and targets of its own
         means = [mean(g, pick) for g in (rng.choice(games, len(games)) if pick else games)]
-        return pd.DataFrame(means).rank(axis=1, ascending=False).mean(0).to_numpy()
+        return pd.DataFrame(means).rank(axis=1, ascending=False).mean(axis=0).to_numpy()
     drawn = np.stack([ranks(True) for _ in range(draws)])
     low, high = np.quantile(drawn, (.025, .975), axis=0)
     first = (drawn == drawn.min(1, keepdims=True)).mean(0)
