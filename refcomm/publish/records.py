@@ -174,14 +174,18 @@ def kept_store(
 
 # %% ../../nbs/95_publish.records.ipynb #25176d20
 @contextlib.contextmanager
-def used_runs():
-    "A list that contains, after the block, the runs that notebooks executed within it."
-    runs = []
+def used_runs(
+    store:Store|None=None, # the default store when None
+):
+    "A list that contains, after the block, the runs of a store that notebooks executed within it."
+    runs, root = [], str((store or Store()).root)
     with tempfile.TemporaryDirectory() as d:
         before, os.environ["REFCOMM_USED"] = os.environ.get("REFCOMM_USED"), str(Path(d)/"used")
         try: yield runs
         finally:
-            if (Path(d)/"used").is_file(): runs += dict.fromkeys((Path(d)/"used").read_text(encoding="utf-8").split())
+            if (Path(d)/"used").is_file():
+                noted = map(json.loads, (Path(d)/"used").read_text(encoding="utf-8").splitlines())
+                runs += dict.fromkeys(run for place, run in noted if place == root)
             if before is None: del os.environ["REFCOMM_USED"]
             else: os.environ["REFCOMM_USED"] = before
 

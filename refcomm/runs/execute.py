@@ -222,10 +222,10 @@ def _refuse_training(missing):
     raise ConfigError(f"training is refused (REFCOMM_TRAINING), and {len(missing)} runs are missing, first {s.experiment}/{run_key(s)}: {s}")
 
 def _note_used(records, store):
-    "Append the runs to the file `REFCOMM_USED`, if it is set and they are in the default store."
-    if not os.environ.get("REFCOMM_USED") or store.root != Store().root: return
+    "Append the runs, and the store that they are in, to the file `REFCOMM_USED`, if it is set."
+    if not os.environ.get("REFCOMM_USED"): return
     with open(os.environ["REFCOMM_USED"], "a", encoding="utf-8") as f:
-        f.writelines(f"{r.experiment}/{r.key}\n" for r in records)
+        f.writelines(json.dumps([str(store.root), f"{r.experiment}/{r.key}"]) + "\n" for r in records)
 
 def _make(stacks, n_stacks, jobs, store, device, executor, logger, weights, desc):
     if not stacks: return
