@@ -165,7 +165,7 @@ def strike(place, driver, rng): # the signal, what got it; None where nothing wa
     how, found = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)), place.processes()
     if how == signal.SIGKILL:
         what = rng.choice(("driver", "driver and all its processes", "worker"))
-        workers = [pid for pid, line in found.items() if "spawn_main" in line]
+        workers = [pid for pid, line in found.items() if "forkserver" in line]
         if what == "worker" and not workers: what = "driver"
         pids = {"driver": [driver.pid], "driver and all its processes": list(found), "worker": [rng.choice(workers)]
             if what == "worker" else []}[what]

@@ -1,5 +1,6 @@
 "Several GPUs: who gets which, what a queue is asked for, and that nobody trains on a processor who was promised a GPU."
 import json
+import os
 import re
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_workers_take_their_gpus_in_turn(monkeypatch):
     monkeypatch.setattr(executors.threading, "Thread", lambda **k: type("T", (), dict(start=lambda self: None))())
     monkeypatch.setattr(executors.signal, "signal", lambda *a: None)
     threads, value = torch.get_num_threads(), multiprocessing.get_context("spawn").Value("i", 0)
-    for _ in range(4): executors._start_worker(threads, None, value, (0, 1, 3))
+    for _ in range(4): executors._start_worker(threads, None, value, (0, 1, 3), dict(os.environ))
     assert taken == [0, 1, 3, 0]
 
 

@@ -227,3 +227,13 @@ def test_outputs_name_no_place_of_one_machine():
     for p in (ROOT/"nbs").rglob("*.ipynb"):
         outputs = [c.get("outputs") for c in json.loads(p.read_text(encoding="utf-8"))["cells"]]
         assert "site-packages" not in json.dumps(outputs), f"{p.name}: mend or silence the warning, and execute it again"
+
+
+def test_what_a_kept_figure_shows_is_said_below_it():
+    "A reader who runs the cells at another profile gets numbers of another profile below them, and no prose about these."
+    for path in (ROOT/"nbs"/"papers").rglob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        at = [i for i, c in enumerate(cells) if c.get("id") == "kept-figure"]
+        said = [i for i, c in enumerate(cells)
+            if c["cell_type"] == "markdown" and "".join(c["source"]).startswith(("## What matches", "## What it shows"))]
+        assert not at or all(i == at[0] + 1 for i in said), path

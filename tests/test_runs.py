@@ -255,10 +255,8 @@ def test_workers_end_with_a_killed_driver(home):
     while len(list(Store().root.glob("unfinished/*/members.json"))) < 2:
         assert p.poll() is None, p.stderr.read()
         time.sleep(.05)
-    children = lambda: [int(x) for x in subprocess.run(["pgrep", "-f", "spawn_main"], capture_output=True,
-        text=True).stdout.split()]
-    workers = [c for c in children()
-        if Path(f"/proc/{c}/status").read_text().split("PPid:")[1].split()[0] == str(p.pid)]
+    children = lambda pid: [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    workers = [w for server in children(p.pid) for w in children(server)]
     assert len(workers) >= 2
     p.kill(); p.wait()
     deadline = time.time() + 20
@@ -395,8 +393,8 @@ def killer():
     import glob, signal, subprocess, time
     while not glob.glob(str(store.Store().root/"unfinished"/"*"/"members.json")): time.sleep(.02)
     time.sleep(1)
-    workers = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "spawn_main"], capture_output=True, text=True)
-    for child in workers.stdout.split(): os.kill(int(child), signal.SIGKILL)
+    children = lambda pid: open(f"/proc/{pid}/task/{pid}/children").read().split()
+    for worker in [w for server in children(os.getpid()) for w in children(server)]: os.kill(int(worker), signal.SIGKILL)
 if __name__ == "__main__":
     threading.Thread(target=killer, daemon=True).start()
     try: runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)], jobs=2)

@@ -8,7 +8,7 @@ __all__ = ['PATIENT', 'EXECUTORS', 'PACKAGES', 'LocalExecutor', 'local_executor'
 
 # %% ../../nbs/71_runs.executors.ipynb #b00539bc
 import _thread, concurrent.futures, contextlib, importlib, logging, math, multiprocessing, os, pickle, signal, socket
-import threading, time, uuid
+import sys, threading, time, uuid
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,11 +19,13 @@ torch = lazy_loader.load("torch")
 from refcomm.core import (ConfigError, Interrupted, WorkerDied, check_choice, n_cores, need, no_cuda, pick_device,
     say_once)
 from refcomm.files import disk_errors
+from refcomm.forks import begin_fork, fork_context
 from refcomm.runs.store import Store
 
 # %% ../../nbs/71_runs.executors.ipynb #1f92028e
-def _start_worker(threads, stopping, started, cards):
+def _start_worker(threads, stopping, started, cards, env):
     "Use a share of the cores and a GPU; stop on the driver's request, and end when the driver ends."
+    begin_fork(env)
     torch.set_num_threads(threads)
     with started.get_lock(): number, started.value = started.value, started.value + 1
     if cards: torch.cuda.set_device(cards[number % len(cards)])
@@ -47,15 +49,17 @@ def _unless_stopped(fn, *args):
 
 # %% ../../nbs/71_runs.executors.ipynb #153f0985
 class LocalExecutor(concurrent.futures.ProcessPoolExecutor):
-    "Worker processes on this machine, started afresh and sharing the cores; each gets the next GPU in turn."
+    "Worker processes on this machine, which share the cores; each gets the next GPU in turn."
     def __init__(self,
         jobs:int, # at a time
         cards=(), # numbers of GPUs
     ):
-        context = multiprocessing.get_context("spawn")
+        ours = [m for m in sys.modules if m.partition(".")[0] == "refcomm"]
+        context = fork_context(["torch._dynamo", *ours]) # which optimisers import
         self.stopping, self.submitted = context.Event(), []
         super().__init__(jobs, context, _start_worker,
-            (max(1, n_cores() // jobs), self.stopping, context.Value("i", 0), tuple(cards)))
+            (max(1, n_cores() // jobs), self.stopping, context.Value("i", 0), tuple(cards),
+            dict(os.environ)))
 
     def submit(self, fn, *args):
         "Start a call in a worker process; returns its future."
