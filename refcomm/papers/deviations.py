@@ -47,7 +47,7 @@ def paper_value(
 
 # %% ../../nbs/81_papers.deviations.ipynb #d59b2445
 def applies(
-    when:str, # "", or "game=image|sent-ref": one such run suffices; "varies:jitter"
+    when:str, # "", or "game=image|sent-ref": one such run suffices; "varies:jitter"; "about=OOD set": claims about it alone
     specs, # dicts of fields
     varied=(),
 )->bool:
@@ -55,7 +55,11 @@ def applies(
     if not when: return True
     if when.startswith("varies:"): return bool(set(when[7:].split("|")) & set(varied))
     tests = [(k, v.split("|")) for k, _, v in (part.partition("=") for part in when.split("&"))]
-    return any(all(str(s.get(k)) in v for k, v in tests) for s in specs)
+    return any(all(_met(s, k, v) for k, v in tests) for s in specs)
+
+def _met(spec, key, values)->bool:
+    if key == "about": return "about" not in spec or any(v in spec["about"] for v in values)
+    return str(spec.get(key)) in values
 
 def _varied(specs)->list: # fields
     return [k for k in specs[0] if len({repr(s.get(k)) for s in specs}) > 1]
@@ -93,8 +97,10 @@ def reach(
     paper:str,
     specs, # Specs or dicts of their fields; empty: nothing is trained
     least:float=.5, # share of each of the paper's sizes
+    about:str|None=None, # what a claim is about, such as "OOD set"; None: everything
 )->tuple: # (near, description of smaller sizes and other data)
     "Whether runs have about the paper's sizes and its data."
+    specs = [_fields(s) | ({} if about is None else {"about": about}) for s in specs]
     short = [f"{d['field']} {_plain(a)} (paper {_plain(b)})" for d in differing(paper, specs, ("size", "data"))
         for a, b in [min(d["pairs"], key=lambda p: _share(*p))]
              if d["kind"] == "data" or _share(a, b) < least]

@@ -105,7 +105,8 @@ def compare(
     ends = [(math.nan, math.nan) if e is None else interval(e) for e in found]
     t["difference_low"], t["difference_high"] = [a for a, _ in ends], [b for _, b in ends]
     t["detectable"] = [math.nan if e is None else detectable(e) for e in found]
-    ceiling = [(round(c.ours/c.get("whole", 1.), 3) in (0., 1.)) and abs(c.difference) <= c.half + 1e-9
+    fixed = lambda c: c.get("ours_sd") == 0 and float(c.ours).is_integer() # a count that no seed changes, such as that of targets
+    ceiling = [(round(c.ours/c.get("whole", 1.), 3) in (0., 1.) or fixed(c)) and abs(c.difference) <= c.half + 1e-9
         for _, c in t.iterrows()]
     again = shown_in is not None and shown_in.partition("_")[0] != item
     within = [None if e is None or again or top or math.isnan(a) else bool(a <= c.half + 1e-9 and b >= -c.half - 1e-9)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'BEST', 'TUNED_EPOCHS', 'FROZEN', 'MAP_EPOCHS', 'HEATMAP', 'TUNED', 'POOLS', 'SHORT', 'TINY', 'SMALL',
-           'CURVES', 'EARLY', 'TRIALS', 'ITEMS', 'ORDER', 'TITLES', 'PUBLISHED_TABLES', 'SOURCE_NAMES', 'configure',
-           'grid', 'rows_of', 'printed_rows', 'table_values', 'graceful_values', 'printed_rate_values',
-           'fine_tuned_values', 'modes_values', 'noum_values', 'map_values', 'gradient_values', 'order_values',
-           'trial_values', 'fidelity', 'data_names', 'stopped_early', 'daggered', 'unfinished']
+           'CURVES', 'EARLY', 'TRIALS', 'ITEMS', 'ORDER', 'TITLES', 'PUBLISHED_TABLES', 'SOURCE_NAMES', 'KINDS',
+           'configure', 'grid', 'rows_of', 'printed_rows', 'table_values', 'graceful_values', 'printed_rate_values',
+           'printed_gap_values', 'fine_tuned_values', 'modes_values', 'noum_values', 'map_values', 'gradient_values',
+           'order_values', 'trial_values', 'fidelity', 'data_names', 'stopped_early', 'stopped_claims', 'daggered',
+           'unfinished']
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #bfc00e02
 import dataclasses, re
@@ -19,8 +20,10 @@ pd = lazy_loader.load("pandas")
 
 from refcomm.core import PROFILES, check_at_least, check_choice
 from refcomm.papers.eqc.spec import GAMES, SOURCES, EQCSpec, source
+from refcomm.papers.claims import claims
 from refcomm.papers.deviations import note
-from refcomm.metrics.statistics import Estimate, combine, estimate, paired, published_estimate
+from refcomm.metrics.statistics import (Estimate, combine, correlation_estimate, estimate, paired,
+    published_estimate)
 from refcomm.papers.evidence import published
 from refcomm.runs.execute import frame
 
@@ -287,6 +290,23 @@ def printed_rate_values(
         printed=_printed("table5", "CN-Inst", most)),
             "eqc.object.printed-noum": dict(noum=sent, printed=published_estimate(58., n_runs=3, like=sent))}
 
+def printed_gap_values(
+    rows, # from `printed_rows`, the Image game or one with sentences at the printed learning rate
+)->dict: # claim → its values
+    "Values of the claims about Tables 6–8 at the printed learning rate, for the channels at hand."
+    game, most = rows.game.iloc[0], max(rows.n_candidates)
+    top, noum = rows[rows.n_candidates == most], _row(rows[rows.n_candidates == 2], "GS-Inst")
+    made = {channel: short for channel, short in (("Instant", "Inst"), ("Recurrent", "RNN"))
+        if {f"CN-{short}", f"GS-{short}"} <= set(top.row)}
+    gap = lambda of: combine([(1, of("CN")), (-1, of("GS"))])
+    theirs = lambda kind, short: _printed(PUBLISHED_TABLES[game], f"{kind}-{short}", most)
+    sent, said = _mean(noum, "noum"), published("eqc", "table3").set_index(["row", "column"])["mean"]
+    return {f"eqc.{game}.printed-falls": dict(
+            gap={c: gap(lambda kind, s=s: _mean(_row(top, f"{kind}-{s}"))) for c, s in made.items()},
+            printed={c: gap(lambda kind, s=s: theirs(kind, s)) for c, s in made.items()}),
+        f"eqc.{game}.printed-noum": dict(noum=sent,
+            printed=published_estimate(float(said[TITLES[game], "Instant/GS"]), n_runs=3, like=sent))}
+
 # %% ../../../nbs/84_papers.eqc.items.ipynb #e7c02829
 def fine_tuned_values(
     rows, # from `printed_rows`, with the column `encoder`: "fine-tuned" or "frozen"
@@ -313,8 +333,8 @@ def modes_values(
             for c in channels for end in (0, 1)}),
         "eqc.sent-ref.train+inf": dict(cost=cost("sent-ref")), "eqc.sent-cls.train+inf": dict(cost=cost("sent-cls")),
         "eqc.image.train+inf": dict(accuracy={c: _mean(at("image", c, both)) for c in channels}),
-        "eqc.sentences.train-recurrent": dict(gain={g: _ahead(at(g, "recurrent", both), at(g, "instant", both))
-            for g in ("sent-ref", "sent-cls")}),
+        **{f"eqc.{g}.train-recurrent": dict(gain=_ahead(at(g, "recurrent", both), at(g, "instant", both)))
+            for g in ("sent-ref", "sent-cls")},
     }
 
 def noum_values(
@@ -322,9 +342,9 @@ def noum_values(
 )->dict: # claim → its values
     "Values of the claims about Table 3: unique messages as a share of targets."
     share = rows.assign(share=rows.noum/rows.n_targets)
-    of = lambda kind: {f"{g}, {name}": _mean(_row(share[share.game == g], name), "share")
-        for g in dict.fromkeys(rows.game) for name in (f"{kind}-Inst", f"{kind}-RNN")}
-    return {"eqc.noum-qt": dict(share=of("QT")), "eqc.noum-gs": dict(share=of("GS"))}
+    of = lambda game, kind: {name: _mean(_row(share[share.game == game], name), "share")
+        for name in (f"{kind}-Inst", f"{kind}-RNN")}
+    return {f"eqc.{game}.noum-{kind.lower()}": dict(share=of(game, kind)) for game in TITLES for kind in ("QT", "GS")}
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #aebfff2b
 def _perfect(table, alphabets, lengths, above, n)->dict: # accuracies of words of 50 symbols and more
@@ -335,21 +355,21 @@ def _perfect(table, alphabets, lengths, above, n)->dict: # accuracies of words o
 def map_values(
     rows, # from `rows_of`: Instant QT at the most candidates, one game
 )->dict: # claim → its values
-    "Values of the claims about Figures 4–7; length is compared with alphabet size from words of 8 on."
+    "Values of the claims about Figures 4–7, from words of 8 on: a word of 2 has two messages at most, once it is normalised."
     game, n = rows.game.iloc[0], rows.n_targets.max()
     table = rows.pivot_table(index="seed", columns=["quantised", "alphabet", "word_length"], values="accuracy")
     maps = {mode: table[mode] for mode in ("inference only", "train+inference")}
     alphabets = sorted(set.intersection(*(set(m.columns.get_level_values(0)) for m in maps.values())))
     lengths = sorted(set(rows.word_length))
     long, most, usual = lengths[-1], alphabets[-1], [w for w in lengths if w >= 8]
-    diagonal = list(zip(alphabets, lengths))
+    diagonal = list(zip(alphabets, usual))
     each = lambda make: {mode: estimate(make(m)) for mode, m in maps.items()}
     by_length = lambda m: sum(m[v, long] - m[v, usual[0]] for v in alphabets)/len(alphabets)
     by_alphabet = lambda m: sum(m[most, w] - m[alphabets[0], w] for w in usual)/len(usual)
     values = {
         "capacity": dict(step={f"{mode}, {b[0]:g} symbols": estimate(m[b] - m[a], n) for mode, m in maps.items()
             for a, b in zip(diagonal, diagonal[1:])} or {"none": Estimate(float("nan"))},
-                         whole=each(lambda m: m[most, long] - m[alphabets[0], lengths[0]])),
+                         whole=each(lambda m: m[most, long] - m[alphabets[0], usual[0]])),
         "length-first": dict(more_by_length=each(lambda m: by_length(m) - by_alphabet(m))),
         "binary": dict(loss=each(
             lambda m: m[m.xs(long, axis=1, level=1).mean().idxmax(), long] - m[alphabets[0], long])),
@@ -393,20 +413,20 @@ def order_values(
     from scipy.stats import spearmanr
     def correlation(value):
         each = [spearmanr(part.accuracy, part[value]).statistic for _, part in cells.groupby("seed") if len(part) > 3]
-        return estimate(each)._replace(targets=1/max(cells.groupby("seed").size().min() - 3, 1)**.5)
+        return correlation_estimate(each, cells.groupby("seed").size().min())
     return {"eqc.object.noum-accuracy": dict(correlation=correlation("noum")),
         "eqc.object.topsim-accuracy": dict(noum=correlation("noum"), topsim=correlation("topsim"))}
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #2e5fae72
 def trial_values(
-    claim:str, # its id
+    claim:str, # the last part of its id
     name:str, # name of the value in its test
-    rows, # from `rows_of`
-    pairs, # comparison → (rows claimed to be higher, rows claimed to be lower)
+    pairs, # game → comparison → (rows claimed to be higher, rows claimed to be lower)
 )->dict: # claim → its values
-    "Values of a claim that one setting is better than another."
-    ahead = {key: _ahead(*(part.sort_values("seed") for part in both)) for key, both in pairs.items()}
-    return {claim: {name: ahead or {"none": Estimate(float("nan"))}}}
+    "Values of claims that one setting is better than another, game by game."
+    ahead = lambda both: _ahead(*(part.sort_values("seed") for part in both))
+    return {f"eqc.{game}.{claim}": {name: {key: ahead(both) for key, both in of.items()} or {"none": Estimate(float("nan"))}}
+        for game, of in pairs.items()}
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #332d5d74
 SOURCE_NAMES = {"shapes": "rendered shapes", "synthetic": "synthetic intents", "banking77": "Banking77",
@@ -448,6 +468,20 @@ def stopped_early(
     mean = pd.DataFrame(found, columns=["game", "row", "rise"]).groupby(["game", "row"],
         sort=False).rise.mean().reset_index()
     return mean[mean.rise > gain].reset_index(drop=True)
+
+KINDS = {"GS": "Gumbel-softmax", "QT": "quantis", "CN": "continuous"} # first part of a row's name → what claims call it
+
+def stopped_claims(
+    names, # from `stopped_early`
+)->dict: # claim → text
+    "What to say of claims about rows that were stopped early."
+    found = {}
+    for claim in claims("eqc").to_dict("records"):
+        own = [f"{n.row} (by {n.rise:.2f})" for n in names.itertuples() if claim["game"] == TITLES[n.game]
+            and KINDS[n.row[:2]] in claim["sentence"] and ("Instant channel" not in claim["sentence"]
+                or "Recurrent" in claim["sentence"] or n.row.endswith("Inst"))]
+        if own: found[claim["id"]] = "stopped while accuracy still rose over the last fifth of the epochs: " + ", ".join(own)
+    return found
 
 def daggered(
     table, # from `evidence.side_by_side`, of one game
