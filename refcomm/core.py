@@ -370,13 +370,20 @@ def n_cores()->int:
     "Processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+@contextlib.contextmanager
+def _half_on_processor(dtype):
+    from torch.nn.attention import SDPBackend, sdpa_kernel # PyTorch's fused attention is slower in bfloat16 than in single precision there
+    with torch.autocast("cpu", dtype=dtype), sdpa_kernel(SDPBackend.MATH): yield
+
 def autocast(
     precision:str, # a name in `PRECISIONS`
     device, # where the arithmetic happens
 ):
     "The context in which the forward pass runs; `fp32` changes nothing."
-    dtype = PRECISIONS[check_choice("precision", precision, PRECISIONS)]
-    return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype)) if dtype else contextlib.nullcontext()
+    name, kind = PRECISIONS[check_choice("precision", precision, PRECISIONS)], torch.device(device).type
+    if not name: return contextlib.nullcontext()
+    dtype = getattr(torch, name)
+    return _half_on_processor(dtype) if kind == "cpu" else torch.autocast(kind, dtype=dtype)
 
 # %% ../nbs/00_core.ipynb #00c0a002
 def usable_precision(
