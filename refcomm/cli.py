@@ -20,7 +20,7 @@ from .core import (PROFILES, ConfigError, RecordError, RefcommError, check_choic
     printable, Interrupted)
 from .files import data_dir, disk_errors, figures_dir, files_digest, home, write_atomic, checkout, expanded
 from .interrupts import Interruptible
-from .publish.records import keep_item, kept_items, kept_store, outdated, used_runs
+from .publish.records import keep_item, kept_items, kept_store, only_numbers, outdated, used_runs
 
 # %% ../nbs/99_cli.ipynb #5e713891
 def _outputs(item, profile): return sorted(figures_dir(profile).glob(f"{item.replace('/', '_')}.*"))
@@ -394,6 +394,7 @@ def _redrawn(item, path, into, from_numbers, from_store, preload)->tuple: # stat
         if from_store:
             profile = check_choice("profile", from_store[1], PROFILES)
             return _from_store(item, path, dict(parse_parameters(from_store[0]), profile=profile, jobs=1), preload)
+        if only_numbers(item): return _from_numbers(item, path, into)
         with kept_store(item, into=into) as own:
             status, _, message = reproduce_item(item, path, dict(own, jobs=1), True, preload)
         return status.replace("done", "redrawn"), message
@@ -404,7 +405,7 @@ def _redrawn(item, path, into, from_numbers, from_store, preload)->tuple: # stat
 @app.command("redraw")
 def redraw(
     items:list[str] = typer.Argument(None,
-        help="items or papers, e.g. eqc/table5 or eqc [default: all with records]"),
+        help="items or papers, e.g. eqc/table5 or eqc [default: all that are kept]"),
     from_store:bool = typer.Option(False, "--from-store",
         help="use the runs of your store instead of kept records, and keep them as records"),
     from_numbers:bool = typer.Option(False, "--from-numbers",
@@ -417,9 +418,11 @@ def redraw(
     check:bool = typer.Option(False, "--check",
         help="only list items without records, or with records older than the code"),
 ):
-    "Recompute figures, statistics and claims from kept runs, without training."
+    """Recompute figures, statistics and claims from kept runs, without training.
+
+    Where the kept runs are not enough, as images or weights are needed, the picture alone is drawn from its numbers."""
     known, have = notebooks(), kept_items()
-    chosen = choose(items) if items else {i: known[i] for i in known if i in have or from_store or from_numbers}
+    chosen = choose(items) if items else known
     into = into and into.expanduser().absolute()
     if from_numbers and from_store: raise ConfigError("--from-numbers reads no runs: give one of --from-numbers and --from-store")
     if check:
@@ -439,10 +442,10 @@ def _from_numbers(item, path, into)->tuple: # status, message
     "Draw an item's picture again from its numbers."
     from refcomm.publish.figures import redraw_from_numbers
     kept = _with_figures()/f"{item.replace('/', '_', 1)}.png"
-    if not kept.with_suffix(".csv").is_file(): return "no numbers", ""
+    if not kept.with_suffix(".csv").is_file(): return "no records", "and no numbers"
     if not any("draw" in c["metadata"].get("tags", []) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]):
         return "needs its runs", "no cell of its notebook is tagged `draw`"
-    return "redrawn", str(redraw_from_numbers(path, kept, into))
+    return "picture redrawn", str(redraw_from_numbers(path, kept, into))
 
 def _from_store(item, path, parameters, preload)->tuple: # status, message
     "Execute an item with the runs of the store alone, and keep them."

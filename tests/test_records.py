@@ -1,6 +1,7 @@
 "Kept runs: what is committed redraws figures, and nothing is trained for it."
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -140,3 +141,19 @@ def test_runs_of_another_store_belong_to_no_item(home, tmp_path):
     assert used == [f"eqc/{Store().keys()[0][1]}"]
     with used_runs() as used: execute([spec], store=Store(tmp_path/"other"))
     assert not used
+
+
+def test_a_picture_whose_runs_are_not_enough_is_drawn_from_its_numbers(kept, command, monkeypatch):
+    "One command redraws all that is kept; weights and images are not kept."
+    from refcomm.publish.catalogue import notebooks
+    monkeypatch.setenv("REFCOMM_FIGURES", str(kept.parent))
+    assert not records.only_numbers("sms/figure2") and records.only_numbers("sms/figure3")
+    index = json.loads((kept/"sms_figure2.json").read_text())
+    (kept/"sms_figure2.json").write_text(json.dumps(index | dict(redraw=False)))
+    drawn = next(i for i, p in notebooks().items() if i.startswith("patch/") and '"draw"' in p.read_text(encoding="utf-8"))
+    name = drawn.replace("/", "_", 1)
+    for kind in ("csv", "json", "png"): shutil.copy(checkout()/"figures"/f"{name}.{kind}", kept.parent)
+    before = (kept.parent/f"{name}.csv").read_bytes()
+    r = command("redraw", "sms/figure2", drawn)
+    assert r.returncode == 0 and "no records" in r.stdout and "picture redrawn" in r.stdout, r.stdout + r.stderr
+    assert (kept.parent/f"{name}.csv").read_bytes() == before
