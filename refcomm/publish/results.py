@@ -70,8 +70,10 @@ def _items(section)->list: # lines
         lines.append(f"| {name} | {i['profile']} | {standing(i)['within']} | {cell(verdicts(i['claims']))} | `{cell(i['command'])}` |")
     return lines
 
-def _numbers(claim)->str:
-    return ", ".join(f"{k} {v:.4g}" for k, v in claim["numbers"].items() if v is not None)
+def _numbers(claim, most=6)->str: # more are in the item's JSON
+    found = [f"{k} {v:.4g}" for k, v in claim["numbers"].items() if v is not None]
+    more = f", and {len(found) - most} more ([JSON]({claim['paper']}_{claim['item']}.json))" if len(found) > most else ""
+    return ", ".join(found[:most]) + more
 
 def _claims(section)->list: # lines
     "A table of a paper's claims."
