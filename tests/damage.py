@@ -2,6 +2,7 @@
 
 Bytes, JSON, and whole checkpoints, lists of members, caches, recipes, plans and archives."""
 import collections
+import contextlib
 import json
 import os
 import re
@@ -153,8 +154,7 @@ def subjects(root):
 
     path, other = root/"training.safetensors", root/"other.safetensors"
     for p, seeds in ((path, (0, 1)), (other, (2, 3))):
-        try: train(p, cut=20, seeds=seeds)
-        except Cut: pass
+        with contextlib.suppress(Cut): train(p, cut=20, seeds=seeds)
     def resumed(path):
         try: return train(path)
         finally:

@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +11,6 @@ import torch
 
 from conftest import PROGRAMS
 from refcomm.runs.cleaning import clean, foreign
-from refcomm.core import ConfigError
 from refcomm.papers.eqc.run import EQCSpec
 from refcomm.runs.store import MARKER, RunResult, Store, provenance, run_key
 

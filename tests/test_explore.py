@@ -14,11 +14,12 @@ from refcomm.agents.encoders import Drawn, Fixed, InformedSender, LinearEncoder
 from refcomm.bottlenecks.continuous import Continuous
 from refcomm.channels import make_bottleneck, make_channel
 from refcomm.core import ConfigError, generator, seeded_init
-from refcomm.data.objects import ObjectWorld, one_hot
+from refcomm.data.objects import ObjectWorld
 from refcomm.interact.explore import (Explorer, codebook, explore, explore_games, explore_patches, explore_views,
     game_html, look_html, places_shown, static_page)
 from refcomm.games.contrastive import DiscriminationGame
-from refcomm.games.patchgame import PUBLIC_CODE, make_patch_game
+from refcomm.games.patchgame import make_patch_game
+from refcomm.names import PUBLIC_CODE
 from refcomm.games.referential import EveryObject, ReferentialGame
 from refcomm.games.tasks import Valued
 from refcomm.interact.play import Match, match_html, play

@@ -390,7 +390,7 @@ def test_a_finished_run_is_explored_played_probed_and_written_without_training(t
     else: records = execute(FINISHED[experiment](), store=store)
     monkeypatch.setattr("refcomm.training.loop.fit", None)
     key = f"{experiment}/{records[0].key}"
-    e, m = explorer_of(key, 4, store), None
+    e = explorer_of(key, 4, store)
     corpus = from_record(records[0], "game/valid" if experiment == "iac" else None)
     if experiment == "patch": # dropped patches are no symbols of a corpus
         assert [[s for s in row if s >= 0] for row in e.symbols.tolist()] == [row[:n]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from refcomm.bottlenecks.continuous import Bottleneck, Sent
 from refcomm.core import ConfigError
 from refcomm.games.tasks import Games, ItemTask, Task
 from refcomm.keep import load_game

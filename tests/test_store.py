@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from refcomm.core import ConfigError, RecordError, StoreError
+from refcomm.core import ConfigError, RecordError
 from refcomm.papers.eqc.run import EQCSpec
 from refcomm.runs.execute import execute
 from refcomm.runs.store import RunResult, Store, digest, provenance, run_key

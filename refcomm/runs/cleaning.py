@@ -7,7 +7,6 @@ __all__ = ['MADE', 'foreign', 'recognise', 'Cleaned', 'clean']
 
 # %% ../../nbs/70_runs.cleaning.ipynb #87a00003
 import contextlib, os, re, shutil, subprocess, time
-from pathlib import Path
 from typing import NamedTuple
 
 from .archives import DROPPINGS
