@@ -46,7 +46,7 @@ def test_a_folder_that_is_no_store_is_left_alone(home, command, args):
 
 def test_a_store_in_a_folder_of_others_loses_only_what_is_its_own(home, command):
     mine = tensorboard(home/"runs")
-    put(0), put(1)
+    put(0); put(1)
     (Store().root/"unfinished"/f"eqc-{'1'*16}").mkdir()
     (Store().path("eqc", run_key(EQCSpec(seed=1)))/"notes.txt").write_text("mine")
     out = command("runs", "clean", "--all", "--yes")

@@ -147,7 +147,7 @@ def test_looking_changes_nothing():
     game = some_game("vq", "recurrent")
     before, state = {k: v.clone() for k, v in game.state_dict().items()}, torch.get_rng_state()
     e = of_all(game)
-    e.scores(0, {0: 1}), static_page(e, [0], {0: 1})
+    e.scores(0, {0: 1}); static_page(e, [0], {0: 1})
     assert all(torch.equal(v, before[k]) for k, v in game.state_dict().items()) and torch.equal(state,
         torch.get_rng_state())
     assert not game.training and all(p.grad is None for p in game.parameters())

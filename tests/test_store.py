@@ -263,8 +263,8 @@ def test_an_index_that_cannot_be_used_is_made_anew(home, tmp_path, kind):
     if kind in ("a pipe", "a folder", "a link"): path.unlink()
     if kind == "a pipe": os.mkfifo(path)
     if kind == "a folder": path.mkdir()
-    if kind == "a link": victim.write_bytes(data), path.symlink_to(victim)
-    if kind == "may not be written": path.unlink(), (Store().root/f"{INDEX}-journal").mkdir()
+    if kind == "a link": victim.write_bytes(data); path.symlink_to(victim)
+    if kind == "may not be written": path.unlink(); (Store().root/f"{INDEX}-journal").mkdir()
     if kind == "held by another":
         held = sqlite3.connect(path)
         held.execute("BEGIN EXCLUSIVE")
