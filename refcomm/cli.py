@@ -94,7 +94,7 @@ def reproduce_item(
     state_file = executed.with_suffix(".json")
     if not force and found_done(item, path, parameters): return "found done", executed, ""
     try:
-        import papermill, ipykernel
+        import ipykernel, papermill # a kernel needs the first # noqa: F401
         from nbclient.exceptions import DeadKernelError
         from .kernels import kernel_manager
     except ImportError as e:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .agents.encoders import LinearEncoder
 from .bottlenecks.continuous import Bottleneck, OwnBottleneck
-from .channels import BOTTLENECKS, Instant, make_bottleneck, make_channel
+from .channels import BOTTLENECKS, make_bottleneck, make_channel
 from .core import (ConfigError, RecordError, check_at_least, check_choice, checked, fitted, generator,
     nearest, need, pick_device, seeded_init, spec)
 from .corpora import Corpus, make_corpus, save_corpus

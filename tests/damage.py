@@ -2,6 +2,7 @@
 
 Bytes, JSON, and whole checkpoints, lists of members, caches, recipes, plans and archives."""
 import collections
+import contextlib
 import json
 import os
 import re
@@ -18,7 +19,8 @@ def leaf(rng, node):
 def change_leaf(rng, raw):
     node, key = leaf(rng, raw)
     v = node[key]
-    node[key] = not v if isinstance(v, bool) else v + 1 if isinstance(v, (int, float)) else f"{v}."
+    if isinstance(v, bool): node[key] = not v
+    else: node[key] = v + 1 if isinstance(v, (int, float)) else f"{v}."
 
 
 def not_a_number(rng, raw):
@@ -27,9 +29,8 @@ def not_a_number(rng, raw):
 
 
 def tables(node): # every dictionary in nested JSON
-    here = [node] if isinstance(node, dict) and node else []
-    return here + [t for v in (node.values() if isinstance(node, dict) else node if isinstance(node, list) else [])
-        for t in tables(v)]
+    if isinstance(node, list): return [t for v in node for t in tables(v)]
+    return [node, *tables([*node.values()])] if isinstance(node, dict) and node else []
 
 
 def lose_key(rng, raw):
@@ -115,7 +116,8 @@ class Subject:
         self.expected = self.look()[0]
 
     def spoil(self, rng, kind): # False where nothing was changed
-        new = kind if kind in PLACES else self.other if kind == "file of another" else mutated(rng, kind, self.data)
+        if kind == "file of another": new = self.other
+        else: new = kind if kind in PLACES else mutated(rng, kind, self.data)
         put(self.path, new)
         return new != self.data
 
@@ -153,12 +155,11 @@ def subjects(root):
 
     path, other = root/"training.safetensors", root/"other.safetensors"
     for p, seeds in ((path, (0, 1)), (other, (2, 3))):
-        try: train(p, cut=20, seeds=seeds)
-        except Cut: pass
+        with contextlib.suppress(Cut): train(p, cut=20, seeds=seeds)
     def resumed(path):
         try: return train(path)
         finally:
-            for aside in path.parent.glob("*.unreadable-*"): put(aside, b""), aside.unlink()
+            for aside in path.parent.glob("*.unreadable-*"): put(aside, b""); aside.unlink()
     found["checkpoint"] = Subject(path, resumed, other=other.read_bytes(), same=same)
 
     folders = [store.root/"unfinished"/f"eqc-{i:016x}" for i in range(2)]

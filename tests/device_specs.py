@@ -7,7 +7,7 @@ import torch
 from refcomm.core import generator
 from refcomm.data.scenes import SceneWorld
 from refcomm.data.sentences import load_sentences
-from refcomm.papers.eqc.run import GAMES, EQCSpec
+from refcomm.papers.eqc.spec import GAMES, EQCSpec
 from refcomm.runs.store import runner_of
 from refcomm.papers.iac.run import IACSpec
 from refcomm.metrics.images import saliency
@@ -15,7 +15,7 @@ from refcomm.metrics.representation import linear_probe
 from refcomm.papers.patch.probes import detections, read_out
 from refcomm.papers.patch.run import PatchSpec, build as build_patch
 from refcomm.papers.sms.run import SMSSpec
-from refcomm.games.patchgame import PUBLIC_CODE
+from refcomm.names import PUBLIC_CODE
 from refcomm.papers.eqc import items as eqc
 from refcomm.papers.iac import items as iac
 from refcomm.papers.patch import items as patch

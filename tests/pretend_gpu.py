@@ -170,7 +170,7 @@ class PretendGPU(contextlib.ExitStack):
         if CUDA in tags: self.compare(func, packet, args, kwargs, ts, tags)
         out = func(*args, **kwargs)
         if packet is A.copy_: tag = tags[0]
-        else: tag = CUDA if CUDA in tags else CPU if CPU in tags else ANY
+        else: tag = next((t for t in (CUDA, CPU) if t in tags), ANY)
         if (tag == CUDA or not ts and self.asked == CUDA) and packet not in ALLOCATIONS and not is_view(func):
             self.kernels += 1
         old = {self.storage(t) for t in ts}

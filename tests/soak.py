@@ -81,7 +81,7 @@ class Place:
         self.env = {**os.environ, "REFCOMM_HOME": str(self.home), "REFCOMM_CHECKPOINT_SECONDS": "2",
             "REFCOMM_PROGRESS": "off", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1",
                     "SOAK_LOG": str(self.log), "SOAK_MARK": self.mark, "CUDA_VISIBLE_DEVICES": ""}
-        self.env.pop("REFCOMM_DATA", None), self.env.pop("REFCOMM_EXECUTOR", None)
+        self.env.pop("REFCOMM_DATA", None); self.env.pop("REFCOMM_EXECUTOR", None)
 
     def start(self, notebooks=True):
         return self.run(__file__, "drive", str(self.plan), *(ITEMS if notebooks else ()))
@@ -171,7 +171,8 @@ def strike(place, driver, rng): # the signal, what got it; None where nothing wa
             if what == "worker" else []}[what]
         return (how, what) if any([kill(pid) for pid in pids]) else None
     what = rng.choice(("driver", "its process group"))
-    try: os.kill(driver.pid, how) if what == "driver" else os.killpg(driver.pid, how)
+    kill = os.kill if what == "driver" else os.killpg
+    try: kill(driver.pid, how)
     except ProcessLookupError: return None
     return how, what
 
@@ -365,7 +366,9 @@ def mutated(calm, root, n, rng): # kind → how it was caught → how often
         i += 1
         path = store.path(*key)
         path.mkdir(parents=True)
-        for name, data in files.items(): (path/name).mkdir() if data is None else (path/name).write_bytes(data)
+        for name, data in files.items():
+            if data is None: (path/name).mkdir()
+            else: (path/name).write_bytes(data)
         found, said = None, ""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -507,7 +510,9 @@ def damaged_files(root, n, rng): # kind of file → what became of it → how of
     root.mkdir()
     try: table, wrong = damaged(subjects(root), n, rng)
     finally:
-        for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+        for k, v in before.items():
+            if v is None: os.environ.pop(k)
+            else: os.environ[k] = v
     for w in wrong: check(False, w)
     return table
 
@@ -534,7 +539,7 @@ def main(argv=None):
     start, rng, root = time.time(), random.Random(o.seed), Path(tempfile.mkdtemp(prefix="soak-"))
     after = lambda what: print(f"{what} after {time.time() - start:.0f} s", flush=True)
     wanted, few = specs(o.share), specs(o.share/10)
-    write_plan(wanted, root/"plan.json"), write_plan(few, root/"few.json")
+    write_plan(wanted, root/"plan.json"); write_plan(few, root/"few.json")
     calm, calm_few = Place(root, "calm", root/"plan.json"), Place(root, "calm-few", root/"few.json")
     try:
         for place, notebooks in ((calm, True), (calm_few, False)):

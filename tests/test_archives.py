@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import tarfile
-import warnings
 
 import pandas as pd
 import pytest
@@ -43,7 +42,7 @@ def test_exactly_the_records_files_are_packed(home, tmp_path, packed):
     record = Store().get(EQCSpec(seed=0))
     for name in (".DS_Store", ".nfs000", "notes.txt"): (record.path/name).write_text("stray")
     export_runs(tmp_path/"again.tar")
-    names = tarfile.open(tmp_path/"again.tar").getnames()
+    with tarfile.open(tmp_path/"again.tar") as tar: names = tar.getnames()
     assert len(names) == 1 + 3 + 4 + 3 and names[0] == MANIFEST and not [n for n in names if "stray" in n or ".nfs" in n
         or "DS_Store" in n]
     assert len(import_runs(tmp_path/"again.tar", packed[1]).new) == 3
@@ -129,7 +128,7 @@ def test_archives_without_a_list_stay_readable(packed, tmp_path):
     path, store = packed
     (tmp_path/".DS_Store").write_text("stray")
     old = old_archive(tmp_path/"old.tar", Store(), [tmp_path/".DS_Store"])
-    assert MANIFEST not in tarfile.open(old).getnames() and b"mtime=" in old.read_bytes()
+    with tarfile.open(old) as tar: assert MANIFEST not in tar.getnames() and b"mtime=" in old.read_bytes()
     assert len(import_runs(old, store).new) == 3
     data = old.read_bytes()
     with tarfile.open(old) as tar: boundary = list(tar)[4].offset - 1024

@@ -160,7 +160,7 @@ def one_of_two(rank, port):
     torch.set_num_threads(1)
     join_processes(2)
     m, v, x = moco(), vq(), views(8)[4*rank:][:4]
-    m(x, x.flip(-1)), v(x)
+    m(x, x.flip(-1)); v(x)
     for mine in (m.loss.memory_bank.bank, v.top.codebook):
         both = [torch.empty_like(mine) for _ in range(2)]
         dist.all_gather(both, mine.contiguous())

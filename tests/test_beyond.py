@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from pretend_gpu import PretendGPU
-from refcomm.games.tasks import objectives
 from refcomm.core import generator
 from refcomm.papers.beyond.run import SIZES, build, grid, make_task, run
-from refcomm.papers.beyond.spec import BOTTLENECKS, CHANNELS, GAMES, BeyondSpec
+from refcomm.papers.beyond.spec import BOTTLENECKS, GAMES, BeyondSpec
 from refcomm.runs.execute import Context, make_stacks
 
 TINY = dict(SIZES["smoke"], n_train=8, n_valid=8, n_test=8, batch_size=8)

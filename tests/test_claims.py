@@ -166,8 +166,9 @@ def test_deviations_are_complete(paper):
     items = importlib.import_module(f"refcomm.papers.{paper}.items")
     specs = {}
     for profile in PROFILES:
-        own = (dict(images="imagenet") if profile == "paper" and paper in ("iac", "patch") else dict(images="embedded")
-            if paper in ("iac", "patch") else dict(images="embedded", sentences="embedded") if paper == "eqc" else {})
+        own = dict(iac=dict(images="embedded"), patch=dict(images="embedded"),
+            eqc=dict(images="embedded", sentences="embedded")).get(paper, {})
+        if profile == "paper" and paper in ("iac", "patch"): own = dict(images="imagenet")
         specs[profile] = [s for item in items.ITEMS for s in items.grid(item, profile, n_seeds=2, **own)]
 
     def defaults(s):

@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +11,6 @@ import torch
 
 from conftest import PROGRAMS
 from refcomm.runs.cleaning import clean, foreign
-from refcomm.core import ConfigError
 from refcomm.papers.eqc.run import EQCSpec
 from refcomm.runs.store import MARKER, RunResult, Store, provenance, run_key
 
@@ -48,7 +46,7 @@ def test_a_folder_that_is_no_store_is_left_alone(home, command, args):
 
 def test_a_store_in_a_folder_of_others_loses_only_what_is_its_own(home, command):
     mine = tensorboard(home/"runs")
-    put(0), put(1)
+    put(0); put(1)
     (Store().root/"unfinished"/f"eqc-{'1'*16}").mkdir()
     (Store().path("eqc", run_key(EQCSpec(seed=1)))/"notes.txt").write_text("mine")
     out = command("runs", "clean", "--all", "--yes")

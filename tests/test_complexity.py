@@ -191,9 +191,9 @@ def test_auto_takes_numba_for_much_work(monkeypatch):
             or (np.ones(t.shape, bool), np.zeros(len(t), bool)))
     monkeypatch.setattr(complexity, "automatic", auto := complexity.Automatic())
     few, many = draw(0, 2, 63, 20), (np.zeros((7000, 20), np.uint8), np.ones((7000, 63, 20), np.uint8))
-    min_symbols(*few), min_symbols(*many)
+    min_symbols(*few); min_symbols(*many)
     auto.spent = auto.load
-    min_symbols(*few), identifying_set(*few)
+    min_symbols(*few); identifying_set(*few)
     monkeypatch.setattr(complexity, "have_numba", lambda: False)
     min_symbols(*many)
     assert taken == ["numpy", "numba", "numba", "numpy", "numpy"]

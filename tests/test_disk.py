@@ -42,15 +42,15 @@ def planted(tmp_path, monkeypatch, token="0"*16):
 
 def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
     victim = planted(tmp_path, monkeypatch)
-    with pytest.raises(StoreError, match="cannot write .*x.txt"):
-        with files.write_atomic(tmp_path/"x.txt") as tmp: tmp.write_text("others'")
+    with pytest.raises(StoreError, match="cannot write .*x.txt"), files.write_atomic(tmp_path/"x.txt") as tmp:
+        tmp.write_text("others'")
     assert victim.read_text() == "mine" and not (tmp_path/"x.txt").exists()
 
 
 def test_a_link_put_in_the_temporary_files_place_is_not_published(tmp_path):
     (tmp_path/"victim").write_text("mine")
-    with pytest.raises(StoreError):
-        with files.write_atomic(tmp_path/"x.txt") as tmp: tmp.unlink(missing_ok=True); tmp.symlink_to(tmp_path/"victim")
+    with pytest.raises(StoreError), files.write_atomic(tmp_path/"x.txt") as tmp:
+        tmp.unlink(missing_ok=True); tmp.symlink_to(tmp_path/"victim")
     assert sorted(os.listdir(tmp_path)) == ["victim"]
 
 
@@ -128,8 +128,7 @@ def test_each_call_to_the_system_may_fail_while_a_file_is_written(tmp_path, monk
         if n % 2: path.parent.mkdir(); path.write_text("old")
         with nth_call_fails(monkeypatch, n, code) as counted:
             try:
-                with files.write_atomic(path) as tmp:
-                    with open(tmp, "w") as f: f.write("a new text")
+                with files.write_atomic(path) as tmp, open(tmp, "w") as f: f.write("a new text")
                 failed = False
             except StoreError: failed = True
         assert whole(path, "a new text", *(["old"] if n % 2 else [None])), n

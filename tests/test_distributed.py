@@ -1,6 +1,5 @@
 "Two processes train what one trains, and write one record."
 import dataclasses
-import json
 import os
 import subprocess
 import sys

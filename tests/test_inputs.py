@@ -147,7 +147,7 @@ def test_an_h5_takes_nothing_from_other_files(tmp_path):
     h5py = pytest.importorskip("h5py")
     secret, source, path = tmp_path/"secret.h5", tmp_path/"raw.bin", tmp_path/"x.h5"
     with h5py.File(secret, "w") as f: f["v"] = np.ones((4, 3))
-    source.write_bytes(np.ones(12).tobytes()), (tmp_path/"x.txt").write_text("a\nb\na\nb\n")
+    source.write_bytes(np.ones(12).tobytes()); (tmp_path/"x.txt").write_text("a\nb\na\nb\n")
     def external(f): f["v"] = h5py.ExternalLink(str(secret), "/v")
     def soft(f): f.create_group("g"); f["g"]["v"] = np.ones((4, 3)); f["v"] = h5py.SoftLink("/g/v")
     def raw(f): f.create_dataset("v", (4, 3), "f8", external=[(str(source), 0, 96)])
@@ -232,7 +232,7 @@ def test_no_model_runs_code_of_its_own(tmp_path, monkeypatch, home):
     folder = tiny_transformer(tmp_path/"model", ["one two"])
     config = json.loads((folder/"config.json").read_text("utf-8")) | dict(model_type="evil",
         auto_map=dict(AutoConfig="evil.C", AutoModel="evil.M", AutoTokenizer=["evil.T", None]))
-    (folder/"config.json").write_text(json.dumps(config)), (folder/"evil.py").write_text(f"open({str(tmp_path/'broken into')!r}, 'w')\n")
+    (folder/"config.json").write_text(json.dumps(config)); (folder/"evil.py").write_text(f"open({str(tmp_path/'broken into')!r}, 'w')\n")
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("a question was put to the user"))
     with pytest.raises(ConfigError, match="cannot load a sentence encoder"): embed(["one"], str(folder))
     assert not (tmp_path/"broken into").exists()

@@ -170,7 +170,7 @@ def test_a_lesson_runs(run_all, lab, name):
 def test_messages_are_explored_by_hand(run_all, lab, screenshots):
     page, cells = run_all(copy("77_interact.explore", lab[1]))
     check_whole(page, cells, 0)
-    shown, (game, place, symbol) = page.locator(".widget-html .refcomm"), page.locator(".widget-text input").all()
+    shown, (game, _, symbol) = page.locator(".widget-html .refcomm"), page.locator(".widget-text input").all()
     game.scroll_into_view_if_needed()
     sent, changed = shown.inner_text(), shown.locator("code.changed")
     assert changed.count() == 0 and shown.locator("img").count() == 8

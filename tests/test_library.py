@@ -74,7 +74,8 @@ def test_every_combination_trains_saves_and_plays_again(tmp_path, game, channel,
         cell=cell) | BOTTLENECKS[bottleneck] | CHANNELS[channel])
     if channel == "recurrent" and cell == "transformer": sizes |= dict(ends=False)
     if game == "image":
-        wide = 8 if channel != "instant" else 6 if bottleneck in ("gumbel", "straight-through", "reinforce") else 4
+        wide = 6 if bottleneck in ("gumbel", "straight-through", "reinforce") else 4
+        if channel != "instant": wide = 8
         sizes["sender"] = InformedSender(6, wide, 4, 5, 3)
     try: g = make_game(t, **sizes)
     except ConfigError as e:
@@ -145,7 +146,7 @@ def test_discrimination_takes_every_channel_and_bottleneck(tmp_path, channel, bo
     game, x = DiscriminationGame(eye(), c, eye(), n_candidates=4), torch.rand(2, 16, 3, 2, 2, generator=generator(0))
     opt, draws = torch.optim.SGD(game.parameters(), .1), generator(1)
     before = [p.detach().clone() for p in game.parameters()]
-    for _ in range(2): opt.zero_grad(), game(*x, game.draw_noise(16, draws)).backward(), opt.step()
+    for _ in range(2): opt.zero_grad(); game(*x, game.draw_noise(16, draws)).backward(); opt.step()
     assert any(not torch.equal(a, b) for a, b in zip(before, game.parameters()))
     again = load_game(save_game(tmp_path/"game", game.eval()))
     with torch.no_grad(): one, two = (g.play(*x) for g in (game, again))
@@ -156,7 +157,7 @@ def test_a_patch_game_is_kept_and_takes_no_other_channel(tmp_path):
         width=12, layers=1, heads=3, hidden=8, narrow=4, dim=16, negatives="local")
     game, x = make_patch_game(**sizes), torch.rand(2, 4, 3, 32, 32, generator=generator(0))
     opt = torch.optim.SGD(game.parameters(), .1)
-    for _ in range(2): opt.zero_grad(), game(*x, game.draw_noise(4, generator(1))).backward(), opt.step()
+    for _ in range(2): opt.zero_grad(); game(*x, game.draw_noise(4, generator(1))).backward(); opt.step()
     again = load_game(save_game(tmp_path/"game", game.eval()), dict(PatchGame=lambda: make_patch_game(**sizes)))
     with torch.no_grad(): assert torch.equal(game.send(x[0]).symbols, again.send(x[0]).symbols)
     with pytest.raises(ConfigError, match="unknown channel 'patch'"): make_game(task(), channel="patch")
@@ -282,8 +283,8 @@ def test_tables_that_are_no_objects(table, message):
     with pytest.raises(ConfigError, match=message): load_objects(table)
 
 def test_files_of_both_kinds_hold_the_same_objects(tmp_path):
-    (TABLE.to_csv(tmp_path/"t.csv", index=False), TABLE.to_parquet(tmp_path/"t.parquet"),
-        TABLE.to_csv(tmp_path/"s.csv", index=False, sep=";"))
+    TABLE.to_csv(tmp_path/"t.csv", index=False); TABLE.to_parquet(tmp_path/"t.parquet")
+    TABLE.to_csv(tmp_path/"s.csv", index=False, sep=";")
     a, b, c = (load_objects(tmp_path/n) for n in ("t.csv", "t.parquet", "s.csv"))
     assert torch.equal(a.values, b.values) and torch.equal(a.values, c.values) and [k for k in a.kinds] == [k
         for k in b.kinds]
@@ -390,7 +391,7 @@ def test_a_finished_run_is_explored_played_probed_and_written_without_training(t
     else: records = execute(FINISHED[experiment](), store=store)
     monkeypatch.setattr("refcomm.training.loop.fit", None)
     key = f"{experiment}/{records[0].key}"
-    e, m = explorer_of(key, 4, store), None
+    e = explorer_of(key, 4, store)
     corpus = from_record(records[0], "game/valid" if experiment == "iac" else None)
     if experiment == "patch": # dropped patches are no symbols of a corpus
         assert [[s for s in row if s >= 0] for row in e.symbols.tolist()] == [row[:n]

@@ -19,7 +19,7 @@ from refcomm.papers.sms import items as sms
 from refcomm.papers.eqc.items import SMALL
 from refcomm.training.loggers import LOGGERS, MEASURED, CSVLog
 from refcomm.runs.execute import execute, run_stack
-from refcomm.runs.store import Store, run_key
+from refcomm.runs.store import Store
 from refcomm.training.loop import train_epoch
 
 SPECS = [EQCSpec(seed=s, lr=1e-3, **{**SMALL["object"], "epochs": 4}) for s in (0, 1)] # one stack

@@ -11,7 +11,8 @@ from refcomm.agents.transformer import Transformer, ViT, cut_patches, patch_grid
 from refcomm.bottlenecks.gate import Gate
 from refcomm.core import ConfigError, anneal, generator, seeded_init
 from refcomm.training.ensemble import Ensemble
-from refcomm.games.patchgame import PUBLIC_CODE, make_patch_game
+from refcomm.games.patchgame import make_patch_game
+from refcomm.names import PUBLIC_CODE
 from refcomm.training.loop import TrainSettings, fit
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

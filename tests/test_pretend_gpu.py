@@ -31,8 +31,8 @@ class Crooked(torch.autograd.Function):
 
 @pytest.mark.parametrize("what", PLANTED)
 def test_each_kind_of_fault_is_found_with_its_place(what):
-    with pytest.raises(AssertionError, match=r"FAULT ×1 .*test_pretend_gpu.py:\d+"):
-        with PretendGPU(): PLANTED[what](torch.ones(4, device="cuda"))
+    with pytest.raises(AssertionError, match=r"FAULT ×1 .*test_pretend_gpu.py:\d+"), PretendGPU():
+        PLANTED[what](torch.ones(4, device="cuda"))
 
 
 def test_a_fault_is_raised_at_once_when_strict():

@@ -184,8 +184,8 @@ def test_embeddings_are_made_once(home, tiny, monkeypatch):
 
 def test_other_sentences_weights_or_sizes_are_other_files(home, tiny):
     import safetensors.torch
-    (embed(TEXTS, fit_on=TEXTS, dim=4), embed(TEXTS, fit_on=TEXTS, dim=3), embed(TEXTS, fit_on=TEXTS[1:], dim=4),
-        embed(TEXTS[1:], fit_on=TEXTS, dim=4))
+    embed(TEXTS, fit_on=TEXTS, dim=4); embed(TEXTS, fit_on=TEXTS, dim=3)
+    embed(TEXTS, fit_on=TEXTS[1:], dim=4); embed(TEXTS[1:], fit_on=TEXTS, dim=4)
     x = embed(TEXTS, str(tiny))
     weights = {k: v*.5 for k, v in safetensors.torch.load_file(tiny/"model.safetensors").items()}
     safetensors.torch.save_file(weights, tiny/"model.safetensors", {"format": "pt"})

@@ -12,6 +12,7 @@ from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.papers.sms import run as sms
 from refcomm.games.tasks import Valued
 from refcomm.papers.sms import items as grids
+from refcomm.papers.sms.spec import BOTTLENECKS
 from refcomm.metrics.protocol import effective_number, exchange, information
 from refcomm.runs.execute import Context
 
@@ -45,7 +46,7 @@ def test_reinforce_estimates_the_gradient_of_the_expected_loss():
     assert exact.abs().max() > .1
 
 
-@pytest.mark.parametrize("bottleneck", sms.BOTTLENECKS)
+@pytest.mark.parametrize("bottleneck", BOTTLENECKS)
 def test_stacked_seeds_are_the_seeds_one_by_one(bottleneck):
     specs = [tiny(seed=s, bottleneck=bottleneck, epochs=3) for s in (0, 1)]
     together = sms.run(specs, QUIET)

@@ -14,7 +14,7 @@ KINDS = ("checkpoint", "members.json", "cache", "recipe", "plan", "archive")
 def found(tmp_path_factory):
     root = tmp_path_factory.mktemp("soak")
     with pytest.MonkeyPatch.context() as m:
-        m.setenv("REFCOMM_HOME", str(root)), m.setenv("REFCOMM_FIGURES", str(root/"figures"))
+        m.setenv("REFCOMM_HOME", str(root)); m.setenv("REFCOMM_FIGURES", str(root/"figures"))
         yield subjects(root)
 
 

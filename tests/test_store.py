@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from refcomm.core import ConfigError, RecordError, StoreError
+from refcomm.core import ConfigError, RecordError
 from refcomm.papers.eqc.run import EQCSpec
 from refcomm.runs.execute import execute
 from refcomm.runs.store import RunResult, Store, digest, provenance, run_key
@@ -264,8 +263,8 @@ def test_an_index_that_cannot_be_used_is_made_anew(home, tmp_path, kind):
     if kind in ("a pipe", "a folder", "a link"): path.unlink()
     if kind == "a pipe": os.mkfifo(path)
     if kind == "a folder": path.mkdir()
-    if kind == "a link": victim.write_bytes(data), path.symlink_to(victim)
-    if kind == "may not be written": path.unlink(), (Store().root/f"{INDEX}-journal").mkdir()
+    if kind == "a link": victim.write_bytes(data); path.symlink_to(victim)
+    if kind == "may not be written": path.unlink(); (Store().root/f"{INDEX}-journal").mkdir()
     if kind == "held by another":
         held = sqlite3.connect(path)
         held.execute("BEGIN EXCLUSIVE")

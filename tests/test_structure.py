@@ -198,7 +198,7 @@ def test_all_deals_of_four_objects():
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_the_interval_holds_the_value_of_all_objects_and_p_is_fair(statistic):
-    world, g, held, significant, values = ObjectWorld(3, 4), generator(11), 0, 0, []
+    world, g, held, significant = ObjectWorld(3, 4), generator(11), 0, 0
     every = world.attributes(torch.arange(world.size)).repeat(20, 1)
     def speak(meant, noise):
         return torch.where(torch.rand(meant.shape, generator=g) < noise, torch.randint(4, meant.shape, generator=g),

@@ -97,8 +97,8 @@ def freeze(monkeypatch):
         return real(file, mode, *a, **k)
     for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "symlink", "link", "utime"):
         monkeypatch.setattr(os, name, lambda path, *a, **k: refuse(path))
-    (monkeypatch.setattr(os, "open", low), monkeypatch.setattr(builtins, "open", high),
-        monkeypatch.setattr("io.open", high))
+    monkeypatch.setattr(os, "open", low)
+    monkeypatch.setattr(builtins, "open", high); monkeypatch.setattr("io.open", high)
 
 
 def test_a_store_that_can_only_be_read_is_read_and_each_refusal_is_one_line(home, tmp_path, command, monkeypatch):
@@ -106,7 +106,7 @@ def test_a_store_that_can_only_be_read_is_read_and_each_refusal_is_one_line(home
     from refcomm.runs.execute import execute, write_plan
     spec, other = EQCSpec(**TINY), EQCSpec(**{**TINY, "seed": 1})
     record, = execute([spec])
-    write_plan([spec], tmp_path/"made.json"), write_plan([other], tmp_path/"other.json"), export_runs(tmp_path/"x.tar")
+    write_plan([spec], tmp_path/"made.json"); write_plan([other], tmp_path/"other.json"); export_runs(tmp_path/"x.tar")
     bad = Store().path("eqc", "0"*16)
     bad.mkdir(); (bad/"record.json").write_text("{", encoding="utf-8")
     monkeypatch.chdir(tmp_path)

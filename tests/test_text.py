@@ -7,7 +7,7 @@ import os
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from refcomm.publish import figures
 from refcomm import cli

@@ -205,6 +205,6 @@ def test_a_checkpoint_of_other_learning_rates_is_set_aside(tmp_path):
         fit(e, lambda i, g: e.map(lambda m: m.weight.sum()), lambda: dict(accuracy=torch.ones(1), loss=torch.zeros(1)),
             4, TrainSettings(epochs=2), [0], checkpoint=tmp_path/"c.safetensors", report=lambda *_: None,
             lr_factors=factors)
-    run([("weight", .1)]), run([("weight", .1)])
+    run([("weight", .1)]); run([("weight", .1)])
     with pytest.warns(UserWarning, match="belongs to another model, data or setting: lr_factors"): run([("bias", .1)])
     assert len(list(tmp_path.glob("c.unreadable-*"))) == 1, "it is not lost"

@@ -125,8 +125,8 @@ class Links:
 def place(name): # of a notebook's page, without its end
     folder, _, stem = name.rpartition("/")
     if name == "index": return "index"
-    return (f"{folder}/{stem}" if folder.startswith(("papers/", "tutorials")) else f"papers/{folder}/{stem}" if folder
-        else f"lessons/{stem}")
+    if not folder: return f"lessons/{stem}"
+    return f"{folder}/{stem}" if folder.startswith(("papers/", "tutorials")) else f"papers/{folder}/{stem}"
 
 
 def tree(names, hidden=True):
@@ -264,7 +264,7 @@ class Site:
             self.kept.add(self.folder/"figures"/p.name)
             (self.folder/"figures").mkdir(parents=True, exist_ok=True)
             shutil.copy2(p, self.folder/"figures"/p.name)
-        self.home(), self.lessons(), self.papers(), self.tutorials(), self.api()
+        self.home(); self.lessons(); self.papers(); self.tutorials(); self.api()
         for name in ("speed", "gpu", "glossary"):
             self.put(f"{name}.md", self.links((ROOT/"nbs"/f"{name}.md").read_text("utf-8"), None))
         self.put("security.md", (ROOT/"SECURITY.md").read_text("utf-8"))

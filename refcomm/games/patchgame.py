@@ -6,11 +6,9 @@
 __all__ = ['PatchGame', 'make_patch_game']
 
 # %% ../../nbs/41_games.patchgame.ipynb #41852f80
-import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from ..names import PUBLIC_CODE
 from ..core import check_at_least, check_choice
 from ..agents.patches import Listener, Message, PatchRank, PatchSymbol, Speaker
 from ..agents.transformer import Transformer, ViT

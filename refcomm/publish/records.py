@@ -178,7 +178,9 @@ def kept_store(
         os.environ.update(changes)
         try: yield index["parameters"]
         finally:
-            for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
+            for k, v in before.items():
+                if v is None: os.environ.pop(k)
+                else: os.environ[k] = v
 
 # %% ../../nbs/95_publish.records.ipynb #25176d20
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ __all__ = ['MANIFEST', 'PACKED', 'CUT', 'DROPPINGS', 'LIMITS', 'export_runs', 'I
 
 # %% ../../nbs/69_runs.archives.ipynb #86a00003
 import bz2, contextlib, gzip, hashlib, io, json, lzma, os, re, shutil, stat, tarfile, zlib
-from pathlib import Path
 from typing import NamedTuple
 
 from ..core import ConfigError, RecordError, StoreError

@@ -7,7 +7,6 @@ __all__ = ['MADE', 'foreign', 'recognise', 'Cleaned', 'clean']
 
 # %% ../../nbs/70_runs.cleaning.ipynb #87a00003
 import contextlib, os, re, shutil, subprocess, time
-from pathlib import Path
 from typing import NamedTuple
 
 from .archives import DROPPINGS
@@ -95,18 +94,25 @@ def _busy(path)->bool: # whether a folder under tmp may be in use without a lock
     return _age(path) < limit
 
 # %% ../../nbs/70_runs.cleaning.ipynb #87a00013
+def _is_folder(path): return path.is_dir() and not path.is_symlink()
+
+def _drop(path): # a folder with what is in it; a link, and not what it leads to
+    if _is_folder(path): shutil.rmtree(path)
+    else: path.unlink()
+
 def _remove_record(path, done):
-    for name in (*FILES, *(n for n in os.listdir(path)
-        if DROPPINGS.fullmatch(n))) if path.is_dir() and not path.is_symlink() else ():
-        with contextlib.suppress(FileNotFoundError):
-            (path/name).unlink() if not (path/name).is_dir() or (path/name).is_symlink() else shutil.rmtree(path/name)
-    try: path.unlink() if path.is_symlink() or not path.is_dir() else path.rmdir()
+    inside = (*FILES, *filter(DROPPINGS.fullmatch, os.listdir(path))) if _is_folder(path) else ()
+    for name in inside:
+        with contextlib.suppress(FileNotFoundError): _drop(path/name)
+    try:
+        if _is_folder(path): path.rmdir()
+        else: path.unlink()
     except FileNotFoundError: return
     except OSError: done.others.append(path)
     else: done.removed.append(path)
 
 def _remove(path, done):
-    try: shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    try: _drop(path)
     except FileNotFoundError: return
     done.removed.append(path)
 
@@ -136,7 +142,8 @@ def clean(
                     (store.root/"locks"/f"{path.name}.lock").unlink(missing_ok=True)
         for e, k in keys if everything else ():
             with _free(store, f"{e}-{k}") as free:
-                _remove_record(store.path(e, k), done) if free else done.in_use.append(store.path(e, k))
+                if free: _remove_record(store.path(e, k), done)
+                else: done.in_use.append(store.path(e, k))
         for name in {e for e, _ in keys}:
             with contextlib.suppress(OSError): (store.root/name).rmdir() # if it is empty
         if store.root == home()/"runs": _sweep_caches(done)

@@ -269,7 +269,7 @@ def _submit(stacks, store, device, logger, weights, bar, pool):
                     bar.set_postfix_str(next((text for share, text in progress if 0 < share < 1), ""), refresh=False)
                     bar.update(sum(share*len(s) for (share, _), s in zip(progress, stacks)) - bar.n)
                     if any(f.done() and f.exception() for f in futures): break
-                for f in futures: f.done() and f.result()
+                for f in [f for f in futures if f.done()]: f.result()
             bar.update(sum(map(len, stacks)) - bar.n)
         finally:
             for f in futures: f.cancel()

@@ -134,7 +134,8 @@ def package_commit()->str: # short hash, with "+" when the package has changes; 
     try: head = git("rev-parse", "--short=10", "HEAD")
     except OSError: return ""
     tracked = head.returncode == 0 and git("ls-files", "--error-unmatch", "__init__.py").returncode == 0
-    return head.stdout.strip() + ("+" if git("status", "--porcelain", "--", ".").stdout else "") if tracked else ""
+    if not tracked: return ""
+    return head.stdout.strip() + ("+" if git("status", "--porcelain", "--", ".").stdout else "")
 
 def _peak_memory()->int|None: # MiB of this process; None where the system does not tell (Windows)
     try: import resource

@@ -83,8 +83,8 @@ def _alike(targets, distractors):
             else tuple(integers(x, "attributes") for x in both))
     kinds = {x.dtype.newbyteorder("=").name for x in both}
     kind = kinds.pop() if len(kinds) == 1 and kinds <= set(_KNOWN) else None
-    return tuple((np.array if min(x.strides, default=0) < 0 else np.asarray)(x, kind, order="C") if kind
-        else integers(x, "attributes").numpy() for x in both)
+    if not kind: return tuple(integers(x, "attributes").numpy() for x in both)
+    return tuple((np.array if min(x.strides, default=0) < 0 else np.asarray)(x, kind, order="C") for x in both)
 
 _KNOWN = {k: getattr(torch, k) for k in ("uint8", "int8", "int16", "int32", "int64")}
 

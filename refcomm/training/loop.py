@@ -111,8 +111,9 @@ def parameter_groups(
             f"{ensemble.n_members} stacked members: train them one by one")
     for name, p in zip(ensemble.names, ensemble.parameters()):
         factor, flat = next((f for start, f in lr_factors if name.startswith(start)), 1.), p.dim() < 3
-        options = ({"weight_decay": 0. if flat else settings.weight_decay or 0.} if lars
-            or settings.weight_decay is not None else {})
+        options = {}
+        if lars or settings.weight_decay is not None:
+            options["weight_decay"] = 0. if flat else settings.weight_decay or 0.
         if lars: options["always_adapt"] = not flat
         groups.setdefault((factor, *options.values()), dict(params=[], factor=factor, **options))["params"].append(p)
     return list(groups.values())

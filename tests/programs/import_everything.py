@@ -16,7 +16,7 @@ import refcomm.papers.evidence
 import refcomm.publish.figures
 import refcomm.publish.report
 import refcomm.runs.execute
-import refcomm.sms.complexity
+import refcomm.sms.complexity # noqa: F401
 
 assert torch.equal(state, torch.random.get_rng_state())
 assert (threads, argv) == (torch.get_num_threads(), sys.argv)

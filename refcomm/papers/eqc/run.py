@@ -19,7 +19,7 @@ from ...data.embeddings import SentenceEncoder, embed
 from ...data.features import load_features
 from ...data.objects import ObjectWorld, split
 from ...data.sentences import load_sentences
-from ...ending import Ending # registers the channel "ending"
+from ...ending import Ending # registers the channel "ending" # noqa: F401
 from ...training.ensemble import Ensemble
 from ...files import unstamped
 from ...games.referential import ReferentialGame, check_game
@@ -28,7 +28,7 @@ from ...metrics.task import hits, n_unique
 from ...runs.execute import Context
 from ...runs.store import RunResult, packed
 from ...training.loop import TrainSettings, fit
-from .spec import GAMES, SOURCES, SUFFIXES, EQCSpec, source
+from .spec import SUFFIXES, EQCSpec
 
 # %% ../../../nbs/83_papers.eqc.run.ipynb #183731e0
 def load(

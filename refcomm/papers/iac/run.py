@@ -29,7 +29,7 @@ from ...metrics.task import expected_accuracy, n_unique
 from ...runs.execute import Context
 from ...runs.store import RunResult, defined, packed
 from ...training.loop import TrainSettings, fit
-from .spec import BOTTLENECKS, MODELS, UNTRAINED, IACSpec
+from .spec import UNTRAINED, IACSpec
 
 # %% ../../../nbs/85_papers.iac.run.ipynb #6655a088
 def make_parts(s:IACSpec)->ImageParts:

@@ -32,7 +32,7 @@ from ...metrics.task import expected_accuracy
 from ...runs.execute import Context
 from ...runs.store import RunRecord, RunResult
 from ...training.loop import TrainSettings, fit
-from .spec import MODELS, PatchSpec
+from .spec import PatchSpec
 
 # %% ../../../nbs/87_papers.patch.run.ipynb #b89e583c
 def make_parts(s:PatchSpec)->ImageParts:

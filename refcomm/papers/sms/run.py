@@ -27,7 +27,7 @@ from ...runs.store import RunResult, packed
 from ...sms.datasets import picture_world
 from ...sms.sampling import sample_games
 from ...training.loop import TrainSettings, fit
-from .spec import BOTTLENECKS, SMSSpec
+from .spec import SMSSpec
 
 # %% ../../../nbs/90_papers.sms.run.ipynb #413a6da0
 def make_task(
