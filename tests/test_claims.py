@@ -15,7 +15,7 @@ from refcomm.publish import catalogue
 from refcomm.papers.claims import VERDICTS, Answer, answer, check_claim, claims, counted, verdict
 from refcomm.core import PROFILES, ConfigError
 from refcomm.papers.deviations import deviations, incomplete, reach
-from refcomm.papers.eqc import run as eqc
+from refcomm.papers.eqc import spec as eqc
 from refcomm.metrics.statistics import Estimate, combine, detectable, estimate, interval, mean_interval, share_interval
 from refcomm.papers.evidence import PAPERS, compare, summarize
 

@@ -136,6 +136,7 @@ def verdict(
     if not result.false: return "undecided"
     return "refuted" if near else "not seen at this scale"
 
+# %% ../../nbs/82_papers.claims.ipynb #8e47c5c6
 def _number(x, digits=3):
     return "unknown" if math.isnan(x) else f"{x:.{digits}g}".replace("-", "\N{MINUS SIGN}")
 

@@ -40,7 +40,8 @@ def verdicts(
 
 def apart(claims)->str: # " (and 3 checks of data, 4 statements of ours)"
     "What is not counted among a paper's claims."
-    checks, ours = sum(c["kind"] == "check" for c in claims), sum(bool(c["ours"]) and c["kind"] != "check" for c in claims)
+    checks = sum(c["kind"] == "check" for c in claims)
+    ours = sum(bool(c["ours"]) and c["kind"] != "check" for c in claims)
     named = [f"{n} {one if n == 1 else many}" for n, one, many in ((checks, "check of data", "checks of data"),
         (ours, "statement of ours", "statements of ours")) if n]
     return f" (and {', '.join(named)})" if named else ""
@@ -79,7 +80,7 @@ def _claims(section)->list: # lines
     "A table of a paper's claims."
     lines = ["| claim | verdict | cause | numbers |", "|---|---|---|---|"]
     for c in section["claims"]:
-        whose = " (ours)" if c["ours"] else " (check)" if c["kind"] == "check" else ""
+        whose = " (ours)"*bool(c["ours"]) or " (check)"*(c["kind"] == "check")
         lines.append(f"| {cell(c['sentence'])}{whose} | {c['verdict']} | {cell(c.get('cause') or '')} | {cell(_numbers(c))} |")
     return lines
 
