@@ -218,6 +218,7 @@ def concerned(
     named = {name.strip().casefold() for name in game.split(",")}
     return [s for s in trained if str(s.get("game")).casefold() in named] or trained
 
+# %% ../../nbs/82_papers.claims.ipynb #e06ac895
 def check_claims(
     paper:str, # "eqc"
     item:str, # "table5"

@@ -158,6 +158,7 @@ def only_numbers(
     path = Path(folder or records_dir())/f"{item.replace('/', '_', 1)}.json"
     return not path.is_file() or not _read_index(path).get("redraw", True)
 
+# %% ../../nbs/95_publish.records.ipynb #26b75f8b
 @contextlib.contextmanager
 def kept_store(
     item:str, # "eqc/table5"

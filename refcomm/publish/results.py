@@ -31,6 +31,7 @@ def headline(
         if line["column"] == column]
     return f"{what}: **{lines[0]['ours']}{unit}** (paper: {lines[0]['published']}{unit})" if lines else "–"
 
+# %% ../../nbs/98_publish.results.ipynb #ca375fb2
 def verdicts(
     claims, # with `verdict`, `ours` and `kind`
 )->str: # "12 reproduced, 3 undecided"

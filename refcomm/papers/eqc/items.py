@@ -425,7 +425,8 @@ def trial_values(
 )->dict: # claim → its values
     "Values of claims that one setting is better than another, game by game."
     ahead = lambda both: _ahead(*(part.sort_values("seed") for part in both))
-    return {f"eqc.{game}.{claim}": {name: {key: ahead(both) for key, both in of.items()} or {"none": Estimate(float("nan"))}}
+    none = {"none": Estimate(float("nan"))}
+    return {f"eqc.{game}.{claim}": {name: {key: ahead(both) for key, both in of.items()} or none}
         for game, of in pairs.items()}
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #332d5d74
@@ -469,6 +470,7 @@ def stopped_early(
         sort=False).rise.mean().reset_index()
     return mean[mean.rise > gain].reset_index(drop=True)
 
+# %% ../../../nbs/84_papers.eqc.items.ipynb #69b41625
 KINDS = {"GS": "Gumbel-softmax", "QT": "quantis", "CN": "continuous"} # first part of a row's name → what claims call it
 
 def stopped_claims(

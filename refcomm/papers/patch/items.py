@@ -315,6 +315,7 @@ def order_values(
         values.setdefault(f"patch.half-{grid}", dict(trained=Estimate(math.nan), untrained=Estimate(math.nan)))
     return values
 
+# %% ../../../nbs/89_papers.patch.items.ipynb #914bd994
 def message_values(
     sent, # one [n, n_symbols] tensor per seed, −1 for dropped patches
     play, # DataFrame: n_candidates, seed, accuracy in %

@@ -65,8 +65,8 @@ def epochs_of(
     "Validation accuracy over epochs."
     import pandas as pd
     fields = ("min_symbols", "message_length", "bottleneck", "lr", "batch_size", "scoring", "ending", "seed", "n_valid")
-    usual = SMSSpec()
-    return pd.concat([r.history().assign(**{k: r.spec.get(k, getattr(usual, k)) for k in fields}, epoch=lambda h: h.epoch + 1)
+    usual = {k: getattr(SMSSpec(), k) for k in fields} # older runs lack the fields that came later
+    return pd.concat([r.history().assign(**{k: r.spec.get(k, v) for k, v in usual.items()}, epoch=lambda h: h.epoch + 1)
         for r in records], ignore_index=True)[[*fields, "epoch", "accuracy", "loss"]]
 
 def fidelity(

@@ -75,8 +75,8 @@ def build(
         else dict(entropy_weight=s.entropy_weight))
     seen = next(task.games("valid", 2)).x
     with seeded_init(s.seed):
-        channel = (Ending if s.ending else Recurrent)(make_bottleneck(s.bottleneck, alphabet_size=s.alphabet_size, **own),
-            s.message_length, s.hidden, s.embedding, s.cell)
+        bottleneck = make_bottleneck(s.bottleneck, alphabet_size=s.alphabet_size, **own)
+        channel = (Ending if s.ending else Recurrent)(bottleneck, s.message_length, s.hidden, s.embedding, s.cell)
         make = (lambda: _eye(s.hidden)) if s.picture_size else (lambda: LinearEncoder(seen.shape[-1], s.hidden))
         game = CosineGame if s.scoring == "cosine" else ReferentialGame
         return check_game(game(make(), channel, make()), seen)
