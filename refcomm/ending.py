@@ -103,7 +103,7 @@ class TransformerSpeaker(nn.Module):
         self.norm = nn.LayerNorm(hidden)
 
     def forward(self, u:Tensor, emit, n:int)->None:
-        "Call `emit` for `n` words, as `CellSpeaker` does."
+        "After the encoding `u` `[batch, hidden]`, call `emit` for `n` words, as `CellSpeaker` does."
         x, past = u, [None]*len(self.layers)
         for i in range(n):
             h = (x + self.positions[i])[:, None]

@@ -35,7 +35,7 @@ class Baseline(nn.Module):
         return None # [batch, n_symbols] int64
 
     def play(self, x:Tensor, seen:Tensor)->Played:
-        "The outcome in evaluation mode; accuracy is NaN by default."
+        "The outcome for two views `[batch, 3, size, size]` in evaluation mode; accuracy is NaN by default."
         return Played(self(x, seen), torch.full((), math.nan, device=x.device), self.symbols(x))
 
 # %% ../../nbs/42_games.baselines.ipynb #7cfa17c8
@@ -55,7 +55,7 @@ class Supervised(Baseline):
         return F.cross_entropy(self.head(self.trunk(x)), labels)
 
     def play(self, x:Tensor, labels:Tensor)->Played:
-        "Loss and accuracy on labelled images."
+        "Loss and accuracy on images `[batch, 3, size, size]` with labels `[batch]`."
         logits = self.head(self.trunk(x))
         return Played(F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).float().mean(), None)
 
@@ -65,8 +65,8 @@ class SupervisedViT(Supervised):
         "Random numbers that choose the number of patches and the patches."
         return torch.rand(batch, len(self.trunk.transformer.positions), generator=generator, device=generator.device)
 
-    def forward(self, x:Tensor, labels:Tensor, noise:Tensor|None=None)->Tensor:
-        "Cross-entropy of the labels; with noise, on a random subset of patches."
+    def forward(self, x:Tensor, labels:Tensor, noise:Tensor|None=None)->Tensor: # scalar
+        "Cross-entropy of the labels `[batch]` of images `[batch, 3, size, size]`; with noise, on a random subset of patches."
         if noise is None: return super().forward(x, labels)
         shown = 1 + int(noise[0, 0]*(noise.shape[1] - 1)) # the same number for all images of the batch
         return F.cross_entropy(self.head(self.trunk(x, noise[:, 1:].argsort(1)[:, :shown])), labels)
@@ -145,8 +145,8 @@ class MoCo(_MomentumPair):
         with torch.autocast(x.device.type, enabled=False):
             return self.loss(found.float() if self.training else found.detach().float(), keys.float())
 
-    def play(self, x:Tensor, seen:Tensor):
-        "Loss and accuracy of matching the two views within a batch, in evaluation mode."
+    def play(self, x:Tensor, seen:Tensor)->Played:
+        "Loss and accuracy of matching two views `[batch, 3, size, size]` within a batch, in evaluation mode."
         check_batch(x, seen)
         scores, target = in_batch_scores(self.queries(x), self.keys(seen))
         return Played(F.cross_entropy(scores / self.temperature, target), (scores.argmax(-1) == target).float().mean(),

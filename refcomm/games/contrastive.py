@@ -186,7 +186,7 @@ class DiscriminationGame(_InBatchGame):
         return self.channel.receive(sent.word), sent.symbols if sent.symbols is None else sent.symbols.flatten(1)
 
     def play(self, x:Tensor, seen:Tensor)->Played:
-        "Loss, accuracy and symbols of a batch in evaluation mode, without noise."
+        "Loss, accuracy and symbols `[batch, symbols_per_message]` for two views `[batch, …]` in evaluation mode, without noise."
         candidates, (decoded, symbols) = self.candidates(check_batch(x, seen)[1]), self.decode(x)
         return _played(candidates.scores(self.receiver, decoded), candidates.target, symbols)
 
@@ -267,7 +267,7 @@ class SimCLR(_Projected):
         return dict(h=self.projector, s=self.projector[-1], z=nn.Identity())[layer](word), symbols[:, None]
 
     def play(self, x:Tensor, seen:Tensor, layer:str="s")->Played:
-        "Evaluate the discrimination game with the argmax of a layer as the symbol."
+        "Play with two views `[batch, 3, size, size]` and the argmax of a layer as the symbol, `[batch]`."
         decoded, symbols = self.decode(self.layers(check_batch(x, seen)[0]), layer)
         scores, target = in_batch_scores(decoded, self.layers(seen)["z"], n_candidates=self.n_candidates)
         return _played(scores / self.temperature, target, symbols)

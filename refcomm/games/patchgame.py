@@ -60,7 +60,10 @@ class PatchGame(_PatchAgents):
         return loss + self.length_cost*sent.word.sum((1, 2)).mean() if self.length_cost else loss
 
     def play(self, x:Tensor, seen:Tensor, noise:Tensor|None=None)->Played:
-        "Loss, accuracy and symbols of a batch in evaluation mode, with the most probable symbols; given noise, gates are sampled."
+        """Loss, accuracy and symbols `[batch, symbols_per_message]` for two views `[batch, 3, size, size]` in evaluation mode.
+
+        Symbols are the most probable ones; given noise, gates are sampled.
+        """
         check_batch(x, seen)
         sent = self.send(x, noise)
         scores, target = in_batch_scores(self.listener.decode(sent), self.listener.encode_images(seen),

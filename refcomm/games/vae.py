@@ -88,9 +88,9 @@ class VQVAE2(_TwoLevels):
         top = _quantise(self.top, self.say_top(self.trunk.top(fine)), learn)
         return top, _quantise(self.bottom, self.say_bottom(torch.cat([self.hear_top(top[0]), fine], 1)), learn)
 
-    def decode(self, top:Tensor, bottom:Tensor)->Tensor:
-        "Images from the quantised vectors of both levels."
-        return self.decoder(torch.cat([self.enlarge(top), bottom], 1)) # [batch, 3, height, width]
+    def decode(self, top:Tensor, bottom:Tensor)->Tensor: # [batch, 3, height, width]
+        "Images from the vectors of both levels: `[batch, code_dim, height/8, width/8]`, and twice as high and wide."
+        return self.decoder(torch.cat([self.enlarge(top), bottom], 1))
 
     def reconstruct(self, x:Tensor)->Tensor: # as `x`
         "Encode and decode images `[batch, 3, height, width]`."
