@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from ..names import PUBLIC_CODE
 from ..core import check_at_least, check_choice
 from ..agents.patches import Listener, Message, PatchRank, PatchSymbol, Speaker
 from ..agents.transformer import Transformer, ViT
@@ -61,7 +60,7 @@ class PatchGame(_PatchAgents):
         loss = self.loss(self.listener.decode(sent := self.send(x, noise)), self.listener.encode_images(seen))
         return loss + self.length_cost*sent.word.sum((1, 2)).mean() if self.length_cost else loss
 
-    def play(self, x:Tensor, seen:Tensor, noise:Tensor|None=None)->Played:
+    def evaluate(self, x:Tensor, seen:Tensor, noise:Tensor|None=None)->Played:
         "Loss, accuracy and symbols of a batch in evaluation mode, with the most probable symbols; given noise, gates are sampled."
         check_batch(x, seen)
         sent = self.send(x, noise)
