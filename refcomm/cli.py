@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'runs_app', 'found_done', 'reproduce_item', 'options', 'print_table', 'list_items', 'reproduce',
            'print_comparison', 'read_grid', 'sweep', 'plan', 'redraw', 'report', 'runs_list', 'runs_show',
-           'runs_verify', 'runs_plan', 'runs_execute', 'runs_export', 'runs_import', 'runs_clean', 'main']
+           'runs_verify', 'runs_write_plan', 'runs_execute', 'runs_export', 'runs_import', 'runs_clean', 'main']
 
 # %% ../nbs/99_cli.ipynb #13e5a072
 import contextlib, json, os, signal, sys, threading, time
@@ -381,7 +381,7 @@ def plan(
         [*rows, cells["total"]])
     if profile == "gpu" and (long := longest(lines, wanted)): print(f"More than ten minutes: {'; '.join(long)}.")
     if others:
-        print("Shipped times are of other data than are here, and not used: " + "; ".join(f"{i} (shipped with {there}; here "
+        print("Shipped times are for other data and are not used: " + "; ".join(f"{i} (shipped with {there}; here "
             f"{here})" for i, (there, here) in others.items()) + ". REFCOMM_DATA names a folder with data.")
     print("A run shared by several items counts once in the total. Times are of training, one run after the other on "
         "this machine, without evaluation, data and figures.")
@@ -525,8 +525,8 @@ def runs_verify():
     if bad: raise typer.Exit(1)
 
 # %% ../nbs/99_cli.ipynb #63abc3fa
-@runs_app.command("plan")
-def runs_plan(
+@runs_app.command("write-plan")
+def runs_write_plan(
     items:list[str] = typer.Argument(None, help="items or papers [default: everything]"),
     profile:str = typer.Option("gpu", help="smoke | cpu | gpu | paper"),
     n_seeds:int = typer.Option(3, help="number of seeds per configuration"),

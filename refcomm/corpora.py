@@ -97,7 +97,7 @@ def make_corpus(
         raise ConfigError(f"{len(messages)} messages but {len(meanings)} meanings: one of each is expected")
     try: return Corpus(messages, meanings, json.loads(json.dumps(dict(about or {}), allow_nan=False)), lengths)
     except (TypeError, ValueError, RecursionError) as e:
-        raise ConfigError(f"what is said about a corpus must be a dict of numbers, text or lists of them ({e})") from None
+        raise ConfigError(f"about must be a dict of numbers, text or lists of them ({e})") from None
 
 # %% ../nbs/74_corpora.ipynb #9a0fb23b
 def describe(
@@ -188,11 +188,11 @@ def _card(name, corpora, numbers, license)->str:
         for v, n in numbers.items()]
     first, about = next(iter(corpora)), {v: c.about for v, c in corpora.items()}
     return "\n".join(["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", f"# {name}", "",
-        "Messages that trained agents sent to each other in a referential game, with what each is about where that is known.",
+        "Messages that trained agents sent to each other in a referential game, with their meanings where known.",
         "",
         "| variant | messages | different | length | symbols | bits | attributes | posdis | bosdis |",
         "|---|---|---|---|---|---|---|---|---|", *rows, "",
-        "Bits are the entropy of messages as wholes; posdis and bosdis are those of Chaabouni et al. (2020).", "",
+        "Bits are the entropy of whole messages; posdis and bosdis are those of Chaabouni et al. (2020).", "",
         "## Files", "",
         "- `data/<variant>/corpus.jsonl`: a message a line, a JSON array of symbols numbered from 0",
         "- `data/<variant>/corpus.parquet`: `message` and, where it is known, `meaning`, the value of each attribute, numbered from 0",

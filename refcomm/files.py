@@ -118,7 +118,7 @@ def choose_source(
 def most_unpacked(
     path, # a file that holds packed data
 )->int: # bytes
-    "What a file may unpack to: a hundred times its own size, or a gibibyte."
+    "The largest size that a file may unpack to: a hundred times its own, or a gibibyte."
     return max(2**30, 100*Path(path).stat().st_size)
 
 def check_unpacked(
@@ -132,7 +132,7 @@ def check_unpacked(
 def zip_size(
     path, # a zip file: .npz, a saved module of PyTorch
 )->int: # bytes
-    "What the members of a zip file unpack to, as it says; they are not read beyond that."
+    "The unpacked size of a zip file's members, as it declares; they are not read beyond that."
     import zipfile
     with zipfile.ZipFile(path) as file: return sum(m.file_size for m in file.infolist())
 

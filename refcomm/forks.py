@@ -25,7 +25,7 @@ def fork_context(
 def begin_fork(
     env:dict, # environment variables of the process that asked for the fork, which may have changed since the server began
 )->None:
-    "What a fork does first."
+    "Set the environment of a fork; its first call."
     if sys.platform == "linux": signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.environ.clear()
     os.environ.update(env)

@@ -278,8 +278,8 @@ class WithinBatches:
 def _games_of(kept, what, device): # a task, or `WithinBatches`
     if hasattr(kept.task, "games"): return kept.task
     if kept.spec.model != "game":
-        raise ConfigError(f"{what} is of agents that talk, and run {kept.record.experiment}/{kept.record.key} is of "
-            f"the model {kept.spec.model!r}, which sends no messages: name one of a game")
+        raise ConfigError(f"{what} needs agents that send messages, but run {kept.record.experiment}/{kept.record.key} "
+            f"is of the model {kept.spec.model!r}: name a run of a game")
     return WithinBatches(home_of(kept.record.experiment), kept.spec, kept.task, device)
 
 def _test_part(task): return "test" if hasattr(task, "games") and _has(task, "test") else "valid"
@@ -302,8 +302,8 @@ def new_game(
         return home.build(dataclasses.replace(kept.spec, seed=seed), kept.task if hasattr(home, "make_task") else 2)
     words = described(kept.game)
     if foreign(words):
-        raise ConfigError(f"run {kept.record.experiment}/{kept.record.key} has parts of one's own, which cannot be "
-            f"made anew here")
+        raise ConfigError(f"run {kept.record.experiment}/{kept.record.key} has parts of a user, which cannot be "
+            f"built again here")
     with seeded_init(seed): return built(words)
 
 def _one_task(runs, store, device)->list: # of `Kept`s
@@ -330,7 +330,7 @@ def cross_play_of(
 
 # %% ../nbs/75_keep.ipynb #65428b6a
 class RoleSwap(NamedTuple):
-    "What became of agents that alternated roles."
+    "The result of agents that alternated roles."
     before:torch.Tensor # [n, n] accuracy of each receiver with each sender
     after:torch.Tensor # [n, n] the same after the training
     history:object # DataFrame: a row per epoch, accuracy is the mean over pairs of different agents
@@ -375,11 +375,10 @@ def probe_of(
     store:Store|None=None,
     device="cpu",
 )->list: # rows
-    "What linear classifiers read from a sender's encodings; of iac and patch what their papers probe."
+    "The attributes that linear classifiers find in a sender's encodings; the experiment's own `probe` if it has one."
     kept = load(run, store, device)
     home, task = home_of(kept.record.experiment), kept.task
     if hasattr(home, "probe"): return home.probe(kept.game, kept.spec, task, device)
-    if hasattr(home, "classify"): return home.classify(kept.game, kept.spec, task, device)
     part = next(p for p in ("test", "valid") if _has(task, p))
     with torch.no_grad(): train, test = (kept.game.sender(task.seen(p)).cpu() for p in ("train", part))
     about, asked = (_meanings(task, p).cpu() for p in ("train", part))

@@ -62,7 +62,7 @@ class Objects:
 
 # %% ../nbs/76_own.ipynb #54637e90
 def _table(table)->pd.DataFrame:
-    "The table of a file, or of what makes a DataFrame."
+    "The table of a file, or a DataFrame."
     if isinstance(table, (dict, list)): return pd.DataFrame(table)
     if not isinstance(table, (str, Path)):
         raise ConfigError(f"a table is a DataFrame, or the path of a .csv or .parquet file, got {type(table).__name__}")
@@ -122,10 +122,10 @@ def _binned(table, bins)->pd.DataFrame: # without holes
 
 def _look_at(name, column, found): # warn of attributes that no message can be expected to carry
     if len(found) == 1:
-        warnings.warn(f"column {name!r} is the same in every row: it says nothing of an object", stacklevel=4)
+        warnings.warn(f"column {name!r} is the same in every row: it does not distinguish objects", stacklevel=4)
     if len(found) > 20 and (len(found) == len(column) or pd.api.types.is_float_dtype(column)):
         many = "is different in every row" if len(found) == len(column) else f"holds {len(found)} different numbers"
-        warnings.warn(f"column {name!r} {many}: leave a name or a number of the row out, and bin what is measured, "
+        warnings.warn(f"column {name!r} {many}: leave out names and numbers of rows, and bin measurements, "
             f"bins={{{name!r}: 5}}", stacklevel=4)
 
 # %% ../nbs/76_own.ipynb #efa88aea
@@ -203,7 +203,7 @@ def _own_bottleneck(bottleneck, alphabet_size, word_length, options):
 def check_task(
     task, # of the user's
 ): # the same
-    "Raise a `ConfigError` for what is no task."
+    "Raise a `ConfigError` unless `task` is a task."
     missing = [k for k in ("n_train", "batch", "games") if not hasattr(task, k)]
     if not missing: return task
     raise ConfigError(f"a task is made by `referential`, or has n_train, batch(idx, generators) and games(part), as "
@@ -353,7 +353,7 @@ def _last(task): # the part that is played at the end
 
 @torch.no_grad()
 def tested(game, task, metrics)->tuple: # a row of metrics, and tensors
-    "Play the test games; the validation games where a task has no others."
+    "Evaluate the test games, or the validation games of a task without test games."
     right, sent, ends, n, part = 0., [], [], 0, _last(task)
     for g in task.games(part):
         s = game.send(g.x)
@@ -443,7 +443,7 @@ def _carried(fields, trial): # a Spec with its trial, in another process
 
 # %% ../nbs/76_own.ipynb #9a4225cf
 class Trial(NamedTuple):
-    "What is to be trained: agents, the games they play, and how."
+    "A training: agents, task and settings."
     game:ReferentialGame
     task:object
     settings:TrainSettings
@@ -611,7 +611,7 @@ def sweep(
     weights:bool=False, # keep the trained weights of every run
     **fixed, # further arguments, the same for all
 )->pd.DataFrame: # rows of metrics, each with its values of the grid and the key of its run
-    "Make the runs of a grid, those of one shape trained together; what was made before is loaded."
+    "Train the runs of a grid, those of equal shape together; finished runs are loaded."
     grid = {k: list(v) if hasattr(v, "__iter__") and not isinstance(v, (str, dict)) else v for k, v in grid.items()}
     if twice := sorted(set(grid) & set(fixed)): raise ConfigError(f"{twice[0]!r} is in the grid, and is fixed, too")
     chosen, takes = _grid(grid), inspect.signature(make).parameters
@@ -621,8 +621,8 @@ def sweep(
     made = [(trial if make is train else make)(**fixed, **c) for c in chosen]
     if all(isinstance(m, Run) for m in made):
         if jobs > 1 or executor:
-            raise ConfigError("this function trains by itself, one run after the other: let it return "
-                "trial(game, task, …) in place of train(game, task, …), so that others can train")
+            raise ConfigError("this function calls train, so its runs are trained one after the other: to train them "
+                "together or elsewhere, let it return trial(game, task, …) instead of train(game, task, …)")
         records = [m.record for m in made]
     else:
         specs = [_spec_of(m) if isinstance(m, Trial) else m for m in made]
@@ -669,7 +669,7 @@ def page(table:str, columns:tuple=(), bins:tuple=(), distractors:int=9, valid:fl
     batch_size:int=32, patience:int|None=None, optimizer:str="adam", metrics:tuple=("topsim", "posdis"), seed:int=0,
     layers:int=1, draws:bool=False, ends:bool|None=None, warmup:tuple=(.2, .6),
     trained_temperature:bool=False, entropy_weight:float=0.):
-    "A game over the objects of a table, by names and numbers alone: what `refcomm sweep` needs no code for."
+    "A game over the objects of a table, described by names and numbers only, so `refcomm sweep` needs no code."
     objects = load_objects(table, columns or None, dict(zip(bins[::2], bins[1::2])))
     task = make_task(check_choice("game", game, TASKS), objects, distractors, valid, test, deal_seed)
     own = {"gumbel": dict(temperature=temperature, straight_through=straight_through,
@@ -700,7 +700,7 @@ def kept(
     record:RunRecord, # of `train`
     parts:dict={}, # see `load_game`
 )->tuple: # the game in evaluation mode, and its task; None where that is of features or of one's own
-    "What `refcomm.load` gives of a run of one's own."
+    "The result of `refcomm.load` for a user's run."
     return restored(json.loads(record.spec["game"]), record.weights(), parts), task_of(record)
 
 def task_of(

@@ -14,8 +14,8 @@ from refcomm.metrics.images import saliency
 from refcomm.metrics.representation import linear_probe
 from refcomm.papers.patch.probes import detections, read_out
 from refcomm.papers.patch.run import PatchSpec, build as build_patch
+from refcomm.papers.patch.spec import PUBLIC_CODE
 from refcomm.papers.sms.run import SMSSpec
-from refcomm.names import PUBLIC_CODE
 from refcomm.papers.eqc import items as eqc
 from refcomm.papers.iac import items as iac
 from refcomm.papers.patch import items as patch

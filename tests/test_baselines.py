@@ -50,7 +50,7 @@ def test_all_are_called_alike(name):
     loss = b(x, y, noise)
     loss.backward()
     b.cool(.3)
-    played = b.eval().play(x, y)
+    played = b.eval().evaluate(x, y)
     assert loss.dim() == 0 and all(p.grad is not None for p in b.parameters()), name
     assert torch.equal(before, torch.get_rng_state()), "nothing is drawn from the global generator"
     assert b.trunk(x).shape == (8, b.trunk.feature_dim) and played.loss.isfinite()
@@ -66,7 +66,7 @@ def test_all_are_called_alike(name):
 def test_playing_changes_nothing(name):
     b, x = MAKE[name]().eval(), views(6)
     state = {k: v.clone() for k, v in [*b.named_parameters(), *b.named_buffers()]}
-    first, second = b.play(x, x), b.play(x, x)
+    first, second = b.evaluate(x, x), b.evaluate(x, x)
     assert torch.equal(first.loss, second.loss) and all(torch.equal(v, state[k])
         for k, v in [*b.named_parameters(), *b.named_buffers()])
 
@@ -83,7 +83,7 @@ def train(make, path=None, cut=None, n=24, epochs=3):
         seen = x[i] + .1*torch.randn(i.shape[0], *x[i[0]].shape, generator=generators[0])
         return e.map(lambda b, u, v, z=None: b(u, v, z), x[i], seen, *(() if noise is None else (noise[None],)))
     def valid():
-        played = e.map(lambda b: b.play(x, x)[:2])
+        played = e.map(lambda b: b.evaluate(x, x)[:2])
         return dict(loss=played[0], accuracy=played[1].nan_to_num(0.))
     fitted = fit(e, loss, valid, n, TrainSettings(epochs=epochs, batch_size=8, lr=1e-3), [0], checkpoint=path,
         checkpoint_seconds=0, report=lambda *_: None, on_progress=b.cool)
@@ -150,7 +150,7 @@ def test_moco_plays_within_the_batch():
     m, x = moco().eval(), views(10)
     q, k = m.queries(x), m.keys(x.flip(-1))
     scores = F.cosine_similarity(q[:, None], k[None], dim=-1)
-    played = m.play(x, x.flip(-1))
+    played = m.evaluate(x, x.flip(-1))
     assert played.accuracy == (scores.argmax(1) == torch.arange(10)).float().mean()
     assert played.loss.item() == pytest.approx(F.cross_entropy(scores/.2, torch.arange(10)).item(), rel=1e-4)
 

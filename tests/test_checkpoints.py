@@ -184,7 +184,7 @@ def test_a_state_of_another_kind_of_device_is_continued_and_said(half):
         for i in (0, 1): t[f"noise_generators.{i}"] = torch.zeros(16, dtype=torch.uint8)
     rewrite(path, on_a_gpu)
     kept = path.read_bytes()
-    with pytest.warns(UserWarning, match="begun on cuda goes on on cpu: noise is drawn anew"): found = train(path)
+    with pytest.warns(UserWarning, match="begun on cuda continues on cpu: noise is drawn anew"): found = train(path)
     assert (found[0].epoch.tolist() == whole[0].epoch.tolist()
         and found[0][:4].equals(whole[0][:4])), "what was learnt is kept"
     assert not same(found, whole)
@@ -197,7 +197,7 @@ def test_a_cpus_state_goes_on_on_a_gpu(half):
     "The other way round, on a GPU that is pretended."
     from pretend_gpu import PretendGPU
     path, whole = half
-    with PretendGPU(), pytest.warns(UserWarning, match="begun on cpu goes on on cuda: noise is drawn anew"):
+    with PretendGPU(), pytest.warns(UserWarning, match="begun on cpu continues on cuda: noise is drawn anew"):
         history, _ = train(path, device="cuda")
         assert load_checkpoint(path)[1]["device"] == "cuda"
     assert (history.epoch.tolist() == whole[0].epoch.tolist()

@@ -66,7 +66,7 @@ def test_lists_and_plans_are_there_without_pytorch(home, shipped_figures):
         import contextlib, io, sys
         from refcomm import cli, core
         core._CUDA_FILES = () # as on a machine without a GPU; else its name is asked of PyTorch
-        for args in (["--help"], ["list"], ["plan", "eqc/table5"], ["runs", "list"], ["runs", "plan", "eqc/table5"],
+        for args in (["--help"], ["list"], ["plan", "eqc/table5"], ["runs", "list"], ["runs", "write-plan", "eqc/table5"],
             ["runs", "verify"], ["reproduce", "--dry-run"]):
             with contextlib.redirect_stdout(io.StringIO()) as out: cli.app(args, standalone_mode=False)
             assert len(out.getvalue()) > 20, args
@@ -77,13 +77,13 @@ def test_lists_and_plans_are_there_without_pytorch(home, shipped_figures):
 
 
 def test_runs_commands(home, command, tmp_path):
-    plan = command("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stdout
+    plan = command("runs", "write-plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stdout
     assert len(json.loads(plan)) == 4
     (tmp_path/"plan.json").write_text(plan)
     assert "4 runs are in the store" in command("runs", "execute", str(tmp_path/"plan.json")).stdout
     assert command("runs", "list").stdout.startswith("4 runs in")
     assert "4 sound, 0 damaged" in command("runs", "verify").stdout
-    assert json.loads(command("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stdout) == []
+    assert json.loads(command("runs", "write-plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stdout) == []
     assert "4 runs written" in command("runs", "export", str(tmp_path/"runs.tar")).stdout
     record = next((home/"runs").glob("eqc/*/record.json"))
     assert json.loads(command("runs", "show", record.parent.name).stdout)["run"] == f"eqc/{record.parent.name}"
@@ -98,10 +98,10 @@ def test_runs_commands(home, command, tmp_path):
 
 
 def test_a_plan_names_what_it_leaves_out(home, command):
-    r = command("runs", "plan", "beyond", "benchmarks/views", "eqc/table5", "--profile", "smoke", "--n-seeds", "1")
+    r = command("runs", "write-plan", "beyond", "benchmarks/views", "eqc/table5", "--profile", "smoke", "--n-seeds", "1")
     assert [p["experiment"] for p in json.loads(r.stdout)].count("eqc") == 4 and len(r.stderr.splitlines()) == 1
     assert "their runs are defined in their notebooks only: benchmarks/views, beyond/matrix, beyond/quantisers;" in r.stderr
-    assert not command("runs", "plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stderr
+    assert not command("runs", "write-plan", "eqc/table5", "--profile", "smoke", "--n-seeds", "1").stderr
 
 
 def test_a_plan_of_costs(home, shipped_figures, monkeypatch):

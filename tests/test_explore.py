@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from refcomm.agents.encoders import Drawn, Fixed, InformedSender, LinearEncoder
+from refcomm.agents.encoders import Fixed, InformedSender, LinearEncoder, PoolCandidates
 from refcomm.bottlenecks.continuous import Continuous
 from refcomm.channels import make_bottleneck, make_channel
 from refcomm.core import ConfigError, generator, seeded_init
@@ -19,10 +19,10 @@ from refcomm.interact.explore import (Explorer, codebook, explore, explore_games
     game_html, look_html, places_shown, static_page)
 from refcomm.games.contrastive import DiscriminationGame
 from refcomm.games.patchgame import make_patch_game
-from refcomm.names import PUBLIC_CODE
 from refcomm.games.referential import EveryObject, ReferentialGame
 from refcomm.games.tasks import Valued
 from refcomm.interact.play import Match, match_html, play
+from refcomm.papers.patch.spec import PUBLIC_CODE
 
 WORLD = ObjectWorld(3, 3)
 SIZES = {"gumbel": dict(alphabet_size=6), "reinforce": dict(alphabet_size=6),
@@ -68,7 +68,7 @@ def test_candidates_of_every_kind_are_told_apart():
     index[:, 2] = TARGETS
     inputs, x, place = WORLD.one_hot(torch.arange(27)), WORLD.one_hot(TARGETS), torch.full((7,), 2)
     per_game = index.flatten().tolist()
-    kinds = [(Drawn(inputs, index), str), (inputs[index], [str(i) for i in per_game]),
+    kinds = [(PoolCandidates(inputs, index), str), (inputs[index], [str(i) for i in per_game]),
         (Valued(WORLD.attributes(index), 3), lambda item: str(per_game[item]))]
     shown = [explore_games(game, (x, place, c), pictures) for c, pictures in kinds]
     whole = [explore_games(game, (x, TARGETS, c), str) for c in (inputs, Fixed(inputs), EveryObject(WORLD))]
@@ -85,7 +85,7 @@ def test_candidates_of_every_kind_are_told_apart():
 
 def test_an_informed_sender_is_explored_too():
     index = torch.stack([torch.cat([t[None], (t + 1 + torch.arange(4)) % 27]) for t in TARGETS])
-    seen = Drawn(WORLD.one_hot(torch.arange(27)), index)
+    seen = PoolCandidates(WORLD.one_hot(torch.arange(27)), index)
     game = some_game(sender=lambda dim: InformedSender(9, dim, 5))
     e = explore_games(game, (seen, torch.zeros(7, dtype=torch.long), seen), str)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_games_within_a_batch(n_candidates):
     e = explore_views(game, *VIEWS, str)
     assert e.index.shape == (9, n_candidates or 9) and [e.look(e.index[i, e.target[i]].item())
         for i in range(9)] == [str(i) for i in range(9)]
-    played = game.play(*VIEWS)
+    played = game.evaluate(*VIEWS)
     assert sum(e.choice(i) == e.target[i] for i in range(9)).item() == round(played.accuracy.item()*9)
     with torch.no_grad(): meant, looked = game.decode(VIEWS[0])[0], game.receiver(VIEWS[1])
     for i, j in [(8, 8), (7, 1)]:

@@ -92,7 +92,7 @@ def test_accuracy_is_that_of_the_game(parts):
     "The mean over all draws of the distractors, against games drawn one by one."
     s = tiny()
     game = iac.build(s).eval()
-    rows, sent = iac.play(game, s, parts)
+    rows, sent = iac.evaluate(game, s, parts)
     reported = {(r["data"], r["n_candidates"]): r["accuracy"] for r in rows if r["kind"] == "play"
         and not r["augmented"]}
     projected, understood, symbols = iac.map_images(iac.players(game, s, parts)[1], parts.valid.images, s)

@@ -149,7 +149,7 @@ def test_discrimination_takes_every_channel_and_bottleneck(tmp_path, channel, bo
     for _ in range(2): opt.zero_grad(); game(*x, game.draw_noise(16, draws)).backward(); opt.step()
     assert any(not torch.equal(a, b) for a, b in zip(before, game.parameters()))
     again = load_game(save_game(tmp_path/"game", game.eval()))
-    with torch.no_grad(): one, two = (g.play(*x) for g in (game, again))
+    with torch.no_grad(): one, two = (g.evaluate(*x) for g in (game, again))
     assert one.loss == two.loss and one.accuracy == two.accuracy
 
 def test_a_patch_game_is_kept_and_takes_no_other_channel(tmp_path):

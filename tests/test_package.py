@@ -133,7 +133,7 @@ def test_wheel_works_alone(installed, tmp_path):
     assert costs.returncode == 0 and "12 as shipped runs of this item" in " ".join(costs.stdout.split()), costs.stderr
     refused = run(bin/"refcomm", "reproduce", "--profile", "smoke")
     assert refused.returncode == 2 and "pip install 'refcomm[notebooks]'" in refused.stderr
-    plan = run(bin/"refcomm", "runs", "plan", "eqc/table7", "--profile", "smoke", "--n-seeds", "1")
+    plan = run(bin/"refcomm", "runs", "write-plan", "eqc/table7", "--profile", "smoke", "--n-seeds", "1")
     (tmp_path/"plan.json").write_text(plan.stdout)
     done = run(bin/"refcomm", "runs", "execute", "plan.json")
     assert "4 runs are in the store" in done.stdout, done.stderr

@@ -12,7 +12,7 @@ from refcomm.bottlenecks.gate import Gate
 from refcomm.core import ConfigError, anneal, generator, seeded_init
 from refcomm.training.ensemble import Ensemble
 from refcomm.games.patchgame import make_patch_game
-from refcomm.names import PUBLIC_CODE
+from refcomm.papers.patch.spec import PUBLIC_CODE
 from refcomm.training.loop import TrainSettings, fit
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -408,7 +408,7 @@ def test_a_batch_is_played_by_itself():
     with torch.no_grad():
         whole, parts = game.send(x).symbols, torch.cat([game.send(p).symbols for p in x.split(2)])
         assert torch.equal(whole, parts) and (whole[0] == game.send(x[:1]).symbols[0]).all()
-        played = game.play(x, y)
+        played = game.evaluate(x, y)
         encoded = game.listener.encode_images(y)
         scores = torch.stack([torch.cosine_similarity(game.listener.decode(game.send(x[i:i+1])), encoded)
             for i in range(9)])
@@ -421,7 +421,7 @@ def test_a_batch_is_played_by_itself():
 def test_played_among_fewer():
     game = tiny(n_candidates=2).eval()
     with torch.no_grad():
-        wins = torch.stack([game.play(views(8, seed=i), views(8, seed=i)).accuracy for i in range(20)])
+        wins = torch.stack([game.evaluate(views(8, seed=i), views(8, seed=i)).accuracy for i in range(20)])
     assert .2 < wins.mean() < .8
 
 
@@ -452,7 +452,7 @@ def game_and_data(seed=0, n=24, **changes):
         noise = torch.stack([e.template.draw_noise(idx.shape[1], g) for g in generators])
         return e.map(lambda game, i, u: game(x[i], x[i], u), idx, noise)
     def valid():
-        played = e.map(lambda game: tuple(game.play(x, x))[:2])
+        played = e.map(lambda game: tuple(game.evaluate(x, x))[:2])
         return dict(loss=played[0], accuracy=played[1])
     return e, loss, valid, n
 
@@ -499,7 +499,7 @@ def test_the_game_is_learned():
         loss = game(x, x, game.draw_noise(32, generator(i, "noise")))
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         losses.append(loss.item())
-    with torch.no_grad(): played = game.eval().play(x, x)
+    with torch.no_grad(): played = game.eval().evaluate(x, x)
     assert sum(losses[-10:])/10 < 2.7 < losses[0] and played.accuracy > 3/32
 
 
@@ -528,9 +528,9 @@ def test_the_game_is_learned():
     (lambda: tiny(negatives="all"), "unknown negatives 'all'"),
     (lambda: tiny(n_candidates=1), "n_candidates must be at least 2, got 1"),
     (lambda: tiny()(views(1), views(1)), "a game within a batch needs at least 2 images, got 1"),
-    (lambda: tiny().eval().play(views(1), views(1)), "a game within a batch needs at least 2 images, got 1"),
-    (lambda: tiny().eval().play(views(3), views(4)), "sender and receiver see 3 and 4 images"),
-    (lambda: tiny(n_candidates=9).eval().play(views(3), views(3)), "9 candidates were asked for, but a batch has 3"),
+    (lambda: tiny().eval().evaluate(views(1), views(1)), "a game within a batch needs at least 2 images, got 1"),
+    (lambda: tiny().eval().evaluate(views(3), views(4)), "sender and receiver see 3 and 4 images"),
+    (lambda: tiny(n_candidates=9).eval().evaluate(views(3), views(3)), "9 candidates were asked for, but a batch has 3"),
     (lambda: tiny()(views(3), views(3)), "trains on noise"),
     (lambda: tiny(dropout=.1).speaker.rank(views(3)), "PatchRank with dropout trains on noise"),
     (lambda: tiny().listener.decode(Message(torch.zeros(2, 16, 13), torch.zeros(2, 16).long(), torch.rand(2, 16))),

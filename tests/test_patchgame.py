@@ -54,7 +54,7 @@ def test_a_message_through_a_soft_gate_is_read_with_its_weights(parts):
     assert torch.allclose(patch.decode_messages(game, said, weights), direct,
         atol=1e-4) and not torch.allclose(patch.decode_messages(game, said), direct, atol=1e-2)
     assert {r["n_candidates"]: r["accuracy"]
-        for r in patch.play(game, parts.valid.images, s)} == patch.retrieval_accuracy(direct,
+        for r in patch.evaluate_game(game, parts.valid.images, s)} == patch.retrieval_accuracy(direct,
         seen, s)
     accuracy, = {r["accuracy"] for r in patch_probes.top_k_play(game, parts.valid.images,
         dict(flat=torch.zeros(len(said), 49)), [49], s) if r["n_candidates"] == 2}

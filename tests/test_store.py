@@ -172,7 +172,7 @@ def test_one_bad_record_does_not_take_down_the_rest(home, tmp_path, command, kin
     BAD[kind](bad.path)
     listed = command("runs", "list")
     verified = command("runs", "verify")
-    planned = command("runs", "plan", "eqc/table6", "--profile", "smoke")
+    planned = command("runs", "write-plan", "eqc/table6", "--profile", "smoke")
     exported = command("runs", "export", tmp_path/"x.tar")
     assert listed.returncode == 0 and good.key in listed.stdout and f"eqc/{bad.key}" in listed.stdout + listed.stderr
     assert verified.returncode == 1 and "1 sound, 1 damaged" in verified.stdout

@@ -18,7 +18,7 @@ from refcomm.metrics.images import edge_density, grey_entropy, perceptual_distan
 from refcomm.metrics.structure import class_pairs
 from refcomm.papers.iac import items as iac
 from refcomm.papers.patch.probes import suffice, top_k_play
-from refcomm.papers.patch.run import build, classify, encode_messages, play, untrained_importance
+from refcomm.papers.patch.run import build, encode_messages, evaluate_game, probe, untrained_importance
 from refcomm.runs.execute import Context
 from refcomm.runs.store import run_key, runner_of
 from refcomm.training.ensemble import Ensemble
@@ -167,8 +167,8 @@ def test_what_notebooks_measure_of_stored_images_is_the_same(sources, no_room):
             images[3, :, 2:9, 4:], images[:3],
             *(perceptual_distance(images, some, "trunk", torch.nn.AvgPool2d(8), device="cpu")
             for some in (pairs, None))]
-        rows = [*play(game, images, s), *suffice(game, images, symbols, importance, s),
-            *top_k_play(game, images, dict(own=importance), (3, 9), s), *classify(game, s, parts)]
+        rows = [*evaluate_game(game, images, s), *suffice(game, images, symbols, importance, s),
+            *top_k_play(game, images, dict(own=importance), (3, 9), s), *probe(game, s, parts)]
         return images, found, rows
     _, whole, rows = measured()
     no_room()

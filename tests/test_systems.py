@@ -115,7 +115,7 @@ def test_a_store_that_can_only_be_read_is_read_and_each_refusal_is_one_line(home
         assert Store().get(spec).rows == record.rows and execute([spec])[0].rows == record.rows
         outs = {args: command(*args) for args in [("runs", "list"), ("runs", "verify"), ("runs", "show", record.key),
             ("runs", "execute", "made.json"), ("plan", "eqc/table5", "--profile", "smoke"),
-            ("runs", "plan", "eqc/table5"),
+            ("runs", "write-plan", "eqc/table5"),
             ("runs", "execute", "other.json"), ("runs", "import", "x.tar"), ("runs", "export", "y.tar"),
             ("runs", "clean", "--all", "--yes"), ("reproduce", "eqc/table1", "--profile", "smoke")]}
     reads = list(outs)[:6]

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from conftest import tiny_transformer
-from refcomm.agents.encoders import Drawn, Fixed, InformedSender, LinearEncoder, dot_scores
+from refcomm.agents.encoders import Fixed, InformedSender, LinearEncoder, PoolCandidates, dot_scores
 from refcomm.bottlenecks.quantize import LearnedQuantizer, UniformQuantizer
 from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.data.objects import split
@@ -74,7 +74,7 @@ def test_candidates_score_alike_however_they_are_given():
     index = torch.stack([torch.randperm(30, generator=generator(i))[:6] for i in range(4)])
     for encoder in (LinearEncoder(5, 8), torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh())):
         by_hand = (encoder(x)[index] @ z[..., None]).squeeze(-1)
-        for scores in (Drawn(x, index).scores(encoder, z), dot_scores(encoder, z, x[index]),
+        for scores in (PoolCandidates(x, index).scores(encoder, z), dot_scores(encoder, z, x[index]),
             Fixed(x).scores(encoder, z).gather(-1, index)):
             torch.testing.assert_close(scores.log_softmax(-1), by_hand.log_softmax(-1))
 
@@ -83,9 +83,9 @@ def test_an_informed_sender_ignores_items_that_are_not_candidates():
     with seeded_init(0): sender = InformedSender(5, 8, n_candidates=4)
     x, index = torch.randn(9, 5, generator=generator(0)), torch.tensor([[0, 2, 4, 6]])
     other = x.clone(); other[[1, 3, 5, 7, 8]] += 1
-    assert torch.equal(sender(Drawn(x, index)), sender(Drawn(other, index)))
-    assert not torch.equal(sender(Drawn(x, index)),
-        sender(Drawn(x, index[:, [2, 1, 0, 3]]))), "the target is the one in first place"
+    assert torch.equal(sender(PoolCandidates(x, index)), sender(PoolCandidates(other, index)))
+    assert not torch.equal(sender(PoolCandidates(x, index)),
+        sender(PoolCandidates(x, index[:, [2, 1, 0, 3]]))), "the target is the one in first place"
 
 
 @pytest.mark.parametrize("game", ["image", "sent-ref", "sent-cls"])

@@ -113,7 +113,7 @@ def test_simclr_plays_a_game_it_was_not_trained_for():
         loss = model(x, x.flip(-1))
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         losses.append(loss.item())
-    played = model.eval().play(x, x.flip(-1))
+    played = model.eval().evaluate(x, x.flip(-1))
     assert losses[-1] < .2*losses[0] and played.accuracy > 4/32 and len(played.symbols.unique()) > 4
 
 
@@ -121,7 +121,7 @@ def test_simclr_plays_a_game_it_was_not_trained_for():
     (lambda: make_trunk("resnet5O"), "unknown trunk 'resnet5O': did you mean 'resnet50'"),
     (lambda: make_trunk("narrow", pretrained=True), "no pretrained weights of the trunk 'narrow'"),
     (lambda: tiny()(torch.rand(1, 12), torch.rand(1, 12)), "at least 2 images, got 1"),
-    (lambda: tiny().play(torch.rand(3, 12), torch.rand(4, 12)), "sender and receiver see 3 and 4 images"),
+    (lambda: tiny().evaluate(torch.rand(3, 12), torch.rand(4, 12)), "sender and receiver see 3 and 4 images"),
     (lambda: DiscriminationGame(None, None, None, temperature=-1.), "temperature must be above 0, got -1.0"),
     (lambda: DiscriminationGame(None, None, None, negatives="locl"), "unknown negatives 'locl': did you mean 'local'"),
     (lambda: SimCLR(None, None, temperature=float("nan")), "temperature must be above 0, got nan"),
@@ -251,14 +251,14 @@ def test_schedules_by_epoch_and_incomplete_batches():
 
 
 def test_the_game_is_trained_by_fit():
-    "The whole path: noise from the member's generator, BatchNorm on both sides, validation by play."
+    "The whole path: noise from the member's generator, BatchNorm on both sides, validation by evaluate."
     with seeded_init(0): e = Ensemble([tiny(noise_temperature=1.)])
     x = POINTS[:N]
     def loss(idx, generators):
         noise = torch.stack([e.template.draw_noise(idx.shape[1], g) for g in generators])
         return e.map(lambda game, i, n: game(x[i], x[i], n), idx, noise)
     def valid():
-        played = e.map(lambda game: tuple(game.play(POINTS[N:], POINTS[N:]))[:2])
+        played = e.map(lambda game: tuple(game.evaluate(POINTS[N:], POINTS[N:]))[:2])
         return dict(loss=played[0], accuracy=played[1])
     fitted = fit(e, loss, valid, N, TrainSettings(epochs=40, batch_size=26, lr=1e-2, drop_last=True), [0], **QUIET)
     assert fitted.history.loss.iloc[-1] < fitted.history.loss[0] - .5
@@ -317,7 +317,7 @@ def one_of_two(rank, port):
             for a, b in zip(expected, local)), f"{name}: local negatives are other negatives"
     games = [losses()["discrimination"](negatives).eval() for negatives in ("local", "global")]
     games[1].load_state_dict(games[0].state_dict())
-    assert torch.equal(*(g.play(X[mine], Y[mine]).loss
+    assert torch.equal(*(g.evaluate(X[mine], Y[mine]).loss
         for g in games)), "a validation game is played within its own batch"
     dist.destroy_process_group()
 

@@ -111,5 +111,5 @@ class OwnBottleneck(Bottleneck):
         return Sent(*made) if isinstance(made, tuple) else Sent(made, None)
 
     def forward(self, x, noise=None)->Sent:
-        "What the function makes of vectors `[..., word_length]`."
+        "The function's output for vectors `[..., word_length]`."
         return self._made(x)

@@ -187,8 +187,8 @@ def _by_depth(image): # PIL image of 8 bits
     stated = tags.get(258, ())
     bits, x = int(stated[0]) if stated else 16, np.asarray(image).astype(np.int64)
     if not stated and 0 < x.max() < 2**12:
-        raise ConfigError(f"16 bits (mode {image.mode}), of which {int(x.max()).bit_length()} are used, without saying "
-            f"how bright the brightest is: save it with 8 bits")
+        raise ConfigError(f"16 bits (mode {image.mode}), of which {int(x.max()).bit_length()} are used, "
+            f"without stating the brightest value: save it with 8 bits")
     x = (x.clip(0, 2**bits - 1)*255 + (2**bits - 1)//2) // (2**bits - 1)
     return Image.fromarray((255 - x if tags.get(262) == 0 else x).astype(np.uint8))
 

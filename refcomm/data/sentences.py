@@ -173,7 +173,7 @@ def load_sentences(
     kept = ~texts.str.lower().duplicated()
     texts, names = texts[kept].tolist(), names[kept].tolist()
     if len(set(names)) < 2:
-        raise ConfigError(f"{name}: column {label_column!r} holds {len(set(names))} classes, and telling apart needs at least 2")
+        raise ConfigError(f"{name}: column {label_column!r} holds {len(set(names))} classes: at least 2 are needed")
     labels, classes = number_classes(names, {}, name)
     rows = (torch.arange(len(texts)) if n is None
         else draw_distinct(len(texts), n, generator(0, "sentences")).sort().values)

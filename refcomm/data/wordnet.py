@@ -66,7 +66,7 @@ def ascents(
         return steps
     try: ways = [up(i) for i in ids]
     except RecursionError:
-        raise ConfigError("the hierarchy runs in a circle: a class must not stand above itself") from None
+        raise ConfigError("the hierarchy has a cycle: a class must not be its own ancestor") from None
     column = {a: k for k, a in enumerate(dict.fromkeys(a for way in ways for a in way))}
     steps = np.full((len(ways), len(column)), _FAR, dtype=np.int16)
     for row, way in zip(steps, ways): row[[column[a] for a in way]] = list(way.values())

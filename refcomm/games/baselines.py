@@ -34,7 +34,7 @@ class Baseline(nn.Module):
         "The symbols for images; None without a discrete code."
         return None # [batch, n_symbols] int64
 
-    def play(self, x:Tensor, seen:Tensor)->Played:
+    def evaluate(self, x:Tensor, seen:Tensor)->Played:
         "The outcome for two views `[batch, 3, size, size]` in evaluation mode; accuracy is NaN by default."
         return Played(self(x, seen), torch.full((), math.nan, device=x.device), self.symbols(x))
 
@@ -54,7 +54,7 @@ class Supervised(Baseline):
         "Cross-entropy of the labels `[batch]` of images `[batch, 3, size, size]`."
         return F.cross_entropy(self.head(self.trunk(x)), labels)
 
-    def play(self, x:Tensor, labels:Tensor)->Played:
+    def evaluate(self, x:Tensor, labels:Tensor)->Played:
         "Loss and accuracy on images `[batch, 3, size, size]` with labels `[batch]`."
         logits = self.head(self.trunk(x))
         return Played(F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).float().mean(), None)
@@ -145,7 +145,7 @@ class MoCo(_MomentumPair):
         with torch.autocast(x.device.type, enabled=False):
             return self.loss(found.float() if self.training else found.detach().float(), keys.float())
 
-    def play(self, x:Tensor, seen:Tensor)->Played:
+    def evaluate(self, x:Tensor, seen:Tensor)->Played:
         "Loss and accuracy of matching two views `[batch, 3, size, size]` within a batch, in evaluation mode."
         check_batch(x, seen)
         scores, target = in_batch_scores(self.queries(x), self.keys(seen))

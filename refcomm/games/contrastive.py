@@ -28,7 +28,7 @@ def cosine_similarities(
 )->Tensor: # [n, m] float32, in [-1, 1]
     "Cosine of every row of `a` with every row of `b`, in single precision also under autocast."
     if a.shape[-1] != b.shape[-1]:
-        raise ConfigError(f"messages are understood as {a.shape[-1]} numbers, but images are projected to "
+        raise ConfigError(f"the receiver maps messages to {a.shape[-1]} numbers, but images to "
             f"{b.shape[-1]}: they can be compared only if these are equal")
     with torch.autocast(a.device.type, enabled=False):
         return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
@@ -185,7 +185,7 @@ class DiscriminationGame(_InBatchGame):
         sent = self.send(x)
         return self.channel.receive(sent.word), sent.symbols if sent.symbols is None else sent.symbols.flatten(1)
 
-    def play(self, x:Tensor, seen:Tensor)->Played:
+    def evaluate(self, x:Tensor, seen:Tensor)->Played:
         "Loss, accuracy and symbols `[batch, symbols_per_message]` for two views `[batch, …]` in evaluation mode, without noise."
         candidates, (decoded, symbols) = self.candidates(check_batch(x, seen)[1]), self.decode(x)
         return _played(candidates.scores(self.receiver, decoded), candidates.target, symbols)
@@ -266,7 +266,7 @@ class SimCLR(_Projected):
         word, symbols = one_hot_argmax(layers[check_choice("layer", layer, "hsz")])
         return dict(h=self.projector, s=self.projector[-1], z=nn.Identity())[layer](word), symbols[:, None]
 
-    def play(self, x:Tensor, seen:Tensor, layer:str="s")->Played:
+    def evaluate(self, x:Tensor, seen:Tensor, layer:str="s")->Played:
         "Play with two views `[batch, 3, size, size]` and the argmax of a layer as the symbol, `[batch]`."
         decoded, symbols = self.decode(self.layers(check_batch(x, seen)[0]), layer)
         scores, target = in_batch_scores(decoded, self.layers(seen)["z"], n_candidates=self.n_candidates)

@@ -59,7 +59,7 @@ class PatchGame(_PatchAgents):
         loss = self.loss(self.listener.decode(sent := self.send(x, noise)), self.listener.encode_images(seen))
         return loss + self.length_cost*sent.word.sum((1, 2)).mean() if self.length_cost else loss
 
-    def play(self, x:Tensor, seen:Tensor, noise:Tensor|None=None)->Played:
+    def evaluate(self, x:Tensor, seen:Tensor, noise:Tensor|None=None)->Played:
         """Loss, accuracy and symbols `[batch, symbols_per_message]` for two views `[batch, 3, size, size]` in evaluation mode.
 
         Symbols are the most probable ones; given noise, gates are sampled.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
-from ..agents.encoders import Drawn, Fixed
+from ..agents.encoders import Fixed, PoolCandidates
 from ..core import ConfigError, check_at_least, draw_seed, seeded
 from ..data.objects import ObjectWorld, from_digits, one_hot
 from .referential import EveryObject, draw_distractors, draw_other_classes
@@ -22,7 +22,7 @@ from .referential import EveryObject, draw_distractors, draw_other_classes
 # %% ../../nbs/39_games.tasks.ipynb #233ad882
 class Games(NamedTuple):
     "A batch of games."
-    x:object # the targets as the sender sees them: [batch, ...], or `Drawn` for an informed sender
+    x:object # the targets as the sender sees them: [batch, ...], or `PoolCandidates` for an informed sender
     target:Tensor # [batch] indices of the targets among the candidates
     candidates:object # features, or an object with `scores(receiver, z)`
 
@@ -157,7 +157,7 @@ class _Items(Task):
 class ItemTask(_Items):
     "Targets and candidates are items of the same split (the Image and Sent-Ref games of Carmeli et al. 2023)."
     def _games(self, items, index):
-        seen = Drawn(items, index)
+        seen = PoolCandidates(items, index)
         if not self.informed:
             x = (items[index[:, 0]] if items.dim() == 2
                 else items.gather(1, index[..., :1].expand(-1, -1, items.shape[-1])))
@@ -209,7 +209,7 @@ class ClassTask(Task):
         index = torch.cat([target[..., None],
             draw_distractors(target, len(self.every.items), self.n_negatives, generators)], -1)
         return Games(x, torch.zeros_like(target),
-            Drawn(self.every.items.expand(len(idx), *self.every.items.shape), index))
+            PoolCandidates(self.every.items.expand(len(idx), *self.every.items.shape), index))
 
     def seen(self, part:str)->Tensor:
         "Targets `[n, ...]`."
@@ -256,7 +256,7 @@ class SampledTask(Task):
             return Games(one_hot(values[..., 0, :], self.n_values), target, Valued(values, self.n_values))
         index = from_digits(values.long(), (self.n_values,)*values.shape[-1])
         return Games(self.stock[index[..., 0]], target,
-            Drawn(self.stock if index.dim() == 2 else self.stock.expand(len(index), *self.stock.shape), index))
+            PoolCandidates(self.stock if index.dim() == 2 else self.stock.expand(len(index), *self.stock.shape), index))
 
     def batch(self, idx:Tensor, generators)->Games:
         "A training batch of sampled games."

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-from ..agents.encoders import Drawn, Fixed
+from ..agents.encoders import Fixed, PoolCandidates
 from ..agents.patches import Message
 from ..bottlenecks.gumbel import OneSymbol
 from ..bottlenecks.quantize import FSQ, VQ, LearnedQuantizer, UniformQuantizer
@@ -112,7 +112,7 @@ def items_of(
 )->Tensor: # [n_games, n_candidates]
     "The item numbers of each game's candidates."
     places = torch.arange(n_candidates).expand(n_games, -1)
-    if isinstance(candidates, Drawn): return candidates.index.cpu()
+    if isinstance(candidates, PoolCandidates): return candidates.index.cpu()
     if isinstance(candidates, InBatch) and candidates.n_candidates:
         return (torch.arange(n_games)[:, None] + places) % n_games
     if isinstance(candidates, Valued) or (isinstance(candidates, Tensor) and candidates.dim() == 3):
@@ -196,14 +196,14 @@ def displays_of(
     games:Games, # of its task
     part:str, # that they come from
 ): # see `Explorer`
-    "What the items of a run's games look like: pictures, sentences, attributes, or the names of classes."
+    "The displays of the items of a run's games: pictures, sentences, attributes, or names of classes."
     task, home = kept.task, home_of(kept.record.experiment)
     text_of = lambda values: ", ".join(map(str, values.tolist()))
     if isinstance(games.candidates, Valued):
         values = games.candidates.values.flatten(0, 1)
         return lambda i: text_of(values[i])
     if hasattr(getattr(task, "objects", None), "look"):
-        own = task.ids[part] if isinstance(games.candidates, Drawn) else range(len(task.objects))
+        own = task.ids[part] if isinstance(games.candidates, PoolCandidates) else range(len(task.objects))
         return lambda i: task.objects.look(int(own[i]))
     if isinstance(task, ObjectTask): return lambda i: text_of(task.world.attributes(torch.tensor(i)))
     if not hasattr(home, "load"): return lambda i: f"item {i}"
@@ -219,7 +219,7 @@ def explorer_of(
     store=None, # the default store when None
     device="cpu",
 )->Explorer:
-    "Look at games of a finished run."
+    "An explorer of games of a finished run."
     kept = load(run, store, device)
     if not hasattr(kept.task, "games"):
         if kept.spec.model != "game":

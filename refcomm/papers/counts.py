@@ -168,7 +168,7 @@ def trial(
 
 # %% ../../nbs/57_papers.counts.ipynb #dcb1d112
 def spared(s)->float: # of an update's work, for one batch
-    "What several batches to an update save of it."
+    "The share of an update's work that one batch saves when several batches share the update."
     return 1 - 1/getattr(s, "accumulate", 1)
 
 # %% ../../nbs/57_papers.counts.ipynb #2dd2c95e
@@ -238,7 +238,7 @@ def counted(
     path = home()/"cache"/"counts"/f"{shape}.json"
     try: return Counts(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError): pass
-    say_once("counting what some trainings compute, as their counts are not shipped: once, some seconds each")
+    say_once("counting the operations of trainings whose counts are not shipped: once, some seconds each")
     found = count(s)
     with contextlib.suppress(OSError, StoreError), write_atomic(path) as tmp: # where nothing can be written it is counted again
         tmp.write_text(json.dumps(found._asdict()), encoding="utf-8")
@@ -271,7 +271,7 @@ def ship_counts(
 def trains(
     s, # a Spec
 )->bool:
-    "Whether there is anything to train."
+    "Whether the run trains a model."
     return getattr(s, "trained", True) and getattr(s, "model", "") not in ("untrained", "thumbnail")
 
 # %% ../../nbs/57_papers.counts.ipynb #bad46c1d
@@ -313,7 +313,7 @@ def disk_bytes(
     s, # a Spec
     c:Counts,
 )->float:
-    "What a run leaves on the disk: weights, messages, history."
+    "Disk space of a run: weights, messages, history."
     n = training_items(s)[1]
     if s.experiment == "eqc":
         words = s.n_test*s.word_length*s.message_length
@@ -327,7 +327,7 @@ MOST_IMAGES = .4*2**37 # bytes that lie on an H200; more are read from the host,
 
 # %% ../../nbs/57_papers.counts.ipynb #bd10963e
 class _Device:
-    "A device and the runs wanted on it: how fast it is, and which runs are trained together."
+    "A device, its speed, and the runs that are planned on it."
     def __init__(self,
         wanted, # Specs that are to be made on it
         speed, # `Speed` of the device, or () → `Speed`
@@ -342,15 +342,15 @@ class _Device:
 
     @functools.cached_property
     def together(self)->dict: # Spec → members of its stack
-        "With how many runs each is trained."
+        "The number of runs that are trained together with each run."
         stacks = make_stacks(self.wanted, torch.device("cuda" if self.speed.overlaps else "cpu"))
         return {s: len(stack) for stack in stacks for s in stack}
 
 # %% ../../nbs/57_papers.counts.ipynb #a5450df5
 class Model(_Device):
-    "Estimates what runs cost on a device, from what they compute and how fast it is; it is measured when it is needed."
+    "Estimates costs of runs on a device, from their operations and its speed, which is measured when needed."
     def disk(self, s)->float|None: # bytes; None where nothing can be counted
-        "What a run leaves on the disk."
+        "Disk space of a run."
         if s.experiment not in FREE: return None
         try: return disk_bytes(s, counted(s, self.speed.overlaps)) if trains(s) else 30_000.
         except (ConfigError, ImportError): return None
@@ -382,7 +382,7 @@ def plan_model(
     device:str="auto", # a device, or a name in `SPEEDS`
     steps=None, # a file from `tests/on_gpu.py`
 )->Model:
-    "The model by which a plan is estimated: of a device that is here, or at `gpu` and `paper` of an H200 where no GPU is."
+    "The model for the estimates of a plan: of a device of this machine or, at `gpu` and `paper` without a GPU, of an H200."
     if device == "auto" and profile in ("gpu", "paper") and no_gpu(): device = "H200"
     speed = SPEEDS.get(device) or (lambda: speed_of(device))
     specs = [s for own in wanted.values() for s in own]

@@ -135,7 +135,7 @@ def candidate_curves(
     name:str, # of the game
     profile:str,
 )->None:
-    "Accuracy by the number of candidates, ours beside the published, on the same axes; CN is drawn wider, as others lie on it."
+    "Accuracy by the number of candidates, ours beside the published, on the same axes; CN is drawn wider, because other lines may cover it."
     t = numbers[numbers.column.str.isdigit()].assign(n_candidates=lambda d: d.column.astype(int))
     styles = {row: dict(lw=3) for row in t.row if row.startswith("CN")}
     ticks = sorted(t.n_candidates.unique())

@@ -107,7 +107,7 @@ def _members(f): # (name, size) pairs; the caller reads the `size` bytes before 
 
 # %% ../../nbs/69_runs.archives.ipynb #86a00015
 class Imported(NamedTuple):
-    "What became of the records of an archive: (experiment, key) pairs, and sentences."
+    "The outcome of an import: (experiment, key) pairs, and sentences."
     new:list
     replaced:list # that were here, but damaged
     present:list # that were here

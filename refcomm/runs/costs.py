@@ -50,7 +50,7 @@ def recorded(
     store:Store|None=None, # the default store when None
     device="auto", # device of the planned runs
 )->Recorded:
-    "What is known of every sound record, from the store's index."
+    "The costs of all valid records, from the store's index."
     here, left_out = device_name(device), ", ".join(f"'$.{f}'" for f in SHARED)
     with contextlib.closing(indexed(store or Store())) as db:
         rows = db.execute(f"""SELECT experiment, json_remove(spec, {left_out}) AS rest, json_group_array(bytes),
@@ -99,7 +99,7 @@ def estimate(
     recipes:dict, # from `shipped`
     model=None, # Spec → `Cost` or None
 )->Cost:
-    """Median of like runs, else of the shipped item, else by the model, else of the paper's shipped items.
+    """Median of similar runs, else of the shipped item, else by the model, else of the paper's shipped items.
 
     Values shipped with other images are not comparable."""
     k = kind(spec.experiment, spec_fields(spec))
@@ -121,7 +121,7 @@ def estimate(
 
 # %% ../../nbs/73_runs.costs.ipynb #c0de0003
 class Counts(NamedTuple):
-    "What one member computes in a training step, and in validating once."
+    "Operations of one member in a training step and in one validation."
     products:float # FLOPs of matrix products
     convolutions:float # FLOPs of convolutions
     bytes:float # read and written
@@ -134,7 +134,7 @@ class Counts(NamedTuple):
     parameters:float # numbers
 
 class Speed(NamedTuple):
-    "How fast a device is."
+    "The speed of a device."
     name:str
     products:float # FLOPs a second in single precision
     convolutions:float
@@ -160,7 +160,7 @@ def run_seconds(
     half:bool=False, # bf16 or fp16
     together:int=1, # members that are trained at once
 )->float: # of one of them
-    "What training takes."
+    "The time of a training."
     products, convolutions = ((speed.half_products, speed.half_convolutions) if half
         else (speed.products, speed.convolutions))
     def part(p, v, b, kernels):
@@ -173,12 +173,12 @@ def memory_bytes(
     c:Counts,
     together:int=1, # members that are trained at once
 )->float:
-    "What training takes on the device: weights, their best, gradients, two moments, and what a step holds."
+    "Memory of a training on the device: weights, best weights, gradients, two moments, and the tensors of a step."
     return together*(20*c.parameters + c.live)
 
 # %% ../../nbs/73_runs.costs.ipynb #c0de0007
 def _rate(work, device, seconds=.4)->float: # seconds for one call
-    "Call `work` again and again; of processors, the time of this process counts."
+    "Mean time of repeated calls of `work`: elapsed time on a GPU, process time on a CPU."
     cuda = device.type == "cuda"
     clock, wait = (time.perf_counter, torch.cuda.synchronize) if cuda else (time.process_time, lambda: None)
     for _ in range(3): work()
@@ -284,7 +284,7 @@ def plan_costs(
     recipes:dict, # from `shipped`
     model=None, # Spec → `Cost` or None
 )->list: # a `Line` for each item, and "total", with every run once
-    "What there is to do, and what it will cost."
+    "The missing runs of each item, and their estimated cost."
     lines, once = [], {}
     for item, specs in wanted.items():
         specs = dict.fromkeys(specs)
@@ -321,7 +321,7 @@ def longest(
     wanted:dict, # item → its Specs
     bound:float=600, # seconds
 )->list: # of text, one for each item above the bound
-    "The items that take longer, with what makes them so: how many runs, what one takes, and how many of them other items need."
+    "The items that take longer than `bound`: the number of their runs, the time of one, and how many are shared with other items."
     needed, found = collections.Counter(s for specs in wanted.values() for s in dict.fromkeys(specs)), []
     for l in lines:
         if l.item not in wanted or l.seconds <= bound: continue

@@ -40,7 +40,7 @@ class Context(NamedTuple):
 def tensor_cores(
     device, # as in `pick_device`
 ):
-    "While it is entered, a GPU multiplies single-precision numbers in TF32."
+    "Within this block, a GPU multiplies single-precision numbers in TF32."
     before = torch.get_float32_matmul_precision()
     if pick_device(device).type == "cuda": torch.set_float32_matmul_precision("high")
     try: yield
@@ -338,4 +338,4 @@ def read_plan(path)->list: # Specs
     except OSError as e: raise ConfigError(f"cannot read plan {path}: {e.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         if isinstance(e, ConfigError): raise
-        raise ConfigError(f"{path} is not a plan: {e!r:.200}; make one with `refcomm runs plan`") from None
+        raise ConfigError(f"{path} is not a plan: {e!r:.200}; make one with `refcomm runs write-plan`") from None

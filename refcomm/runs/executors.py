@@ -209,9 +209,9 @@ def _tail(log, lines=20): return "\n".join(str(log).strip().splitlines()[-lines:
 def asked_gpus(
     device:str, # where runs are made
 )->int: # GPUs that a job in Slurm's queue asks for
-    "One for runs on a GPU; what `auto` will be on another machine is not known."
+    "GPUs per job: one for runs on a GPU; `auto` is refused, because the other machine's device is not known."
     if device == "auto":
-        raise ConfigError("in Slurm's queue it is not known what device 'auto' will be: use device='cuda', which asks "
+        raise ConfigError("the device 'auto' is not known in Slurm's queue: use device='cuda', which asks "
             "for a GPU a job, or device='cpu'")
     return int(torch.device(device).type == "cuda")
 

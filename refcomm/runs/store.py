@@ -23,7 +23,7 @@ from refcomm.runs.experiments import spec_class
 
 # %% ../../nbs/68_runs.store.ipynb #1ee1955c
 def spec_fields(spec)->dict: # JSON-able fields
-    "A Spec's fields as they are stored; those that its `later` names only where they are not as by default, so that older runs keep their keys."
+    "A Spec's fields as they are stored; those in its `later` only if they differ from the default, so that older runs keep their keys."
     def unknown(x):
         raise ConfigError(f"{type(spec).__name__} holds {x!r}, {type(x).__name__}, which cannot be stored: use numbers, text, and tuples of them")
     added = {f.name: f.default for f in dataclasses.fields(spec) if f.name in getattr(spec, "later", ())}
@@ -40,7 +40,7 @@ def digest(
 def defined(
     value, # a number
 ): # the same; None where it is NaN, which JSON does not know
-    "What is undefined stays out of records."
+    "A number as records store it."
     return None if value != value else value
 
 def run_key(spec)->str: # 16 hexadecimal digits
@@ -48,24 +48,24 @@ def run_key(spec)->str: # 16 hexadecimal digits
     return digest([spec.experiment, spec.version, spec_fields(spec)])[:16]
 
 def runner_of(spec): # a module with `run`, or an `Experiment`
-    "What makes the runs of a Spec: its `home`, the module named by its `runner`, or else the one that its class is defined in."
+    "The module or object that makes the runs of a Spec: its `home`, its `runner`, or the module of its class."
     return getattr(type(spec), "home", None) or importlib.import_module(getattr(spec, "runner", type(spec).__module__))
 
 # %% ../../nbs/68_runs.store.ipynb #68a00002
 def sealed(
     content:dict, # anything that JSON can hold
 )->dict: # the same with `sha256`
-    "A dictionary with a digest of what JSON keeps of it."
+    "A dictionary with a digest of its JSON form."
     text = json.dumps(json.loads(json.dumps(content)), sort_keys=True, separators=(",", ":"))
     return {**content, "sha256": digest(text.encode())}
 
 def unsealed(
     content:dict, # from `sealed`, or edited on purpose, with "edited" for its `sha256`
 )->dict: # the same without `sha256`
-    "What was sealed; a `ValueError` if it is not what it was."
+    "The dictionary that was sealed; a `ValueError` if it has changed."
     rest = {k: v for k, v in content.items() if k != "sha256"}
     found, edited = content.get("sha256"), 'set its sha256 to "edited" if you changed it on purpose'
-    if not found: raise ValueError(f"it has no sha256, so that no one can tell whether it is whole: make it again, or {edited}")
+    if not found: raise ValueError(f"it has no sha256, so it cannot be checked: make it again, or {edited}")
     if found not in ("edited", sealed(rest)["sha256"]):
         raise ValueError(f"it does not hold what was written (its sha256 does not match): make it again, or {edited}")
     return rest
@@ -121,7 +121,7 @@ class RunRecord:
     def bytes(self,
         *names, # of its files; all when none is named
     )->int:
-        "What it takes on the disk."
+        "Its size on the disk."
         return sum((self.path/name).stat().st_size for name in names or self.files if name in self.files)
 
 # %% ../../nbs/68_runs.store.ipynb #3e59aaab
@@ -230,7 +230,7 @@ def _scalar(x): return x is None or isinstance(x, (bool, int, float, str))
 def body_errors(
     body, # of a record.json
 )->list: # of sentences
-    "What is wrong with the form of a record: kinds of Spec, rows, summary, provenance and files."
+    "Errors in the form of a record: in its Spec, rows, summary, provenance and files."
     if not isinstance(body, dict): return [f"it holds {type(body).__name__}, not a record"]
     kinds = dict(experiment=str, version=int, spec=dict, rows=list, summary=dict, provenance=dict, files=dict)
     if wrong := [f"its {k} is {'missing' if k not in body else type(body[k]).__name__}" for k, kind in kinds.items()

@@ -162,7 +162,7 @@ def identifying_sets(
 
 # %% ../../nbs/59_sms.complexity.ipynb #ef005595
 class Bounds(NamedTuple):
-    "Between what min|M| lies; −1 for a game that is `UNDECIDABLE`."
+    "Bounds of min|M|; −1 for a game that is `UNDECIDABLE`."
     low:np.ndarray # [batch] int64
     high:np.ndarray # [batch] int64, equal to `low` where the game is solved
     sets:np.ndarray # [batch, n_attributes] bool: sets of `high` attributes that identify the targets
@@ -173,7 +173,7 @@ def symbol_bounds(
     copies:str="flag", # as for `min_symbols`
     time_limit:float=10., # seconds for all games; those that are solved sooner leave their time to later ones
 )->Bounds:
-    "min|M| of games that may be too large to solve: the greedy set above; below disjoint distractors, and every size that was searched in vain."
+    "min|M| of games that may be too large to solve: above by the greedy set; below by disjoint distractors and by sizes searched without success."
     targets, distractors = (x.cpu().numpy() if isinstance(x, Tensor) else x for x in _read(targets, distractors))
     check_choice("copies", copies, ("flag", "drop"))
     check_at_least("time_limit", time_limit, 0)

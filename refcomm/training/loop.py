@@ -321,7 +321,7 @@ def resume(
     good = agree([bool(found) and not why])[0]
     if good and t.rank: t.load(*load_checkpoint(checkpoint))
     if good and found and found[1]["device"] != t.total.device.type:
-        warnings.warn(f"training that was begun on {found[1]['device']} goes on on {t.total.device.type}: noise is "
+        warnings.warn(f"training that was begun on {found[1]['device']} continues on {t.total.device.type}: noise is "
             f"drawn anew from here, and rounding differs")
     if not why: return t
     distrust_checkpoint(checkpoint, why)
@@ -335,7 +335,7 @@ COMPILERS = { # name → arguments of `torch.compile`
 }
 
 class Compiled:
-    "An ensemble's training steps as one graph; from the first step on that cannot be one, as they are."
+    "An ensemble's training steps as one graph; uncompiled from the first step that cannot be captured."
     def __init__(self,
         plain, # `Ensemble._map`
         how:str, # a name in `COMPILERS`
@@ -360,7 +360,7 @@ def compiled_steps(
     settings:TrainSettings,
     on_progress=None, # see `fit`
 )->Compiled|None: # None where steps are not compiled
-    "What computes the training steps, as `REFCOMM_COMPILE` says: \"off\", the default, or a name in `COMPILERS`."
+    "The function that computes training steps, chosen by `REFCOMM_COMPILE`: \"off\", the default, or a name in `COMPILERS`."
     how = check_choice("REFCOMM_COMPILE", os.environ.get("REFCOMM_COMPILE") or "off", ("off", *COMPILERS))
     if how == "off": return None
     reasons = {"something changes from step to step, such as a temperature": on_progress is not None,
@@ -466,7 +466,7 @@ FIRST = 5. # seconds until the first checkpoint, if the usual ones are further a
 TOGETHER = 8 # number of steps after which several processes agree whether to save
 
 def turn(t, mode, stop)->None:
-    "Set a training's mode. A schedule-free optimiser swaps weights, half of them swapped are none: a signal waits."
+    "Set a training's mode. A schedule-free optimiser swaps weights; a signal waits until all are swapped."
     with stop.hold():
         t.whole = False
         t.mode(mode)
@@ -508,7 +508,7 @@ def clip_gradients(
     parameters, # stacked, [n_members, ...]; changed in place
     longest:float, # norm
 )->None:
-    "Shorten the gradient of each member to a Euclidean norm of at most `longest` (Pascanu et al. 2013)."
+    "Clip the gradient of each member to a Euclidean norm of at most `longest` (Pascanu et al. 2013)."
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in gradients]).norm(dim=0)
     factors = (longest/norms.clamp(min=1e-12)).clamp(max=1.)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_parts', 'Thumbnail', 'Untrained', 'build', 'views_of', 'pair_of_views', 'map_images', 'objectives', 'features',
-           'players', 'play', 'probe', 'run', 'labels_of']
+           'players', 'evaluate', 'probe', 'run', 'labels_of']
 
 # %% ../../../nbs/85_papers.iac.run.ipynb #b79033ac
 import pandas as pd, torch
@@ -139,7 +139,7 @@ def objectives(
             else seen[None], None if noise is None else noise[None])
     def validate():
         model = ensemble.member(0)
-        played = [model.play(*batch) for batch in batches]
+        played = [model.evaluate(*batch) for batch in batches]
         return dict(accuracy=torch.stack([p.accuracy for p in played]).mean()[None],
             loss=torch.stack([p.loss for p in played]).mean()[None])
     return loss, validate
@@ -207,7 +207,7 @@ def _protocol(symbols, images, s, parts, where)->list: # rows
 
 # %% ../../../nbs/85_papers.iac.run.ipynb #0e3368fa
 @torch.no_grad()
-def play(
+def evaluate(
     model, # a game or SimCLR, in evaluation mode
     s:IACSpec,
     parts:ImageParts,
@@ -281,7 +281,7 @@ def run(
         del train
     ensemble.eval()
     model = ensemble.member(0)
-    rows, sent = play(model, s, parts, device) if s.model != "supervised" else ([], {})
+    rows, sent = evaluate(model, s, parts, device) if s.model != "supervised" else ([], {})
     sizes = dict(n_train=len(parts.train.images), n_valid=len(parts.valid.images), n_ood_images=len(parts.ood.images),
         n_known=len(parts.train.labels.unique()))
     summary = dict(images=parts.train.name, last_accuracy=float(history.accuracy.iloc[-1]) if "accuracy" in history
@@ -295,5 +295,5 @@ def labels_of(
     s:IACSpec,
     name:str, # of messages, "game/valid" or "game/ood"
 )->Tensor: # [n, 1] int64
-    "The classes that messages of a run are about."
+    "The classes of the targets of a run's messages."
     return getattr(make_parts(s), check_choice("set", name.rpartition("/")[2], ("valid", "ood"))).labels[:, None]

@@ -17,8 +17,7 @@ import lazy_loader
 np = lazy_loader.load("numpy")
 
 from ...core import PROFILES, check_at_least, check_choice
-from .spec import PatchSpec
-from ...names import PUBLIC_CODE
+from .spec import PUBLIC_CODE, PatchSpec
 from ...files import choose_source, either, stamped
 from ..deviations import note
 from ...metrics.statistics import Estimate, combine, correlation_estimate, estimate

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['make_parts', 'build', 'image_trunk', 'views_of', 'map_images', 'objectives', 'settle', 'settings_of',
-           'encode_messages', 'untrained_importance', 'gate_weights', 'decode_messages', 'retrieval_accuracy', 'play',
-           'symbols_of', 'classify', 'evaluate', 'run', 'load_model', 'labels_of']
+           'encode_messages', 'untrained_importance', 'gate_weights', 'decode_messages', 'retrieval_accuracy',
+           'evaluate_game', 'symbols_of', 'probe', 'evaluate', 'run', 'load_model', 'labels_of']
 
 # %% ../../../nbs/87_papers.patch.run.ipynb #36dc4423
 import dataclasses
@@ -113,7 +113,7 @@ def objectives(
         return ensemble.map(lambda model, *args: model(*args), (seen if taught else x)[None], labels[None] if taught
             else seen[None], None if noise is None else noise[None])
     def validate():
-        played = [ensemble.member(0).play(*batch) for batch in batches]
+        played = [ensemble.member(0).evaluate(*batch) for batch in batches]
         return dict(accuracy=torch.stack([p.accuracy for p in played]).mean().nan_to_num(0.)[None],
             loss=torch.stack([p.loss for p in played]).mean()[None])
     return loss, validate
@@ -204,13 +204,13 @@ def retrieval_accuracy(
     return dict(zip(counts, accuracy.tolist()))
 
 # %% ../../../nbs/87_papers.patch.run.ipynb #68bfc0e8
-def play(
+def evaluate_game(
     game,
     images:Tensor, # [n, 3, height, width] uint8
     s:PatchSpec,
     device="cpu",
 )->list: # rows of metrics
-    "Play among images."
+    "The game's accuracy among plain images."
     both = lambda x: (game.listener.decode(game.send(x)), game.listener.encode_images(x))
     messages, views = map_images(both, images, s, device)
     return [dict(kind="play", n_candidates=n, accuracy=a) for n, a in retrieval_accuracy(messages, views, s).items()]
@@ -222,7 +222,7 @@ def symbols_of(model, images, s, device="cpu")->Tensor|None: # [n, n_symbols]; N
     if s.model not in ("vqvae2", "patchvae"): return None
     return map_images(lambda x: (model.symbols(x),), images, s, device)[0]
 
-def classify(
+def probe(
     model, # in evaluation mode
     s:PatchSpec,
     parts:ImageParts,
@@ -242,12 +242,12 @@ def classify(
 # %% ../../../nbs/87_papers.patch.run.ipynb #9125ae5b
 def evaluate(model, s:PatchSpec, parts:ImageParts, device="cpu")->tuple: # rows of metrics, tensors
     "All measurements of a trained model."
-    rows, kept = classify(model, s, parts, device), {}
+    rows, kept = probe(model, s, parts, device), {}
     if s.model == "game":
         symbols, importance = encode_messages(model, parts.valid.images, s, device)
         kept = dict(symbols=symbols.short(), importance=importance,
             untrained=untrained_importance(s, parts.valid.images, 1, device)[0])
-        rows += play(model, parts.valid.images, s, device)
+        rows += evaluate_game(model, parts.valid.images, s, device)
     return rows, kept
 
 def run(
@@ -292,5 +292,5 @@ def labels_of(
     s:PatchSpec,
     name:str="symbols", # of messages; there is one kind
 )->Tensor: # [n, 1] int64
-    "The classes that messages of a run are about."
+    "The classes of the targets of a run's messages."
     return make_parts(s).valid.labels[:, None]
