@@ -404,7 +404,7 @@ def _redrawn(item, path, into, from_numbers, from_store, preload)->tuple: # stat
 @app.command("redraw")
 def redraw(
     items:list[str] = typer.Argument(None,
-        help="items or papers, e.g. eqc/table5 or eqc [default: all with records]"),
+        help="items or papers, e.g. eqc/table5 or eqc [default: all that are kept]"),
     from_store:bool = typer.Option(False, "--from-store",
         help="use the runs of your store instead of kept records, and keep them as records"),
     from_numbers:bool = typer.Option(False, "--from-numbers",
@@ -417,9 +417,10 @@ def redraw(
     check:bool = typer.Option(False, "--check",
         help="only list items without records, or with records older than the code"),
 ):
-    "Recompute figures, statistics and claims from kept runs, without training."
+    "Recompute figures, statistics and claims from kept runs, without training; items without kept runs are drawn from their numbers."
     known, have = notebooks(), kept_items()
-    chosen = choose(items) if items else {i: known[i] for i in known if i in have or from_store or from_numbers}
+    drawn = [] if from_store or from_numbers else [i for i in known if i not in have and _draws(known[i]) and _kept_csv(i).is_file()]
+    chosen = choose(items) if items else {i: known[i] for i in known if i in have or i in drawn or from_store or from_numbers}
     into = into and into.expanduser().absolute()
     if from_numbers and from_store: raise ConfigError("--from-numbers reads no runs: give one of --from-numbers and --from-store")
     if check:
@@ -430,7 +431,8 @@ def redraw(
     results, preload = [], _preload(chosen)
     for item, path in chosen.items():
         print(f"{item}: {title(path)}", flush=True)
-        results.append((item, *_redrawn(item, path, into, from_numbers, from_store and (parameters, profile), preload)))
+        results.append((item, *_redrawn(item, path, into, from_numbers or item in drawn,
+            from_store and (parameters, profile), preload)))
     print_table(None, ("item", "", ""), results)
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
 
@@ -438,11 +440,14 @@ def redraw(
 def _from_numbers(item, path, into)->tuple: # status, message
     "Draw an item's picture again from its numbers."
     from refcomm.publish.figures import redraw_from_numbers
-    kept = _with_figures()/f"{item.replace('/', '_', 1)}.png"
-    if not kept.with_suffix(".csv").is_file(): return "no numbers", ""
-    if not any("draw" in c["metadata"].get("tags", []) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]):
-        return "needs its runs", "no cell of its notebook is tagged `draw`"
-    return "redrawn", str(redraw_from_numbers(path, kept, into))
+    if not _kept_csv(item).is_file(): return "no numbers", ""
+    if not _draws(path): return "needs its runs", "no cell of its notebook is tagged `draw`"
+    return "redrawn", str(redraw_from_numbers(path, _kept_csv(item).with_suffix(".png"), into))
+
+def _kept_csv(item)->Path: return _with_figures()/f"{item.replace('/', '_', 1)}.csv"
+
+def _draws(path)->bool: # whether a notebook has drawing cells
+    return any("draw" in c["metadata"].get("tags", []) for c in json.loads(path.read_text(encoding="utf-8"))["cells"])
 
 def _from_store(item, path, parameters, preload)->tuple: # status, message
     "Execute an item with the runs of the store alone, and keep them."

@@ -97,7 +97,7 @@ def draw_table(
         c.set_linewidth(0)
         shade = "#f4f6f8" if groups[i - len(head)] % 2 else "white"
         c.set_facecolor("#dfe4ea" if i < len(head) else shade)
-        if j < n: c.set_text_props(ha="left")
+        if j < n: c.PAD = .8/chars[j]; c.set_text_props(ha="left")
     for i, j in ((i, j) for i, j in spans if head[0][i]):
         left, right = sum(chars[:i])/sum(chars), sum(chars[:j])/sum(chars)
         ax.text((left + right)/2, 1 - .5/len(cells), head[0][i], ha="center", va="center", fontsize=8.5, transform=ax.transAxes)
@@ -113,7 +113,7 @@ def _spans(names, start)->list: # (first, end) of each run of equal names
     return list(zip([start, *ends], ends))
 
 # %% ../../nbs/94_publish.figures.ipynb #fd916c8b
-LEAST = 6.5 # inches: least width of the texts above and below a figure
+LEAST = 7 # inches: least width of the texts above and below a figure
 
 def headline(
     figure, # matplotlib figure
@@ -126,8 +126,8 @@ def headline(
             if text.startswith(ax.get_title(where)): ax.set_title("", loc=where)
     literal(figure).draw_without_rendering() # a constrained layout is computed when the figure is drawn
     box, (w, h) = figure.get_tightbbox(), figure.get_size_inches()
-    lines = textwrap.wrap(text, int(max(LEAST, box.width)*11.5))
-    figure.text(box.x0/w, (box.y1 + .1)/h, "\n".join(lines), fontsize=10, weight="bold", va="bottom", parse_math=False)
+    lines = textwrap.wrap(re.sub(r" (?=[=\[])|(?<==) ", "\u00a0", text), int(max(LEAST, box.width)*11.5)) # "L = 2" stays in a line
+    figure.text(box.x0/w, (box.y1 + .1)/h, "\n".join(lines).replace("\u00a0", " "), fontsize=10, weight="bold", va="bottom", parse_math=False)
 
 def footnote(
     figure, # matplotlib figure
@@ -167,6 +167,7 @@ def curves(
         drawn, = ax.plot(mean.index, mean, label=name, **chosen[str(name)] | (styles or {}).get(name, {}))
         if len(mean) <= 20: drawn.set_markevery(None) # every measured point
         ax.fill_between(mean.index, mean - spread, mean + spread, color=drawn.get_color(), alpha=.15, lw=0)
+    if x == "epoch": ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel=AXES.get(x, x.replace("_", " ")), ylabel=AXES.get(y, y.replace("_", " ")))
     ax.grid(alpha=.3); ax.legend(fontsize=8, title="bands: ±1 sd" if banded else None, title_fontsize=7)
     literal(ax.figure)
@@ -275,10 +276,10 @@ DPI = 110 # of a saved picture
 def _picture(figure, recipe, dpi)->bytes: # PNG, with the recipe's title above and its note in brief below
     n = len(recipe["seeds"])
     seeds = [f"{n} seed{'s'*(n > 1)}"]*(n > 0)
-    runs = recipe["runs"].split(" · ")[:1] # their number; commits, device and versions are in the recipe
-    data = [] if recipe["data"] == "embedded" else [f"data: {recipe['data']}"]
+    data = [f"data: {recipe['data']}"]*(recipe["data"] != "embedded")
+    origin = " · ".join([*data, *seeds, recipe["runs"].split(" · ")[0]]) # commits, device and versions are in the recipe
     headline(figure, f"{recipe['title']} [{recipe['profile']}]")
-    footnote(figure, *in_brief(recipe["note"]), origin=" · ".join([f"Profile {recipe['profile']}", *data, *seeds, *runs]))
+    footnote(figure, *in_brief(recipe["note"]), origin=origin[0].upper() + origin[1:])
     if recipe["profile"] == "smoke":
         figure.text(.5, .5, "SMOKE: NOT A RESULT", fontsize=26, color="red", alpha=.35, rotation=18, ha="center",
             va="center")
@@ -345,7 +346,11 @@ def redraw_from_numbers(
     names = {}
     for source in [*tagged("parameters"), *imports]: exec(source, names)
     names |= dict(numbers=numbers, profile=recipe["profile"], title=recipe["title"], note=recipe["note"])
-    for source in tagged("draw"): exec(source, names)
+    try:
+        for source in tagged("draw"): exec(source, names)
+        figure = names["figure"]
+    except Exception as e:
+        raise ConfigError(f"{png.stem} cannot be drawn from its numbers: {type(e).__name__}: {e}; make it again with `refcomm reproduce`") from e
     new = (Path(into) if into else png.parent)/png.name
-    with write_atomic(new) as tmp: tmp.write_bytes(_picture(names["figure"], recipe, DPI))
+    with write_atomic(new) as tmp: tmp.write_bytes(_picture(figure, recipe, DPI))
     return new

@@ -7,7 +7,7 @@ __all__ = ['PALETTE', 'MARKERS', 'MAP', 'DIVERGING', 'CONFIGURATIONS', 'SETTINGS
            'ordered_styles', 'style']
 
 # %% ../../nbs/93_publish.style.ipynb #dc1f5e6e
-import itertools, math, re
+import itertools, re
 
 
 # %% ../../nbs/93_publish.style.ipynb #4ddd5b4f
@@ -22,8 +22,8 @@ MAP, DIVERGING = "viridis", "coolwarm" # perceptual colour maps: for amounts, an
 _BOTTLENECKS = dict(CN=("vermilion", "o"), GS=("green", "s"), QT=("blue", "^"))
 _CHANNELS = dict(RNN="-", Inst="--")
 CONFIGURATIONS = {f"{b}-{c}": (*look, ls) for b, look in _BOTTLENECKS.items() for c, ls in _CHANNELS.items()} | {
-    "uniform": ("blue", "^", "-"), "learned": ("orange", "^", "-"), "VQ": ("green", "^", "-"),
-    "FSQ": ("vermilion", "^", "-"), # quantisers
+    "uniform": ("blue", "^", "-"), "learned": ("orange", "X", "-"), "VQ": ("green", "*", "-"),
+    "FSQ": ("vermilion", "P", "-"), # quantisers
     "trained": ("blue", "o", "-"), "untrained": ("orange", "s", "--"), "random": ("grey", "v", ":"),
     "shuffled": ("purple", "D", "-."), "saliency": ("green", "v", "-"), "all patches": ("black", "P", "-"),
     "game": ("blue", "o", "-"), "MoCo-v2": ("vermilion", "D", "-"), "SimCLR": ("vermilion", "D", "-"),
@@ -48,7 +48,7 @@ def amount_style(
     "The fixed style of a message length or a complexity from 1 to 9."
     import matplotlib
     n = _amount(name)
-    return _marked(color=matplotlib.colormaps[MAP](.9*math.log(n, 9)), marker=MARKERS[(n - 1) % len(MARKERS)])
+    return _marked(color=matplotlib.colormaps[MAP](.19*(n - 1) if n < 6 else .76 + .035*(n - 5)), marker=MARKERS[(n - 1) % len(MARKERS)])
 
 def line_styles(
     names, # names of the lines of a figure, in order
