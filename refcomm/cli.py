@@ -419,7 +419,8 @@ def redraw(
 ):
     "Recompute figures, statistics and claims from kept runs, without training; items without kept runs are drawn from their numbers."
     known, have = notebooks(), kept_items()
-    drawn = [] if from_store or from_numbers else [i for i in known if i not in have and _draws(known[i]) and _kept_csv(i).is_file()]
+    drawn = [] if from_store or from_numbers else [i for i in known if i not in have and _draws(known[i])
+        and (figures_dir()/_kept_csv(i).name).is_file()]
     chosen = choose(items) if items else {i: known[i] for i in known if i in have or i in drawn or from_store or from_numbers}
     into = into and into.expanduser().absolute()
     if from_numbers and from_store: raise ConfigError("--from-numbers reads no runs: give one of --from-numbers and --from-store")

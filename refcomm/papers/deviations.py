@@ -181,7 +181,7 @@ def in_brief(
     if not topics: return others
     named = [t for t in TOPICS if t in topics]
     listed = " and ".join(filter(None, [", ".join(named[:-1]), named[-1]]))
-    return [f"Differs from the paper in {listed} (values in the .json file).", *sorted(others[::-1], key=lambda s: "†" not in s)]
+    return [f"Differs from the paper in {listed} (values in the .json).", *sorted(others[::-1], key=lambda s: "†" not in s)]
 
 # %% ../../nbs/81_papers.deviations.ipynb #bf25c058
 def incomplete(
