@@ -85,6 +85,24 @@ def test_figures_are_results():
                 and "+" not in recipe["runs"].split("torch")[0]), "runs come from a commit"
 
 
+def test_kept_figures_can_be_redrawn():
+    "Each has records of its runs, or a notebook that draws it from the numbers beside it."
+    for p in (ROOT/"figures").glob("*.png"):
+        paper, _, item = p.stem.partition("_")
+        path = next(f for f in (ROOT/"nbs").rglob(f"{item}.ipynb") if f.parent.name == paper)
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        drawn = any("draw" in c["metadata"].get("tags", []) for c in cells)
+        assert drawn or (ROOT/"figures"/"records"/f"{p.stem}.json").is_file(), p.stem
+
+
+def test_paper_notebooks_show_details_and_leave_titles_to_save():
+    for path in (ROOT/"nbs"/"papers").rglob("*.ipynb"):
+        code = "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+            if c["cell_type"] == "code")
+        assert "suptitle(" not in code and "[{profile}]" not in code, f"{path}: `figures.save` sets the title"
+        assert "details(" in code or not re.search(r"fidelity\(\w+[,)]", code), f"{path}: no table of the fields that differ"
+
+
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory):
     "A fresh environment with the built wheel and what it requires, nothing else."

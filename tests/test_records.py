@@ -53,6 +53,16 @@ def test_an_item_without_records_says_so(kept, tmp_path):
     assert "no records" in r.stdout and r.returncode == 0
 
 
+def test_items_without_records_are_drawn_from_their_numbers(kept, tmp_path):
+    for end in (".csv", ".json", ".png"):
+        shutil.copy(checkout()/"figures"/f"sms_equations{end}", kept.parent)
+    (kept.parent/"sms_equations.png").write_bytes(b"")
+    (kept/"sms_figure2.json").unlink()
+    r = cli("redraw", REFCOMM_FIGURES=str(kept.parent), REFCOMM_HOME=str(tmp_path/"home"))
+    assert r.returncode == 0 and r.stdout.count("redrawn") == 1, r.stdout + r.stderr
+    assert (kept.parent/"sms_equations.png").read_bytes()[1:4] == b"PNG"
+
+
 def test_an_older_version_is_named(kept, monkeypatch):
     from refcomm.papers.sms.run import SMSSpec
     assert records.outdated(kept) == {}

@@ -121,7 +121,7 @@ def row_name(
     row, # as it is printed: "Ours (S=16)"
 )->str: # as it is shown: "PatchGame (S=16)"
     "The name of a row; the authors' own rows are called by their model."
-    return re.sub(r"^Ours\b", "PatchGame", str(row))
+    return re.sub(r"^Ours\b|(?<=\()ours(?=,)", "PatchGame", str(row))
 
 def _integers(cells)->bool: # of one column: whether it counts something
     means = pd.concat([cells.published, cells.ours]).dropna()

@@ -71,9 +71,10 @@ def epochs_of(
 
 def fidelity(
     specs, # SMSSpecs of one item
+    used:bool=False, # whether the item shows the effective number of symbols
 )->str: # sentences
     "The deviations from the paper and its unstated settings, from the table of deviations and the Specs."
-    return note("sms", specs) + " The effective number of symbols is that of the best epoch."
+    return note("sms", specs) + " The effective number of symbols is that of the best epoch."*used
 
 # %% ../../../nbs/91_papers.sms.items.ipynb #93ce1a31
 def _last(epochs): return epochs[epochs.epoch == epochs.epoch.max()]
