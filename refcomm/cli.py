@@ -433,8 +433,7 @@ def redraw(
     results, preload = [], _preload(chosen)
     for item, path in chosen.items():
         print(f"{item}: {title(path)}", flush=True)
-        results.append((item, *_redrawn(item, path, into, from_numbers or item in drawn,
-            from_store and (parameters, profile), preload)))
+        results.append((item, *_redrawn(item, path, into, from_numbers, from_store and (parameters, profile), preload)))
     print_table(None, ("item", "", ""), results)
     if any(r[1] == "failed" for r in results): raise typer.Exit(1)
 

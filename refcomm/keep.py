@@ -123,7 +123,7 @@ def _card(words, about)->str:
     front = yaml.safe_dump(dict(library_name="refcomm", tags=["emergent communication", "referential game", "refcomm"]),
         sort_keys=False).strip()
     return "\n".join(["---", front, "---", "# Agents of a referential game", "",
-        "A sender and a receiver, trained with [refcomm](https://pypi.org/project/refcomm/).", "",
+        "A sender and a receiver, trained with refcomm.", "",
         "```python", "import refcomm", 'game = refcomm.load_game("path/to/this/folder")', "```", "", "## What they are",
         "", "```json", json.dumps(words, indent=1, ensure_ascii=False), "```", "",
         "## How they were made", "", "```json", json.dumps(about, indent=1, ensure_ascii=False), "```", ""])
