@@ -56,7 +56,7 @@ class Channel(_Capacity):
 
     def draw_noise(self,
         batch:int, # messages to be sent
-        generator, # source of randomness, or a list with one per member
+        generator:torch.Generator|list, # source of randomness, or a list with one per member
     )->Tensor|None: # [batch, message_length, …]; for a list [n_members, batch, …]; None for deterministic bottlenecks
         "The randomness that `send` consumes in training."
         return self.bottleneck.draw_noise((batch, self.message_length), generator)

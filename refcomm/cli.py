@@ -9,6 +9,7 @@ __all__ = ['app', 'runs_app', 'found_done', 'reproduce_item', 'options', 'print_
 
 # %% ../nbs/99_cli.ipynb #13e5a072
 import contextlib, json, os, signal, sys, threading, time
+from collections.abc import Iterable
 from pathlib import Path
 
 import typer
@@ -86,7 +87,7 @@ def reproduce_item(
     path:Path, # its notebook
     parameters:dict, # for its parameters cell
     force:bool=False, # execute even if nothing has changed
-    preload=(), # modules that a server imports for this and further kernels, see `kernel_manager`
+    preload:tuple|list=(), # modules that a server imports for this and further kernels, see `kernel_manager`
 )->tuple: # ("done" | "found done" | "failed", executed notebook, message)
     "Execute a notebook with papermill, unless its item is up to date."
     profile = parameters["profile"]
@@ -128,7 +129,7 @@ def _version(asked:bool):
 
 @app.callback()
 def options(version:bool = typer.Option(False, "--version", callback=_version, is_eager=True,
-    help="show the version and exit")):
+    help="show the version and exit"))->None:
     "Referential games from four papers: reproduce their tables and figures."
 @contextlib.contextmanager
 def _stopped_in_one_line():
@@ -141,7 +142,7 @@ def _console():
     from rich.console import Console
     return Console(width=None if sys.stdout.isatty() else 140)
 
-def print_table(title, columns:tuple, rows)->None:
+def print_table(title:str, columns:tuple, rows:Iterable)->None:
     "A table on the terminal."
     from rich.table import Table
     from rich.text import Text
@@ -153,7 +154,7 @@ def print_table(title, columns:tuple, rows)->None:
 
 # %% ../nbs/99_cli.ipynb #26b9a4d0
 @app.command("list")
-def list_items():
+def list_items()->None:
     "Show every table and figure that can be reproduced."
     print_table(None, ("item", "", "what it shows"),
         [(i, "headline" if i in HEADLINE else "", title(p)) for i,p in notebooks().items()])
@@ -231,7 +232,7 @@ def reproduce(
         help="folder for tables and figures [default: REFCOMM_FIGURES, or results/]"),
     force:bool = typer.Option(False, help="execute notebooks again even if nothing has changed"),
     dry_run:bool = typer.Option(False, help="show what would be executed, and execute nothing"),
-):
+)->None:
     "Reproduce tables and figures: papermill executes their notebooks."
     check_choice("profile", profile, PROFILES)
     _set_environment(into, executor, logger, weights)
@@ -293,7 +294,7 @@ def _experiment_named(name):
     return EXPERIMENTS.get(own) if home_of(own) is EXPERIMENTS.get(own) else spec_class(own)
 
 def read_grid(
-    path, # a JSON file
+    path:Path|str, # a JSON file
 )->tuple: # an experiment, fixed fields, grid
     "The experiment and the grid of `refcomm sweep`."
     try: content = from_json(Path(path).read_text(encoding="utf-8"))
@@ -320,7 +321,7 @@ def sweep(
     x:str = typer.Option(None, help="field on the x axis of the plot [default: the first of the grid]"),
     y:str = typer.Option("accuracy", help="metric to plot"),
     by:str = typer.Option(None, help="field that distinguishes the lines of the plot"),
-):
+)->None:
     "Execute the runs of a grid, and write a table and a plot of them."
     from refcomm.own import plot_sweep, sweep as made
     make, fixed, values = read_grid(grid)
@@ -362,7 +363,7 @@ def plan(
     device:str = typer.Option("auto",
         help="device of the estimate: auto, cpu, cuda, or H200; without a GPU, auto means H200 at gpu and paper"),
     steps:Path = typer.Option(None, help="file with measured times of training steps, from tests/on_gpu.py"),
-):
+)->None:
     "Show missing and finished runs, and estimate time, disk and memory. Executes nothing."
     from refcomm.papers.counts import plan_model
     from refcomm.runs.costs import duration, longest, plan_costs, recorded, shipped, size
@@ -417,7 +418,7 @@ def redraw(
         help="folder for the new files [default: the folder of the kept figures]"),
     check:bool = typer.Option(False, "--check",
         help="only list items without records, or with records older than the code"),
-):
+)->None:
     """Recompute figures, statistics and claims from kept runs, without training.
 
     Where the kept runs are not enough, as images or weights are needed, the picture alone is drawn from its numbers."""
@@ -471,7 +472,7 @@ def report(
         help="file to write [default: refcomm-report.html in the working folder]"),
     figures:Path = typer.Option(None,
         help="folder of figures [default: the folder that `refcomm reproduce` writes to, or the kept figures of the checkout if it is empty]"),
-):
+)->None:
     "Write an HTML page of all results, and a folder with full pictures and numbers beside it."
     from refcomm.publish.report import write_report
     out = expanded(out or "refcomm-report.html", "--out").absolute()
@@ -482,7 +483,7 @@ def report(
 
 # %% ../nbs/99_cli.ipynb #07791de4
 @runs_app.command("list")
-def runs_list(limit:int = typer.Option(100, min=0, help="number of runs to show; 0 for all")):
+def runs_list(limit:int = typer.Option(100, min=0, help="number of runs to show; 0 for all"))->None:
     "List all finished runs."
     from refcomm.runs.costs import size
     from refcomm.runs.store import Store, indexed
@@ -503,7 +504,7 @@ def runs_list(limit:int = typer.Option(100, min=0, help="number of runs to show;
 
 # %% ../nbs/99_cli.ipynb #ccb4435f
 @runs_app.command("show")
-def runs_show(run:str = typer.Argument(..., help="experiment/key, or the beginning of a key")):
+def runs_show(run:str = typer.Argument(..., help="experiment/key, or the beginning of a key"))->None:
     "Show one run as JSON."
     from refcomm.runs.store import Store
     store = Store()
@@ -515,7 +516,7 @@ def runs_show(run:str = typer.Argument(..., help="experiment/key, or the beginni
 
 # %% ../nbs/99_cli.ipynb #e734eda5
 @runs_app.command("verify")
-def runs_verify():
+def runs_verify()->None:
     "Check every record against its checksums; exit 1 if one is damaged."
     from refcomm.runs.store import Store
     store = Store()
@@ -530,7 +531,7 @@ def runs_write_plan(
     items:list[str] = typer.Argument(None, help="items or papers [default: everything]"),
     profile:str = typer.Option("gpu", help="smoke | cpu | gpu | paper"),
     n_seeds:int = typer.Option(3, help="number of seeds per configuration"),
-):
+)->None:
     "Print the missing runs of some items as JSON, for `refcomm runs execute` elsewhere."
     from refcomm.runs.execute import write_plan
     from refcomm.runs.store import Store
@@ -551,7 +552,7 @@ def runs_execute(plan:Path, jobs:int = typer.Option(1, help="number of parallel 
     executor:str = typer.Option(None, help="local | slurm | ray [default: REFCOMM_EXECUTOR, or local]"),
     logger:str = typer.Option(None, help="csv | tensorboard | wandb | mlflow [default: REFCOMM_LOGGER, or none]"),
     weights:bool = typer.Option(None,
-        help="keep the trained weights in the store [default: yes, unless REFCOMM_WEIGHTS is off]")):
+        help="keep the trained weights in the store [default: yes, unless REFCOMM_WEIGHTS is off]"))->None:
     "Execute the runs of a plan that are not yet in the store."
     from refcomm.distributed import join_processes, processes
     from refcomm.runs.execute import execute, read_plan
@@ -562,7 +563,7 @@ def runs_execute(plan:Path, jobs:int = typer.Option(1, help="number of parallel 
 
 # %% ../nbs/99_cli.ipynb #a4e74675
 @runs_app.command("export")
-def runs_export(archive:Path, force:bool = typer.Option(False, help="replace an existing file")):
+def runs_export(archive:Path, force:bool = typer.Option(False, help="replace an existing file"))->None:
     "Pack every run of the store into one tar file."
     from refcomm.runs.archives import export_runs
     left_out = []
@@ -574,7 +575,7 @@ def runs_export(archive:Path, force:bool = typer.Option(False, help="replace an 
 def runs_import(archive:Path,
     partial:bool = typer.Option(False, help="import the intact runs of an incomplete archive"),
     experiments:list[str] = typer.Option([], "--experiment",
-        help="accept runs of an experiment unknown to refcomm")):
+        help="accept runs of an experiment unknown to refcomm"))->None:
     "Import the runs of an archive; each is checked first."
     from refcomm.runs.archives import import_runs
     done = import_runs(archive, partial=partial, also=experiments)
@@ -587,7 +588,7 @@ def runs_import(archive:Path,
 def runs_clean(everything:bool = typer.Option(False, "--all", help="also remove finished runs"),
     yes:bool = typer.Option(False, "--yes", help="do not ask for confirmation"),
     adopt:bool = typer.Option(False,
-        help="treat the folder as a store although it has no marker; files of other origin are left")):
+        help="treat the folder as a store although it has no marker; files of other origin are left"))->None:
     "Remove damaged, unfinished and temporary files that are not in use."
     from refcomm.runs.cleaning import clean, recognise
     from refcomm.runs.store import Store

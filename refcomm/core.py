@@ -13,6 +13,7 @@ __all__ = ['have_numba', 'SCHEDULES', 'PROFILES', 'PRECISIONS', 'LARGE', 'printa
 # %% ../nbs/00_core.ipynb #94a934ea
 import ast, contextlib, dataclasses, difflib, functools, hashlib, importlib, importlib.util, inspect, io, json, math, os
 import re, signal, sys, types, typing, warnings
+from collections.abc import Callable, Iterable, Iterator
 
 import lazy_loader
 
@@ -22,7 +23,7 @@ np, torch = map(lazy_loader.load, ("numpy", "torch"))
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 def printable(
-    text, # of any origin; other objects are converted to text
+    text:object, # of any origin; other objects are converted to text
 )->str: # without control characters, direction marks and lone surrogates
     "Escape the characters that a terminal would not print; new lines and tabs stay."
     return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
@@ -64,7 +65,7 @@ class Interrupted(KeyboardInterrupt):
 # %% ../nbs/00_core.ipynb #e11634ca
 def nearest(
     name:str, # what was typed
-    options, # iterable of the names that exist
+    options:Iterable, # iterable of the names that exist
 )->str: # a sentence naming the closest options, or all of them
     "Suggest the options nearest to `name`."
     options = [str(o) for o in options]
@@ -73,9 +74,9 @@ def nearest(
 
 def check_choice(
     what:str, # the name of the setting, for the message
-    value, # the value given
-    options, # the values allowed
-):
+    value:object, # the value given
+    options:Iterable, # the values allowed
+)->typing.Any:
     "Return `value` if it is one of `options`; else raise a `ConfigError` that names the nearest."
     if value in list(options): return value
     raise ConfigError(f"unknown {what} {value!r}: {nearest(value, options)}")
@@ -83,10 +84,10 @@ def check_choice(
 # %% ../nbs/00_core.ipynb #4c97ba1c
 def check_at_least(
     what:str, # the name of the setting, for the message
-    value, # the number given
-    minimum, # the least allowed value
+    value:float, # the number given
+    minimum:float, # the least allowed value
     why:str="", # reason, appended to the message
-):
+)->typing.Any:
     "Return `value` if it is at least `minimum`; else raise a `ConfigError`."
     if value is not None and value >= minimum: return value
     raise ConfigError(f"{what} must be at least {minimum}, got {value!r}" + (f": {why}" if why else ""))
@@ -95,7 +96,7 @@ def check_at_least(
 def need(
     module:str, # to import, such as "timm.optim"
     message:str, # what to say when it is not installed
-): # the module
+)->types.ModuleType: # the module
     "Import an optional module, or raise a `ConfigError` that says how to install it."
     try: return importlib.import_module(module)
     except ImportError: raise ConfigError(message) from None
@@ -103,13 +104,13 @@ def need(
 @functools.lru_cache(1024)
 def say_once(
     text:str, # one line
-):
+)->None:
     "Print a line to standard error, once in a process."
     print(printable(f"refcomm: {text}"), file=sys.stderr)
 
 # %% ../nbs/00_core.ipynb #2becabbe
 def compile_loops(
-    loops, # functions in plain Python; each may call earlier ones
+    loops:Iterable, # functions in plain Python; each may call earlier ones
     message:str, # what to say when numba is not installed
     known:dict={}, # name → compiled function that they may call, too
 )->dict: # name → compiled function
@@ -127,15 +128,15 @@ have_numba = functools.cache(lambda: importlib.util.find_spec("numba") is not No
 
 # %% ../nbs/00_core.ipynb #57c1e5a3
 def from_json(
-    text, # str or bytes
-): # the parsed value
+    text:str|bytes, # str or bytes
+)->typing.Any: # the parsed value
     "Parse JSON; any fault raises a `ValueError`."
     try: return json.loads(text)
     except RecursionError: raise ValueError("JSON that is nested too deep") from None
 
 # %% ../nbs/00_core.ipynb #1031f420
 def integers(
-    x, # tensor, array or nested list of whole numbers
+    x:"torch.Tensor|np.ndarray|list", # tensor, array or nested list of whole numbers
     what:str, # what the numbers are, in the plural, for the message
     whole:bool=False, # take numbers with a fraction of 0, too
     fractions:bool=False, # return numbers with a fraction unchanged
@@ -159,11 +160,11 @@ def integers(
 
 # %% ../nbs/00_core.ipynb #0dc748ff
 def fetch_weights(
-    load, # () → the network
+    load:Callable, # () → the network
     what:str, # whose weights, for the message
     folders:str, # where they are kept once downloaded
     otherwise:str, # the alternative, for the message
-): # the network
+)->"torch.nn.Module": # the network
     "A pretrained network, or a `ConfigError` that says how to obtain its weights."
     try: return load()
     except Exception as e:
@@ -183,9 +184,9 @@ def _stores(x):
 
 def fitted(
     what:str, # the field's name, for the message
-    kind, # its annotation: int, float|None, tuple …
-    value, # the value given
-): # the same, in the form that is stored
+    kind:object, # its annotation: int, float|None, tuple …
+    value:object, # the value given
+)->typing.Any: # the same, in the form that is stored
     "A field's value in the one form that is stored, or a `ConfigError`: whole numbers for `int`, finite ones for `float`, tuples for lists."
     if isinstance(kind, str): kind = dict(int=int, float=float, bool=bool, str=str, tuple=tuple).get(kind, object)
     kinds = (typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
@@ -202,7 +203,7 @@ def fitted(
     raise ConfigError(f"{what} must be {expected}, got {value!r} ({type(value).__name__}){hint}")
 
 # %% ../nbs/00_core.ipynb #abafdb6c
-def spec(cls):
+def spec(cls:type)->type:
     "Class decorator: a frozen dataclass whose constructor refuses misspelt fields and values of the wrong type."
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     kinds, init = {f.name: f.type for f in dataclasses.fields(cls)}, cls.__init__
@@ -216,8 +217,8 @@ def spec(cls):
 
 # %% ../nbs/00_core.ipynb #43dafc76
 def checked(
-    fn, # with annotations
-): # the same function, for calls
+    fn:Callable, # with annotations
+)->Callable: # the same function, for calls
     "Function decorator: arguments are checked by their annotations, as the fields of a `spec` are."
     signature = inspect.signature(fn)
     known = {k: p.annotation for k, p in signature.parameters.items()
@@ -238,7 +239,7 @@ def checked(
 def generator(
     seed:int, # the run's seed
     stream:str="default", # what the numbers are for: "order", "noise", "split" …
-    device="cpu", # where the numbers are drawn
+    device:"str|torch.device"="cpu", # where the numbers are drawn
 )->"torch.Generator": # seeded with a hash of both
     "A generator for one purpose: equal `(seed, stream)` gives equal numbers, different streams are independent."
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
@@ -249,7 +250,7 @@ def generator(
 def seeded_init(
     seed:int, # the run's seed
     stream:str="init",
-):
+)->Iterator:
     "Within this block modules are initialised from `(seed, stream)`; the caller's global generator is untouched."
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.set_state(generator(seed, stream).get_state())
@@ -267,8 +268,8 @@ def draw_seed(
 @contextlib.contextmanager
 def seeded(
     seed:int, # from `draw_seed`
-    device, # whose generator is seeded, besides the CPU's
-):
+    device:"str|torch.device", # whose generator is seeded, besides the CPU's
+)->Iterator:
     "Within this block PyTorch's global generators start from `seed`; afterwards the caller's state is restored. Other GPUs are not affected."
     device = torch.device(device)
     own = device.type == "cuda"
@@ -308,7 +309,7 @@ PROFILES = {
 
 # %% ../nbs/00_core.ipynb #51f868b0
 def device_fault(
-    device, # where a step is tried
+    device:"str|torch.device", # where a step is tried
 )->str: # what went wrong; empty if nothing did
     "Train a small network for one step on a device and compare with the CPU."
     def step(d):
@@ -355,8 +356,8 @@ def pick_device(
         else torch.device("cuda", torch.cuda.current_device()))
 
 def same_device(
-    a, # a device or its name
-    b, # another
+    a:"str|torch.device", # a device or its name
+    b:"str|torch.device", # another
 )->bool:
     "Whether two devices are the same; a GPU without an index is the current one."
     a, b = (torch.device(d) for d in (a, b))
@@ -377,8 +378,8 @@ def _half_on_processor(dtype):
 
 def autocast(
     precision:str, # a name in `PRECISIONS`
-    device, # where the arithmetic happens
-):
+    device:"str|torch.device", # where the arithmetic happens
+)->contextlib.AbstractContextManager:
     "The context in which the forward pass runs; `fp32` changes nothing."
     name, kind = PRECISIONS[check_choice("precision", precision, PRECISIONS)], torch.device(device).type
     if not name: return contextlib.nullcontext()
@@ -388,7 +389,7 @@ def autocast(
 # %% ../nbs/00_core.ipynb #00c0a002
 def usable_precision(
     precision:str, # a name in `PRECISIONS`
-    device, # where the arithmetic happens
+    device:"str|torch.device", # where the arithmetic happens
 )->str: # the same, or what the device has in its place
     "The precision a device computes in: `bf16` becomes `fp16` on CUDA devices before capability 8.0, `fp32` before 7.0, and on MPS without it."
     check_choice("precision", precision, PRECISIONS)
@@ -405,7 +406,7 @@ def _read_numbers(path)->dict: # name → number, of the lines of a file of the 
     except (OSError, ValueError): return {}
 
 def free_memory(
-    device="cpu",
+    device:"str|torch.device"="cpu",
 )->int: # bytes
     "Memory that is free on a device; of the CPU, also what its container leaves; all memory on systems that do not report it."
     device = torch.device(device)
@@ -421,7 +422,7 @@ def free_memory(
 LARGE = 30*2**30 # bytes of a GPU for which the profile `gpu` is meant
 
 def pick_profile(
-    device="auto", # see `pick_device`
+    device:"str|torch.device"="auto", # see `pick_device`
 )->str: # a name in `PROFILES`
     "The profile that suits a device."
     d = pick_device(device)
@@ -433,8 +434,8 @@ _LEAST = dict(n_seeds=1, jobs=1) # of whole numbers; 0 for all others
 
 def check_parameter(
     name:str, # of a notebook's parameter
-    value, # given for it
-    default, # what the notebook sets, of the type that is expected
+    value:object, # given for it
+    default:object, # what the notebook sets, of the type that is expected
 )->None:
     "Raise a `ConfigError` unless the value is of the parameter's type, and possible."
     kind = type(default)
@@ -465,19 +466,19 @@ def check_injected(
 # %% ../nbs/00_core.ipynb #67c20792
 @functools.lru_cache(1024)
 def constant(
-    values, # a number, or tuples of numbers
-    device, # where the numbers are used
-    dtype=None, # float32 when None
-): # tensor of the shape of `values`; the same one every time, not to be changed in place
+    values:float|tuple, # a number, or tuples of numbers
+    device:"str|torch.device", # where the numbers are used
+    dtype:"torch.dtype|None"=None, # float32 when None
+)->"torch.Tensor": # tensor of the shape of `values`; the same one every time, not to be changed in place
     "Fixed numbers on a device, copied there once."
     with torch.inference_mode(False): return torch.tensor(values, dtype=dtype or torch.float32, device=device)
 
 # %% ../nbs/00_core.ipynb #0770fbbc
 def progress_bar(
-    total=None, # how many steps
+    total:int|None=None, # how many steps
     desc:str="", # what they are
     **kwargs, # passed on to tqdm
-):
+)->typing.Any:
     "A tqdm bar that suits where it is shown; `REFCOMM_PROGRESS=off` silences it, `text` forces the plain bar."
     mode = os.environ.get("REFCOMM_PROGRESS", "auto")
     widget = mode == "auto" and "JPY_SESSION_NAME" in os.environ

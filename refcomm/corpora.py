@@ -30,7 +30,7 @@ class Corpus(NamedTuple):
     about:dict # their origin
     lengths:Tensor|None = None # [n] int64 number of symbols of each message; None: equal lengths
 
-    def push(self, folder, name:str="messages", **kwargs):
+    def push(self, folder:Path|str, name:str="messages", **kwargs)->Path:
         "Write the corpus as a folder, see `save_elcc`."
         return save_elcc(folder, {"all": self}, name, **kwargs)
 
@@ -85,10 +85,10 @@ def _filled(rows)->tuple: # rows of equal width, −1 from the ends on, and leng
 
 # %% ../nbs/74_corpora.ipynb #ac505450
 def make_corpus(
-    messages, # [n, length] tensor, or a list of lists of any lengths
-    meanings=None, # [n, n_attributes] tensor, or a list of lists; None if unknown
+    messages:Tensor|list, # [n, length] tensor, or a list of lists of any lengths
+    meanings:Tensor|list|None=None, # [n, n_attributes] tensor, or a list of lists; None if unknown
     about:dict|None=None, # their origin: numbers, text, lists and dicts of them
-    lengths=None, # [n] lengths, in words for messages [n, n_words, n_symbols]
+    lengths:Tensor|list|None=None, # [n] lengths, in words for messages [n, n_words, n_symbols]
 )->Corpus:
     "A corpus, checked."
     (messages, lengths), meanings = (_spelled(messages, lengths), meanings if meanings is None
@@ -136,7 +136,7 @@ def _lists(corpus): # the messages without padding
         else [m[:n] for m, n in zip(corpus.messages.tolist(), corpus.lengths.tolist())])
 
 def save_corpus(
-    path, # the .parquet file to make or replace
+    path:Path|str, # the .parquet file to make or replace
     corpus:Corpus, # from `make_corpus`, `from_record` or a reader
 )->Path: # the file
     "Write a corpus to a parquet file, atomically."
@@ -151,7 +151,7 @@ def save_corpus(
 
 # %% ../nbs/74_corpora.ipynb #151f6d51
 def load_corpus(
-    path, # a file that `save_corpus` wrote
+    path:Path|str, # a file that `save_corpus` wrote
 )->Corpus:
     "Read and check a corpus."
     table = read_parquet(path, "save_corpus")
@@ -213,7 +213,7 @@ def _check_elcc(folder, corpora, system):
 
 # %% ../nbs/74_corpora.ipynb #144497e3
 def save_elcc(
-    folder, # to make; it must not exist
+    folder:Path|str, # to make; it must not exist
     corpora:dict, # variant → Corpus, such as one for each seed
     name:str, # of the system
     source:str="", # address of its code
@@ -262,7 +262,7 @@ def _lines(path)->list: # of lists
     return rows
 
 def load_elcc(
-    folder, # of a system, from `save_elcc` or ELCC
+    folder:Path|str, # of a system, from `save_elcc` or ELCC
     variant:str|None=None, # a folder in its `data`; None: the only one
 )->Corpus:
     "Read one corpus of a system."

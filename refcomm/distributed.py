@@ -44,7 +44,7 @@ def sum_over_processes(
         for t in tensors: dist.all_reduce(t)
 
 def agree(
-    flags, # list of bools; other processes than the first contribute only its length
+    flags:list, # list of bools; other processes than the first contribute only its length
 )->list: # the first process's
     "The flags of the first process, in every process."
     flag = torch.tensor([bool(f) and processes()[0] == 0 for f in flags], dtype=torch.int32, device="cuda"
@@ -53,7 +53,7 @@ def agree(
     return [bool(f) for f in flag.tolist()]
 
 def any_process(
-    flags, # list of bools
+    flags:list, # list of bools
 )->list: # of bools
     "Which flags are set in at least one process."
     flag = torch.tensor([bool(f) for f in flags], dtype=torch.int32, device="cuda" if processes()[1] > 1
@@ -83,7 +83,7 @@ def gather_batches(
 # %% ../nbs/02_distributed.ipynb #4a136273
 def share_statistics(
     model:nn.Module,
-    device, # where the model will be trained
+    device:str|torch.device, # where the model will be trained
 )->nn.Module: # the same model, or the converted layer if the model is itself a normalisation layer
     "Let batch normalisation use the batches of all processes."
     together = processes()[1] > 1 and torch.device(device).type == "cuda"

@@ -8,6 +8,7 @@ __all__ = ['SPEAKERS', 'LISTENERS', 'end_shares', 'CellSpeaker', 'CellListener',
 
 # %% ../nbs/28_ending.ipynb #ba847c6c
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class CellSpeaker(nn.Module):
 
     def forward(self,
         u:Tensor, # [batch, hidden] the sender's encoding
-        emit, # (hidden [batch, hidden], place) → word [batch, width]
+        emit:Callable, # (hidden [batch, hidden], place) → word [batch, width]
         n:int, # number of words
     )->None:
         "Call `emit` for `n` words; each word is the input of the next step."
@@ -102,7 +103,7 @@ class TransformerSpeaker(nn.Module):
         self.layers = nn.ModuleList(CausalLayer(hidden, heads) for _ in range(check_at_least("layers", layers, 1)))
         self.norm = nn.LayerNorm(hidden)
 
-    def forward(self, u:Tensor, emit, n:int)->None:
+    def forward(self, u:Tensor, emit:Callable, n:int)->None:
         "After the encoding `u` `[batch, hidden]`, call `emit` for `n` words, as `CellSpeaker` does."
         x, past = u, [None]*len(self.layers)
         for i in range(n):
@@ -183,7 +184,7 @@ class EndingChannel(_Cost):
 
     def prefix_loss(self,
         sent:Sent, # from `send`
-        loss, # (receiver's output [batch, hidden]) → [batch]
+        loss:Callable, # (receiver's output [batch, hidden]) → [batch]
     )->Tensor: # [batch]
         "The loss of each game: the weighted mean over the places where its message may end, with the cost of its length."
         if sent.log_prob is not None: return loss(self.receive(sent.word)) + self.cost*sent.lengths
@@ -229,7 +230,7 @@ class _EndingAgents(EndingChannel):
 # %% ../nbs/28_ending.ipynb #96d5ebc7
 class Ending(_EndingAgents):
     "Recurrent or transformer agents with messages of variable length (adapted from EGG, Kharitonov et al. 2019)."
-    def utter(self, u:Tensor, noise=None)->tuple: # [batch, T, width] words with their ends, the bottleneck's `Sent`s, and scores [batch, T, ...]
+    def utter(self, u:Tensor, noise:Tensor|None=None)->tuple: # [batch, T, width] words with their ends, the bottleneck's `Sent`s, and scores [batch, T, ...]
         "Produce all `message_length` words, also those after the end."
         words, parts, scores = [], [], []
         def emit(h, i):
@@ -244,7 +245,7 @@ class Ending(_EndingAgents):
         self.speaker(u, emit, self.message_length)
         return torch.stack(words, 1), parts, torch.stack(scores, 1)
 
-    def send(self, u:Tensor, noise=None)->Sent: # `symbols` are −1 from the end on; `lengths` is the number of words before it
+    def send(self, u:Tensor, noise:Tensor|None=None)->Sent: # `symbols` are −1 from the end on; `lengths` is the number of words before it
         "Encodings `[batch, hidden]` to words `[batch, T+1, width]`, the last of them the end."
         words, parts, scores = self.utter(u, noise)
         symbols = None if parts[0].symbols is None else torch.stack([p.symbols for p in parts], 1)

@@ -11,7 +11,9 @@ __all__ = ['expanded', 'home', 'checkout', 'figures_dir', 'data_dir', 'data_fold
 
 # %% ../nbs/01_files.ipynb #02f11e52
 import contextlib, errno, hashlib, json, os, re, warnings, secrets, stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import lazy_loader
 
@@ -21,7 +23,7 @@ from refcomm.core import ConfigError, StoreError, say_once
 
 # %% ../nbs/01_files.ipynb #f216acae
 def expanded(
-    path, # as the user gave it; "~" and "~name" stand for home folders
+    path:Path|str, # as the user gave it; "~" and "~name" stand for home folders
     what:str, # that names it, for the message
 )->Path:
     "A path with `~` expanded, or a `ConfigError` if there is no such user."
@@ -65,7 +67,7 @@ def known_stamps()->dict: # name of data → digest of its content
     return json.loads(os.environ.get("REFCOMM_STAMPS") or "{}")
 
 def matches(
-    path, # a file or folder, or a pattern of files such as "train_*.parquet"
+    path:Path|str, # a file or folder, or a pattern of files such as "train_*.parquet"
 )->list: # of paths, in order; empty where it is no pattern, or nothing fits it
     "The files that a pattern stands for."
     path = Path(path)
@@ -73,8 +75,8 @@ def matches(
     return sorted(path.parent.glob(path.name)) if is_pattern else []
 
 def find_data(
-    name, # an absolute path, or one relative to REFCOMM_DATA; or a pattern of files, see `matches`
-    suffixes=("",), # endings to add to the name; the first one that is found anywhere counts
+    name:Path|str, # an absolute path, or one relative to REFCOMM_DATA; or a pattern of files, see `matches`
+    suffixes:tuple=("",), # endings to add to the name; the first one that is found anywhere counts
 )->Path|None: # the file, folder or pattern, None if there is none
     "Find a file, a folder or the files of a pattern: an absolute path as it is, a relative one in `data_folders`."
     paths = [expanded(f"{name}{suffix}", "a source") for suffix in suffixes]
@@ -85,14 +87,14 @@ def find_data(
 
 # %% ../nbs/01_files.ipynb #6e53913e
 def either(
-    names, # one name, or several
+    names:str|tuple|list, # one name, or several
 )->str:
     "Names for a sentence."
     return names if isinstance(names, str) else " or ".join(names)
 
 def find_any(
-    names, # one name, or several in order of preference
-    suffixes=("",), # see `find_data`
+    names:str|tuple|list, # one name, or several in order of preference
+    suffixes:tuple=("",), # see `find_data`
 )->str|None: # the first that is found
     "Which of several sources is at hand."
     return next((n for n in ([names] if isinstance(names, str) else names) if find_data(n, suffixes)), None)
@@ -100,11 +102,11 @@ def find_any(
 # %% ../nbs/01_files.ipynb #c0a5e001
 def choose_source(
     chosen:str, # "auto" (real if it is there), "embedded", "real", or a source of one's own
-    real, # the real data's name, or several in order of preference
+    real:str|tuple|list, # the real data's name, or several in order of preference
     absent:str, # of a sentence: "the real images at cpu, x.parquet, are"
     stand_in:str, # its end where embedded data are used instead: "rendered ones stand in"
     remedy:str, # its end where real data are required: "put them there, or use images='embedded'"
-    suffixes=("",), # see `find_data`
+    suffixes:tuple=("",), # see `find_data`
 )->str|None: # the source; None for the embedded data
     "Which data a run uses. A message says once which data replace real data that are absent."
     if chosen == "embedded": return None
@@ -116,13 +118,13 @@ def choose_source(
 
 # %% ../nbs/01_files.ipynb #01a00002
 def most_unpacked(
-    path, # a file that holds packed data
+    path:Path|str, # a file that holds packed data
 )->int: # bytes
     "The largest size that a file may unpack to: a hundred times its own, or a gibibyte."
     return max(2**30, 100*Path(path).stat().st_size)
 
 def check_unpacked(
-    path, # a file that holds packed data
+    path:Path|str, # a file that holds packed data
     size:int, # bytes that it says it unpacks to
 )->None:
     "Refuse a file of few bytes that would fill the memory."
@@ -130,7 +132,7 @@ def check_unpacked(
         raise ConfigError(f"{path} would unpack to {size:,} bytes, more than a hundred times its own size: write it again without padding, or in parts")
 
 def zip_size(
-    path, # a zip file: .npz, a saved module of PyTorch
+    path:Path|str, # a zip file: .npz, a saved module of PyTorch
 )->int: # bytes
     "The unpacked size of a zip file's members, as it declares; they are not read beyond that."
     import zipfile
@@ -138,10 +140,10 @@ def zip_size(
 
 # %% ../nbs/01_files.ipynb #7be0c5a2
 def read_parquet(
-    path, # one file
+    path:Path|str, # one file
     made_by:str="", # the function that writes such files, for the message
-    pick=None, # names of its columns → those to read; all when None
-): # pyarrow table
+    pick:Callable|None=None, # names of its columns → those to read; all when None
+)->Any: # pyarrow table
     "The rows of a parquet file, or an error if it is absent or damaged."
     import pyarrow as pa, pyarrow.parquet as pq
     if not Path(path).is_file(): raise ConfigError(f"no file {path}" + (f": make it with {made_by}" if made_by else ""))
@@ -162,8 +164,8 @@ def read_parquet(
 # %% ../nbs/01_files.ipynb #14a8bac7
 @contextlib.contextmanager
 def disk_errors(
-    path, # what is being written, for the message
-):
+    path:Path|str, # what is being written, for the message
+)->Iterator:
     "Turn errors of the operating system into a `StoreError` that says what to do."
     try: yield
     except OSError as e:
@@ -173,7 +175,7 @@ def disk_errors(
                 errno.EACCES: "permission denied: set REFCOMM_HOME (or REFCOMM_FIGURES) to a writable folder"}
         raise StoreError(f"cannot write {path}: {ways.get(e.errno, e)}") from e
 
-def fsync_dir(path)->None:
+def fsync_dir(path:Path|str)->None:
     "Flush a folder's entries to disk, if the system and file system support it."
     if os.name == "nt": return
     fd = os.open(path, os.O_RDONLY)
@@ -183,8 +185,8 @@ def fsync_dir(path)->None:
     finally: os.close(fd)
 
 def open_regular(
-    path,
-): # a file object, for reading bytes
+    path:Path|str,
+)->BinaryIO: # a file object, for reading bytes
     "Open a regular file; a folder, a device or a pipe raises an `OSError` at once."
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -194,13 +196,13 @@ def open_regular(
 
 # %% ../nbs/01_files.ipynb #ae865fa2
 def read_text(
-    path, # a file in UTF-8
+    path:Path|str, # a file in UTF-8
 )->str:
     "The text of a file, and of nothing else: see `open_regular`."
     with open_regular(path) as f: return f.read().decode("utf-8")
 
 def make_folder(
-    path, # may be there already
+    path:Path|str, # may be there already
 )->Path:
     "Make a folder and its parents, and flush new ones to disk."
     path = Path(path)
@@ -212,8 +214,8 @@ def make_folder(
 # %% ../nbs/01_files.ipynb #bb4c276e
 @contextlib.contextmanager
 def write_atomic(
-    path, # the file to make or replace
-):
+    path:Path|str, # the file to make or replace
+)->Iterator:
     "Yield the path of a new, empty file beside `path`, of a random name; rename it into place on success, delete it on failure."
     path = Path(path)
     tmp, no_link = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp"), getattr(os, "O_NOFOLLOW", 0)
@@ -298,7 +300,7 @@ def _system_errors():
         raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
 
 def set_aside(
-    path, # the damaged file
+    path:Path|str, # the damaged file
     ending:str, # the new ending, with a dot
 )->Path:
     "Rename a file to another ending, so that it can be inspected; it is never read again."
@@ -309,8 +311,8 @@ def set_aside(
 # %% ../nbs/01_files.ipynb #c66cf6d5
 @contextlib.contextmanager
 def made_once(
-    path, # of a cached file, there or not
-):
+    path:Path|str, # of a cached file, there or not
+)->Iterator:
     "Hold the lock of a cached file: one process makes it, the others wait."
     from filelock import FileLock
     lock = home()/"cache"/"locks"/f"{content_digest(str(Path(path).absolute()))}.lock"
@@ -320,8 +322,8 @@ def made_once(
     with held: yield
 
 def cached_tensor(
-    path, # a .safetensors file, whose name contains a digest of all inputs
-    compute, # () → tensor, called when the file is absent or damaged
+    path:Path|str, # a .safetensors file, whose name contains a digest of all inputs
+    compute:Callable, # () → tensor, called when the file is absent or damaged
     what:str, # what it holds, in the plural, for the warning
 )->"torch.Tensor": # on the CPU
     "The tensor in a file, computed and stored if absent; one process computes it, the others wait."
@@ -347,7 +349,7 @@ def _state_digest(tensors, meta:str)->str:
         digest.update(v.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-def save_checkpoint(path, tensors:dict, meta:dict)->None:
+def save_checkpoint(path:Path|str, tensors:dict, meta:dict)->None:
     "Write tensors and JSON-able `meta`, and a digest of both, to one safetensors file, atomically."
     from safetensors.torch import save
     tensors, text = {k: v.detach().contiguous().cpu() for k,v in tensors.items()}, json.dumps(meta)
@@ -355,7 +357,7 @@ def save_checkpoint(path, tensors:dict, meta:dict)->None:
     with write_atomic(path) as tmp: tmp.write_bytes(data)
 
 # %% ../nbs/01_files.ipynb #73796828
-def load_checkpoint(path)->tuple|None: # tensors and meta; None if there is no valid checkpoint
+def load_checkpoint(path:Path|str)->tuple|None: # tensors and meta; None if there is no valid checkpoint
     "Read a checkpoint of `save_checkpoint`; a damaged one is renamed with a warning."
     from safetensors import safe_open
     path = Path(path)
@@ -370,8 +372,8 @@ def load_checkpoint(path)->tuple|None: # tensors and meta; None if there is no v
 
 # %% ../nbs/01_files.ipynb #c2b92923
 def distrust_checkpoint(
-    path,
-    why, # a text or an exception
+    path:Path|str,
+    why:str|Exception, # a text or an exception
 )->None:
     "Rename a damaged checkpoint, with a warning."
     aside = set_aside(path, f".unreadable-{secrets.token_hex(3)}")
@@ -381,7 +383,7 @@ def distrust_checkpoint(
 # %% ../nbs/01_files.ipynb #dddfef73
 def stamped(
     name:str, # a source of data, see `find_data`
-    suffixes=("",), # see `find_data`
+    suffixes:tuple=("",), # see `find_data`
 )->str: # "name#12345678"; the name itself where it is neither file nor folder
     "A source's name with a digest of its content: of a file's bytes, or of the names and sizes in a folder or of a pattern's files."
     if not (path := find_data(name, suffixes)): return str(name)
@@ -393,7 +395,7 @@ def stamped(
 
 def unstamped(
     source:str, # from `stamped`
-    suffixes=("",), # see `find_data`
+    suffixes:tuple=("",), # see `find_data`
 )->str: # the name
     "The name alone; a `ConfigError` if the content has changed since it was stamped."
     name, _, content = source.partition("#")

@@ -14,7 +14,7 @@ from .core import Interrupted
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)] # Windows has no SIGUSR1
 
 # %% ../nbs/03_interrupts.ipynb #0a9e0013
-def end_in_one_line():
+def end_in_one_line()->None:
     "From now on an `Interrupted` that nobody catches ends a script with its message, not with a traceback."
     before = sys.excepthook
     if getattr(before, "in_one_line", False): return
@@ -60,7 +60,7 @@ class Interruptible(_Signal):
             if signal.getsignal(s) not in (None, signal.SIG_IGN): self.before[s] = signal.signal(s, self.handle)
         return self
 
-    def handle(self, signum, frame):
+    def handle(self, signum:int, frame:object)->None:
         "The signal handler: raise at once, or wait for held work until `grace` is over."
         if self.signum is None: self.signum, self.since = signum, time.monotonic()
         late = time.monotonic() - self.since >= self.grace

@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'described', 'foreign', 'built', 'save_game', 'load_game', '
 # %% ../nbs/75_keep.ipynb #c5725447
 import copy, dataclasses, json, os, re, shutil, uuid
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -79,8 +79,8 @@ PARTS = { # class → function that returns the constructor arguments
 
 # %% ../nbs/75_keep.ipynb #ac8fc7e5
 def described(
-    x, # a module or a function; or a number, text, list of them
-): # JSON-able
+    x:object, # a module or a function; or a number, text, list of them
+)->Any: # JSON-able
     "A module as the name of its class and its arguments; for a class outside `PARTS` and for a function the name only."
     if type(x) is nn.Sequential: return dict(part="Sequential", layers=[described(m) for m in x])
     if type(x) in PARTS: return dict(part=type(x).__name__, **{k: described(v) for k, v in PARTS[type(x)](x).items()})
@@ -89,16 +89,16 @@ def described(
 
 # %% ../nbs/75_keep.ipynb #c64d31dc
 def foreign(
-    words, # from `described`
+    words:object, # from `described`
 )->bool:
     "Whether a game has classes or functions that are not of this package."
     return re.search('"(foreign|function)": ', json.dumps(words)) is not None
 
 # %% ../nbs/75_keep.ipynb #76f53996
 def built(
-    x, # from `described`
+    x:object, # from `described`
     given:dict={}, # name of a class outside `PARTS` → a module, or a function that makes one; name of a function → the function
-):
+)->Any:
     "The inverse of `described`: a module with new weights."
     if not isinstance(x, dict): return tuple(x) if isinstance(x, list) else x
     if "foreign" in x:
@@ -130,7 +130,7 @@ def _card(words, about)->str:
 
 # %% ../nbs/75_keep.ipynb #3dd1f3f8
 def save_game(
-    folder, # to make; an existing saved game is replaced
+    folder:Path|str, # to make; an existing saved game is replaced
     game:nn.Module, # a `ReferentialGame`, or any module
     about:dict|None=None, # its origin: numbers, text, lists and dicts of them
 )->Path: # the folder
@@ -157,7 +157,7 @@ def save_game(
 
 # %% ../nbs/75_keep.ipynb #f6fdcd30
 def load_game(
-    folder, # from `save_game`, or a repository "user/name" of the Hugging Face hub
+    folder:Path|str, # from `save_game`, or a repository "user/name" of the Hugging Face hub
     parts:dict={}, # name of a class of another package → a module, or a function that makes one
 )->nn.Module: # in evaluation mode
     "Read a saved game."
@@ -192,9 +192,9 @@ def restored(
 
 # %% ../nbs/75_keep.ipynb #8dff08b0
 def push_game(
-    folder, # from `save_game`
+    folder:Path|str, # from `save_game`
     repository:str, # "user/name"
-):
+)->Any:
     "Upload a saved game to the Hugging Face hub, with the account that is logged in."
     hub = need("huggingface_hub", "the hub needs the package huggingface_hub: pip install huggingface_hub")
     if not (Path(folder)/"config.json").is_file(): raise ConfigError(f"{folder} holds no game: write it with save_game")
@@ -211,7 +211,7 @@ class Kept(NamedTuple):
     record:RunRecord
 
 def find_record(
-    run, # a record; or a key, "eqc/1a2b…", "1a2b…" or the beginning of one
+    run:RunRecord|str, # a record; or a key, "eqc/1a2b…", "1a2b…" or the beginning of one
     store:Store|None=None, # the default store when None
 )->RunRecord:
     "The record of a finished run."
@@ -225,11 +225,11 @@ def find_record(
 
 # %% ../nbs/75_keep.ipynb #608010ab
 def load(
-    run, # a record or a key, see `find_record`; a `Run` or a `Kept`
+    run:object, # a record or a key, see `find_record`; a `Run` or a `Kept`
     store:Store|None=None, # the default store when None
-    device="cpu",
+    device:str|torch.device="cpu",
     parts:dict={}, # of runs of one's own: see `load_game`
-    task=None, # of runs of one's own over features or by a task of one's own: what it was
+    task:object=None, # of runs of one's own over features or by a task of one's own: what it was
 )->Kept:
     "The trained game of a finished run, with its task."
     if isinstance(run, Kept): return run
@@ -266,12 +266,12 @@ class WithinBatches:
         home, # the experiment's module
         spec, # of the run
         parts, # images, see `image_parts`
-        device="cpu",
+        device:str|torch.device="cpu",
     ):
         self.home, self.spec, self.parts, self.device = home, spec, parts, device
         self.n_train, self.train = len(parts.train.images), ImageBatches(parts.train, device)
 
-    def objectives(self, ensemble)->tuple:
+    def objectives(self, ensemble:nn.Module)->tuple:
         "Loss and validation; accuracy is that among the new images of a batch."
         return self.home.objectives(ensemble, self.spec, self.parts, self.device, self.train)
 
@@ -318,9 +318,9 @@ def _one_task(runs, store, device)->list: # of `Kept`s
 
 # %% ../nbs/75_keep.ipynb #8b102857
 def cross_play_of(
-    runs, # records, keys or `Run`s that differ in the seed alone
+    runs:list|tuple, # records, keys or `Run`s that differ in the seed alone
     store:Store|None=None,
-    device="cpu",
+    device:str|torch.device="cpu",
 )->torch.Tensor: # [n_senders, n_receivers] accuracy
     "How well the receiver of each run understands the sender of each."
     from refcomm.training.populations import cross_play
@@ -337,12 +337,12 @@ class RoleSwap(NamedTuple):
     games:list # of the trained agents
 
 def role_swap_of(
-    runs, # records, keys or `Run`s that differ in the seed alone: the sender and the receiver of each are one agent
+    runs:list|tuple, # records, keys or `Run`s that differ in the seed alone: the sender and the receiver of each are one agent
     epochs:int=10, # that the agents are trained further
     lr:float=1e-3,
     seed:int=0, # of pairs, order and noise
     store:Store|None=None,
-    device="cpu",
+    device:str|torch.device="cpu",
 )->RoleSwap:
     "Kept agents take turns as sender and receiver of each other: one random pair of different agents per step (Graesser et al. 2019)."
     from refcomm.training.populations import Population, cross_play, train_population
@@ -355,13 +355,13 @@ def role_swap_of(
 
 # %% ../nbs/75_keep.ipynb #0089829e
 def ease_of(
-    run, # a record, key or `Run`
+    run:object, # a record, key or `Run`
     epochs:int=10, # that new receivers learn for
     lr:float=1e-3,
-    seeds=(0, 1, 2), # one new receiver each
+    seeds:tuple|list=(0, 1, 2), # one new receiver each
     store:Store|None=None,
-    device="cpu",
-): # DataFrame: seed, epoch, accuracy
+    device:str|torch.device="cpu",
+)->Any: # DataFrame: seed, epoch, accuracy
     "Ease of learning: see `training.populations.ease_of_learning`."
     from refcomm.training.populations import ease_of_learning
     kept = load(run, store, device)
@@ -371,9 +371,9 @@ def ease_of(
 
 # %% ../nbs/75_keep.ipynb #b3eb21fe
 def probe_of(
-    run, # a record, key or `Run`
+    run:object, # a record, key or `Run`
     store:Store|None=None,
-    device="cpu",
+    device:str|torch.device="cpu",
 )->list: # rows
     "The attributes that linear classifiers find in a sender's encodings; the experiment's own `probe` if it has one."
     kept = load(run, store, device)

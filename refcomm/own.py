@@ -9,8 +9,9 @@ __all__ = ['topsim', 'METRICS', 'TASKS', 'Objects', 'load_objects', 'Referential
 
 # %% ../nbs/76_own.ipynb #3b1a4058
 import copy, dataclasses, functools, inspect, itertools, json, math, re, warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd, torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from .data.objects import split
 from .files import content_digest, read_parquet
 from .games.referential import ReferentialGame, check_game
 from .games.reconstruction import Reconstruction
-from .games.tasks import ItemTask, objectives
+from .games.tasks import ItemTask, Task, objectives
 from .keep import described, foreign, restored, save_game
 from .metrics.structure import bosdis, posdis, topographic_similarity
 from .metrics.task import n_unique
@@ -40,8 +41,8 @@ class Objects:
     "Objects with attribute values; each attribute has its own number of values."
     def __init__(self,
         values:Tensor, # [n, n_attributes] int64 numbers of values
-        names, # [n_attributes] names of the attributes
-        kinds, # [n_attributes] lists of the values' names
+        names:list|tuple, # [n_attributes] names of the attributes
+        kinds:list|tuple, # [n_attributes] lists of the values' names
     ):
         self.values, self.names, self.kinds = values, list(names), [list(map(str, k)) for k in kinds]
 
@@ -142,7 +143,7 @@ class Referential(ItemTask):
         return dict(self.given, kind="referential", valid=len(self.ids["valid"]), test=len(self.ids["test"]),
             names=self.objects.names, kinds=self.objects.kinds), dict(values=self.objects.values)
 
-    def meanings(self, part)->Tensor|None: # [n, n_attributes] int64; None for features
+    def meanings(self, part:str)->Tensor|None: # [n, n_attributes] int64; None for features
         "The attribute values of a part's targets."
         return self.objects.values[self.ids[part]] if isinstance(self.objects, Objects) else None
 
@@ -201,8 +202,8 @@ def _own_bottleneck(bottleneck, alphabet_size, word_length, options):
 
 # %% ../nbs/76_own.ipynb #c82d4c43
 def check_task(
-    task, # of the user's
-): # the same
+    task:Task, # of the user's
+)->Task: # the same
     "Raise a `ConfigError` unless `task` is a task."
     missing = [k for k in ("n_train", "batch", "games") if not hasattr(task, k)]
     if not missing: return task
@@ -338,7 +339,7 @@ class Run(_Evaluated):
         return make_corpus(self.messages, self.meanings,
             dict(run=self.record.key, spec=self.record.spec, made=self.record.provenance), self.lengths)
 
-    def save(self, folder)->Path:
+    def save(self, folder:Path|str)->Path:
         "Save the game, its metrics and its messages in one folder, see `save_game`."
         folder = save_game(folder, self.game,
             dict(metrics=self.metrics, run=self.record.key, name=self.record.spec["name"], made=self.record.provenance))
@@ -352,7 +353,7 @@ def _last(task): # the part that is played at the end
     return "test"
 
 @torch.no_grad()
-def tested(game, task, metrics)->tuple: # a row of metrics, and tensors
+def tested(game:nn.Module, task:Task, metrics:tuple|list)->tuple: # a row of metrics, and tensors
     "Evaluate the test games, or the validation games of a task without test games."
     right, sent, ends, n, part = 0., [], [], 0, _last(task)
     for g in task.games(part):
@@ -386,9 +387,9 @@ def _short(metric): # its name in tables
     return {"topographic_similarity": "topsim"}.get(name, name)
 
 def check_metrics(
-    metrics, # a function, a name in `METRICS`, or a list of them
-    game, # the game whose messages they are of
-    task, # a `Task`
+    metrics:object, # a function, a name in `METRICS`, or a list of them
+    game:nn.Module, # the game whose messages they are of
+    task:Task, # a `Task`
 )->tuple: # of functions
     "Raise a `ConfigError` before a training if its metrics cannot be computed after it."
     metrics = [metrics] if callable(metrics) or isinstance(metrics, str) else list(metrics)
@@ -570,7 +571,7 @@ def trial(
 # %% ../nbs/76_own.ipynb #e8d04a56
 def train(
     game:ReferentialGame, # not changed; the trained copy is in the run
-    task, # from `referential`, or any `Task`
+    task:Task, # from `referential`, or any `Task`
     logger:str|None=None, # a name in `LOGGERS`
     device:str="auto",
     store:Store|None=None, # None: the default store
@@ -601,7 +602,7 @@ def _grid(grid)->list: # of dicts, one for each combination
 
 # %% ../nbs/76_own.ipynb #69441bdf
 def sweep(
-    make, # an experiment, a Spec's class, `train`, or a function (**values) → `Trial` or `Run`
+    make:Callable, # an experiment, a Spec's class, `train`, or a function (**values) → `Trial` or `Run`
     grid:dict, # name → values to try
     jobs:int=1, # trainings at a time
     executor=None, # see `execute`
@@ -645,7 +646,7 @@ def plot_sweep(
     y:str="accuracy", # the metric
     by:str|None=None, # the field that lines differ in
     ax=None,
-):
+)->Any:
     "Means over everything else, with 95 % intervals (bootstrap), and every run as a point."
     import matplotlib.pyplot as plt, seaborn as sns
     for name in filter(None, (x, y, by)): check_choice("column", name, table.columns)
@@ -668,7 +669,7 @@ def page(table:str, columns:tuple=(), bins:tuple=(), distractors:int=9, valid:fl
     length_cost:float=0., temperature:float=1., straight_through:bool=False, epochs:int=30, lr:float=1e-3,
     batch_size:int=32, patience:int|None=None, optimizer:str="adam", metrics:tuple=("topsim", "posdis"), seed:int=0,
     layers:int=1, draws:bool=False, ends:bool|None=None, warmup:tuple=(.2, .6),
-    trained_temperature:bool=False, entropy_weight:float=0.):
+    trained_temperature:bool=False, entropy_weight:float=0.)->Trial:
     "A game over the objects of a table, described by names and numbers only, so `refcomm sweep` needs no code."
     objects = load_objects(table, columns or None, dict(zip(bins[::2], bins[1::2])))
     task = make_task(check_choice("game", game, TASKS), objects, distractors, valid, test, deal_seed)
@@ -690,7 +691,7 @@ def make_task(
     valid:float, # share of the objects for validation, or their number
     test:float, # share for the test, or their number
     seed:int, # of the split and of the evaluation games
-): # a `Task`
+)->Task: # a `Task`
     "A task over objects of one's own, by name."
     whole = lambda n: int(n) if n >= 1 else float(n)
     if game == "referential": return referential(objects, distractors, whole(valid), whole(test), seed)
@@ -705,7 +706,7 @@ def kept(
 
 def task_of(
     record:RunRecord, # of `train`
-): # its `Task`; None where that is of features or of one's own
+)->Task|None: # its `Task`; None where that is of features or of one's own
     "The games of a user's run, drawn again."
     if not (about := record.summary.get("task")): return None
     objects = Objects(record.tensors()["task/values"], about["names"], about["kinds"])

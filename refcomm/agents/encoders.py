@@ -38,14 +38,14 @@ class PoolCandidates(NamedTuple):
     items:Tensor # [n_items, in] inputs
     index:Tensor # [batch, n_candidates] indices into `items`
 
-    def scores(self, receiver, z)->Tensor: # [batch, n_candidates]
+    def scores(self, receiver:nn.Module, z:Tensor)->Tensor: # [batch, n_candidates]
         "Dot products of the receiver's encodings with `z` `[batch, dim]`."
         return dot_scores(receiver, z, self.items).gather(-1, self.index)
 
 class Fixed:
     "The same candidates in every game, in the same order: the classes of a classification game."
-    def __init__(self, items): self.items = items
-    def scores(self, receiver, z)->Tensor: # [batch, n_items]
+    def __init__(self, items:Tensor): self.items = items
+    def scores(self, receiver:nn.Module, z:Tensor)->Tensor: # [batch, n_items]
         "Dot products of the encodings of all items with `z` `[batch, dim]`."
         return dot_scores(receiver, z, self.items)
 

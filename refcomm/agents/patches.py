@@ -96,7 +96,7 @@ class PatchRank(nn.Module):
         "Random numbers per patch that a training pass needs."
         return self.feature_dim if self.dropout else 0
 
-    def draw_noise(self, shape, generator)->Tensor: # [*shape, noise_width]
+    def draw_noise(self, shape:tuple, generator:torch.Generator|list)->Tensor: # [*shape, noise_width]
         "Uniform noise for the dropout."
         return torch.rand(*shape, self.noise_width, generator=generator, device=generator.device)
 
@@ -203,7 +203,7 @@ class Speaker(_Speaker):
         "Symbols in a message without dropped patches."
         return self.symbol.n_patches * self.symbol.symbols_per_patch
 
-    def draw_noise(self, batch:int, generator)->Tensor: # [batch, n_patches, …]
+    def draw_noise(self, batch:int, generator:torch.Generator|list)->Tensor: # [batch, n_patches, …]
         "The randomness of one training pass: of symbols, gates and dropout."
         shape, l = (batch, self.symbol.n_patches), self.symbol.symbols_per_patch
         return torch.cat([self.bottleneck.draw_noise((*shape, l), generator).flatten(2),

@@ -153,7 +153,7 @@ class ViT(nn.Module):
             patches = patches.gather(1, places.expand(-1, -1, patches.shape[2]))
         return self.embed(patches)
 
-    def tokens(self, images:Tensor, keep=None)->Tensor: # [batch, n_patches+1, dim], or [batch, k+1, dim] of those kept; CLS first
+    def tokens(self, images:Tensor, keep:Tensor|None=None)->Tensor: # [batch, n_patches+1, dim], or [batch, k+1, dim] of those kept; CLS first
         "The outputs for CLS and all patches of images `[batch, 3, size, size]`."
         return self.transformer(self._embedded(images, keep), places=keep)
 

@@ -65,8 +65,8 @@ class Bottleneck(nn.Module):
         self.width, self.n_symbols = check_at_least("word_length", width, 1), n_symbols or width
 
     def draw_noise(self,
-        shape, # the leading shape of the batch of words
-        generator, # source of randomness; a list: one per member of an ensemble, along a first dimension
+        shape:tuple, # the leading shape of the batch of words
+        generator:torch.Generator|list, # source of randomness; a list: one per member of an ensemble, along a first dimension
     )->Tensor|None: # what `forward` takes as `noise`
         "The randomness that one training pass consumes; None for deterministic bottlenecks."
         return None
@@ -110,6 +110,6 @@ class OwnBottleneck(Bottleneck):
         if isinstance(made, Sent): return made
         return Sent(*made) if isinstance(made, tuple) else Sent(made, None)
 
-    def forward(self, x, noise=None)->Sent:
+    def forward(self, x:Tensor, noise:Tensor|None=None)->Sent:
         "The function's output for vectors `[..., word_length]`."
         return self._made(x)

@@ -24,7 +24,7 @@ class Gate(nn.Module):
         super().__init__()
         self.kind, self.temperature = check_choice("kind of gate", kind, GATES), check_temperature(temperature)
 
-    def draw_noise(self, shape, generator)->Tensor: # [*shape, 2]
+    def draw_noise(self, shape:tuple, generator:torch.Generator|list)->Tensor: # [*shape, 2]
         "Gumbel noise for both classes."
         return gumbel_noise((*shape, 2), generator)
 
@@ -40,7 +40,7 @@ class Gate(nn.Module):
         soft = (odds/self.temperature).sigmoid()
         return soft if self.kind == "soft" else (odds > 0).to(soft) + (soft - soft.detach())
 
-    def odds(self, p)->Tensor: # half precision cannot tell 1 − 1e-6 from 1
+    def odds(self, p:Tensor)->Tensor: # half precision cannot tell 1 − 1e-6 from 1
         "Log-odds of `p`, of the same shape."
         return 2*p - 1 if self.kind == "soft" else p.to(torch.promote_types(p.dtype, torch.float32)).logit(1e-6)
 

@@ -14,8 +14,8 @@ from .continuous import Bottleneck, Sent, refuse_nan
 
 # %% ../../nbs/23_bottlenecks.gumbel.ipynb #c201a387
 def gumbel_noise(
-    shape, # of the tensor to draw
-    generator, # source of randomness, on the result's device; a list: one per part of a first dimension
+    shape:tuple, # of the tensor to draw
+    generator:torch.Generator|list, # source of randomness, on the result's device; a list: one per part of a first dimension
 )->Tensor: # standard Gumbel samples
     "Draw −log(E) with E exponential: standard Gumbel noise (Jang et al. 2016)."
     draw = lambda g: torch.empty(shape, device=g.device).exponential_(generator=g)
@@ -39,7 +39,7 @@ class OneSymbol(Bottleneck):
         super().__init__(check_at_least("alphabet_size", alphabet_size, 2, "one symbol carries nothing"), n_symbols=1)
         self.alphabet_size = alphabet_size
 
-    def draw_noise(self, shape, generator)->Tensor:
+    def draw_noise(self, shape:tuple, generator:torch.Generator|list)->Tensor:
         "Gumbel noise `[*shape, width]`."
         return gumbel_noise((*shape, self.width), generator)
 
@@ -72,7 +72,7 @@ class GumbelSoftmax(OneSymbol):
             nn.Parameter(torch.tensor(float(temperature)).log()) if trained_temperature else None)
 
     @property
-    def tau(self): # number, or scalar tensor with gradient
+    def tau(self)->float|Tensor: # number, or scalar tensor with gradient
         "The temperature in use."
         return self.temperature if self.log_temperature is None else self.log_temperature.exp()
 

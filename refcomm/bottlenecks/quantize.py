@@ -40,7 +40,7 @@ class UniformQuantizer(Bottleneck):
         self.alphabet_size, self.when, self.normalize = self.steps + 1, when, normalize
         self.gradient = check_choice("gradient", gradient, ("straight-through", "none"))
 
-    def forward(self, x, noise=None)->Sent:
+    def forward(self, x:Tensor, noise:Tensor|None=None)->Sent:
         "Vectors `[..., word_length]` to words on the grid and integer symbols of the same shape."
         word = normalised(x, self.training) if self.normalize else x.float().clamp(0, 1)
         if self.training and self.when == "inference": return Sent(word.to(x.dtype) if self.normalize else x, None)
@@ -74,7 +74,7 @@ class FSQ(Bottleneck):
         self.when = check_choice("when", when, ("always", "inference"))
         self.quantizer = _vector_quantize().FSQ(levels=[alphabet_size], preserve_symmetry=True)
 
-    def forward(self, x, noise=None)->Sent:
+    def forward(self, x:Tensor, noise:Tensor|None=None)->Sent:
         "Vectors `[..., word_length]` to words in [−1, 1] and symbols of the same shape."
         if self.training and self.when == "inference": return Sent(x.tanh(), None)
         refuse_nan(x, self.training)
@@ -96,7 +96,7 @@ class VQ(Bottleneck):
         self.symbol_width = check_at_least("symbol_width", symbol_width, 1)
         self.quantizer = _vector_quantize().VectorQuantize(dim=symbol_width, codebook_size=alphabet_size, **kwargs)
 
-    def forward(self, x, noise=None)->Sent:
+    def forward(self, x:Tensor, noise:Tensor|None=None)->Sent:
         "Vectors `[..., width]` to words of the same shape, symbols `[..., word_length]` and the commitment loss."
         refuse_nan(x, self.training)
         word, symbols, loss = self.quantizer(x.reshape(-1, self.n_symbols, self.symbol_width))
@@ -118,7 +118,7 @@ class LearnedQuantizer(Bottleneck):
             else torch.rand(alphabet_size, symbol_width))
         self.levels = nn.Parameter(start)
 
-    def forward(self, x, noise=None)->Sent:
+    def forward(self, x:Tensor, noise:Tensor|None=None)->Sent:
         "Vectors `[..., width]` to words of the same shape and symbols `[..., word_length]`."
         kind, x = x.dtype, normalised(x, self.training).unflatten(-1, (self.n_symbols, -1))
         symbols = (x[..., None, :] - self.levels).detach().square().sum(-1).argmin(-1)
@@ -128,7 +128,7 @@ class LearnedQuantizer(Bottleneck):
     @torch.no_grad()
     def fit(self,
         words:Tensor, # [..., width] normalised words that a continuous channel has sent
-    ):
+    )->"LearnedQuantizer":
         "Place the levels by k-means (scikit-learn), deterministically."
         from sklearn.cluster import MiniBatchKMeans
         points = words.reshape(-1, self.levels.shape[1]).cpu().numpy()

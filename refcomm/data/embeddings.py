@@ -7,6 +7,7 @@ __all__ = ['NEEDED', 'model_folder', 'SentenceEncoder', 'embed']
 
 # %% ../../nbs/17_data.embeddings.ipynb #cda68ca3
 import contextlib, hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -104,7 +105,7 @@ def _load(folder): # model, tokenizer
 class SentenceEncoder(nn.Module):
     "A trainable transformer: the mean of the words' vectors, scaled to length 1."
     def __init__(self,
-        encoder="minilm", # "minilm", a folder, a model of the Hugging Face hub ("distilbert-base-uncased" in the paper), or your own (model, tokenizer)
+        encoder:str|tuple="minilm", # "minilm", a folder, a model of the hub ("distilbert-base-uncased" in the paper), or your own (model, tokenizer)
     ):
         super().__init__()
         self.model, self.tokenizer = encoder if isinstance(encoder, tuple) else _load(model_folder(encoder))
@@ -112,7 +113,7 @@ class SentenceEncoder(nn.Module):
         self.train()
 
     def tokenize(self,
-        texts, # n sentences
+        texts:Iterable, # n sentences
         max_length:int=64, # word pieces; longer sentences are truncated, also at the model's own limit
     )->Tensor: # [n, length] int64, padded at the end to the longest
         "Sentences as token numbers."
@@ -153,12 +154,12 @@ def _folder_digest(folder)->str:
 
 # %% ../../nbs/17_data.embeddings.ipynb #76a8f11f
 def embed(
-    texts, # n sentences
+    texts:Iterable, # n sentences
     encoder:str="lsa", # "lsa", "minilm", a folder, or a model of the Hugging Face hub ("distilbert-base-uncased" in the paper)
-    fit_on=None, # training sentences; needed by "lsa", not used by the others
+    fit_on:Iterable|None=None, # training sentences; needed by "lsa", not used by the others
     dim:int=256, # numbers in a vector of "lsa"; transformers have their own
     batch_size:int=256, # sentences per batch of a transformer
-    device="auto", # where a transformer runs
+    device:str|torch.device="auto", # where a transformer runs
     cache:bool=True, # cache the result under home()/cache/embeddings
 )->Tensor: # [n, dim] float32 unit vectors; zero for a sentence without a word known to "lsa"
     "Encode sentences by a frozen encoder (Carmeli et al. 2023, App. A.4: Sent-Ref); a transformer sees the first 64 word pieces."

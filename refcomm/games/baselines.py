@@ -22,7 +22,7 @@ class Baseline(nn.Module):
     "Base of the baselines, with defaults for parts that a method does not have."
     trunk:nn.Module # maps images to [batch, feature_dim]
 
-    def draw_noise(self, batch:int, generator)->Tensor|None:
+    def draw_noise(self, batch:int, generator:torch.Generator|list)->Tensor|None:
         "The randomness of one training pass; none by default."
         return None
 
@@ -61,7 +61,7 @@ class Supervised(Baseline):
 
 class SupervisedViT(Supervised):
     "A supervised vision transformer, trained on random subsets of patches (Liu et al. 2023)."
-    def draw_noise(self, batch:int, generator)->Tensor: # [batch, n_patches + 1]
+    def draw_noise(self, batch:int, generator:torch.Generator|list)->Tensor: # [batch, n_patches + 1]
         "Random numbers that choose the number of patches and the patches."
         return torch.rand(batch, len(self.trunk.transformer.positions), generator=generator, device=generator.device)
 

@@ -53,8 +53,8 @@ def in_batch_scores(
     return scores.gather(1, near), torch.zeros_like(own)
 
 def check_batch(
-    a, # one view of a batch
-    b, # another
+    a:Tensor, # one view of a batch
+    b:Tensor, # another
 )->tuple: # both
     "Raise a `ConfigError` for batches of different sizes, or with fewer than two images."
     if len(a) != len(b):
@@ -134,7 +134,7 @@ class InBatch(NamedTuple):
         own = own_places(self.seen, self.negatives)
         return own if self.n_candidates is None else torch.zeros_like(own)
 
-    def scores(self, receiver, z)->Tensor: # [batch, n_candidates]
+    def scores(self, receiver:nn.Module, z:Tensor)->Tensor: # [batch, n_candidates]
         "Cosine similarities of `z` `[batch, dim]` with the candidates, over the temperature."
         return in_batch_scores(z, receiver(self.seen), self.negatives, self.n_candidates)[0] / self.temperature
 

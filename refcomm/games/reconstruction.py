@@ -7,6 +7,7 @@ __all__ = ['Attributes', 'Reconstruction']
 
 # %% ../../nbs/44_games.reconstruction.ipynb #a9a66a37
 import json
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,16 +25,16 @@ class Attributes(NamedTuple):
     values:Tensor # [n_objects, n_attributes] int64
     sizes:tuple # number of values of each attribute
 
-    def logits(self, receiver, z)->tuple: # [..., n_values] of each attribute
+    def logits(self, receiver:nn.Module, z:Tensor)->tuple: # [..., n_values] of each attribute
         "The receiver's logits for each attribute, from `z` `[..., dim]`."
         return receiver(z).split(self.sizes, -1)
 
-    def scores(self, receiver, z)->Tensor: # [batch, n_objects] log-probabilities
+    def scores(self, receiver:nn.Module, z:Tensor)->Tensor: # [batch, n_objects] log-probabilities
         "The log-probability of each object: the sum over its attributes."
         parts = [p.log_softmax(-1) for p in self.logits(receiver, z)]
         return sum(p[..., v] for p, v in zip(parts, self.values.T))
 
-    def loss(self, receiver, z, target, reduction="mean")->Tensor: # mean, or with "none" [batch]
+    def loss(self, receiver:nn.Module, z:Tensor, target:Tensor, reduction:str="mean")->Tensor: # mean, or with "none" [batch]
         "Cross-entropy of the targets' attribute values, summed over attributes."
         each = sum(F.cross_entropy(p, self.values[target, a], reduction="none")
             for a, p in enumerate(self.logits(receiver, z)))
@@ -81,16 +82,16 @@ class Reconstruction(_SplitObjects):
         "A digest of data and split."
         return content_digest(self.x, *self.ids.values(), json.dumps("reconstruction"))
 
-    def batch(self, idx:Tensor, generators)->Games:
+    def batch(self, idx:Tensor, generators:list)->Games:
         "A training batch of all members."
         target = self.ids["train"][idx]
         return Games(self.x[target], target, self.every._replace(values=self.every.values.expand(len(idx), -1, -1)))
 
-    def games(self, part:str, block:int=125):
+    def games(self, part:str, block:int=125)->Iterator:
         "The games of a part, block by block."
         for target in self.ids[part].split(block): yield Games(self.x[target], target, self.every)
 
-    def validate(self, game)->tuple:
+    def validate(self, game:nn.Module)->tuple:
         "The share of targets with all attributes right, and the loss."
         target = self.ids["valid"]
         z = game.channel.receive(game.send(self.x[target]).word)

@@ -27,7 +27,7 @@ def draw_distractors(
     targets:Tensor, # [..., batch] item numbers
     pool:int, # number of items
     n_distractors:int, # per game, below `pool`
-    generator, # source of randomness, on the targets' device; of targets [n_members, batch], a list of one per member
+    generator:torch.Generator|list, # source of randomness, on the targets' device; of targets [n_members, batch], a list of one per member
 )->Tensor: # [..., batch, n_distractors] item numbers, distinct in each row and never the row's target
     "Draw the distractors of a batch of games, uniformly and without replacement."
     check_at_least("n_distractors", n_distractors, 1)
@@ -54,7 +54,7 @@ def draw_other_classes(
     targets:Tensor, # [..., batch] indices of the targets in the pool
     labels:Tensor, # [..., pool] class of each item
     n_distractors:int, # per game
-    generator, # source of randomness, on the targets' device; of targets [n_members, batch], a list of one per member
+    generator:torch.Generator|list, # source of randomness, on the targets' device; of targets [n_members, batch], a list of one per member
     enough:bool=False, # if true, skip the check for enough items of other classes, which would wait for a GPU
 )->Tensor: # [..., batch, n_distractors] indices of items of other classes, distinct in each row
     "Draw distractors uniformly, without replacement, from the items of other classes than the target's."
@@ -77,11 +77,11 @@ def _check_others(targets, labels, own, n_distractors):
 # %% ../../nbs/38_games.referential.ipynb #713bab0d
 class EveryObject:
     "All objects of a world as the candidates of every game; their softmax factorises over attributes."
-    def __init__(self, world:ObjectWorld, device="cpu"): # the targets' device
+    def __init__(self, world:ObjectWorld, device:str|torch.device="cpu"): # the targets' device
         self.world = world
         self.table = world.attributes(torch.arange(world.size, device=device)) if world.size <= 2**20 else None
 
-    def values(self, target)->Tensor: # [batch, n_attributes] attribute values of the targets
+    def values(self, target:Tensor)->Tensor: # [batch, n_attributes] attribute values of the targets
         "The attribute values of the targets."
         return self.world.attributes(target) if self.table is None else self.table[target]
 
@@ -94,18 +94,18 @@ class EveryObject:
             raise ConfigError("EveryObject needs a linear receiver (one with `pull_back`): pass the candidates' features instead")
         return receiver.pull_back(z).unflatten(-1, (self.world.n_attributes, self.world.n_values))
 
-    def scores(self, receiver, z)->Tensor: # [batch, world.size] log-probabilities in the order of object numbers
+    def scores(self, receiver:nn.Module, z:Tensor)->Tensor: # [batch, world.size] log-probabilities in the order of object numbers
         "Log-probabilities of all objects, from the factorised softmax."
         parts = self.logits(receiver, z).log_softmax(-1).unbind(-2)
         return functools.reduce(lambda total, part: (total[..., None] + part[..., None, :]).flatten(-2), parts)
 
-    def loss(self, receiver, z, target, reduction="mean")->Tensor: # cross-entropy of the targets among all objects: its mean, or with "none" [batch]
+    def loss(self, receiver:nn.Module, z:Tensor, target:Tensor, reduction:str="mean")->Tensor: # its mean, or with "none" [batch]
         "The cross-entropy of the targets among all objects."
         logits, values = self.logits(receiver, z), self.values(target)
         entropy = F.cross_entropy(logits.flatten(0, -2), values.flatten(), reduction=reduction)
         return self.world.n_attributes * entropy if reduction == "mean" else entropy.view(values.shape).sum(-1)
 
-    def best(self, receiver, z)->Tensor: # [batch, n_attributes] values of the most probable object
+    def best(self, receiver:nn.Module, z:Tensor)->Tensor: # [batch, n_attributes] values of the most probable object
         "The most probable value of each attribute."
         return self.logits(receiver, z).argmax(-1)
 
@@ -164,8 +164,8 @@ class ReferentialGame(_Agents):
     "Sender encoder → channel → receiver, trained by cross-entropy over the candidates (Carmeli et al. 2023, §2)."
     def draw_noise(self,
         batch:int, # games to be played
-        generator, # source of randomness, or a list with one per member
-    ): # the channel's noise; with `draws` a pair: that, and uniform numbers [batch] for the choices
+        generator:torch.Generator|list, # source of randomness, or a list with one per member
+    )->Tensor|tuple|None: # the channel's noise; with `draws` a pair: that, and uniform numbers [batch] for the choices
         "The randomness that one training pass consumes."
         noise = self.channel.draw_noise(batch, generator)
         if not self.draws: return noise
@@ -175,7 +175,7 @@ class ReferentialGame(_Agents):
         x:Tensor, # [batch, ...] the targets as the sender sees them
         target:Tensor, # [batch] their indices among the candidates
         candidates, # features, or an object with `scores(receiver, z)`
-        noise=None, # from `draw_noise`
+        noise:Tensor|tuple|None=None, # from `draw_noise`
     )->Tensor: # scalar
         """Mean cross-entropy of the target among the candidates, plus the bottleneck's own loss and the REINFORCE term for sampled symbols.
 
@@ -193,10 +193,10 @@ class ReferentialGame(_Agents):
 
 # %% ../../nbs/38_games.referential.ipynb #542a789f
 def check_game(
-    game, # a `ReferentialGame`
-    x, # a few of the sender's inputs
-    items=None, # a few of the receiver's; the sender's own when None
-):
+    game:nn.Module, # a `ReferentialGame`
+    x:Tensor, # a few of the sender's inputs
+    items:Tensor|None=None, # a few of the receiver's; the sender's own when None
+)->nn.Module:
     "Raise a `ConfigError` with the sizes if encoders and channel do not match."
     device = next(game.parameters()).device
     for role, seen in (("sender", x), ("receiver", x if items is None else items)):

@@ -7,6 +7,7 @@ __all__ = ['Games', 'Task', 'ObjectTask', 'ItemTask', 'ClassTask', 'Valued', 'Sa
 
 # %% ../../nbs/39_games.tasks.ipynb #ce710973
 import contextlib, copy
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ class Task:
 
     def batch(self,
         idx:Tensor, # [n_members, batch] training targets
-        generators, # one per member
+        generators:list, # one per member
     )->Games: # of all members, tensors [n_members, batch, ...]
         "A training batch, with distractors if the task has any."
         raise NotImplementedError
@@ -57,7 +58,7 @@ class Task:
     def games(self,
         part:str, # "valid" or "test"
         block:int=125, # targets per block, which bounds the memory
-    ): # iterator of Games
+    )->Iterator: # iterator of Games
         "The games of a part, block by block."
         raise NotImplementedError
 
@@ -67,12 +68,12 @@ class Task:
         "The targets of a part."
         raise ConfigError("an informed sender sees its target among candidates: there is no view of the target alone")
 
-    def to(self, device)->"Task":
+    def to(self, device:str|torch.device)->"Task":
         "The same games on another device."
         return _moved(self, device)
 
     def validate(self,
-        game, # a `ReferentialGame`
+        game:nn.Module, # a `ReferentialGame`
     )->tuple: # accuracy and loss, scalars
         "Play the validation games once."
         return _means(game, self.games("valid", 1024))
@@ -84,14 +85,14 @@ class ObjectTask(Task):
         world:ObjectWorld,
         parts:dict, # "train", "valid", "test" → object numbers
         n_negatives:int|None=None, # distractors in training; None: every other object
-        device="cpu",
+        device:str|torch.device="cpu",
     ):
         self.world, self.every, self.n_negatives = world, EveryObject(world, device), n_negatives
         self.ids = {k: v.to(device) for k,v in parts.items()}
         self.inputs, self.n_train = {k: world.one_hot(v) for k,v in self.ids.items()}, len(parts["train"])
         self.values = self.every.values(self.ids["valid"])
 
-    def batch(self, idx:Tensor, generators)->Games:
+    def batch(self, idx:Tensor, generators:list)->Games:
         "A training batch among all objects, or with drawn distractors."
         x, target = self.inputs["train"][idx], self.ids["train"][idx]
         if self.n_negatives is None: return Games(x, target, self.every)
@@ -102,12 +103,12 @@ class ObjectTask(Task):
         "Targets `[n, n_attributes*n_values]` as one-hot vectors."
         return self.inputs[part]
 
-    def games(self, part:str, block:int=125):
+    def games(self, part:str, block:int=125)->Iterator:
         "The games of a part among all objects, block by block."
         for x, target in zip(self.inputs[part].split(block), self.ids[part].split(block)):
             yield Games(x, target, self.every)
 
-    def validate(self, game)->tuple:
+    def validate(self, game:nn.Module)->tuple:
         "Accuracy and loss on the validation games, by the factorised softmax."
         z = game.channel.receive(game.send(self.inputs["valid"]).word)
         return (self.every.best(game.receiver, z) == self.values).all(-1).float().mean(), self.every.loss(game.receiver,
@@ -163,7 +164,7 @@ class ItemTask(_Items):
                 else items.gather(1, index[..., :1].expand(-1, -1, items.shape[-1])))
         return Games(seen if self.informed else x, torch.zeros_like(index[..., 0]), seen)
 
-    def batch(self, idx:Tensor, generators)->Games:
+    def batch(self, idx:Tensor, generators:list)->Games:
         "Training targets with distractors from a shuffled pool."
         if idx.shape[1] > self.pool:
             raise ConfigError(f"a batch of {idx.shape[1]} targets does not fit in a pool of {self.pool} items: make the pool larger")
@@ -181,7 +182,7 @@ class ItemTask(_Items):
         "Targets `[n, dim]`."
         return super().seen(part) if self.informed else self.x[part]
 
-    def games(self, part:str, block:int=125, n_seen:int|None=None):
+    def games(self, part:str, block:int=125, n_seen:int|None=None)->Iterator:
         "The games of a part with fixed candidates, block by block."
         for index in self.index[part][:, :n_seen].split(block): yield self._games(self.x[part], index)
 
@@ -194,7 +195,7 @@ class ClassTask(Task):
         classes:Tensor, # [n_classes, in] the receiver's representation of each class
         parts:dict, # "train", "valid", "test" → rows of `x`
         n_negatives:int|None=None, # distractors in training; None: every other class
-        device="cpu",
+        device:str|torch.device="cpu",
     ):
         self.x, self.labels = ({k: t[v].to(device) for k,v in parts.items()} for t in (x, labels))
         if int(labels.max()) >= len(classes):
@@ -202,7 +203,7 @@ class ClassTask(Task):
         self.every, self.n_train = Fixed(classes.to(device)), len(parts["train"])
         self.n_negatives = None if n_negatives == len(classes) - 1 else n_negatives
 
-    def batch(self, idx:Tensor, generators)->Games:
+    def batch(self, idx:Tensor, generators:list)->Games:
         "A training batch among all classes, or with drawn distractors."
         x, target = self.x["train"][idx], self.labels["train"][idx]
         if self.n_negatives is None: return Games(x, target, self.every)
@@ -215,7 +216,7 @@ class ClassTask(Task):
         "Targets `[n, ...]`."
         return self.x[part]
 
-    def games(self, part:str, block:int=125):
+    def games(self, part:str, block:int=125)->Iterator:
         "The games of a part among all classes, block by block."
         for x, target in zip(self.x[part].split(block), self.labels[part].split(block)):
             yield Games(x, target, self.every)
@@ -226,7 +227,7 @@ class Valued(NamedTuple):
     values:Tensor # [batch, n_candidates, n_attributes]
     n_values:int # values of each attribute
 
-    def scores(self, receiver, z)->Tensor: # [batch, n_candidates]
+    def scores(self, receiver:nn.Module, z:Tensor)->Tensor: # [batch, n_candidates]
         "Scores from attribute values, with a linear receiver."
         if not hasattr(receiver, "pull_back"):
             raise ConfigError("candidates known by their values need a linear receiver (one with `pull_back`): give "
@@ -241,7 +242,7 @@ class SampledTask(Task):
         games:dict, # "train", "valid" → [n, n_candidates, n_attributes] values, the target first
         n_values:int, # values of each attribute
         stock:Tensor|None=None, # [n_values**n_attributes, ...] agents' input for each object; None: one-hot values
-        device="cpu",
+        device:str|torch.device="cpu",
     ):
         self.values = {k: v.to(device) for k,v in games.items()}
         self.n_values, self.n_train, most = n_values, len(games["train"]), max(int(v.max()) for v in games.values())
@@ -258,7 +259,7 @@ class SampledTask(Task):
         return Games(self.stock[index[..., 0]], target,
             PoolCandidates(self.stock if index.dim() == 2 else self.stock.expand(len(index), *self.stock.shape), index))
 
-    def batch(self, idx:Tensor, generators)->Games:
+    def batch(self, idx:Tensor, generators:list)->Games:
         "A training batch of sampled games."
         return self._games(self.values["train"][idx])
 
@@ -266,13 +267,13 @@ class SampledTask(Task):
         "Targets `[n, dim]` of a part."
         return self._games(self.values[part]).x
 
-    def games(self, part:str, block:int=125):
+    def games(self, part:str, block:int=125)->Iterator:
         "The sampled games of a part, block by block."
         for values in self.values[part].split(block): yield self._games(values)
 
 # %% ../../nbs/39_games.tasks.ipynb #49853d75
 def objectives(
-    ensemble, # an `Ensemble` of `ReferentialGame`s
+    ensemble:nn.Module, # an `Ensemble` of `ReferentialGame`s
     task:Task, # or what trains and validates in its own way, by a method `objectives(ensemble)`
 )->tuple: # `loss` and `validate`, the arguments of `fit`
     "The loss and validation of an ensemble on a task; noise and dropout of each member come from its own generator."

@@ -98,8 +98,8 @@ class VQVAE2(_TwoLevels):
 
     def forward(self,
         x:Tensor, # [batch, 3, height, width] the views to be reconstructed
-        seen=None, # other views, ignored
-        noise=None, # ignored
+        seen:Tensor|None=None, # other views, ignored
+        noise:Tensor|None=None, # ignored
     )->Tensor: # scalar
         "Squared error of the reconstruction plus the commitment losses."
         (top, _, above), (bottom, _, below) = self.encode(x, learn=self.training)
@@ -269,7 +269,7 @@ class PatchVAE(_PartAutoencoder):
         "The number of parts."
         return self.parts
 
-    def terms(self, x:Tensor, noise=None)->tuple: # squared error, divergences of appearance and of occurrence: sums over an image, means over the batch
+    def terms(self, x:Tensor, noise:Tensor|None=None)->tuple: # squared error, divergences of appearance and occurrence: sums over images, means over batches
         "The terms of the loss for images `[batch, 3, size, size]`."
         parts = self.encode(x)
         error = (self.decode(*self.draw(parts, noise)).float() - x).square()
@@ -280,7 +280,7 @@ class PatchVAE(_PartAutoencoder):
 
     def forward(self,
         x:Tensor, # [batch, 3, size, size] the views to be reconstructed
-        seen=None, # other views, ignored
+        seen:Tensor|None=None, # other views, ignored
         noise:Tensor|None=None, # from `draw_noise`
     )->Tensor: # scalar
         "The negative evidence lower bound, with weighted divergences."

@@ -119,7 +119,7 @@ def perceptual_distance(
     kind:str="lpips", # a name in `PERCEPTUAL`
     trunk:nn.Module=None, # for "trunk": maps images in [0, 1] to [n, dim], or to maps [n, channels, height, width]
     batch:int=32, # images per block
-    device="auto", # see `refcomm.core.pick_device`
+    device:str|torch.device="auto", # see `refcomm.core.pick_device`
 )->Tensor: # [n_pairs], or [n, n]
     "Perceptual distances of pairs of images."
     if check_choice("kind", kind, PERCEPTUAL) != "trunk" and trunk is not None:

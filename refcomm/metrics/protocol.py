@@ -9,6 +9,7 @@ __all__ = ['information', 'effective_number', 'exchange', 'cooccurrence', 'norma
 
 # %% ../../nbs/51_metrics.protocol.ipynb #d8676197
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -143,7 +144,7 @@ class PermutationTest(NamedTuple):
     null:Tensor # [n_permutations] values for permuted labels
 
 def permutation_test(
-    statistic, # table [..., n_symbols, n_classes] → [...], larger for closer agreement
+    statistic:Callable, # table [..., n_symbols, n_classes] → [...], larger for closer agreement
     symbols:Tensor, # [n] or [n, n_positions] messages
     labels:Tensor, # [n] classes from 0
     generator:torch.Generator, # source of the permutations

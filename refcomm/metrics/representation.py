@@ -104,7 +104,7 @@ def linear_probe(
     test:Tensor, # [m, dim] features
     test_labels:Tensor, # as `train_labels`
     generator:torch.Generator, # of the held-out part
-    strengths=(1., .1, .01, .001, .0001), # strengths to choose from
+    strengths:tuple=(1., .1, .01, .001, .0001), # strengths to choose from
     kept_back:float=.2, # held-out share of the training images
 )->Probe:
     "Train a linear classifier on frozen features and test it."

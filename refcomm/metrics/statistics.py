@@ -8,6 +8,7 @@ __all__ = ['share_interval', 'Estimate', 'as_estimate', 'estimate', 'combine', '
 
 # %% ../../nbs/56_metrics.statistics.ipynb #fda5bd3b
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import lazy_loader
@@ -44,14 +45,14 @@ class Estimate(NamedTuple):
         return self.se*math.sqrt(self.n_seeds)
 
 # %% ../../nbs/56_metrics.statistics.ipynb #8516d811
-def as_estimate(x)->Estimate:
+def as_estimate(x:float|Estimate)->Estimate:
     "An `Estimate` unchanged; a number as an exact estimate."
     return x if isinstance(x, Estimate) else Estimate(float(x))
 
 # %% ../../nbs/56_metrics.statistics.ipynb #781c91e0
 def estimate(
-    values, # [n_seeds], missing values are dropped
-    n_targets=None, # number of targets of which each value is a share; None or NaN: not a share
+    values:Iterable, # [n_seeds], missing values are dropped
+    n_targets:float|None=None, # number of targets of which each value is a share; None or NaN: not a share
     whole:float=1., # the value if all targets are correct, 1 or 100 (%)
 )->Estimate:
     "Mean over seeds; a single seed has no standard deviation."
@@ -70,7 +71,7 @@ def estimate(
 
 # %% ../../nbs/56_metrics.statistics.ipynb #87f1868e
 def combine(
-    terms, # pairs: factor, Estimate; independent of each other
+    terms:Iterable, # pairs: factor, Estimate; independent of each other
 )->Estimate:
     "A linear combination of estimates, with the degrees of freedom of Welch and Satterthwaite."
     terms = [(c, as_estimate(e)) for c, e in terms]
@@ -90,9 +91,9 @@ def correlation_estimate(
     return e._replace(targets=(1 - e.value**2)/math.sqrt(max(n - 3, 1)), bounds=(-1., 1.))
 
 def paired(
-    one, # [n_seeds] values
-    other, # [n_seeds] values of the same seeds and targets
-    n_targets=None, # see `estimate`
+    one:Iterable, # [n_seeds] values
+    other:Iterable, # [n_seeds] values of the same seeds and targets
+    n_targets:float|None=None, # see `estimate`
     whole:float=1.,
 )->Estimate:
     "Mean difference of two measurements of the same agents, such as with and without quantisation at inference."
@@ -110,7 +111,7 @@ def interval(
     return max(e.value - half, e.bounds[0]), min(e.value + half, e.bounds[1])
 
 def mean_interval(
-    values, # [n_seeds], see `estimate`
+    values:Iterable, # [n_seeds], see `estimate`
     n_targets:int|None=None,
     whole:float=1.,
     level:float=.95,

@@ -8,7 +8,7 @@ __all__ = ['MESSAGE_DISTANCES', 'MEANING_DISTANCES', 'STATISTICS', 'distances', 
 
 # %% ../../nbs/53_metrics.structure.ipynb #ba9066f7
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -356,7 +356,7 @@ def class_correlations(
     similarity:Tensor, # [n_pairs] of messages
     distance:Tensor, # [n_pairs] of images
     classes:Tensor, # [n_pairs] from `class_pairs`
-): # DataFrame: class, n_pairs, correlation, slope; NaN if all messages, or all images, of a class are equally similar
+)->Any: # DataFrame: class, n_pairs, correlation, slope; NaN if all messages, or all images, of a class are equally similar
     "Correlation between the similarities of messages and of images, within each class (Gupta et al. 2021, Figure 8)."
     import pandas as pd
     if not len(similarity) == len(distance) == len(classes) or not len(classes):

@@ -6,6 +6,8 @@
 __all__ = ['hits', 'expected_accuracy', 'n_unique']
 
 # %% ../../nbs/50_metrics.task.ipynb #19ee0091
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def _counts(counts, pool):
 def hits(
     scores:Tensor, # [..., batch, pool] the receiver's score of each item of the pool
     target:Tensor, # [batch] each target's index in the pool
-    counts, # numbers of candidates, each from 2 to `pool`
+    counts:Iterable, # numbers of candidates, each from 2 to `pool`
     generator:torch.Generator, # source of randomness, on the scores' device
 )->Tensor: # [..., batch, len(counts)] whether the target is chosen
     "Evaluate each target once at every number of candidates, with nested uniform distractors shared by all leading dimensions."
@@ -55,7 +57,7 @@ def _log_comb(n, k):
 def expected_accuracy(
     scores:Tensor, # [..., batch, pool]
     target:Tensor, # [batch]
-    counts, # numbers of candidates
+    counts:Iterable, # numbers of candidates
 )->Tensor: # [..., batch, len(counts)] probability that the target is chosen
     "The mean of `hits` over all possible draws, exactly."
     pool, target = scores.shape[-1], integers(target, "target")

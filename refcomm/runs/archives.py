@@ -7,6 +7,7 @@ __all__ = ['MANIFEST', 'PACKED', 'CUT', 'DROPPINGS', 'LIMITS', 'export_runs', 'I
 
 # %% ../../nbs/69_runs.archives.ipynb #86a00003
 import bz2, contextlib, gzip, hashlib, io, json, lzma, os, re, shutil, stat, tarfile, zlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..core import ConfigError, RecordError, StoreError
@@ -40,11 +41,11 @@ def _entry(name, size):
 
 # %% ../../nbs/69_runs.archives.ipynb #86a00008
 def export_runs(
-    path, # the tar file to write
+    path:str|os.PathLike, # the tar file to write
     store:Store|None=None,
-    keys=None, # (experiment, key) pairs; all that are sound when None
+    keys:Iterable|None=None, # (experiment, key) pairs; all that are sound when None
     force:bool=False, # replace a file that is there
-    problems=None, # list that sentences about damaged records are added to
+    problems:list|None=None, # list that sentences about damaged records are added to
 )->int: # how many
     "Pack records into one tar file; a damaged one that was asked for is an error, any other is left out."
     store = store or Store()
@@ -205,10 +206,10 @@ def _checked(check, store, also)->tuple: # keys of the sound records, sentences 
 
 # %% ../../nbs/69_runs.archives.ipynb #42c29ecc
 def import_runs(
-    path, # the tar file, gzip, xz and bzip2 included
+    path:str|os.PathLike, # the tar file, gzip, xz and bzip2 included
     store:Store|None=None,
     partial:bool=False, # take what is sound of an archive that is not whole
-    also=(), # names of experiments that this package does not know
+    also:tuple|list=(), # names of experiments that this package does not know
 )->Imported:
     "Take over the records of an archive, each checked first."
     store, new, replaced, present = store or Store(), [], [], []

@@ -24,7 +24,7 @@ def _names(path): # without files of the operating system
     except (FileNotFoundError, NotADirectoryError): return []
 
 def foreign(
-    root, # a folder that may be a store
+    root:str|os.PathLike, # a folder that may be a store
 )->list: # of paths
     "Files in a folder that do not belong to a store."
     found = []

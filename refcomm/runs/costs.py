@@ -9,6 +9,7 @@ __all__ = ['FREE', 'SHARED', 'SPEEDS', 'kind', 'device_name', 'Recorded', 'recor
 
 # %% ../../nbs/73_runs.costs.ipynb #3ff004ea
 import collections, contextlib, json, statistics, time, warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ def kind(
     return digest([experiment, {k: v for k, v in fields.items() if k not in SHARED}])
 
 # %% ../../nbs/73_runs.costs.ipynb #2f73fbf3
-def device_name(device="auto")->str: # as in the provenance of runs; for CPUs its beginning
+def device_name(device:"str|torch.device"="auto")->str: # as in the provenance of runs; for CPUs its beginning
     "The device name that runs made here would record."
     if device == "auto" and no_cuda(): return "cpu"
     d = pick_device(device)
@@ -48,7 +49,7 @@ class Recorded(NamedTuple):
 
 def recorded(
     store:Store|None=None, # the default store when None
-    device="auto", # device of the planned runs
+    device:"str|torch.device"="auto", # device of the planned runs
 )->Recorded:
     "The costs of all valid records, from the store's index."
     here, left_out = device_name(device), ", ".join(f"'$.{f}'" for f in SHARED)
@@ -67,7 +68,7 @@ def recorded(
 
 # %% ../../nbs/73_runs.costs.ipynb #437b41de
 def shipped(
-    folder=None, # with recipes; None: those of this package
+    folder:Path|str|None=None, # with recipes; None: those of this package
 )->dict: # item → its recipe
     "The recipes of the shipped figures."
     kept = checkout()/"figures" if checkout() else Path(__file__).parent.parent/"recipes"
@@ -92,12 +93,12 @@ class Cost(NamedTuple):
 
 # %% ../../nbs/73_runs.costs.ipynb #3f761828
 def estimate(
-    spec,
+    spec:object,
     item:str, # "eqc/table5"
     profile:str, # a name in core's `PROFILES`
     known:Recorded,
     recipes:dict, # from `shipped`
-    model=None, # Spec → `Cost` or None
+    model:Callable|None=None, # Spec → `Cost` or None
 )->Cost:
     """Median of similar runs, else of the shipped item, else by the model, else of the paper's shipped items.
 
@@ -214,7 +215,7 @@ def _launch(device)->float: # seconds of a small operation of a training step
 
 # %% ../../nbs/73_runs.costs.ipynb #c0de0008
 def measure_speed(
-    device="auto",
+    device:"str|torch.device"="auto",
 )->Speed:
     "Measure a device for some seconds."
     d = pick_device(device)
@@ -229,7 +230,7 @@ def measure_speed(
     return Speed(name, *rates, 12*len(v)/_rate(lambda: v + v, d), _launch(d), stacked, large, 2.)
 
 def speed_of(
-    device="auto",
+    device:"str|torch.device"="auto",
 )->Speed: # measured once, and kept
     "How fast a device is."
     path = home()/"cache"/"speeds"/f"{digest([device_name(device), torch.get_num_threads(), torch.__version__])[:12]}.json"
@@ -242,7 +243,7 @@ def speed_of(
 
 # %% ../../nbs/73_runs.costs.ipynb #c0de0011
 def timed(
-    path, # a file from `tests/on_gpu.py`
+    path:Path|str, # a file from `tests/on_gpu.py`
 )->dict: # kind → (seconds of a step, members trained together, bytes on the device)
     "Read the steps that were timed on a GPU."
     found = {}
@@ -282,7 +283,7 @@ def plan_costs(
     profile:str, # a name in core's `PROFILES`
     known:Recorded, # from `recorded`
     recipes:dict, # from `shipped`
-    model=None, # Spec → `Cost` or None
+    model:Callable|None=None, # Spec → `Cost` or None
 )->list: # a `Line` for each item, and "total", with every run once
     "The missing runs of each item, and their estimated cost."
     lines, once = [], {}
@@ -317,7 +318,7 @@ def size(
 
 # %% ../../nbs/73_runs.costs.ipynb #2b27d6b1
 def longest(
-    lines, # from `plan_costs`
+    lines:list, # from `plan_costs`
     wanted:dict, # item → its Specs
     bound:float=600, # seconds
 )->list: # of text, one for each item above the bound

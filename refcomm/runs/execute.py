@@ -8,8 +8,9 @@ __all__ = ['Context', 'tensor_cores', 'checkpoint_interval', 'run_stack', 'make_
 
 # %% ../../nbs/72_runs.execute.ipynb #e05b965b
 import concurrent.futures, contextlib, json, os, shutil, uuid, warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lazy_loader
 
@@ -38,8 +39,8 @@ class Context(NamedTuple):
 # %% ../../nbs/72_runs.execute.ipynb #b3af3de9
 @contextlib.contextmanager
 def tensor_cores(
-    device, # as in `pick_device`
-):
+    device:"str|torch.device", # as in `pick_device`
+)->Iterator:
     "Within this block, a GPU multiplies single-precision numbers in TF32."
     before = torch.get_float32_matmul_precision()
     if pick_device(device).type == "cuda": torch.set_float32_matmul_precision("high")
@@ -99,10 +100,10 @@ def _train_missing(module, store, members, missing, context, logger, stop):
 
 # %% ../../nbs/72_runs.execute.ipynb #ed21b4cc
 def run_stack(
-    specs, # Specs with equal `stack_key`
-    root, # the store's folder
+    specs:list|tuple, # Specs with equal `stack_key`
+    root:Path|str, # the store's folder
     device:str="auto",
-    report=None, # called with (share done, text); or a path to write to
+    report:Callable|str|None=None, # called with (share done, text); or a path to write to
     logger:str|None=None, # a name in `LOGGERS`
     checkpoint_seconds:float|None=None, # between checkpoints of unfinished training; None: `checkpoint_interval`
     weights:bool=True, # keep the trained weights
@@ -168,8 +169,8 @@ def _reporter(path):
 
 # %% ../../nbs/72_runs.execute.ipynb #a6df4eae
 def make_stacks(
-    specs, # iterable of Specs
-    device="auto", # a name, or a `torch.device` that may be another machine's
+    specs:Iterable, # iterable of Specs
+    device:"str|torch.device"="auto", # a name, or a `torch.device` that may be another machine's
 )->list: # lists of Specs
     "Group Specs that can be trained together, in order of first appearance."
     groups = {}
@@ -181,11 +182,11 @@ def make_stacks(
 
 # %% ../../nbs/72_runs.execute.ipynb #aac595d6
 def execute(
-    specs, # iterable of Specs; repeats are made once
+    specs:Iterable, # iterable of Specs; repeats are made once
     jobs:int|None=1, # stacks at a time; 1 works in this process; None: one on each GPU
     device:str="auto",
     store:Store|None=None, # the default store when None
-    executor=None, # a name in `EXECUTORS`; None: REFCOMM_EXECUTOR or "local"; or a concurrent.futures.Executor, which is not shut down
+    executor:str|concurrent.futures.Executor|None=None, # a name in `EXECUTORS`; None: REFCOMM_EXECUTOR or "local"; your own is not shut down
     logger:str|None=None, # a name in `LOGGERS`; None: REFCOMM_LOGGER, or no log
     desc:str="runs",
     weights:bool|None=None, # store the trained weights; None: unless REFCOMM_WEIGHTS is "off"
@@ -280,8 +281,8 @@ def _progress_in(path)->tuple: # share done, text: of a worker
 
 # %% ../../nbs/72_runs.execute.ipynb #9c481ca3
 def frame(
-    records, # from `execute`
-): # DataFrame: one row per metric row, with its Spec's fields and its key
+    records:Iterable, # from `execute`
+)->Any: # DataFrame: one row per metric row, with its Spec's fields and its key
     "All metric rows of all records, joined with their Specs."
     import pandas as pd
     return pd.DataFrame([{**r.spec, "key": r.key, **r.summary, **row} for r in records for row in r.rows])
@@ -289,13 +290,13 @@ def frame(
 def _seconds(records): # of training, each record counted once
     return sum(p["seconds"]/p["trained_together"] for p in {r.key: r.provenance for r in records}.values())
 
-def spent(records)->dict: # runs, epochs, seconds of training, bytes on disk, device
+def spent(records:Iterable)->dict: # runs, epochs, seconds of training, bytes on disk, device
     "The total cost of the records, each counted once."
     once = {r.key: r for r in records}.values()
     return dict(runs=len(once), epochs=sum(r.spec.get("epochs", 1) for r in once), seconds=round(_seconds(records), 1),
                 bytes=sum(r.bytes() for r in once), device=", ".join(sorted({r.provenance["device"] for r in once})))
 
-def origins(records)->str: # one line
+def origins(records:Iterable)->str: # one line
     "Commits, devices and training time of the records."
     ps = [r.provenance for r in records]
     pick = lambda k: ", ".join(sorted({str(p[k]) for p in ps if p[k] != ""}))
@@ -307,7 +308,7 @@ def origins(records)->str: # one line
 def load_spec(
     experiment:str, # "eqc"
     fields:dict, # as in a plan or a record
-):
+)->Any:
     "The Spec of an experiment, from stored fields."
     if not (cls := spec_class(experiment)):
         known = sorted({*packaged(), *EXPERIMENTS})
@@ -316,7 +317,7 @@ def load_spec(
     return cls(**fields)
 
 # %% ../../nbs/72_runs.execute.ipynb #c0bf050b
-def write_plan(specs, path):
+def write_plan(specs:Iterable, path:Path|str|None)->str:
     "Write Specs as JSON."
     text = json.dumps([dict(experiment=s.experiment, key=run_key(s), fields=spec_fields(s))
         for s in dict.fromkeys(specs)], indent=1)
@@ -329,7 +330,7 @@ def _planned(experiment, fields, key=None): # a Spec
     raise ConfigError(f"the plan says {experiment}/{key!r:.40}, but the fields beside it make {run_key(spec)}: they were "
         f"changed, or written by another version of refcomm; make the plan again, or take out the key if you changed them on purpose")
 
-def read_plan(path)->list: # Specs
+def read_plan(path:Path|str)->list: # Specs
     "Read what `write_plan` wrote."
     try:
         listed = from_json(Path(path).read_text(encoding="utf-8"))

@@ -9,7 +9,9 @@ __all__ = ['PATIENT', 'EXECUTORS', 'PACKAGES', 'LocalExecutor', 'local_executor'
 # %% ../../nbs/71_runs.executors.ipynb #b00539bc
 import _thread, concurrent.futures, contextlib, importlib, logging, math, multiprocessing, os, pickle, signal, socket
 import sys, threading, time, uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import lazy_loader
@@ -52,7 +54,7 @@ class LocalExecutor(concurrent.futures.ProcessPoolExecutor):
     "Worker processes on this machine, which share the cores; each gets the next GPU in turn."
     def __init__(self,
         jobs:int, # at a time
-        cards=(), # numbers of GPUs
+        cards:tuple|list=(), # numbers of GPUs
     ):
         ours = [m for m in sys.modules if m.partition(".")[0] == "refcomm"]
         context = fork_context(["torch._dynamo", *ours]) # which optimisers import
@@ -61,7 +63,7 @@ class LocalExecutor(concurrent.futures.ProcessPoolExecutor):
             (max(1, n_cores() // jobs), self.stopping, context.Value("i", 0), tuple(cards),
             dict(os.environ)))
 
-    def submit(self, fn, *args):
+    def submit(self, fn:Callable, *args)->concurrent.futures.Future:
         "Start a call in a worker process; returns its future."
         self.submitted.append(super().submit(_unless_stopped, fn, *args))
         return self.submitted[-1]
@@ -83,7 +85,7 @@ def local_executor(jobs:int, cards:tuple=())->LocalExecutor:
 def named_deaths(
     work:str, # description of the work
     again:str="run again", # what to do next
-):
+)->Iterator:
     "Turn the death of a worker process in this block into a `WorkerDied`."
     try: yield
     except concurrent.futures.BrokenExecutor as e:
@@ -106,10 +108,10 @@ def cards_of(
 
 # %% ../../nbs/71_runs.executors.ipynb #6687797b
 def portable(
-    fn, args, # what to call
+    fn:Callable, args:tuple, # what to call
     threads:int=0, # of PyTorch; 0: unchanged
-    carry=("REFCOMM_",), # prefixes of the environment variables to copy
-): # () → (value, None) or (None, error)
+    carry:tuple=("REFCOMM_",), # prefixes of the environment variables to copy
+)->Callable: # () → (value, None) or (None, error)
     "A self-contained call, for a Python without refcomm on its path."
     root, payload = str(Path(importlib.import_module("refcomm").__file__).parent.parent), pickle.dumps((fn, args))
     env = {k: v for k,v in os.environ.items() if k.startswith(tuple(carry))}
@@ -188,11 +190,11 @@ class _Watched(_Jobs):
 # %% ../../nbs/71_runs.executors.ipynb #3d36ded3
 class RemoteExecutor(_Watched):
     "Base of executors for jobs in other systems; subclasses define `start`, `done`, `outcome` and `stop`."
-    def pack(self, fn, args):
+    def pack(self, fn:Callable, args:tuple)->Any:
         "The call in a form that another machine can run."
         return portable(fn, args)
 
-    def submit(self, fn, *args):
+    def submit(self, fn:Callable, *args)->concurrent.futures.Future:
         "Submit a call; returns its future."
         return super().submit(self._keep, self.pack(fn, args))
 
@@ -240,19 +242,19 @@ class _SlurmQueue(RemoteExecutor):
 # %% ../../nbs/71_runs.executors.ipynb #0801939f
 class SlurmExecutor(_SlurmQueue):
     "Jobs in Slurm's queue; without Slurm, processes on this machine that outlive a killed driver."
-    def start(self, work):
+    def start(self, work:Callable)->Any:
         "Submit a job to Slurm."
         return self.queue.submit(work)
 
-    def done(self, job)->bool:
+    def done(self, job:Any)->bool:
         "Whether the job has ended."
         return job.done()
 
-    def stop(self, job)->None:
+    def stop(self, job:Any)->None:
         "Cancel the job; Slurm sends its signal first."
         job.cancel(check=False)
 
-    def outcome(self, job):
+    def outcome(self, job:Any)->Any:
         "The job's return value, or a `WorkerDied` with its log."
         lost = self.here and not job.paths.result_pickle.exists() # on Slurm the file may appear late
         if not lost and job.exception() is None: return job.result()
@@ -260,7 +262,7 @@ class SlurmExecutor(_SlurmQueue):
 
 # %% ../../nbs/71_runs.executors.ipynb #5c1d7e12
 def slot(
-    nodes, # (CPUs, GPUs) of each node
+    nodes:list|tuple, # (CPUs, GPUs) of each node
     jobs:int, # number of parallel jobs
     gpus:float|None=None, # GPUs per job; None: an equal share
 )->tuple: # CPUs and GPUs of a job
@@ -348,7 +350,7 @@ class _RayCluster(RemoteExecutor):
 # %% ../../nbs/71_runs.executors.ipynb #fe1109a7
 class RayExecutor(_RayCluster):
     "Tasks on the Ray cluster at RAY_ADDRESS, or on a local one that ends with the executor."
-    def pack(self, fn, args)->tuple:
+    def pack(self, fn:Callable, args:tuple)->tuple:
         "The call and the path of its log."
         work, log = portable(fn, args, self.threads), str(self.folder/uuid.uuid4().hex)
         def logged():
@@ -358,19 +360,19 @@ class RayExecutor(_RayCluster):
             return work()
         return logged, Path(log)
 
-    def done(self, job)->bool:
+    def done(self, job:Any)->bool:
         "Whether the task has ended."
         return bool(self.ray.wait([job[0]], timeout=0)[0])
 
-    def stop(self, job)->None:
+    def stop(self, job:Any)->None:
         "Cancel the task by an interrupt."
         self.ray.cancel(job[0])
 
-    def kill(self, job)->None:
+    def kill(self, job:Any)->None:
         "Kill the task's worker."
         self.ray.cancel(job[0], force=True)
 
-    def outcome(self, job):
+    def outcome(self, job:Any)->Any:
         "The task's return value, or a `WorkerDied` with its log."
         try: return self.ray.get(job[0])
         except self.ray.exceptions.RayError as e:

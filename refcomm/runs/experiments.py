@@ -7,7 +7,9 @@ __all__ = ['EXPERIMENTS', 'AT_HOME', 'OURS', 'packaged', 'home_of', 'spec_class'
 
 # %% ../../nbs/63_runs.experiments.ipynb #d36ce5cc
 import dataclasses, functools, hashlib, importlib, inspect, re, sys, sysconfig, time, types, warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..core import ConfigError, check_at_least, nearest, need, seeded_init, spec
 from ..files import find_data, stamped, unstamped
@@ -25,7 +27,7 @@ def packaged()->tuple: # names
 
 def home_of(
     experiment:str, # "eqc", or the name of a registered one
-): # a module with `run`, or an `Experiment`; None if unknown
+)->Any: # a module with `run`, or an `Experiment`; None if unknown
     "The module or object that runs an experiment."
     if experiment in EXPERIMENTS: return EXPERIMENTS[experiment]
     if not isinstance(experiment, str) or experiment not in packaged(): return None
@@ -34,7 +36,7 @@ def home_of(
 
 def spec_class(
     experiment:str, # "eqc", or the name of a registered one
-): # its class; None for one that is not known
+)->type|None: # its class; None for one that is not known
     "The Spec of an experiment."
     light = EXPERIMENTS.get(experiment) is None and experiment in packaged() and experiment not in AT_HOME
     if light and (_papers()/experiment/"spec.py").is_file(): # without what runs it
@@ -172,19 +174,19 @@ class Experiment(_Sent):
         if missing: raise ConfigError(f"{self.name} needs {', '.join(missing)}")
         return self.Spec(**fields | {f: stamped(fields[f]) for f in self.files if fields.get(f)})
 
-    def stack_key(self, s, device)->tuple:
+    def stack_key(self, s:object, device:object)->tuple:
         "A key that is equal for Specs that are made together."
         first = {f.name: f.default for f in dataclasses.fields(s) if f.name in self.stack}
         return tuple((k, v) for k, v in dataclasses.asdict(s).items() if k not in first)
 
-    def run(self, specs, context)->list: # one `RunResult` per Spec
+    def run(self, specs:list|tuple, context:Any)->list: # one `RunResult` per Spec
         "Make the runs; trials of equal shape are trained together."
         start, made = time.monotonic(), [self.made(s, context) for s in specs]
         if all(hasattr(m, "train_together") for m in made): results = type(made[0]).train_together(made, context)
         else: results = [_result(m, self, (time.monotonic() - start)/len(specs)) for m in made]
         return [r._replace(summary=dict(r.summary, source=self.source)) for r in results]
 
-    def check(self, records):
+    def check(self, records:list)->None:
         "Warn where records were made by other code than this."
         old = {r.key for r in records if r.summary.get("source") != self.source}
         if old and not self.make.__module__.startswith("refcomm."): # whose versions are raised with the package
@@ -202,7 +204,7 @@ def _result(made, experiment, seconds):
     raise ConfigError(f"{experiment.name} returned {type(made).__name__}: a trial, a dict of numbers or a RunResult is expected")
 
 def experiment(
-    make=None, # the function
+    make:Callable|None=None, # the function
     *, name:str="", # its own name when empty
     version:int=1, # see `Experiment`
     stack:tuple=("seed",),

@@ -11,7 +11,7 @@ __all__ = ['FILES', 'PROVENANCE_FIELDS', 'NAME', 'OWN', 'MARKER', 'INDEX', 'spec
 import contextlib, dataclasses, datetime, errno, functools, hashlib, importlib, io, json, math, os, platform, re, shutil
 import stat, subprocess, sys, uuid, warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lazy_loader
 
@@ -22,7 +22,7 @@ from refcomm.files import disk_errors, fsync_dir, home, make_folder, open_regula
 from refcomm.runs.experiments import spec_class
 
 # %% ../../nbs/68_runs.store.ipynb #1ee1955c
-def spec_fields(spec)->dict: # JSON-able fields
+def spec_fields(spec:Any)->dict: # JSON-able fields
     "A Spec's fields as they are stored; those in its `later` only if they differ from the default, so that older runs keep their keys."
     def unknown(x):
         raise ConfigError(f"{type(spec).__name__} holds {x!r}, {type(x).__name__}, which cannot be stored: use numbers, text, and tuples of them")
@@ -31,23 +31,23 @@ def spec_fields(spec)->dict: # JSON-able fields
     return json.loads(json.dumps(kept, default=unknown))
 
 def digest(
-    x, # bytes, or anything that JSON can hold
+    x:object, # bytes, or anything that JSON can hold
 )->str: # 64 hexadecimal digits
     "SHA-256 of bytes, or of the one canonical JSON text of `x`."
     data = x if isinstance(x, bytes) else json.dumps(x, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     return hashlib.sha256(data).hexdigest()
 
 def defined(
-    value, # a number
-): # the same; None where it is NaN, which JSON does not know
+    value:float, # a number
+)->float|None: # the same; None where it is NaN, which JSON does not know
     "A number as records store it."
     return None if value != value else value
 
-def run_key(spec)->str: # 16 hexadecimal digits
+def run_key(spec:Any)->str: # 16 hexadecimal digits
     "The name of a run: equal Specs have equal keys, on any machine."
     return digest([spec.experiment, spec.version, spec_fields(spec)])[:16]
 
-def runner_of(spec): # a module with `run`, or an `Experiment`
+def runner_of(spec:Any)->Any: # a module with `run`, or an `Experiment`
     "The module or object that makes the runs of a Spec: its `home`, its `runner`, or the module of its class."
     return getattr(type(spec), "home", None) or importlib.import_module(getattr(spec, "runner", type(spec).__module__))
 
@@ -113,7 +113,7 @@ class RunRecord:
         from safetensors.torch import load_file
         return load_file(self.path/"weights.safetensors") if "weights.safetensors" in self.files else {}
 
-    def history(self): # DataFrame: one row per epoch
+    def history(self)->Any: # DataFrame: one row per epoch
         "The training history."
         import pandas as pd
         return pd.read_parquet(self.path/"history.parquet")
@@ -143,7 +143,7 @@ def _peak_memory()->int|None: # MiB of this process; None where the system does 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**10 if sys.platform != "darwin" else 2**20)
 
 def provenance(
-    device, # torch device that the run used
+    device:"str|torch.device", # torch device that the run used
     seconds:float, # of training, interruptions left out
     n_stacked:int, # runs trained together
 )->dict:
@@ -228,7 +228,7 @@ def _scalar(x): return x is None or isinstance(x, (bool, int, float, str))
 
 # %% ../../nbs/68_runs.store.ipynb #9f916ae8
 def body_errors(
-    body, # of a record.json
+    body:object, # of a record.json
 )->list: # of sentences
     "Errors in the form of a record: in its Spec, rows, summary, provenance and files."
     if not isinstance(body, dict): return [f"it holds {type(body).__name__}, not a record"]
@@ -432,7 +432,7 @@ class _Written(_Read):
 # %% ../../nbs/68_runs.store.ipynb #1b28fe64
 class Store(_Written):
     "Finished runs under `root/<experiment>/<key>/`."
-    def get(self, spec)->RunRecord|None:
+    def get(self, spec:Any)->RunRecord|None:
         "The record of a Spec if there is a sound one; a damaged one is set aside with a warning."
         key = run_key(spec)
         path = self.path(spec.experiment, key)
@@ -447,7 +447,7 @@ class Store(_Written):
                 warnings.warn(f"{e}; moved to {aside}, the run will be made again")
 
     def put(self,
-        spec,
+        spec:Any,
         result:RunResult,
         origin:dict, # from `provenance`
         weights:bool=True, # keep the trained weights, if the result has any
@@ -508,8 +508,8 @@ def _table(place, store, stamps, problems):
 
 def indexed(
     store:Store,
-    problems=None, # list that a sentence is added to about each record that is damaged or cannot be read
-): # a `sqlite3.Connection`; its table `runs` has a row for each sound record
+    problems:list|None=None, # list that a sentence is added to about each record that is damaged or cannot be read
+)->Any: # a `sqlite3.Connection`; its table `runs` has a row for each sound record
     """Open a store's index: experiment, key, Spec (JSON), seconds of training, bytes, device and commit (`made`) of each record.
 
     A record is read and checked when its `record.json` is new to the index or has changed; `Store.read` checks always.

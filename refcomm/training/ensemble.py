@@ -7,6 +7,8 @@ __all__ = ['changing_buffers', 'Ensemble']
 
 # %% ../../nbs/65_training.ensemble.ipynb #ffef94b7
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,9 +125,9 @@ class _Members(_Stack):
 class Ensemble(_Members):
     "Models of equal shape, their parameters stacked as `[n_members, ...]`; one member is run without stacking."
     def map(self,
-        fn, # (member, *args) -> tensor or tuple of tensors
+        fn:Callable, # (member, *args) -> tensor or tuple of tensors
         *args, # tensors [n_members, ...], also in (named) tuples, with one slice per member; other values are passed unchanged
-    ): # the results, stacked along a new first dimension
+    )->Any: # the results, stacked along a new first dimension
         "Apply `fn` to every member with its slice of each argument; variables in the closure of `fn` are shared."
         step = self.compiled if self.training and torch.is_grad_enabled() else None
         return (step or self._map)(fn, *args)

@@ -10,6 +10,7 @@ __all__ = ['OPTIMIZERS', 'COMPILERS', 'FIRST', 'TOGETHER', 'TrainSettings', 'sca
 
 # %% ../../nbs/64_training.loop.ipynb #af95c079
 import contextlib, dataclasses, json, os, time, warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pandas as pd, torch
@@ -100,9 +101,9 @@ def rate(
 
 # %% ../../nbs/64_training.loop.ipynb #0b4bf2c1
 def parameter_groups(
-    ensemble, # an `Ensemble`
+    ensemble:nn.Module, # an `Ensemble`
     settings:TrainSettings,
-    lr_factors=(), # pairs: (prefix of a parameter's name, factor on the learning rate)
+    lr_factors:tuple|list=(), # pairs: (prefix of a parameter's name, factor on the learning rate)
 )->list: # of dictionaries, for the optimiser
     "Group parameters by their learning-rate factor and, for weight decay and LARS, by whether they have one dimension."
     lars, groups = settings.optimizer == "lars", {}
@@ -121,7 +122,7 @@ def parameter_groups(
 # %% ../../nbs/64_training.loop.ipynb #2375ab57
 class Best:
     "The best weights of each member so far."
-    def __init__(self, ensemble):
+    def __init__(self, ensemble:nn.Module):
         n = ensemble.n_members
         self.weights = {k: v.detach().clone() for k,v in ensemble.full_state().items()}
         self.accuracy, self.loss = torch.full((n,), -torch.inf), torch.full((n,), torch.inf)
@@ -131,7 +132,7 @@ class Best:
         "Which members are still within `patience` epochs of their best, `[n_members]`."
         return epoch - self.epoch.clamp_min(0) < patience
 
-    def update(self, ensemble, epoch:int, accuracy:Tensor, loss:Tensor, patience:int)->Tensor: # which members improved
+    def update(self, ensemble:nn.Module, epoch:int, accuracy:Tensor, loss:Tensor, patience:int)->Tensor: # which members improved
         "Keep the weights of the members that improved."
         accuracy, loss = accuracy.detach().float().cpu(), loss.detach().float().cpu()
         better = (accuracy > self.accuracy) | ((accuracy == self.accuracy) & (loss < self.loss))
@@ -144,7 +145,7 @@ class Best:
         self.epoch = torch.where(better, epoch, self.epoch)
         return better
 
-    def restore(self, ensemble)->None:
+    def restore(self, ensemble:nn.Module)->None:
         "Load each member's best weights."
         ensemble.load_full_state(self.weights)
 
@@ -239,7 +240,7 @@ class Training(_Saved):
         if meta["scaler"]: self.scaler.load_state_dict(meta["scaler"]) # empty from a device that did not need one
 
 # %% ../../nbs/64_training.loop.ipynb #39d0c3bf
-def check_sense(ensemble, settings:TrainSettings, device)->None:
+def check_sense(ensemble:nn.Module, settings:TrainSettings, device:str|torch.device)->None:
     "Raise a `ConfigError` for settings that this device or model does not support."
     if settings.precision == "fp16" and torch.device(device).type == "cpu":
         raise ConfigError("precision 'fp16' is for GPUs, but training was asked for on the CPU: use 'bf16' or 'fp32'")
@@ -356,9 +357,9 @@ class Compiled:
 
 # %% ../../nbs/64_training.loop.ipynb #c0de64a1
 def compiled_steps(
-    ensemble, # an `Ensemble`
+    ensemble:nn.Module, # an `Ensemble`
     settings:TrainSettings,
-    on_progress=None, # see `fit`
+    on_progress:Callable|None=None, # see `fit`
 )->Compiled|None: # None where steps are not compiled
     "The function that computes training steps, chosen by `REFCOMM_COMPILE`: \"off\", the default, or a name in `COMPILERS`."
     how = check_choice("REFCOMM_COMPILE", os.environ.get("REFCOMM_COMPILE") or "off", ("off", *COMPILERS))
@@ -427,20 +428,20 @@ def _progress(t, report, log): # a function that logs and shows the means of an 
 
 # %% ../../nbs/64_training.loop.ipynb #e46805de
 def fit(
-    ensemble, # an `Ensemble`: one model or many
-    loss, # (indices [n_members, batch], generators [n_members]) -> [n_members] losses
-    validate, # () -> dict(accuracy=[n_members], loss=[n_members])
+    ensemble:nn.Module, # an `Ensemble`: one model or many
+    loss:Callable, # (indices [n_members, batch], generators [n_members]) -> [n_members] losses
+    validate:Callable, # () -> dict(accuracy=[n_members], loss=[n_members])
     n_items:int, # number of training items
     settings:TrainSettings, # epochs, batch size, learning rate …
-    seeds, # one per member: its order of items and its noise
-    device="cpu", # the ensemble's device
+    seeds:list|tuple, # one per member: its order of items and its noise
+    device:str|torch.device="cpu", # the ensemble's device
     checkpoint=None, # file to write and to resume from, or a `Checkpoint`; None: no checkpoints
     checkpoint_seconds:float=60., # between checkpoints
-    report=None, # called with (share done, text); a progress bar when None
-    on_progress=None, # called with the share done before every step: temperature schedules
-    lr_factors=(), # pairs: (prefix of a parameter's name, factor on the learning rate)
-    log=None, # called with new rows of the history: first those of a checkpoint, then of each epoch; True ends the training
-    announce=None, # called in each epoch with the batches of indices to come, which then stay on the CPU
+    report:Callable|None=None, # called with (share done, text); a progress bar when None
+    on_progress:Callable|None=None, # called with the share done before every step: temperature schedules
+    lr_factors:tuple|list=(), # pairs: (prefix of a parameter's name, factor on the learning rate)
+    log:Callable|None=None, # called with new rows of the history: first those of a checkpoint, then of each epoch; True ends the training
+    announce:Callable|None=None, # called in each epoch with the batches of indices to come, which then stay on the CPU
 )->Fit:
     "Train `ensemble` in place; its final weights are chosen by `settings.keep`."
     path, owner = checkpoint_of(checkpoint)
