@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -57,6 +58,14 @@ def small():
     def make(**changes):
         return EQCSpec(**{**SMALL["object"], "lr": 1e-3, "word_length": 20, **changes})
     return make
+
+
+def start(*args, arrange=(), **env):
+    "`refcomm …` in a process of its own, with one thread; `arrange` is a name and a value for programs/faulty.py."
+    program = [str(PROGRAMS/"faulty.py"), *map(str, arrange)] if arrange else ["-m", "refcomm"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.Popen([sys.executable, *program, *map(str, args)], env=env, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def checkpoint_state(path):

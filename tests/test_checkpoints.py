@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -13,12 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from conftest import start
 
 from refcomm.training.ensemble import Ensemble
 from refcomm.papers.eqc.run import EQCSpec
 from refcomm.files import load_checkpoint, save_checkpoint
 from refcomm.papers.eqc.items import SMALL
-from refcomm.runs.execute import execute
+from refcomm.runs.execute import execute, write_plan
 from refcomm.runs.store import Store
 from refcomm.training.loop import TrainSettings, fit
 
@@ -308,13 +308,6 @@ def test_a_long_epoch_is_kept_after_a_few_seconds(tmp_path, monkeypatch):
     assert 2 <= seen.index(True) <= 8
 
 
-def start(code, **env):
-    head = (f"import torch, sys; torch.set_num_threads(1)\nfrom refcomm.papers.eqc.run import EQCSpec\nfrom "
-        f"refcomm.runs import execute as runs; from refcomm.runs import store\nLONG = {LONG!r}\n")
-    return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE,
-        text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-
-
 def wait_for(what, p=None, seconds=400):
     deadline = time.time() + seconds
     while not (found := what()):
@@ -336,13 +329,13 @@ def children(pid):
     return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task/"children").read_text().split()]
 
 
-MAIN = "from refcomm.cli import main\nif __name__ == '__main__': sys.argv[1:] = ['runs', 'execute', PLAN, '--device', 'cpu', *ARGS]; main()"
+def drive(specs, folder, *args, **options):
+    "Execute runs in a process of its own."
+    write_plan(specs, folder/"plan.json")
+    return start("runs", "execute", folder/"plan.json", "--device", "cpu", *args, **options)
 
 
-def plan(tmp_path, n=1):
-    from refcomm.runs.execute import write_plan
-    write_plan([EQCSpec(**{**LONG, "word_length": w}) for w in (10, 20, 25)[:n]], tmp_path/"plan.json")
-    return str(tmp_path/"plan.json")
+def long(n=1): return [EQCSpec(**{**LONG, "word_length": w}) for w in (10, 20, 25)[:n]]
 
 
 signals = pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name)
@@ -354,9 +347,7 @@ signals = pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, sign
 def test_a_signal_keeps_what_was_learnt(home, tmp_path, signum):
     "The state is that of the last step, not of up to a minute before."
     begun = home/"begun"
-    code = (f"import refcomm.training.loop as train\nreal = train.train_step\ndef step(t, *a):\n    real(t, *a)\n    "
-        f"if t.epoch == 3: open({str(begun)!r}, 'w')\ntrain.train_step = step\n")
-    p = start(code + MAIN.replace("PLAN", repr(plan(tmp_path))).replace("*ARGS", ""))
+    p = drive(long(), tmp_path, arrange=("told", begun))
     wait_for(begun.exists, p)
     sent = time.time()
     p.send_signal(signum)
@@ -374,8 +365,7 @@ def test_a_signal_keeps_what_was_learnt(home, tmp_path, signum):
     ids=lambda x: getattr(x, "name", x))
 def test_a_signal_to_a_driver_with_two_workers(home, tmp_path, signum, whom):
     "It ends within seconds, its workers with it; both trainings are kept, and what waits is not begun."
-    p = start(MAIN.replace("PLAN", repr(plan(tmp_path, 3))).replace("*ARGS", "'--jobs', '2'"),
-        REFCOMM_CHECKPOINT_SECONDS="4")
+    p = drive(long(3), tmp_path, "--jobs", "2", REFCOMM_CHECKPOINT_SECONDS="4")
     wait_for(lambda: len(unfinished()) == 2, p)
     workers, sent = children(p.pid), time.time()
     if whom == "driver": p.send_signal(signum)
@@ -394,18 +384,17 @@ def test_a_signal_to_a_driver_with_two_workers(home, tmp_path, signum, whom):
 @pytest.mark.slow
 def test_interrupted_and_continued_is_undisturbed(home, tmp_path):
     spec = EQCSpec(**{**LONG, "epochs": 150})
-    work = "runs.execute([EQCSpec(**{**LONG, 'epochs': 150})], device='cpu')"
-    p = start(f"runs.execute([EQCSpec(**{{**LONG, 'epochs': 150}})], device='cpu', store=store.Store({str(tmp_path/'calm')!r}))")
+    p = drive([spec], tmp_path, REFCOMM_HOME=str(tmp_path/"calm"))
     assert p.wait() == 0, p.stderr.read()
-    calm, stops = Store(tmp_path/"calm").get(spec), 0
+    calm, stops = Store(tmp_path/"calm"/"runs").get(spec), 0
     for n in range(2):
-        p = start(work)
+        p = drive([spec], tmp_path)
         wait_for(lambda: p.poll() is not None or list(Store().root.glob("unfinished/*/members.json")), p)
         time.sleep(.7)
         p.send_signal(random.Random(n).choice([signal.SIGTERM, signal.SIGINT]))
         p.wait()
         stops += "the same command continues" in p.stderr.read()
-    p = start(work)
+    p = drive([spec], tmp_path)
     assert p.wait() == 0, p.stderr.read()
     again = Store().get(spec)
     assert (stops >= 1 and again.rows == calm.rows
@@ -416,8 +405,8 @@ def test_interrupted_and_continued_is_undisturbed(home, tmp_path):
 @pytest.mark.parametrize("items", [["eqc/table5"], ["eqc/table5", "eqc/table6"]], ids=["started", "forked"])
 def test_a_notebook_that_trains_is_stopped_too(home, tmp_path, items):
     "`refcomm reproduce` tells the kernel, which keeps the state, and no kernel is left."
-    code = f"from refcomm.cli import main\nsys.argv[1:] = ['reproduce', *{items}, '--profile', 'cpu', '--jobs', '1']; main()"
-    p = start(code, REFCOMM_CHECKPOINT_SECONDS="2", REFCOMM_FIGURES=str(tmp_path/"figures"), REFCOMM_PROGRESS="off")
+    p = start("reproduce", *items, "--profile", "cpu", "--jobs", "1", REFCOMM_CHECKPOINT_SECONDS="2",
+        REFCOMM_FIGURES=str(tmp_path/"figures"), REFCOMM_PROGRESS="off")
     wait_for(unfinished, p)
     kernels, sent = children(p.pid), time.time()
     p.send_signal(signal.SIGTERM)
@@ -433,8 +422,8 @@ def test_a_notebook_that_trains_is_stopped_too(home, tmp_path, items):
 @pytest.mark.slow
 def test_no_forked_kernel_outlives_its_driver(home, tmp_path):
     "Killed, the driver cannot tell its kernels: the server and they notice."
-    code = "from refcomm.cli import main\nsys.argv[1:] = ['reproduce', 'eqc/table5', 'eqc/table6', '--jobs', '1']; main()"
-    p = start(code, REFCOMM_CHECKPOINT_SECONDS="2", REFCOMM_FIGURES=str(tmp_path/"figures"), REFCOMM_PROGRESS="off")
+    p = start("reproduce", "eqc/table5", "eqc/table6", "--jobs", "1", REFCOMM_CHECKPOINT_SECONDS="2",
+        REFCOMM_FIGURES=str(tmp_path/"figures"), REFCOMM_PROGRESS="off")
     wait_for(unfinished, p)
     started = [c.pid for c in psutil.Process(p.pid).children(recursive=True)]
     p.kill()

@@ -142,9 +142,8 @@ def test_what_is_being_made_is_left(home, small):
     from refcomm.runs.execute import _unfinished
     spec = small()
     folder = _unfinished(Store(), [spec])
-    code = (f"from refcomm.runs.store import Store; import time, contextlib\ns = Store()\nwith s.lock('eqc', "
-        f"{folder.name[4:]!r}), s.lock('eqc', {run_key(spec)!r}):\n    print('held', flush=True); time.sleep(100)")
-    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, PROGRAMS/"hold_locks.py", folder.name[4:], run_key(spec)],
+        stdout=subprocess.PIPE, text=True)
     p.stdout.readline()
     half = Store().root/"tmp"/f"{run_key(spec)}-{'a'*32}"
     for f in (folder, half):
@@ -162,8 +161,8 @@ def test_run_stack_holds_the_lock_of_its_unfinished_folder(home, small, monkeypa
     from refcomm.runs.execute import execute
     real, seen = eqc.run, []
     def run(specs, context):
-        code = "from refcomm.runs.cleaning import clean; print(*clean(everything=True).in_use)"
-        seen.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split())
+        cleaned = subprocess.run([sys.executable, PROGRAMS/"in_use.py"], capture_output=True, text=True)
+        seen.append(cleaned.stdout.split())
         return real(specs, context)
     monkeypatch.setattr(eqc, "run", run)
     execute([small(epochs=1)])

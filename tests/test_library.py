@@ -174,10 +174,7 @@ def test_a_game_plays_the_same_in_another_process(tmp_path):
     t = task()
     run = train(make_game(t, hidden=8, length_cost=.01), t, epochs=2, store=Store(tmp_path/"runs"))
     run.save(tmp_path/"game")
-    code = (f"import torch, refcomm; from safetensors.torch import save_file; g = "
-        f"refcomm.load_game({str(tmp_path/'game')!r}); x = torch.eye(11)[:7]; s = g.send(x); "
-        f"save_file(dict(word=s.word, scores=g.scores(s.word, x)), {str(tmp_path/'out')!r})")
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, PROGRAMS/"play.py", tmp_path/"game", tmp_path/"out"], check=True)
     from safetensors.torch import load_file
     out, x = load_file(tmp_path/"out"), torch.eye(11)[:7]
     with torch.no_grad():
@@ -315,8 +312,7 @@ def test_a_worker_needs_nothing_but_the_spec(tmp_path):
     mine, store = cell["mine"], Store(tmp_path/"runs")
     specs = [mine(seed=s) for s in (0, 1)]
     (tmp_path/"job").write_bytes(pickle.dumps((run_stack, (specs, str(store.root), "cpu"))))
-    code = f"import pickle; fn, args = pickle.load(open({str(tmp_path/'job')!r}, 'rb')); fn(*args)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, PROGRAMS/"do_job.py", tmp_path/"job"], check=True)
     records = execute(specs, store=store)
     assert [r.provenance["trained_together"] for r in records] == [2, 2]
     table = sweep(mine, dict(seed=[0, 1]), store=Store(tmp_path/"here"))

@@ -165,15 +165,12 @@ def test_the_page_from_table_to_corpus_runs_from_the_wheel(installed, tmp_path):
     env = {"PATH": str(installed[0]), "HOME": str(tmp_path), "REFCOMM_HOME": str(tmp_path/"home"),
         "REFCOMM_PROGRESS": "off",
         "OMP_NUM_THREADS": "1"}
-    run = lambda code: subprocess.run([str(installed[0]/"python"), "-c", code], capture_output=True, text=True,
-        cwd=tmp_path, env=env)
-    one = run(f"{page}\nprint(folder)\nprint(run.messages.tolist())")
+    run = lambda *a: subprocess.run([str(installed[0]/"python"), *a], capture_output=True, text=True, cwd=tmp_path,
+        env=env)
+    one = run("-c", f"{page}\nprint(folder)\nprint(run.messages.tolist())")
     assert one.returncode == 0, one.stderr
     folder, messages = one.stdout.splitlines()[-2:]
-    two = run(f"import refcomm; game = refcomm.load_game({folder + '/birds'!r})\n"
-        f"corpus = refcomm.load_corpus({folder + '/birds/corpus.parquet'!r})\n"
-        f"task = refcomm.referential(refcomm.load_objects({folder + '/birds.csv'!r}), distractors=9, valid=12, test=20)\n"
-        "print(game.send(task.seen('test')).symbols.flatten(1).tolist() == corpus.messages.tolist() and corpus.messages.tolist())")
+    two = run(str(PROGRAMS/"play_own_data.py"), folder)
     assert two.returncode == 0, two.stderr
     assert json.loads(two.stdout) == json.loads(messages)
 

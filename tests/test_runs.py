@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import checkpoint_state
+from conftest import PROGRAMS, checkpoint_state, start
 
 from refcomm import core
 from refcomm.core import ConfigError, RecordError, StoreError
@@ -29,13 +29,14 @@ from refcomm.runs.store import Store, run_key
 LONG = {**SMALL["object"], "lr": 1e-3, "word_length": 20, "epochs": 200, "patience": 200}
 
 
-def start(code, **env):
-    "A process of its own that works on the store named by REFCOMM_HOME."
-    head = (f"import torch; torch.set_num_threads(1)\nfrom refcomm.papers.eqc.run import EQCSpec\n"
-        f"from refcomm.runs import execute as runs; from refcomm.runs import store\n"
-        f"from refcomm.training import loop as train\nLONG = {LONG!r}\n")
-    return subprocess.Popen([sys.executable, "-c", head + code], env={**os.environ, **env}, stderr=subprocess.PIPE,
-        text=True)
+@pytest.fixture
+def work(tmp_path):
+    "What executes runs of these seeds, or these Specs, in a process of its own."
+    def make(*wanted, jobs=1, **options):
+        path = tmp_path/f"plan-{len(list(tmp_path.glob('plan-*')))}.json"
+        write_plan([EQCSpec(seed=s, **LONG) if isinstance(s, int) else s for s in wanted], path)
+        return start("runs", "execute", path, "--device", "cpu", "--jobs", jobs, **options)
+    return make
 
 
 def same(a, b):
@@ -49,18 +50,19 @@ def same(a, b):
 def undisturbed(tmp_path_factory):
     "The records of two seeds, made in one go elsewhere, with one thread as in the processes below."
     calm = tmp_path_factory.mktemp("calm")
-    p = start(f"runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)], store=store.Store({str(calm)!r}))")
+    specs = [EQCSpec(seed=s, **LONG) for s in (0, 1)]
+    write_plan(specs, calm/"plan.json")
+    p = start("runs", "execute", calm/"plan.json", "--device", "cpu", REFCOMM_HOME=str(calm))
     assert p.wait() == 0, p.stderr.read()
-    return [Store(calm).get(EQCSpec(seed=s, **LONG)) for s in (0, 1)]
+    return [Store(calm/"runs").get(s) for s in specs]
 
 
 @pytest.mark.slow
-def test_kill_while_training_then_resume(home, undisturbed):
+def test_kill_while_training_then_resume(home, undisturbed, work):
     specs = [EQCSpec(seed=s, **LONG) for s in (0, 1)]
-    work, often = "runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])", dict(REFCOMM_CHECKPOINT_SECONDS="0.05")
-    deaths = 0
+    often, deaths = dict(REFCOMM_CHECKPOINT_SECONDS="0.05"), 0
     for _ in range(3):
-        p = start(work, **often)
+        p = work(0, 1, **often)
         before = time.time()
         while p.poll() is None and not any(f.stat().st_mtime > before and checkpoint_state(f)["epoch"] > deaths
             for f in Store().root.glob("unfinished/*/training.safetensors")):
@@ -71,7 +73,7 @@ def test_kill_while_training_then_resume(home, undisturbed):
     assert deaths >= 2 and Store().keys() == []
     folder, = Store().root.glob("unfinished/*")
     assert load_checkpoint(folder/"training.safetensors")[1]["epoch"] > 0, "something was learned before the last kill"
-    p = start(work, **often)
+    p = work(0, 1, **often)
     assert p.wait() == 0, p.stderr.read()
     for s, calm in zip(specs, undisturbed):
         same(Store().get(s), calm)
@@ -81,58 +83,33 @@ def test_kill_while_training_then_resume(home, undisturbed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 2], ids=["in the first record", "between two records"])
-def test_kill_while_writing_records(home, undisturbed, at):
+def test_kill_while_writing_records(home, undisturbed, work, at):
     specs = [EQCSpec(seed=s, **LONG) for s in (0, 1)]
-    p = start(f"""
-import os, signal
-real, n = os.rename, 0
-def deadly(a, b):
-    global n
-    n += 1
-    if n == {at}: os.kill(os.getpid(), signal.SIGKILL)
-    real(a, b)
-store.os.rename = deadly
-runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])""")
+    p = work(0, 1, arrange=("no_renaming", at))
     assert p.wait() == -signal.SIGKILL
     assert len(Store().keys()) == at - 1 and list((Store().root/"tmp").iterdir())
-    p = start("""
-def never(*a, **k): raise AssertionError("trained again")
-train.train_epoch = never
-runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])""")
+    p = work(0, 1, arrange=("no_training", ""))
     assert p.wait() == 0, p.stderr.read()
     for s, calm in zip(specs, undisturbed): same(Store().get(s), calm)
     assert not list((Store().root/"tmp").iterdir()), "the half-written record is gone"
 
 
 @pytest.mark.slow
-def test_kill_between_the_last_record_and_the_end(home, undisturbed):
-    work = "runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])"
-    p = start(f"""
-import os, signal
-real = runs.shutil.rmtree
-def deadly(path, **k): os.kill(os.getpid(), signal.SIGKILL) if "unfinished" in str(path) and store.Store().keys() else real(path, **k)
-runs.shutil.rmtree = deadly
-{work}""")
+def test_kill_between_the_last_record_and_the_end(home, undisturbed, work):
+    p = work(0, 1, arrange=("no_clearing_up", ""))
     assert p.wait() == -signal.SIGKILL
     assert len(Store().keys()) == 2 and list(Store().root.glob("unfinished/*"))
-    p = start(work)
+    p = work(0, 1)
     assert p.wait() == 0, p.stderr.read()
     assert not list(Store().root.glob("unfinished/*")), "the next driver clears up"
     for s, calm in enumerate(undisturbed): same(Store().get(EQCSpec(seed=s, **LONG)), calm)
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(home, tmp_path):
+def test_two_processes_share_the_work(home, tmp_path, work):
     log = tmp_path/"trained.log"
-    work = f"""
-import refcomm.papers.eqc.run as eqc
-real = eqc.run
-def counted(specs, context):
-    with open({str(log)!r}, "a") as f: print(*[runs.run_key(s) for s in specs], file=f)
-    return real(specs, context)
-eqc.run = counted
-runs.execute([EQCSpec(seed=s, word_length=w, **{{k: v for k,v in LONG.items() if k != "word_length"}}) for w in (10, 20) for s in SEEDS])"""
-    ps = [start(work.replace("SEEDS", seeds)) for seeds in ("(0, 1)", "(0, 1)", "(1, 2)")]
+    def specs(*seeds): return [EQCSpec(**{**LONG, "seed": s, "word_length": w}) for w in (10, 20) for s in seeds]
+    ps = [work(*specs(*seeds), arrange=("counted", log)) for seeds in ((0, 1), (0, 1), (1, 2))]
     for p in ps: assert p.wait() == 0, p.stderr.read()
     made = log.read_text().split()
     assert len(made) == len(set(made)) == 6, "six runs, each made once"
@@ -228,13 +205,14 @@ def test_unfinished_work_of_another_version_is_not_continued(home, monkeypatch):
 
 
 @pytest.mark.slow
-def test_overlapping_stacks_after_a_kill(home, undisturbed):
+def test_overlapping_stacks_after_a_kill(home, undisturbed, work):
     "Killed while training seeds 0 and 1; then seed 0 alone is wanted; then both."
-    p = start(f"runs.run_stack([EQCSpec(seed=s, **LONG) for s in (0, 1)], {str(Store().root)!r}, checkpoint_seconds=0.05)")
+    p = work(0, 1, REFCOMM_CHECKPOINT_SECONDS="0.05")
     while not list(Store().root.glob("unfinished/*/training.safetensors")): time.sleep(.02)
     p.kill(); p.wait()
-    p = start("runs.execute([EQCSpec(seed=0, **LONG)]); runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])")
-    assert p.wait() == 0, p.stderr.read()
+    for seeds in ((0,), (0, 1)):
+        p = work(*seeds)
+        assert p.wait() == 0, p.stderr.read()
     for s, calm in zip((0, 1), undisturbed):
         assert [r["n_candidates"] for r in Store().get(EQCSpec(seed=s, **LONG)).rows] == [r["n_candidates"]
             for r in calm.rows]
@@ -248,10 +226,8 @@ def test_your_own_executor_is_left_running(home):
 
 
 @pytest.mark.slow
-def test_workers_end_with_a_killed_driver(home):
-    p = start("if __name__ == '__main__': runs.execute([EQCSpec(seed=s, word_length=w, **{k: v for k, v in "
-        "LONG.items() if k not in ('word_length', 'epochs', 'patience')}, epochs=5000, patience=5000) for w in (10, "
-        "20) for s in (0,)], jobs=2)")
+def test_workers_end_with_a_killed_driver(home, work):
+    p = work(*(EQCSpec(**{**LONG, "word_length": w, "epochs": 5000, "patience": 5000}) for w in (10, 20)), jobs=2)
     while len(list(Store().root.glob("unfinished/*/members.json"))) < 2:
         assert p.poll() is None, p.stderr.read()
         time.sleep(.05)
@@ -265,16 +241,9 @@ def test_workers_end_with_a_killed_driver(home):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_does_not_fit_on_the_disk(home):
-    p = start("""
-import resource, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-from refcomm.core import StoreError
-try: runs.execute([EQCSpec(seed=0, **{**LONG, "epochs": 1})])
-except StoreError as e: assert "cannot write" in str(e), e
-else: raise AssertionError("it fitted")""")
-    assert p.wait() == 0, p.stderr.read()
+def test_a_checkpoint_that_does_not_fit_on_the_disk(home, work):
+    p = work(EQCSpec(**{**LONG, "epochs": 1}), arrange=("small_files", 20_000))
+    assert p.wait() == 2 and "cannot write" in p.stderr.read()
     assert not [f for f in home.rglob("*") if f.suffix == ".tmp" or f.name == "record.json"]
 
 
@@ -282,9 +251,7 @@ else: raise AssertionError("it fitted")""")
 def test_cleaning_leaves_live_runs(stored, capsys):
     from refcomm.cli import runs_clean
     spec, record = stored
-    held = subprocess.Popen([sys.executable, "-c",
-        f"from filelock import FileLock; import time\nwith "
-        f"FileLock({str(Store().root/'locks'/f'eqc-{record.key}.lock')!r}): print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True)
+    held = subprocess.Popen([sys.executable, PROGRAMS/"hold_locks.py", record.key], stdout=subprocess.PIPE, text=True)
     held.stdout.readline()
     runs_clean(everything=True, yes=True, adopt=False)
     assert f"left, in use: {record.path}" in capsys.readouterr().out and Store().keys() == [("eqc", record.key)]
@@ -385,23 +352,10 @@ def test_a_truncated_archive(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_named_and_the_next_driver_continues(home, undisturbed):
-    p = start("""
-import os, threading
-from refcomm.core import WorkerDied
-def killer():
-    import glob, signal, subprocess, time
-    while not glob.glob(str(store.Store().root/"unfinished"/"*"/"members.json")): time.sleep(.02)
-    time.sleep(1)
-    children = lambda pid: open(f"/proc/{pid}/task/{pid}/children").read().split()
-    for worker in [w for server in children(os.getpid()) for w in children(server)]: os.kill(int(worker), signal.SIGKILL)
-if __name__ == "__main__":
-    threading.Thread(target=killer, daemon=True).start()
-    try: runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)], jobs=2)
-    except WorkerDied as e: assert "run again to continue" in str(e)
-    else: raise AssertionError("nobody noticed")""")
-    assert p.wait() == 0, p.stderr.read()
+def test_a_killed_worker_is_named_and_the_next_driver_continues(home, undisturbed, work):
+    p = work(0, 1, jobs=2, arrange=("killed_workers", ""))
+    assert p.wait() == 2 and "run again to continue" in p.stderr.read()
     assert Store().keys() == []
-    p = start("runs.execute([EQCSpec(seed=s, **LONG) for s in (0, 1)])")
+    p = work(0, 1)
     assert p.wait() == 0, p.stderr.read()
     for s, calm in zip((0, 1), undisturbed): same(Store().get(EQCSpec(seed=s, **LONG)), calm)
