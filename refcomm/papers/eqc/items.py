@@ -369,7 +369,7 @@ def map_values(
     values = {
         "capacity": dict(step={f"{mode}, {b[0]:g} symbols": estimate(m[b] - m[a], n) for mode, m in maps.items()
             for a, b in zip(diagonal, diagonal[1:])} or {"none": Estimate(float("nan"))},
-                         whole=each(lambda m: m[most, long] - m[alphabets[0], usual[0]])),
+                         rise=each(lambda m: m[most, long] - m[alphabets[0], usual[0]])),
         "length-first": dict(more_by_length=each(lambda m: by_length(m) - by_alphabet(m))),
         "binary": dict(loss=each(
             lambda m: m[m.xs(long, axis=1, level=1).mean().idxmax(), long] - m[alphabets[0], long])),
