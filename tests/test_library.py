@@ -484,7 +484,7 @@ def test_agents_that_see_images_are_learned_from_and_take_turns(experiment, how,
     silent = kept(2, model="simclr" if experiment == "iac" else "supervised")
     for ask in (ease_of, lambda r: cross_play_of([r]), lambda r: role_swap_of([r, kept(5, model=r.spec.model)])):
         with pytest.raises(ConfigError,
-            match=f"{experiment}/2 is of the model '{silent.spec.model}', which sends no messages"):
+            match=f"run {experiment}/2 is of the model '{silent.spec.model}': name a run of a game"):
             ask(silent)
 
 def test_games_of_different_kinds_make_no_pair():

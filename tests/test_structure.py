@@ -236,7 +236,7 @@ def test_constant_messages_have_no_structure():
     (lambda s, m: topographic_similarity(s[:, :0], m), "messages must be [n, width]"),
     (lambda s, m: posdis(s, m[:, 0]), "number of attributes must be at least 2, got 1"),
     (lambda s, m: posdis(s, m/2), "only topographic similarity takes vectors"),
-    (lambda s, m: jaccard(s, s[:3]), "60 messages on one side and 3 on the other"),
+    (lambda s, m: jaccard(s, s[:3]), "got 60 and 3 messages: both sides need one message for each target"),
     (lambda s, m: measure("posdi", s, m, generator(0)), "did you mean 'posdis'"),
     (lambda s, m: measure("bosdis", s, m, generator(0), message_distance="edit"),
     "bosdis has no options, got message_distance"),

@@ -13,6 +13,7 @@ from refcomm.core import ConfigError, generator, seeded_init
 from refcomm.data.objects import split
 from refcomm.papers.eqc import run as eqc
 from refcomm.papers.eqc import items as grids
+from refcomm.papers.eqc import spec
 from refcomm.games.referential import draw_other_classes
 from refcomm.games.tasks import ItemTask
 from refcomm.runs.execute import Context, execute
@@ -112,7 +113,7 @@ def test_evaluation_streams(home, monkeypatch):
 def test_sentence_games_have_the_published_splits_on_full_size_data(home):
     for game in ("sent-ref", "sent-cls"):
         _, n, parts = eqc.load(grids.configure("CN-Inst", "cpu", game=game, data="embedded")[0])
-        assert n >= 9999 and [len(parts[k]) for k in ("train", "valid", "test")] == [eqc.GAMES[game][f"n_{k}"]
+        assert n >= 9999 and [len(parts[k]) for k in ("train", "valid", "test")] == [spec.GAMES[game][f"n_{k}"]
             for k in ("train", "valid", "test")]
         assert len(torch.cat(list(parts.values())).unique()) == 9999
 
@@ -131,7 +132,7 @@ def test_real_data_are_taken_when_they_are_there_and_recognised_by_content(home,
         category=[f"intent_{i % 77}" for i in range(600)], split="train"))
     rows.to_parquet(tmp_path/"banking77.parquet")
     monkeypatch.delenv("REFCOMM_DATA", raising=False)
-    assert eqc.source("sent-ref")["data"] == "synthetic"
+    assert spec.source("sent-ref")["data"] == "synthetic"
     monkeypatch.setenv("REFCOMM_DATA", str(tmp_path))
     s = grids.configure("CN-Inst", "cpu", game="sent-ref", encoder="lsa", seeds=[0], n_train=300, n_valid=100,
         n_test=100)[0]
@@ -140,7 +141,7 @@ def test_real_data_are_taken_when_they_are_there_and_recognised_by_content(home,
     with pytest.raises(ConfigError, match="is not the file that this Spec was made for"): eqc.load(s)
     assert grids.configure("CN-Inst", "smoke", game="sent-ref")[0].data == "synthetic", "smoke needs no data"
     (tmp_path/"banking77.parquet").unlink()
-    with pytest.raises(ConfigError, match="is not in .*use data='embedded'"): eqc.source("sent-ref", "real")
+    with pytest.raises(ConfigError, match="is not in .*use data='embedded'"): spec.source("sent-ref", "real")
 
 
 def test_too_few_items_of_other_classes(home):
@@ -158,8 +159,8 @@ def test_more_candidates_than_classes_is_refused_before_training(home):
 def test_a_csv_of_banking77_counts_as_real(home, tmp_path, monkeypatch):
     monkeypatch.setenv("REFCOMM_DATA", str(tmp_path))
     pd.DataFrame(dict(text=["a b", "c d"], category=["x", "y"])).to_csv(tmp_path/"banking77.csv", index=False)
-    assert eqc.source("sent-cls")["data"].startswith("banking77#")
-    assert eqc.source("image")["data"] == "shapes"
+    assert spec.source("sent-cls")["data"].startswith("banking77#")
+    assert spec.source("image")["data"] == "shapes"
 
 
 def test_a_batch_larger_than_its_pool_is_refused():

@@ -63,29 +63,50 @@ def two_levels(
     axis:int=1, # 0: split the index instead
 )->pd.DataFrame: # the same table; names are split at their slashes, the last two or three parts of each
     "Headers in levels instead of names with slashes."
-    names = [re.sub(r"^(Sent-Ref)/(Cls)", "\\1 and \\2", str(c)).split("/") for c in (table.columns if axis else table.index)]
+    whole = map(str, table.columns if axis else table.index)
+    names = [re.sub(r"^(Sent-Ref)/(Cls)", "\\1 and \\2", name).split("/") for name in whole]
     most = max(map(len, names))
-    return table.set_axis(pd.MultiIndex.from_tuples([(*[""]*(most - len(parts)), *parts) for parts in names]), axis=axis)
+    levels = [(*[""]*(most - len(parts)), *parts) for parts in names]
+    return table.set_axis(pd.MultiIndex.from_tuples(levels), axis=axis)
 
 def _header(table)->list: # one list of names for each row of the header
     index = ["" if n in (None, "row", "source", "index") else str(n) for n in table.index.names]
     levels = [list(map(str, table.columns.get_level_values(k))) for k in range(table.columns.nlevels)]
     return [[""]*len(index) + names for names in levels[:-1]] + [index + levels[-1]]
 
+# %% ../../nbs/94_publish.figures.ipynb #168654b8
 SIGNS = {"*": "the 95 % interval of the difference from the paper excludes 0",
     "†": "stopped while validation accuracy still rose"} # at the end of a cell
 
+def _body(table)->tuple: # rows of text, and the index, level by level
+    n = table.index.nlevels
+    keys = [list(map(str, table.index.get_level_values(k))) for k in range(n)]
+    columns = [aligned(list(map(str, table.iloc[:, j]))) for j in range(table.shape[1])]
+    rows = [list(row) for row in zip(*keys, *columns)]
+    again = [[i > 0 and j < n - 1 and row[:j+1] == rows[i-1][:j+1] for j in range(len(row))]
+        for i, row in enumerate(rows)]
+    return [["" if hide else c for c, hide in zip(*pair)] for pair in zip(rows, again)], keys
+
+def _spans(names, start)->list: # (first, end) of each run of equal names
+    ends = [j for j in range(start + 1, len(names)) if names[j] != names[j-1]] + [len(names)]
+    return list(zip([start, *ends], ends))
+
+def _upper_names(ax, names, spans, chars, n_rows)->None: # above the lines that join their columns
+    for i, j in spans:
+        if not names[i]: continue
+        left, right = sum(chars[:i])/sum(chars), sum(chars[:j])/sum(chars)
+        ax.text((left + right)/2, 1 - .5/n_rows, names[i], ha="center", va="center", fontsize=8.5,
+            transform=ax.transAxes)
+        ax.plot([left + .008, right - .008], [1 - 1/n_rows]*2, color=PALETTE["grey"], lw=.6, transform=ax.transAxes)
+
+# %% ../../nbs/94_publish.figures.ipynb #168654b9
 def draw_table(
     table:pd.DataFrame, # the table with its index; cells are printed unchanged; columns in one or two levels
     title:str="", # "": `save` sets one
 ):
     "A plain table with the index at its left, numbers aligned; every second group of the first index level is shaded."
     import matplotlib.pyplot as plt
-    n, head = table.index.nlevels, _header(table)
-    keys = [list(map(str, table.index.get_level_values(k))) for k in range(n)]
-    rows = [list(row) for row in zip(*keys, *(aligned(list(map(str, table.iloc[:, j]))) for j in range(table.shape[1])))]
-    again = [[i > 0 and j < n - 1 and row[:j+1] == rows[i-1][:j+1] for j in range(len(row))] for i, row in enumerate(rows)]
-    rows = [["" if hide else c for c, hide in zip(*pair)] for pair in zip(rows, again)]
+    n, head, (rows, keys) = table.index.nlevels, _header(table), _body(table)
     chars = [max(map(len, [head[-1][j]] + [r[j] for r in rows])) + 3 for j in range(len(head[-1]))]
     spans = _spans(head[0], n) if len(head) > 1 else []
     for i, j in spans:
@@ -95,27 +116,22 @@ def draw_table(
     ax.axis("off")
     cells = [[""]*len(chars) for _ in head[1:]] + head[-1:] + rows
     t = ax.table(cells, colWidths=[c/sum(chars) for c in chars], bbox=[0, 0, 1, 1], cellLoc="center")
-    t.auto_set_font_size(False); t.set_fontsize(8.5)
+    t.auto_set_font_size(False)
+    t.set_fontsize(8.5)
     groups = pd.factorize(pd.Series(keys[0]))[0]
     for (i, j), c in t.get_celld().items():
         c.set_linewidth(0)
         shade = "#f4f6f8" if groups[i - len(head)] % 2 else "white"
         c.set_facecolor("#dfe4ea" if i < len(head) else shade)
         if j < n: c.PAD = .8/chars[j]; c.set_text_props(ha="left")
-    for i, j in ((i, j) for i, j in spans if head[0][i]):
-        left, right = sum(chars[:i])/sum(chars), sum(chars[:j])/sum(chars)
-        ax.text((left + right)/2, 1 - .5/len(cells), head[0][i], ha="center", va="center", fontsize=8.5, transform=ax.transAxes)
-        ax.plot([left + .008, right - .008], [1 - 1/len(cells)]*2, color=PALETTE["grey"], lw=.6, transform=ax.transAxes)
+    _upper_names(ax, head[0], spans, chars, len(cells))
     if title: ax.set_title(title, loc="left", fontsize=10, weight="bold")
-    signs = [f"{sign} {says}" for sign, says in SIGNS.items() if any(c.strip().endswith(sign) for row in rows for c in row)]
+    shown = [c.strip() for row in rows for c in row]
+    signs = [f"{sign} {says}" for sign, says in SIGNS.items() if any(c.endswith(sign) for c in shown)]
     if signs:
-        ax.annotate("; ".join(signs), (0, 0), (0, -4),
-            xycoords="axes fraction", textcoords="offset points", va="top", fontsize=7)
+        ax.annotate("; ".join(signs), (0, 0), (0, -4), xycoords="axes fraction", textcoords="offset points", va="top",
+            fontsize=7)
     return literal(fig)
-
-def _spans(names, start)->list: # (first, end) of each run of equal names
-    ends = [j for j in range(start + 1, len(names)) if names[j] != names[j-1]] + [len(names)]
-    return list(zip([start, *ends], ends))
 
 # %% ../../nbs/94_publish.figures.ipynb #fd916c8b
 LEAST = 7 # inches: least width of the texts above and below a figure
@@ -133,8 +149,10 @@ def headline(
     literal(figure).draw_without_rendering() # a constrained layout is computed when the figure is drawn
     box, (w, h) = figure.get_tightbbox(), figure.get_size_inches()
     lines = textwrap.wrap(re.sub(r" (?=[=\[])|(?<==) ", "\u00a0", text), int(max(LEAST, box.width)*11.5)) # "L = 2" stays in a line
-    figure.text(box.x0/w, (box.y1 + .1)/h, "\n".join(lines).replace("\u00a0", " "), fontsize=10, weight="bold", va="bottom", parse_math=False)
+    figure.text(box.x0/w, (box.y1 + .1)/h, "\n".join(lines).replace("\u00a0", " "), fontsize=10, weight="bold",
+        va="bottom", parse_math=False)
 
+# %% ../../nbs/94_publish.figures.ipynb #fd916c8c
 def footnote(
     figure, # matplotlib figure
     *sentences:str, # the most important one first; wrapped to the figure's width

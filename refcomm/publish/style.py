@@ -48,7 +48,8 @@ def amount_style(
     "The fixed style of a message length or a complexity from 1 to 9."
     import matplotlib
     n = _amount(name)
-    return _marked(color=matplotlib.colormaps[MAP](.19*(n - 1) if n < 6 else .76 + .035*(n - 5)), marker=MARKERS[(n - 1) % len(MARKERS)])
+    place = .19*(n - 1) if n < 6 else .76 + .035*(n - 5)
+    return _marked(color=matplotlib.colormaps[MAP](place), marker=MARKERS[(n - 1) % len(MARKERS)])
 
 def line_styles(
     names, # names of the lines of a figure, in order
@@ -60,8 +61,10 @@ def line_styles(
     taken = {CONFIGURATIONS[n][0] for n in names if n in CONFIGURATIONS}
     free = itertools.cycle(sorted((look for look in rest if look not in fixed), key=lambda look: look[0] in taken))
     styles = {n: CONFIGURATIONS[n] if n in CONFIGURATIONS else (*next(free), "-") for n in names if not _amount(n)}
-    return {n: amount_style(n) if _amount(n) else _marked(color=PALETTE[styles[n][0]], marker=styles[n][1], ls=styles[n][2])
-        for n in names}
+    def style(n):
+        color, marker, ls = styles[n]
+        return _marked(color=PALETTE[color], marker=marker, ls=ls)
+    return {n: amount_style(n) if _amount(n) else style(n) for n in names}
 
 # %% ../../nbs/93_publish.style.ipynb #a28cecec
 def ordered_styles(
@@ -71,8 +74,8 @@ def ordered_styles(
     import matplotlib
     values = list(dict.fromkeys(map(str, values)))
     steps = [.85*i/max(1, len(values) - 1) for i in range(len(values))]
-    return {v: amount_style(v) if _amount(v) else _marked(color=matplotlib.colormaps[MAP](s), marker=MARKERS[i % len(MARKERS)])
-        for i, (v, s) in enumerate(zip(values, steps))}
+    style = lambda i: _marked(color=matplotlib.colormaps[MAP](steps[i]), marker=MARKERS[i % len(MARKERS)])
+    return {v: amount_style(v) if _amount(v) else style(i) for i, v in enumerate(values)}
 
 # %% ../../nbs/93_publish.style.ipynb #90e058c5
 SETTINGS = {
