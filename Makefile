@@ -12,7 +12,7 @@ reproduce: $(VENV)/.notebooks
 test: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/check
 
-# the fast half of the tests, in some two minutes on two cores
+# the tests that are not marked slow, in less than ten minutes on two cores
 quick: $(VENV)/.dev
 	OMP_NUM_THREADS=1 REFCOMM_PROGRESS=off $(BIN)/python -m pytest -q -n auto -m "not slow and not lab"
 
