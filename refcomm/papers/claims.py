@@ -232,11 +232,12 @@ def check_claims(
     if wanted != given:
         raise ConfigError(f"{paper}/{item}: no values for the claims {sorted(wanted - given)}, no claims in the table "
             f"for the values {sorted(given - wanted)}")
-    checked = []
+    specs, checked = [r.spec for r in records], []
+    scales = {game: (bool(own), *reach(paper, own, about=game)) for game in table["game"].unique()
+        for own in [concerned(specs, game)]}
     for _, row in table.iterrows():
-        own = concerned([r.spec for r in records], row["game"])
-        near, short = reach(paper, own, about=row["game"])
-        checked.append(check_claim(row, values[row["id"]], near, short, bool(own) and row["kind"] == "result",
+        trained, near, short = scales[row["game"]]
+        checked.append(check_claim(row, values[row["id"]], near, short, trained and row["kind"] == "result",
             (stopped or {}).get(row["id"], ""), f"{paper}/{item}"))
     return checked
 

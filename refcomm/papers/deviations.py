@@ -161,8 +161,9 @@ def details(
 )->"pd.DataFrame": # columns field, ours, paper, source, why; and game if there are several
     "All fields of an item's runs that differ from the paper, with the reasons."
     games = dict.fromkeys(_fields(s).get("game") for s in specs)
-    found = [dict(game=game, field=d["field"], ours=_listed(d["ours"]), paper="–" if d["origin"] == "nobody" else _listed(d["theirs"]),
-        source=SIDES[d["origin"]], why=d["why"]) for game in games
+    theirs = lambda d: "–" if d["origin"] == "nobody" else _listed(d["theirs"])
+    found = [dict(game=game, field=d["field"], ours=_listed(d["ours"]), paper=theirs(d), source=SIDES[d["origin"]],
+        why=d["why"]) for game in games
         for d in differing(paper, [s for s in specs if _fields(s).get("game") == game])]
     table = pd.DataFrame(found, columns=["game", "field", "ours", "paper", "source", "why"])
     return table.set_index(["game", "field"]) if len(games) > 1 else table.drop(columns="game").set_index("field")
@@ -186,7 +187,8 @@ def in_brief(
     if not topics: return others
     named = [t for t in TOPICS if t in topics]
     listed = " and ".join(filter(None, [", ".join(named[:-1]), named[-1]]))
-    return [f"Differs from the paper in {listed} (values in the .json).", *sorted(others[::-1], key=lambda s: "†" not in s)]
+    marked_first = sorted(others[::-1], key=lambda s: "†" not in s)
+    return [f"Differs from the paper in {listed} (values in the .json).", *marked_first]
 
 # %% ../../nbs/81_papers.deviations.ipynb #bf25c058
 def incomplete(

@@ -155,7 +155,7 @@ def only_numbers(
     folder=None, # of records; `records_dir()` when None
 )->bool:
     "Whether an item has no kept runs, or needs weights or images besides."
-    path = Path(folder or records_dir())/f"{item.replace('/', '_', 1)}.json"
+    path = _index(folder or records_dir(), item)
     return not path.is_file() or not _read_index(path).get("redraw", True)
 
 # %% ../../nbs/95_publish.records.ipynb #26b75f8b

@@ -74,8 +74,8 @@ def _items(section)->list: # lines
 
 def _numbers(claim, most=6)->str: # more are in the item's JSON
     found = [f"{k} {v:.4g}" for k, v in claim["numbers"].items() if v is not None]
-    more = f", and {len(found) - most} more ([JSON]({claim['paper']}_{claim['item']}.json))" if len(found) > most else ""
-    return ", ".join(found[:most]) + more
+    if len(found) <= most: return ", ".join(found)
+    return ", ".join(found[:most]) + f", and {len(found) - most} more ([JSON]({claim['paper']}_{claim['item']}.json))"
 
 def _claims(section)->list: # lines
     "A table of a paper's claims."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'BEST', 'TUNED_EPOCHS', 'FROZEN', 'MAP_EPOCHS', 'HEATMAP', 'TUNED', 'POOLS', 'SHORT', 'TINY', 'SMALL',
-           'CURVES', 'EARLY', 'TRIALS', 'ITEMS', 'ORDER', 'TITLES', 'PUBLISHED_TABLES', 'SOURCE_NAMES', 'KINDS',
-           'configure', 'grid', 'rows_of', 'printed_rows', 'table_values', 'graceful_values', 'printed_rate_values',
+           'CURVES', 'EARLY', 'TRIALS', 'ITEMS', 'ORDER', 'TITLES', 'PUBLISHED_TABLES', 'SOURCE_NAMES', 'configure',
+           'grid', 'rows_of', 'printed_rows', 'table_values', 'graceful_values', 'printed_rate_values',
            'printed_gap_values', 'fine_tuned_values', 'modes_values', 'noum_values', 'map_values', 'gradient_values',
            'order_values', 'trial_values', 'fidelity', 'data_names', 'stopped_early', 'stopped_claims', 'daggered',
            'unfinished']
@@ -280,32 +280,34 @@ def graceful_values(
     return values
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #204d9800
+def _sent_and_printed(rows)->dict: # unique messages of Gumbel-softmax over the Instant channel, and those of Table 3
+    sent = _mean(_row(rows[rows.n_candidates == 2], "GS-Inst"), "noum")
+    said = published("eqc", "table3").set_index(["row", "column"])["mean"]
+    printed = published_estimate(float(said[TITLES[rows.game.iloc[0]], "Instant/GS"]), n_runs=3, like=sent)
+    return dict(noum=sent, printed=printed)
+
 def printed_rate_values(
     rows, # from `printed_rows`, Object game at the printed rate
 )->dict: # claim → its values
     "Values of the claims about Table 5 at the printed learning rate."
-    most, noum = max(rows.n_candidates), _row(rows[rows.n_candidates == 2], "GS-Inst")
-    sent = _mean(noum, "noum")
+    most = max(rows.n_candidates)
     return {"eqc.object.printed-lr": dict(cn_inst=_mean(_row(rows[rows.n_candidates == most], "CN-Inst")),
-        printed=_printed("table5", "CN-Inst", most)),
-            "eqc.object.printed-noum": dict(noum=sent, printed=published_estimate(58., n_runs=3, like=sent))}
+        printed=_printed("table5", "CN-Inst", most)), "eqc.object.printed-noum": _sent_and_printed(rows)}
 
 def printed_gap_values(
     rows, # from `printed_rows`, the Image game or one with sentences at the printed learning rate
 )->dict: # claim → its values
     "Values of the claims about Tables 6–8 at the printed learning rate, for the channels at hand."
     game, most = rows.game.iloc[0], max(rows.n_candidates)
-    top, noum = rows[rows.n_candidates == most], _row(rows[rows.n_candidates == 2], "GS-Inst")
+    top = rows[rows.n_candidates == most]
     made = {channel: short for channel, short in (("Instant", "Inst"), ("Recurrent", "RNN"))
         if {f"CN-{short}", f"GS-{short}"} <= set(top.row)}
     gap = lambda of: combine([(1, of("CN")), (-1, of("GS"))])
     theirs = lambda kind, short: _printed(PUBLISHED_TABLES[game], f"{kind}-{short}", most)
-    sent, said = _mean(noum, "noum"), published("eqc", "table3").set_index(["row", "column"])["mean"]
     return {f"eqc.{game}.printed-falls": dict(
             gap={c: gap(lambda kind, s=s: _mean(_row(top, f"{kind}-{s}"))) for c, s in made.items()},
             printed={c: gap(lambda kind, s=s: theirs(kind, s)) for c, s in made.items()}),
-        f"eqc.{game}.printed-noum": dict(noum=sent,
-            printed=published_estimate(float(said[TITLES[game], "Instant/GS"]), n_runs=3, like=sent))}
+        f"eqc.{game}.printed-noum": _sent_and_printed(rows)}
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #e7c02829
 def fine_tuned_values(
@@ -471,7 +473,7 @@ def stopped_early(
     return mean[mean.rise > gain].reset_index(drop=True)
 
 # %% ../../../nbs/84_papers.eqc.items.ipynb #69b41625
-KINDS = {"GS": "Gumbel-softmax", "QT": "quantis", "CN": "continuous"} # first part of a row's name → what claims call it
+_CALLED = {"GS": "Gumbel-softmax", "QT": "quantis", "CN": "continuous"} # first part of a row's name → its word in claims
 
 def stopped_claims(
     names, # from `stopped_early`
@@ -480,9 +482,10 @@ def stopped_claims(
     found = {}
     for claim in claims("eqc").to_dict("records"):
         own = [f"{n.row} (by {n.rise:.2f})" for n in names.itertuples() if claim["game"] == TITLES[n.game]
-            and KINDS[n.row[:2]] in claim["sentence"] and ("Instant channel" not in claim["sentence"]
+            and _CALLED[n.row[:2]] in claim["sentence"] and ("Instant channel" not in claim["sentence"]
                 or "Recurrent" in claim["sentence"] or n.row.endswith("Inst"))]
-        if own: found[claim["id"]] = "stopped while accuracy still rose over the last fifth of the epochs: " + ", ".join(own)
+        if not own: continue
+        found[claim["id"]] = f"stopped while accuracy still rose over the last fifth of the epochs: {', '.join(own)}"
     return found
 
 def daggered(
