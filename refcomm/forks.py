@@ -25,7 +25,8 @@ def fork_context(
 def begin_fork(
     env:dict, # environment variables of the process that asked for the fork, which may have changed since the server began
 )->None:
-    "Set the environment of a fork; its first call."
+    "Set the environment of a fork, and how it starts processes; its first call."
+    multiprocessing.set_start_method(None, force=True) # as in any process; else semaphores of tqdm outlive the fork
     if sys.platform == "linux": signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.environ.clear()
     os.environ.update(env)
